@@ -1,0 +1,118 @@
+"""The result of a dimension search: field -> width. A small JSON file a person can read.
+
+Widths are *nominal* (what the method counts, 0 = the field is dropped). FBGEMM needs local widths
+divisible by 4, so a table is stored at the *physical* width: the next multiple of 4. Both are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from embsearch_dist.errors import UserError
+from embsearch_dist.schema import Schema, read_json, write_json
+
+FORMAT = 1
+BYTES_PER_PARAMETER = 4
+RESOURCES = ("widths", "parameters", "bytes")
+
+
+def physical_width(width: int) -> int:
+    """Columns that are allocated for a nominal width: the next multiple of 4, 0 for a dropped field."""
+    return (width + 3) // 4 * 4
+
+
+def cost(resource: str, cardinality: int, width: int) -> int:
+    """What one table costs: its ``widths`` (columns), nominal ``parameters``, or physical ``bytes``."""
+    if resource == "widths":
+        return width
+    if resource == "parameters":
+        return cardinality * width
+    if resource == "bytes":
+        return cardinality * physical_width(width) * BYTES_PER_PARAMETER
+    raise UserError(f"resource {resource!r} is none of {', '.join(RESOURCES)}")
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Widths per field for one schema, with where they came from.
+
+    Attributes:
+        schema: the schema the widths belong to.
+        widths: field name -> nominal width >= 0, for every field of the schema.
+        provenance: method, seed, budget, score, ...: anything JSON can hold.
+    """
+
+    schema: Schema
+    widths: dict[str, int]
+    provenance: dict[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known = set(self.schema.names)
+        for name, width in self.widths.items():
+            if name not in known:
+                raise UserError(f"allocation names field {name!r}, which data set {self.schema.dataset!r} lacks")
+            if not isinstance(width, int) or isinstance(width, bool) or width < 0:
+                raise UserError(f"allocation, field {name!r}: width must be a whole number >= 0, got {width!r}")
+        missing = [n for n in self.schema.names if n not in self.widths]
+        if missing:
+            raise UserError(f"allocation lacks a width for field {missing[0]!r} (write 0 to drop a field)")
+        if not any(self.widths.values()):
+            raise UserError("allocation drops every field: at least one width must be above 0")
+
+    @classmethod
+    def uniform(cls, schema: Schema, width: int) -> Allocation:
+        """UES: the same width for every field, the baseline of every report."""
+        return cls(schema, dict.fromkeys(schema.names, width), {"method": "ues", "width": width})
+
+    @property
+    def kept(self) -> list[str]:
+        """Names of the fields with a width above 0, in schema order."""
+        return [n for n in self.schema.names if self.widths[n]]
+
+    def total(self, resource: str) -> int:
+        """Sum over fields of ``widths`` (columns), ``parameters`` (nominal) or ``bytes`` (physical)."""
+        return sum(cost(resource, f.cardinality, self.widths[f.name]) for f in self.schema.fields)
+
+    def reduction(self, reference_width: int = 32) -> float:
+        """P-R: share of nominal embedding parameters saved against the uniform reference width."""
+        return 1 - self.total("parameters") / (reference_width * sum(self.schema.cardinalities))
+
+    def save(self, path: Path) -> None:
+        """Write the allocation as JSON, sizes included for the reader's eye."""
+        write_json(
+            Path(path),
+            {
+                "format": FORMAT,
+                "dataset": self.schema.dataset,
+                "schema": self.schema.fingerprint,
+                "widths": {n: self.widths[n] for n in self.schema.names},
+                "sizes": {r: self.total(r) for r in RESOURCES} | {"P-R": round(self.reduction(), 4)},
+                "provenance": self.provenance,
+            },
+        )
+
+    @classmethod
+    def load(cls, path: Path | str, schema: Schema) -> Allocation:
+        """Read an allocation and check that it belongs to ``schema``.
+
+        Raises:
+            UserError: missing or broken file, or an allocation made for another schema.
+        """
+        body = read_json(Path(path))
+        widths = body.get("widths")
+        if not isinstance(widths, Mapping):
+            raise UserError(f'{path}: not an allocation: key "widths" (field -> width) is missing')
+        if body.get("schema") != schema.fingerprint:
+            different = sorted(set(widths) ^ set(schema.names))
+            detail = f"field {different[0]!r} is in only one of them" if different else "the cardinalities differ"
+            raise UserError(
+                f"{path} was made for data set {body.get('dataset')!r} (schema {body.get('schema')}), not for "
+                f"{schema.dataset!r} (schema {schema.fingerprint}): {detail}. Search again on this data, "
+                "or point --data.path to the data set the allocation was made for"
+            )
+        try:
+            return cls(schema, dict(widths), dict(body.get("provenance", {})))
+        except UserError as e:
+            raise UserError(f"{path}: {e}") from e

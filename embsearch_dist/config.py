@@ -1,0 +1,332 @@
+"""The typed configuration: one dataclass per component, a YAML file, dotted command-line overrides.
+
+Precedence: command line > YAML file > the defaults below. An unknown key is an error that offers the
+nearest name. ``python -m embsearch_dist.config --config FILE [--a.b value ...]`` prints what a run would use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from embsearch_dist.errors import UserError
+
+
+def option(default: Any, text: str) -> Any:
+    """A config field with its help text."""
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: default.copy(), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+def require(condition: bool, key: str, message: str) -> None:
+    """Raise ``UserError`` naming the key unless ``condition`` holds."""
+    if not condition:
+        raise UserError(f"config key {key}: {message}")
+
+
+def one_of(key: str, value: str, allowed: Sequence[str]) -> None:
+    """Check a choice; the error offers the nearest name."""
+    if value not in allowed:
+        raise UserError(f"config key {key}: {value!r} is none of {', '.join(allowed)}{nearest(value, allowed)}")
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """`` (did you mean 'x'?)`` for the closest known name, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives and what it may use."""
+
+    dir: str = option("", "run directory; empty = runs/<name of the config file>")
+    seed: int = option(0, "seed of weights, sampling, search and data order")
+    device: str = option("auto", "auto | cpu | cuda")
+    threads: int = option(0, "CPU threads of each process; 0 = cores / processes on this machine")
+    overwrite: bool = option(False, "delete what the run directory holds and start anew")
+
+    def check(self) -> None:
+        one_of("run.device", self.device, ["auto", "cpu", "cuda"])
+        require(self.threads >= 0, "run.threads", f"must be >= 0, got {self.threads}")
+
+
+@dataclass
+class DataConfig:
+    """A prepared data set (see launch/prepare.py)."""
+
+    path: str = option("runs/data/synthetic", "directory that launch/prepare.py wrote")
+    make: str = option("", "'synthetic' = make planted click logs at data.path when nothing is there yet")
+    rows: int = option(200_000, "rows of the synthetic click logs")
+    window_rows: int = option(1 << 20, "rows that are shuffled together in memory")
+
+    def check(self) -> None:
+        one_of("data.make", self.make, ["", "synthetic"])
+        require(self.window_rows > 0, "data.window_rows", "must be above 0")
+
+
+@dataclass
+class ModelConfig:
+    """The backbone behind the embeddings and the transform in front of it."""
+
+    backbone: str = option("deepfm", "wide_deep | deepfm | fm")
+    hidden: list[int] = option([128, 64], "widths of the MLP's hidden layers (the output unit is added)")
+    dropout: float = option(0.0, "dropout after each hidden layer")
+    unified_width: int = option(32, "d_f: the common width every field is transformed to")
+    unify: str = option("always", "always | mixed: 'mixed' skips the transform when all widths are equal")
+    norm: str = option("field", "BatchNorm of the transform: field (statistics per field) | width | none")
+    gain: float = option(0.1, "initial scale of that BatchNorm; small, so that FM starts near zero")
+    init_std: float = option(0.01, "standard deviation of the initial embedding values")
+
+    def check(self) -> None:
+        one_of("model.backbone", self.backbone, ["wide_deep", "deepfm", "fm"])
+        one_of("model.unify", self.unify, ["always", "mixed"])
+        one_of("model.norm", self.norm, ["field", "width", "none"])
+        require(0 <= self.dropout < 1, "model.dropout", f"must be in [0, 1), got {self.dropout}")
+        require(self.unified_width > 0, "model.unified_width", "must be above 0")
+        require(all(h > 0 for h in self.hidden), "model.hidden", f"every width must be above 0, got {self.hidden}")
+
+
+@dataclass
+class OptimConfig:
+    """Optimizers of the tables and of the dense part."""
+
+    embedding: str = option("adam", "adam | adagrad | rowwise_adagrad | sgd (the last three run fused in backward)")
+    embedding_lr: float = option(1e-3, "learning rate of the tables")
+    embedding_l2: float = option(0.0, "L2 on the looked-up embeddings, added to the loss (mean over the batch)")
+    dense_lr: float = option(1e-3, "learning rate of the dense part (Adam)")
+    weight_decay: float = option(0.0, "Adam's L2 on the dense part")
+
+    def check(self) -> None:
+        one_of("optim.embedding", self.embedding, ["adam", "adagrad", "rowwise_adagrad", "sgd"])
+        for key in ("embedding_lr", "dense_lr"):
+            require(getattr(self, key) > 0, f"optim.{key}", f"must be above 0, got {getattr(self, key)}")
+        for key in ("embedding_l2", "weight_decay"):
+            require(getattr(self, key) >= 0, f"optim.{key}", f"must be >= 0, got {getattr(self, key)}")
+
+
+@dataclass
+class TrainConfig:
+    """One training run: how long, how it stops, when it is evaluated."""
+
+    batch_size: int = option(512, "global batch: rows of one step over all ranks")
+    eval_batch_size: int = option(8192, "global batch of evaluation")
+    epochs: int = option(10, "at most this many epochs")
+    steps: int = option(0, "stop after this many steps; 0 = no bound")
+    evals_per_epoch: int = option(1, "evaluations on the validation split per epoch")
+    metric: str = option("auc", "auc | logloss: what early stopping and the best checkpoint look at")
+    patience: int = option(2, "stop after this many evaluations without a better metric; 0 = never")
+    lr_cut: float = option(1.0, "factor on the learning rates after each evaluation without a better metric")
+    log_every: int = option(100, "steps between two lines of the log")
+
+    def check(self, prefix: str = "train") -> None:
+        for key in ("batch_size", "eval_batch_size", "epochs", "evals_per_epoch", "log_every"):
+            require(getattr(self, key) >= 1, f"{prefix}.{key}", f"must be at least 1, got {getattr(self, key)}")
+        one_of(f"{prefix}.metric", self.metric, ["auc", "logloss"])
+        require(0 < self.lr_cut <= 1, f"{prefix}.lr_cut", f"must be in (0, 1], got {self.lr_cut}")
+
+
+@dataclass
+class DistConfig:
+    """How tables are spread over ranks."""
+
+    sharding: str = option("auto", "auto | table_wise | row_wise | column_wise | data_parallel")
+    tables: dict[str, str] = option({}, "sharding of single fields, e.g. {user_id: row_wise}")
+    timeout_s: int = option(300, "seconds after which a collective that waits for a rank gives up")
+
+    def check(self) -> None:
+        kinds = ["auto", "table_wise", "row_wise", "column_wise", "data_parallel"]
+        one_of("dist.sharding", self.sharding, kinds)
+        for name, kind in self.tables.items():
+            one_of(f"dist.tables.{name}", kind, kinds[1:])
+        require(self.timeout_s >= 10, "dist.timeout_s", f"must be at least 10, got {self.timeout_s}")
+
+
+@dataclass
+class Config:
+    """Everything a run depends on. ``search`` is the chosen method's own dataclass."""
+
+    method: str
+    run: RunConfig
+    data: DataConfig
+    model: ModelConfig
+    optim: OptimConfig
+    train: TrainConfig
+    dist: DistConfig
+    search: Any
+
+    def check(self) -> None:
+        for section in (self.run, self.data, self.model, self.optim, self.train, self.dist, self.search):
+            section.check()
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        return OmegaConf.to_yaml(OmegaConf.create(self.to_dict()))
+
+    def save(self, run_dir: Path) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(self.to_yaml())
+
+
+SECTIONS = {
+    "run": RunConfig,
+    "data": DataConfig,
+    "model": ModelConfig,
+    "optim": OptimConfig,
+    "train": TrainConfig,
+    "dist": DistConfig,
+}
+
+
+def load_config(
+    methods: Mapping[str, type], file: str | Path | None = None, overrides: Sequence[str] = (), method: str = ""
+) -> Config:
+    """Read a YAML file and dotted overrides (``"train.epochs=3"``) into a checked :class:`Config`.
+
+    Args:
+        methods: method name -> dataclass of its ``search`` section.
+        method: used when neither the file nor an override names one.
+
+    Raises:
+        UserError: unknown key (nearest name offered), wrong type, or a value out of range.
+    """
+    layers: list[DictConfig] = []
+    if file is not None:
+        layers.append(_read_yaml(Path(file)))
+    for item in overrides:
+        key, _, value = item.partition("=")
+        layers.append(_dotted(key, value))
+    name = method
+    for layer in layers:
+        name = str(layer.get("method", name))
+    if not name:
+        raise UserError(f"no method is named; add 'method: NAME' to the config file (one of {', '.join(methods)})")
+    one_of("method", name, list(methods))
+    base = OmegaConf.create({"method": name, **{k: OmegaConf.structured(v) for k, v in SECTIONS.items()}})
+    base["search"] = OmegaConf.structured(methods[name])
+    OmegaConf.set_struct(base, True)
+    for layer in layers:
+        _reject_unknown(layer, base, "")
+        try:
+            base = OmegaConf.merge(base, layer)  # type: ignore[assignment]
+        except OmegaConfBaseException as e:
+            key = getattr(e, "full_key", "") or "?"
+            raise UserError(f"config key {key}: {str(e).splitlines()[0]}") from e
+    parts = {k: OmegaConf.to_object(base[k]) for k in [*SECTIONS, "search"]}
+    config = Config(method=name, **parts)  # type: ignore[arg-type]
+    if not config.run.dir:
+        config.run.dir = str(Path("runs") / (Path(file).stem if file else name))
+    config.check()
+    return config
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not path.exists():
+        siblings = [str(p) for p in Path("configs").glob("*/*.yaml")]
+        raise UserError(f"config file {path} does not exist{nearest(str(path), siblings)}")
+    try:
+        body = OmegaConf.load(path)
+    except Exception as e:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from e
+    if not isinstance(body, DictConfig):
+        raise UserError(f"{path}: expected a mapping of sections (run, data, model, ...)")
+    return body
+
+
+def _dotted(key: str, value: str) -> DictConfig:
+    if not key:
+        raise UserError(f"override {value!r} has no key; write --section.key value")
+    try:
+        return OmegaConf.from_dotlist([f"{key}={value}"])
+    except Exception as e:
+        raise UserError(f"override {key}={value}: {' '.join(str(e).split())}") from e
+
+
+def _reject_unknown(layer: DictConfig, base: Any, prefix: str) -> None:
+    for key in layer:
+        full = f"{prefix}{key}"
+        known = [str(k) for k in base]
+        if str(key) not in known:
+            every = known if prefix else known + [f"{s}.{k}" for s in base if isinstance(base[s], DictConfig) for k in base[s]]
+            raise UserError(f"unknown config key {full!r}{nearest(str(key), every)}; known here: {', '.join(known)}")
+        inner = layer._get_node(key)
+        target = base._get_node(str(key))
+        if isinstance(inner, DictConfig) and isinstance(target, DictConfig) and full != "dist.tables":
+            _reject_unknown(inner, target, full + ".")
+
+
+def split_arguments(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Split ``--config F --train.epochs 3 --run.seed=1`` into plain options and dotted overrides.
+
+    Plain options (no dot in the name) are returned as a dict, without their dashes; an option
+    without a value becomes ``"true"``.
+    """
+    plain: dict[str, str] = {}
+    dotted: list[str] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            continue
+        if not word.startswith("--"):
+            raise UserError(f"argument {word!r} is not an option; write --config FILE and --section.key value")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        if "." in key or key == "method":
+            dotted.append(f"{key}={value}")
+        else:
+            plain[key] = value
+    return plain, dotted
+
+
+def fingerprint(*parts: Any) -> str:
+    """Short hash of JSON-able parts; dataclasses count as their fields."""
+    body = [dataclasses.asdict(p) if dataclasses.is_dataclass(p) and not isinstance(p, type) else p for p in parts]
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def describe(methods: Mapping[str, type]) -> str:
+    """Every key with its default and meaning, for ``--help``."""
+    lines = []
+    for name, cls in {**SECTIONS, **{f"search (method: {m})": c for m, c in methods.items()}}.items():
+        lines.append(f"\n{name}: {(cls.__doc__ or '').strip().splitlines()[0]}")
+        lines += _describe_fields(cls, "  " + ("search" if name.startswith("search") else name))
+    return "\n".join(lines)
+
+
+def _describe_fields(cls: type, prefix: str) -> list[str]:
+    lines = []
+    for f in dataclasses.fields(cls):
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        if dataclasses.is_dataclass(default):
+            lines += _describe_fields(type(default), f"{prefix}.{f.name}")
+        else:
+            lines.append(f"{prefix}.{f.name} [{default}]  {f.metadata.get('help', '')}".rstrip())
+    return lines
+
+
+def main() -> None:
+    """Print the resolved configuration."""
+    from embsearch_dist.methods import METHODS
+
+    plain, dotted = split_arguments(sys.argv[1:])
+    sections = {name: m.config for name, m in METHODS.items()}
+    print(load_config(sections, plain.get("config"), dotted).to_yaml(), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,421 @@
+"""Prepared shards -> batches: shuffled by (seed, epoch), cut the same for any number of ranks, resumable.
+
+The order of samples: row groups are permuted by (seed, epoch) and consecutive ones joined to windows of
+about ``window_rows`` rows; rows are shuffled inside a window; global batches are cut across the stream of
+windows. Rank ``r`` takes its contiguous slice of every global batch.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from embsearch_dist.data.batch import Batch, Position
+from embsearch_dist.errors import UserError
+from embsearch_dist.schema import SPLITS, Schema
+
+WINDOW_ROWS = 1 << 20
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """One row group of one shard: the unit of reading."""
+
+    path: Path
+    index: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Columns of some rows.
+
+    Attributes:
+        ids: ``[F, N]`` int32, feature-major, in schema order.
+        dense: ``[N, n_dense]`` float32.
+        label: ``[N]`` float32.
+    """
+
+    ids: np.ndarray
+    dense: np.ndarray
+    label: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def take(self, rows: np.ndarray | slice) -> Rows:
+        """The given rows, copied."""
+        if isinstance(rows, slice):
+            return Rows(np.ascontiguousarray(self.ids[:, rows]), self.dense[rows].copy(), self.label[rows].copy())
+        return Rows(self.ids.take(rows, axis=1), self.dense.take(rows, axis=0), self.label.take(rows))
+
+    @staticmethod
+    def join(parts: list[Rows]) -> Rows:
+        if len(parts) == 1:
+            return parts[0]
+        return Rows(
+            np.concatenate([p.ids for p in parts], axis=1),
+            np.concatenate([p.dense for p in parts]),
+            np.concatenate([p.label for p in parts]),
+        )
+
+
+class Shards:
+    """The Parquet shards of one split. Opening reads their footers only.
+
+    Raises:
+        UserError: unknown split, no or unreadable shards, or shards that do not fit the schema.
+    """
+
+    def __init__(self, prepared_dir: Path | str, schema: Schema, split: str) -> None:
+        if split not in SPLITS:
+            raise UserError(f"unknown split {split!r}. Use one of {', '.join(SPLITS)}")
+        self.directory, self.schema, self.split = Path(prepared_dir) / split, schema, split
+        self.groups: list[RowGroup] = []
+        paths = sorted(self.directory.glob("part-*.parquet"))
+        if not paths:
+            raise UserError(f"{self.directory}: no part-*.parquet there. Prepare the data again")
+        wanted = {"label": pa.float32()} | dict.fromkeys(schema.names, pa.int32())
+        wanted |= dict.fromkeys(schema.dense, pa.float32())
+        for path in paths:
+            footer = self._footer(path)
+            found = {f.name: f.type for f in footer.schema.to_arrow_schema()}
+            for name, kind in wanted.items():
+                if found.get(name) != kind:
+                    what = f"has type {found[name]}" if name in found else "is missing"
+                    raise UserError(f"{path}: column {name!r} {what}, expected {kind}. Prepare the data again")
+            self.groups += [RowGroup(path, i, footer.row_group(i).num_rows) for i in range(footer.num_row_groups)]
+        self.groups = [g for g in self.groups if g.rows]
+        self.rows = sum(g.rows for g in self.groups)
+        if split in schema.rows and self.rows != schema.rows[split]:
+            raise UserError(
+                f"{self.directory}: {self.rows} rows in the shards, {schema.rows[split]} in schema.json. "
+                "A shard is missing or not of this data set; prepare the data again"
+            )
+        if self.rows == 0:
+            raise UserError(f"{self.directory}: the split has no rows. Prepare the data again")
+
+    @staticmethod
+    def _footer(path: Path) -> pq.FileMetaData:
+        try:
+            return pq.read_metadata(path)
+        except (pa.ArrowException, OSError) as e:
+            raise UserError(f"{path}: not a whole Parquet file ({_one_line(e)}). Prepare the data again") from e
+
+    def read(self, groups: list[RowGroup], limit: int | None = None) -> Rows:
+        """Rows of the given row groups in the given order, at most ``limit``; checked.
+
+        Raises:
+            UserError: an unreadable row group, an id outside its field's vocabulary, a label that is
+                neither 0 nor 1, a null or a dense value that is not finite; names file, row group and value.
+        """
+        total = sum(g.rows for g in groups)
+        total = total if limit is None else min(total, limit)
+        schema = self.schema
+        rows = Rows(
+            np.empty((len(schema.fields), total), np.int32),
+            np.empty((total, len(schema.dense)), np.float32),
+            np.empty(total, np.float32),
+        )
+        start, opened, file = 0, None, None
+        try:
+            for group in groups:
+                if start >= total:
+                    break
+                if opened != group.path:
+                    if file is not None:
+                        file.close()
+                    file, opened = self._open(group.path), group.path
+                start = self._fill(rows, start, group, file)
+        finally:
+            if file is not None:
+                file.close()
+        return rows
+
+    @staticmethod
+    def _open(path: Path) -> pq.ParquetFile:
+        try:
+            return pq.ParquetFile(path)
+        except (pa.ArrowException, OSError) as e:
+            raise UserError(f"{path}: not a whole Parquet file ({_one_line(e)}). Prepare the data again") from e
+
+    def _fill(self, rows: Rows, start: int, group: RowGroup, file: pq.ParquetFile) -> int:
+        where = f"{group.path}, row group {group.index}"
+        names = ["label", *self.schema.names, *self.schema.dense]
+        try:
+            table = file.read_row_group(group.index, columns=names, use_threads=False)
+        except (pa.ArrowException, OSError) as e:
+            raise UserError(f"{where}: cannot be read ({_one_line(e)}). Prepare the data again") from e
+        stop = min(start + table.num_rows, len(rows))
+
+        def column(name: str) -> np.ndarray:
+            values = table[name]
+            if values.null_count:
+                raise UserError(f"{where}: column {name!r} has {values.null_count} nulls. Prepare the data again")
+            return values.to_numpy()[: stop - start]
+
+        label = column("label")
+        bad = label[(label != 0) & (label != 1)]
+        if len(bad):
+            raise UserError(f"{where}: {len(bad)} labels are neither 0 nor 1, the first is {bad[0]:g}. Prepare again")
+        rows.label[start:stop] = label
+        for i, field in enumerate(self.schema.fields):
+            ids = column(field.name)
+            if len(ids) and (ids.min() < 0 or ids.max() >= field.cardinality):
+                bad = ids[(ids < 0) | (ids >= field.cardinality)]
+                raise UserError(
+                    f"{where}: field {field.name!r} has {len(bad)} ids outside 0..{field.cardinality - 1}, "
+                    f"the first is {bad[0]}. The shard is not of this schema; prepare the data again"
+                )
+            rows.ids[i, start:stop] = ids
+        for i, name in enumerate(self.schema.dense):
+            values = column(name)
+            if not np.isfinite(values).all():
+                raise UserError(f"{where}: dense column {name!r} has values that are not finite. Prepare again")
+            rows.dense[start:stop, i] = values
+        return stop
+
+
+def _one_line(e: Exception) -> str:
+    return " ".join(str(e).split())[:200]
+
+
+def open_split(prepared_dir: Path | str, split: str) -> Shards:
+    """The shards of a split, with the schema found beside them.
+
+    Raises:
+        UserError: see :class:`Shards` and :meth:`embsearch_dist.schema.Schema.load`.
+    """
+    return Shards(prepared_dir, Schema.load(prepared_dir), split)
+
+
+def read_rows(
+    prepared_dir: Path | str, schema: Schema, split: str, limit: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A whole split, or its first ``limit`` rows, in stored order: ids ``[F, N]`` int32, dense
+    ``[N, n_dense]`` float32, label ``[N]`` float32. Raises what :meth:`Shards.read` raises."""
+    shards = Shards(prepared_dir, schema, split)
+    rows = shards.read(shards.groups, limit)
+    return torch.from_numpy(rows.ids), torch.from_numpy(rows.dense), torch.from_numpy(rows.label)
+
+
+class BatchMaker:
+    """Turns rows into a :class:`Batch`; lengths and offsets of ones are built once per batch size.
+
+    With lengths, offsets and the per-key sums given, TorchRec computes nothing and never syncs.
+    """
+
+    def __init__(self, schema: Schema) -> None:
+        self.keys = schema.names
+        self._ones: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def sparse(self, ids: torch.Tensor) -> KeyedJaggedTensor:
+        """``[F, B]`` int32 ids, one per field and sample -> the jagged tensor TorchRec wants."""
+        n_fields, size = ids.shape
+        if size not in self._ones:
+            # The tail of an evaluation adds a size or two; more would be a stream of odd sizes.
+            if len(self._ones) >= 8:
+                self._ones.clear()
+            total = n_fields * size
+            self._ones[size] = (torch.ones(total, dtype=torch.int32), torch.arange(total + 1, dtype=torch.int32))
+        lengths, offsets = self._ones[size]
+        return KeyedJaggedTensor(
+            keys=self.keys,
+            values=ids.reshape(-1),
+            lengths=lengths,
+            offsets=offsets,
+            stride=size,
+            length_per_key=[size] * n_fields,
+            offset_per_key=[size * i for i in range(n_fields + 1)],
+        )
+
+    def __call__(self, rows: Rows, position: Position) -> Batch:
+        ids, label = torch.from_numpy(rows.ids), torch.from_numpy(rows.label)
+        return Batch(torch.from_numpy(rows.dense), self.sparse(ids), label, position)
+
+
+class BatchStream:
+    """This rank's batches of one split.
+
+    Training (``shuffle=True``): the last incomplete global batch of an epoch is dropped; a split
+    smaller than one global batch gives one batch of all its rows. Evaluation (``shuffle=False``): all rows
+    in stored order; the last global batch is shared as evenly as possible, so that a rank may get an
+    empty one. All ranks yield the same number of batches.
+
+    Args:
+        prepared_dir: a prepared data set.
+        schema: its schema (or one that fits it).
+        split: ``train``, ``validation`` or ``test``.
+        global_batch: samples of a batch over all ranks.
+        rank, world_size: whose share this is.
+        shuffle: a new order every epoch, from ``seed`` and the epoch alone.
+        window_rows: rows held and shuffled at a time. It is part of the order: keep it to resume.
+        prefetch: batches read ahead by a thread; 0 reads in the caller.
+        start: where :meth:`epoch` begins in that epoch when it is not told.
+
+    Raises:
+        UserError: nonsensical sizes, more ranks than rows, and whatever :class:`Shards` finds.
+    """
+
+    def __init__(
+        self,
+        prepared_dir: Path | str,
+        schema: Schema,
+        split: str,
+        global_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = True,
+        seed: int = 0,
+        window_rows: int = WINDOW_ROWS,
+        prefetch: int = 2,
+        start: Position | None = None,
+    ) -> None:
+        if world_size < 1 or not 0 <= rank < world_size:
+            raise UserError(f"rank {rank} of {world_size} ranks does not exist. Ranks count from 0")
+        if global_batch < world_size:
+            raise UserError(f"a global batch of {global_batch} is too small for {world_size} ranks. Raise it")
+        if window_rows < 1 or prefetch < 0 or seed < 0:
+            raise UserError(f"window_rows {window_rows}, prefetch {prefetch}, seed {seed}: too small. Raise them")
+        self.shards = Shards(prepared_dir, schema, split)
+        if self.shards.rows < world_size:
+            raise UserError(
+                f"split {split!r} has {self.shards.rows} rows for {world_size} ranks. Use fewer ranks or more data"
+            )
+        self.schema, self.global_batch, self.rank, self.world_size = schema, global_batch, rank, world_size
+        self.shuffle, self.seed, self.window_rows, self.prefetch = shuffle, seed, window_rows, prefetch
+        self.start = start
+        self._make = BatchMaker(schema)
+        self._kept: Rows | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the split, over all ranks."""
+        return self.shards.rows
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Global batches of one epoch; every rank yields this many."""
+        whole, rest = divmod(self.rows, self.global_batch)
+        return whole + (1 if rest and (not self.shuffle or whole == 0) else 0)
+
+    def epoch(self, epoch: int, start_batch: int | None = None) -> Iterator[Batch]:
+        """Batches of one epoch from ``start_batch`` on, found by seeking: nothing before is read.
+
+        Raises:
+            UserError: a start beyond the epoch; what :meth:`Shards.read` finds, at the batch concerned.
+        """
+        if start_batch is None:
+            start_batch = self.start.batch if self.start is not None and self.start.epoch == epoch else 0
+        if epoch < 0 or not 0 <= start_batch <= self.batches_per_epoch:
+            raise UserError(
+                f"cannot start at epoch {epoch}, batch {start_batch}: an epoch has {self.batches_per_epoch} batches. "
+                "The checkpoint is of other data or another batch size"
+            )
+        batches = self._batches(epoch, start_batch)
+        return _read_ahead(batches, self.prefetch) if self.prefetch else batches
+
+    def windows(self, epoch: int) -> list[list[RowGroup]]:
+        """The row groups of each window of an epoch."""
+        groups = self.shards.groups
+        if self.shuffle:
+            order = np.random.default_rng(np.random.SeedSequence([self.seed, epoch])).permutation(len(groups))
+            groups = [groups[i] for i in order]
+        windows: list[list[RowGroup]] = []
+        filled = self.window_rows
+        for group in groups:
+            if filled + group.rows > self.window_rows:
+                windows.append([])
+                filled = 0
+            windows[-1].append(group)
+            filled += group.rows
+        # Stored order inside a window: faster to read, and the rows are shuffled anyway.
+        return [sorted(w, key=lambda g: (g.path, g.index)) for w in windows]
+
+    def _window(self, groups: list[RowGroup], only: bool) -> Rows:
+        if not only:
+            return self.shards.read(groups)
+        if self._kept is None:
+            self._kept = self.shards.read(groups)
+        return self._kept
+
+    def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        windows = self.windows(epoch)
+        window_start = 0
+        batch, parts = first, []
+        last = self.batches_per_epoch
+        for w, groups in enumerate(windows):
+            n = sum(g.rows for g in groups)
+            window_stop = window_start + n
+            # Only windows that hold rows of a batch still to come are read.
+            if batch < last and window_stop > batch * self.global_batch:
+                rows = self._window(groups, len(windows) == 1)
+                order: np.ndarray | None = None
+                if self.shuffle:
+                    seeds = np.random.SeedSequence([self.seed, epoch, w])
+                    order = np.random.Generator(np.random.Philox(seeds)).permutation(n)
+                while batch < last:
+                    low, high = self._share(batch)
+                    inside = slice(max(low - window_start, 0), max(min(high, window_stop) - window_start, 0))
+                    if inside.stop > inside.start or not parts:
+                        parts.append(rows.take(inside if order is None else order[inside]))
+                    if min((batch + 1) * self.global_batch, self.rows) > window_stop:
+                        break
+                    batch += 1
+                    yield self._make(Rows.join(parts), Position(epoch, batch))
+                    parts = []
+            window_start = window_stop
+
+    def _share(self, batch: int) -> tuple[int, int]:
+        """Rows ``low..high`` of the epoch's order that make this rank's share of a global batch."""
+        start = batch * self.global_batch
+        size = min(self.global_batch, self.rows - start)
+        return start + self.rank * size // self.world_size, start + (self.rank + 1) * size // self.world_size
+
+
+def _read_ahead(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
+    """The same batches, made by a thread that stays ``depth`` ahead; its exceptions surface here, and
+    closing this generator early stops the thread."""
+    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+
+    def put(item: Batch | BaseException | None) -> None:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for batch in batches:
+                put(batch)
+                if stop.is_set():
+                    return
+            put(None)
+        except BaseException as e:
+            put(e)
+
+    def consume() -> Iterator[Batch]:
+        thread = threading.Thread(target=work, name="batches", daemon=True)
+        thread.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+            thread.join()
+
+    return consume()

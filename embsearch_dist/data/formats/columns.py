@@ -1,0 +1,167 @@
+"""What a reader yields, and the checked conversions from raw cells that all readers share."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from embsearch_dist.errors import UserError
+
+LABEL, TIME = "__label", "__time"
+KINDS = ("categorical", "bucketed", "dense")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the prepared data.
+
+    ``kind``: ``categorical`` (any text), ``bucketed`` (a number, turned into a category by
+    :func:`bucket`) or ``dense`` (a number that stays one).
+    """
+
+    name: str
+    kind: str = "categorical"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some consecutive rows: every column of the source (string; float64 for dense ones; null = missing),
+    ``__label`` float32 and, where there is a time, ``__time`` float64. ``consumed``: bytes read for them."""
+
+    frame: pl.DataFrame
+    consumed: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """Raw data opened for reading.
+
+    Attributes:
+        dataset: its name.
+        columns: fields and dense columns, in the order of the schema.
+        files: every file read, for the size of the job and the record of where data came from.
+        chunks: starts reading from the beginning; rows always come in the same order.
+        min_count: default for the fewest training rows a value needs to get an id of its own.
+        no_time: why a chronological split is impossible; ``None`` when it is possible.
+        notes: what was decided while opening, kept in the schema for people.
+    """
+
+    dataset: str
+    columns: tuple[Column, ...]
+    files: tuple[Path, ...]
+    chunks: Callable[[], Iterator[Chunk]]
+    min_count: int = 1
+    no_time: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        return sum(f.stat().st_size for f in self.files)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Raw cells of consecutive rows and how to say where row ``i`` of them is in its file."""
+
+    frame: pl.DataFrame
+    where: Callable[[int], str]
+
+    def label(self, column: str, threshold: float | None = None) -> pl.Series:
+        """The label as float32 0 or 1: the cell itself, or whether it is greater than ``threshold``.
+
+        Raises:
+            UserError: a blank, a non-number, or (without a threshold) anything but 0 and 1.
+        """
+        raw = self.frame[column]
+        number = _cast(raw)
+        if threshold is None:
+            bad = ((number != 0) & (number != 1)) | number.is_null() | number.is_nan()
+            fix = "Write 0 or 1, or give a threshold"
+            expected = "neither 0 nor 1"
+        else:
+            bad = number.is_null() | number.is_nan()
+            fix, expected = "Write a number", "not a number"
+        self._refuse(bad.fill_null(True), raw, column, f"the label is {expected}", fix)
+        values = number if threshold is None else number > threshold
+        return values.cast(pl.Float32).alias(LABEL)
+
+    def number(self, column: str) -> pl.Series:
+        """The column as float64; blank and NaN are null.
+
+        Raises:
+            UserError: a cell that is not a finite number.
+        """
+        raw = self.frame[column]
+        number = _cast(raw).fill_nan(None)
+        bad = number.is_infinite().fill_null(False)
+        bad |= number.is_null() & raw.is_not_null() & _is_text(raw)
+        self._refuse(bad, raw, column, "not a finite number", "Write a number or leave it blank")
+        return number
+
+    def integer(self, column: str) -> pl.Series:
+        """The column as int64, without blanks.
+
+        Raises:
+            UserError: a cell that is not a whole number.
+        """
+        raw = self.frame[column]
+        number = raw.cast(pl.Int64, strict=False)
+        self._refuse(number.is_null(), raw, column, "not a whole number", "Write a whole number")
+        return number
+
+    def category(self, column: str) -> pl.Series:
+        """The column as text; an empty cell is null."""
+        text = self.frame[column]
+        text = text if text.dtype == pl.String else text.cast(pl.String)
+        return text.set(text == "", None) if (text == "").any() else text
+
+    def convert(self, column: Column, raw: str) -> pl.Series:
+        """The raw column as its kind demands, under the name of ``column``."""
+        if column.kind == "categorical":
+            return self.category(raw).alias(column.name)
+        number = self.number(raw)
+        return (bucket(number) if column.kind == "bucketed" else number).alias(column.name)
+
+    def _refuse(self, bad: pl.Series, raw: pl.Series, column: str, wrong: str, fix: str) -> None:
+        if bad.any():
+            row = int(bad.arg_max() or 0)
+            value = raw[row]
+            shown = "blank" if value is None or value == "" else repr(value)
+            raise UserError(f"{self.where(row)}, column {column!r}: {wrong}: {shown}. {fix}")
+
+
+def _cast(raw: pl.Series) -> pl.Series:
+    return raw.cast(pl.Float64, strict=False)
+
+
+def _is_text(raw: pl.Series) -> pl.Series:
+    """Where a cell has something in it that a number could have been read from ("nan" counts as blank)."""
+    if raw.dtype != pl.String:
+        return pl.repeat(False, raw.len(), dtype=pl.Boolean, eager=True)
+    return ~raw.str.to_lowercase().is_in(["", "nan"])
+
+
+def bucket(number: pl.Series) -> pl.Series:
+    """Number to category, as the CTR papers do it: ``floor(ln(x)^2)`` for x > 2, else ``floor(x)``.
+
+    The two ranges share small results (3 and 1 both give 1), as in FuxiCTR. Null stays null.
+    """
+    small = number.clip(-(2.0**53), 2.0)
+    large = number.clip(lower_bound=2.0).log() ** 2
+    both = pl.DataFrame({"x": number, "small": small, "large": large}).select(
+        pl.when(pl.col("x") > 2).then(pl.col("large")).otherwise(pl.col("small")).floor().cast(pl.Int64)
+    )
+    return both.to_series().cast(pl.String)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` for the known word most like ``word``, or a list of what is known."""
+    words = [str(k) for k in known]
+    close = difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
+    if close:
+        return f"Did you mean {close[0]!r}?"
+    return "Known: " + ", ".join(words[:40]) + (", ..." if len(words) > 40 else "")

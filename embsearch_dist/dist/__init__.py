@@ -1,0 +1,1 @@
+"""Process group, sharding of tables over ranks, and reductions over sharded tables."""

@@ -1,0 +1,134 @@
+"""This process's place among the ranks, and how ranks agree on errors.
+
+An exception on one rank alone leaves the others waiting in their next collective until it times out
+(notes: TorchRec's planner does just that). Whatever can fail on one rank runs inside
+:meth:`Context.together`: every rank then raises the same error within seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from embsearch_dist.config import DistConfig, RunConfig
+from embsearch_dist.errors import UserError
+
+T = TypeVar("T")
+SUM = dist.ReduceOp.SUM
+MAX = dist.ReduceOp.MAX
+
+
+@dataclass(frozen=True)
+class Context:
+    """Rank, world size and device of this process; a process group of that size is open."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
+
+    @contextlib.contextmanager
+    def together(self, doing: str) -> Iterator[None]:
+        """Run a block that may fail on some ranks; afterwards either all ranks go on or all raise.
+
+        The block itself must not call collectives. A rank that did not fail raises the
+        ``UserError`` of the lowest rank that did.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as e:  # every kind: the other ranks must hear of it before this one leaves
+            error = e
+        if self.world_size > 1:
+            text = None if error is None else f"{error}" if isinstance(error, UserError) else f"{error!r}"
+            texts: list[str | None] = [None] * self.world_size
+            dist.all_gather_object(texts, text)
+            failed = [(r, t) for r, t in enumerate(texts) if t is not None]
+            if failed and error is None:
+                raise UserError(f"rank {failed[0][0]} failed while {doing}: {failed[0][1]}")
+        if error is not None:
+            raise error
+
+    def first(self, doing: str, make: Callable[[], T]) -> T | None:
+        """Run ``make`` on rank 0 alone; all ranks wait for it and fail with it. Other ranks get None."""
+        result = None
+        with self.together(doing):
+            if self.rank == 0:
+                result = make()
+        return result
+
+    def share(self, value: T) -> T:
+        """Rank 0's JSON-able value on every rank."""
+        if self.world_size == 1:
+            return value
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, SUM)
+        return tensor
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Concatenate 1-d tensors of differing lengths over ranks, in rank order, on every rank."""
+        if self.world_size == 1:
+            return tensor
+        sizes = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
+        sizes[self.rank] = tensor.numel()
+        dist.all_reduce(sizes, SUM)
+        longest = int(sizes.max())
+        padded = torch.zeros(longest, dtype=tensor.dtype, device=self.device)
+        padded[: tensor.numel()] = tensor
+        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(parts, padded)
+        return torch.cat([p[:n] for p, n in zip(parts, sizes.tolist(), strict=True)])
+
+
+@contextlib.contextmanager
+def start(run: RunConfig, config: DistConfig) -> Iterator[Context]:
+    """Open the process group torchrun describes in the environment, or one of a single process.
+
+    Raises:
+        UserError: ``run.device=cuda`` without a GPU, or fewer GPUs than processes on this machine.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    use_cuda = run.device == "cuda" or (run.device == "auto" and torch.cuda.is_available())
+    if use_cuda and torch.cuda.device_count() < local_size:
+        raise UserError(
+            f"{local_size} processes on this machine need as many GPUs, {torch.cuda.device_count()} found; "
+            "start fewer processes or set --run.device cpu"
+        )
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(run.threads or max(1, cores // local_size))
+    timeout = datetime.timedelta(seconds=config.timeout_s)
+    backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+    if world_size > 1 or "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    try:
+        yield Context(rank, world_size, device)
+    except BaseException:
+        # A rank that leaves in error must not wait in the destructor for the others.
+        sys.stdout.flush()
+        raise
+    finally:
+        dist.destroy_process_group()

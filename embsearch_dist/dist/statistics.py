@@ -1,0 +1,36 @@
+"""Sums over sharded tables, reduced across ranks and never gathered."""
+
+from __future__ import annotations
+
+import torch
+
+from embsearch_dist.dist.sharding import ShardedTables
+
+BLOCK_ROWS = 8192  # a block of 64 columns stays in the second-level cache
+
+
+@torch.no_grad()
+def column_sums(tables: ShardedTables) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per table and column: sum, sum of squares and sum of magnitudes over all rows of all ranks.
+
+    Returns:
+        sums ``[n_tables, widest, 3]`` float64 (columns past a table's width are 0) and row counts
+        ``[n_tables]`` float64, both equal on every rank.
+    """
+    order = {name: i for i, name in enumerate(tables.tables)}
+    widest = max(t.width for t in tables.tables.values())
+    device = tables.context.device
+    sums = torch.zeros(len(order), widest, 3, dtype=torch.float64, device=device)
+    for shard in tables.local_shards():
+        if shard.replicated and tables.context.rank != 0:
+            continue
+        columns = slice(shard.column_offset, shard.column_offset + shard.tensor.shape[1])
+        target = sums[order[shard.table.name], columns]
+        for block in shard.tensor.split(BLOCK_ROWS):
+            wide = block.double()
+            target[:, 0] += wide.sum(0)
+            target[:, 1] += wide.square().sum(0)
+            target[:, 2] += wide.abs().sum(0)
+    tables.context.sum(sums)
+    rows = torch.tensor([t.rows for t in tables.tables.values()], dtype=torch.float64, device=device)
+    return sums, rows

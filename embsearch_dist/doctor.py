@@ -1,0 +1,319 @@
+"""Preflight: ``python -m embsearch_dist.doctor`` says what is wrong with an installation and how to cure it.
+
+The usual trouble is a torch, TorchRec and FBGEMM that do not belong together; it shows as a missing
+``libtorch_cuda.so``, an undefined symbol, or a crash. So nothing of them is imported here: versions
+are read from package metadata, and imports are tried in a process of their own, which may die.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+OK, WARN, FAIL, SKIP = "ok", "warn", "FAIL", "skip"
+
+MINOR_GAP = 5
+"""TorchRec and FBGEMM 1.N are built for torch 2.(N + 5)."""
+TESTED_PAIR_MINOR = 8
+PYTHONS = ((3, 11), (3, 13))
+REQUIRED = (
+    *("torch", "torchrec", "numpy", "pyarrow", "polars", "tensorboard", "tqdm", "omegaconf", "PyYAML", "scipy"),
+    *("matplotlib", "psutil", "torchx", "iopath", "tensordict", "torchmetrics", "pyre-extensions"),
+)
+"""Packages (by their pip name) without which some part does not import."""
+CPU_BUILD, CUDA_BUILD = "fbgemm-gpu-cpu", "fbgemm-gpu"
+
+Versions = Mapping[str, str | None]
+"""Installed version by pip name, None when absent; ``torch.cuda`` is the CUDA version torch was built for."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report; ``fix`` holds the commands that cure it, in order."""
+
+    name: str
+    status: str
+    detail: str
+    fix: tuple[str, ...] = ()
+
+
+# ---- checks of versions: pure, so that every mismatch is tested without installing it ----
+
+
+def check_python(version: Sequence[int]) -> Check:
+    """Python is one that the pinned packages have wheels for."""
+    low, high = PYTHONS
+    text = ".".join(map(str, version[:3]))
+    if low <= tuple(version[:2]) <= high:
+        return Check("python", OK, text)
+    wanted = f"{low[0]}.{low[1]} to {high[0]}.{high[1]}"
+    return Check("python", FAIL, f"{text}, needs {wanted}", ("PYTHON=python3.11 bash tools/setup.sh",))
+
+
+def check_packages(versions: Versions) -> Check:
+    """Everything that gets imported is there."""
+    missing = [name for name in REQUIRED if not versions.get(name)]
+    if not missing:
+        return Check("packages", OK, f"all {len(REQUIRED)} present")
+    plain = [name for name in missing if name not in ("torch", "torchrec")]
+    fix = []
+    if "torch" in missing:
+        fix.append(f"pip install torch=={_torch_for(versions.get('torchrec'))}")
+    if plain:
+        fix.append(f"pip install {' '.join(plain)}")
+    if "torchrec" in missing:
+        fix.append(f"pip install --no-deps torchrec=={_pair_for(versions.get('torch'))}")
+    return Check("packages", FAIL, f"missing: {', '.join(missing)}", tuple(fix))
+
+
+def check_pairing(versions: Versions) -> Check:
+    """torch 2.(N+5) goes with TorchRec 1.N and FBGEMM 1.N."""
+    torch = versions.get("torch")
+    if not torch:
+        return Check("pairing", SKIP, "no torch")
+    pair = _pair_for(torch)
+    wrong = {}
+    for name in ("torchrec", CPU_BUILD, CUDA_BUILD):
+        version = versions.get(name)
+        if version and _release(version)[:2] != _release(pair)[:2]:
+            wrong[name] = version
+    if not wrong:
+        return Check("pairing", OK, f"torch {torch} with TorchRec and FBGEMM {_minor(pair)}")
+    found = ", ".join(f"{name} {version}" for name, version in wrong.items())
+    fix = "pip install --no-deps " + " ".join(f"{name}=={pair}" for name in wrong)
+    return Check("pairing", FAIL, f"torch {torch} needs {_minor(pair)}, found {found}", (fix,))
+
+
+def check_fbgemm(versions: Versions) -> Check:
+    """Exactly one build of FBGEMM, and the one for this build of torch."""
+    name, cpu, cuda = "fbgemm", versions.get(CPU_BUILD), versions.get(CUDA_BUILD)
+    torch_cuda, pair = versions.get("torch.cuda"), _pair_for(versions.get("torch"))
+    build = CUDA_BUILD if torch_cuda else CPU_BUILD
+    install = f"pip install --no-deps {build}=={pair}"
+    remove = f"pip uninstall -y {CUDA_BUILD} {CPU_BUILD}"
+    if cpu and cuda:
+        detail = f"{CUDA_BUILD} {cuda} and {CPU_BUILD} {cpu} share one folder (pip resolved torchrec's dependency)"
+        return Check(name, FAIL, detail, (remove, install))
+    if not cpu and not cuda:
+        return Check(name, FAIL, "neither build is installed", (install,))
+    if cuda and not torch_cuda:
+        detail = f"{CUDA_BUILD} {cuda} is a CUDA build, torch {versions.get('torch')} a CPU build"
+        return Check(name, FAIL, detail, (remove, install))
+    if cpu and torch_cuda:
+        detail = f"{CPU_BUILD} {cpu} beside torch for CUDA {torch_cuda}: runs on the CPU only"
+        return Check(name, WARN, detail, (remove, install))
+    return Check(name, OK, f"{CPU_BUILD} {cpu}" if cpu else f"{CUDA_BUILD} {cuda}, torch for CUDA {torch_cuda}")
+
+
+def check_urllib3(versions: Versions) -> Check:
+    """torchx 0.7 requires urllib3 < 1.27; the kubernetes package replaces it."""
+    torchx, urllib3 = versions.get("torchx"), versions.get("urllib3")
+    if not torchx or not torchx.startswith("0.7") or not urllib3 or _release(urllib3) < (1, 27):
+        return Check("urllib3", OK, urllib3 or "absent")
+    return Check("urllib3", WARN, f"{urllib3}, torchx {torchx} asks for < 1.27", ('pip install "urllib3<1.27"',))
+
+
+def version_checks(versions: Versions, python: Sequence[int]) -> list[Check]:
+    """All checks that need no import."""
+    checks: list[Callable[[Versions], Check]] = [check_packages, check_pairing, check_fbgemm, check_urllib3]
+    return [check_python(python), *(check(versions) for check in checks)]
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """``2.13.0+cpu`` -> (2, 13, 0)."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in found[0].split(".")) if found else ()
+
+
+def _minor(version: str) -> str:
+    return ".".join(map(str, _release(version)[:2]))
+
+
+def _pair_for(torch: str | None) -> str:
+    """The TorchRec and FBGEMM release for a torch; the tested one when torch is absent or unheard of."""
+    release = _release(torch or "")
+    known = len(release) > 1 and release[0] == 2 and release[1] >= MINOR_GAP
+    return f"1.{release[1] - MINOR_GAP if known else TESTED_PAIR_MINOR}.0"
+
+
+def _torch_for(torchrec: str | None) -> str:
+    release = _release(torchrec or "")
+    known = len(release) > 1 and release[0] == 1
+    return f"2.{(release[1] if known else TESTED_PAIR_MINOR) + MINOR_GAP}.0"
+
+
+# ---- checks that run something ----
+
+_OPERATOR = """
+import torch
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
+kjt = KeyedJaggedTensor.from_lengths_sync(["a"], torch.tensor([1, 2]), torch.tensor([1, 1], dtype=torch.int32))
+ebc = EmbeddingBagCollection([EmbeddingBagConfig(name="t", num_embeddings=4, embedding_dim=4, feature_names=["a"])])
+assert ebc(kjt).values().shape == (2, 4)
+cuda = torch.cuda.is_available() and FLAVOUR == "cuda"
+place = (EmbeddingLocation.DEVICE, ComputeDevice.CUDA) if cuda else (EmbeddingLocation.HOST, ComputeDevice.CPU)
+device = "cuda" if cuda else "cpu"
+table = SplitTableBatchedEmbeddingBagsCodegen([(4, 4, *place)], optimizer=EmbOptimType.EXACT_SGD, learning_rate=1.0)
+weight = table.split_embedding_weights()[0]
+weight.data.fill_(1.0)
+table(torch.tensor([1], device=device), torch.tensor([0, 1], device=device)).sum().backward()
+assert weight[1].eq(0).all() and weight[0].eq(1).all(), "the fused update did not happen"
+print("look-up and fused update ran on", torch.cuda.get_device_name() if cuda else "the CPU")
+"""
+
+_TORCHX = """
+from torchx.specs.finder import get_component
+print("dist.ddp is", get_component("dist.ddp").fn.__module__)
+"""
+
+
+def explain_import_error(error: str, versions: Versions) -> tuple[str, tuple[str, ...]]:
+    """A cause in words and its cure, from the last line a failed import printed."""
+    fbgemm = check_fbgemm(versions)
+    torch_cuda = versions.get("torch.cuda")
+    build, pair = (CUDA_BUILD if torch_cuda else CPU_BUILD), _pair_for(versions.get("torch"))
+    again = f"pip install --no-deps --force-reinstall torchrec=={pair} {build}=={pair}"
+    if "libtorch_cuda" in error or "libcudart" in error:
+        remove = f"pip uninstall -y {CUDA_BUILD} {CPU_BUILD}"
+        return "CUDA libraries are wanted: a CUDA build of FBGEMM is in place", fbgemm.fix or (remove, again)
+    if "undefined symbol" in error:
+        return "FBGEMM was built for another torch", check_pairing(versions).fix or (again,)
+    if found := re.search(r"No module named '([\w.]+)'", error):
+        top = found[1].split(".")[0]
+        if top in ("fbgemm_gpu", "torchrec"):
+            wanted = f"--no-deps {build if top == 'fbgemm_gpu' else top}=={pair}"
+        else:
+            wanted = {"yaml": "PyYAML", "pyre_extensions": "pyre-extensions"}.get(top, top)
+        return f"{top} is missing", (f"pip install {wanted}",)
+    return "TorchRec or FBGEMM does not work here", fbgemm.fix or (again,)
+
+
+def run_python(code: str, timeout: float) -> tuple[bool, str]:
+    """Run code in a fresh interpreter; whether it ended well, and its last line or how it died."""
+    # Without -P a file of the current folder, such as launch/dist.py, could stand in for a package.
+    command = [sys.executable, "-P", "-W", "ignore", "-c", code]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        return False, f"no answer in {timeout:.0f} s"
+    lines = [line for line in (done.stdout if done.returncode == 0 else done.stderr).splitlines() if line.strip()]
+    last = lines[-1].strip() if lines else ""
+    if done.returncode < 0:
+        return False, f"crashed with {signal.Signals(-done.returncode).name}" + (f" after: {last}" if last else "")
+    return done.returncode == 0, last or f"exit code {done.returncode}"
+
+
+def check_operator(versions: Versions, timeout: float = 120) -> Check:
+    """An embedding look-up and its fused update give the right numbers."""
+    flavour = "cuda" if versions.get(CUDA_BUILD) else "cpu"
+    good, text = run_python(f"FLAVOUR = {flavour!r}\n{_OPERATOR}", timeout)
+    if good:
+        return Check("operator", OK, text)
+    cause, fix = explain_import_error(text, versions)
+    return Check("operator", FAIL, f"{cause} ({text[:200]})", fix)
+
+
+def check_torchx(timeout: float = 60) -> Check:
+    """``torchx run dist.ddp`` finds this repository's component, which takes the script as its first word."""
+    good, text = run_python(_TORCHX, timeout)
+    root = Path(__file__).resolve().parent.parent
+    fix = (f"pip install --no-deps --no-build-isolation -e {root}",)
+    if good and text == "dist.ddp is launch.dist":
+        return Check("torchx", OK, text)
+    return Check("torchx", FAIL, f"{text[:200]}, should be launch.dist", fix)
+
+
+def check_space(folder: Path, shm: Path = Path("/dev/shm")) -> Check:
+    """Hints only: room for prepared data and checkpoints here, and for worker processes in shared memory."""
+    free = shutil.disk_usage(folder).free / 1e9
+    notes = [f"{free:.0f} GB free here"]
+    low = free < 5
+    if shm.is_dir():
+        shared = shutil.disk_usage(shm).free / 1e9
+        notes.append(f"{shared:.1f} GB of shared memory")
+        low = low or shared < 0.5  # docker gives 64 MB unless told --shm-size
+    return Check("space", WARN if low else OK, ", ".join(notes))
+
+
+def check_gpu(versions: Versions, timeout: float = 20) -> Check:
+    """A GPU that the installed build cannot use is worth a word."""
+    if not shutil.which("nvidia-smi"):
+        return Check("gpu", OK, "none")
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=timeout).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return Check("gpu", WARN, "nvidia-smi does not answer")
+    count = sum(line.startswith("GPU ") for line in listed.splitlines())
+    if count and not versions.get("torch.cuda"):
+        fix = ("bash tools/setup.sh cuda .venv-cuda",)
+        return Check("gpu", WARN, f"{count} found, but this is a CPU build of torch", fix)
+    return Check("gpu", OK, f"{count} found")
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Read what is installed from package metadata, importing none of it."""
+    versions: dict[str, str | None] = {}
+    for name in (*REQUIRED, CPU_BUILD, CUDA_BUILD, "urllib3"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    versions["torch.cuda"] = _torch_cuda() if versions["torch"] else None
+    return versions
+
+
+def _torch_cuda() -> str | None:
+    """CUDA version in torch/version.py; a wheel's own version need not tell (``2.13.0`` may be either)."""
+    path = Path(str(importlib.metadata.distribution("torch").locate_file("torch/version.py")))
+    found = re.search(r"^cuda\b[^=]*=\s*['\"]([\d.]+)['\"]", path.read_text(), re.MULTILINE) if path.exists() else None
+    return found[1] if found else None
+
+
+def examine(quick: bool = False) -> list[Check]:
+    """All checks of this interpreter; ``quick`` leaves out those that import TorchRec or TorchX."""
+    versions = installed_versions()
+    checks = version_checks(versions, sys.version_info)
+    if not quick:
+        checks += [check_operator(versions), check_torchx(), check_gpu(versions), check_space(Path.cwd())]
+    return checks
+
+
+def render(checks: Sequence[Check]) -> str:
+    """The report as text: one line a check, then the cures."""
+    width = max(len(check.name) for check in checks)
+    lines = [f"{check.status:<5} {check.name:<{width}}  {check.detail}" for check in checks]
+    seen: list[str] = []
+    for check in checks:
+        if check.status in (FAIL, WARN):
+            seen += [command for command in check.fix if command not in seen]
+    if seen:
+        lines += ["", "To fix:"]
+        lines += [f"  {sys.executable} -m {c}" if c.startswith("pip ") else f"  {c}" for c in seen]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report; 1 when a check failed."""
+    parser = argparse.ArgumentParser(prog="python -m embsearch_dist.doctor", description="Check this installation.")
+    parser.add_argument("--json", action="store_true", help="print the checks as JSON")
+    parser.add_argument("--quick", action="store_true", help="only what needs no import of TorchRec")
+    args = parser.parse_args(argv)
+    checks = examine(args.quick)
+    print(json.dumps([asdict(check) for check in checks], indent=2) if args.json else render(checks))
+    return int(any(check.status == FAIL for check in checks))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,9 @@
+"""The one exception type for anything a user can put right."""
+
+
+class UserError(Exception):
+    """Bad input: the message names the file, row, field or key, and what to change.
+
+    Entry scripts print the message without a traceback and exit with code 2; a bug keeps its
+    traceback. Raise it with one sentence for what is wrong and one for the fix.
+    """

@@ -1,0 +1,9 @@
+"""The search methods, in one explicit table. Adding one means adding a folder and a line here."""
+
+from __future__ import annotations
+
+from embsearch_dist.methods.adass.method import AdaSS
+from embsearch_dist.methods.base import Method
+from embsearch_dist.methods.ues import UES
+
+METHODS: dict[str, type[Method]] = {"adass": AdaSS, "ues": UES}

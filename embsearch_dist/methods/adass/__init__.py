@@ -1,0 +1,1 @@
+"""AdaS&S (Wei et al. 2023): adaptive sampling trains a supernet, a policy searches it, a budget bounds it."""

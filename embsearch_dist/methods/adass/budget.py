@@ -1,0 +1,186 @@
+"""Hard budgets: what a user writes, the allocation that obeys it, and the local search inside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from embsearch_dist.allocation import cost
+from embsearch_dist.errors import UserError
+from embsearch_dist.schema import Schema
+
+REFERENCE_WIDTH = 32  # P-R and '%' budgets are relative to UES-32
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """At most ``limit`` of ``resource`` (parameters or physical bytes) in all tables together."""
+
+    resource: str
+    limit: int
+    text: str
+
+
+def parse_budget(text: str, schema: Schema, key: str = "search.budget") -> Budget:
+    """``'200000'`` parameters, ``'1.5MB'`` of table bytes, ``'80%'`` of the parameters of UES-32.
+
+    Raises:
+        UserError: not of one of these forms, or not above 0.
+    """
+    match = re.fullmatch(r"\s*([0-9][0-9_]*\.?[0-9]*(?:e[0-9]+)?)\s*([A-Za-z%]*)\s*", text)
+    unit = match.group(2).upper() if match else ""
+    if match is None or (unit not in UNITS and unit not in ("", "%")):
+        raise UserError(f"config key {key}: {text!r} is not a budget; write 200000 (parameters), 1.5MB or 80% (of UES-32)")
+    number = float(match.group(1).replace("_", ""))
+    if number <= 0:
+        raise UserError(f"config key {key}: a budget must be above 0, got {text!r}")
+    if unit == "%":
+        return Budget("parameters", int(number / 100 * REFERENCE_WIDTH * sum(schema.cardinalities)), text)
+    if unit:
+        return Budget("bytes", int(number * UNITS[unit]), text)
+    return Budget("parameters", int(number), text)
+
+
+def cost_table(schema: Schema, candidates: Sequence[int], resource: str) -> torch.Tensor:
+    """``[F, T]`` float64: cost of each candidate of each field."""
+    rows = [[cost(resource, f.cardinality, d) for d in candidates] for f in schema.fields]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def total_cost(choice: Sequence[int], costs: torch.Tensor) -> float:
+    """Cost of one subnet under ``costs [F, T]``."""
+    return float(sum(costs[f, j] for f, j in enumerate(choice)))
+
+
+def relative_costs(schema: Schema, candidates: Sequence[int], resource: str) -> torch.Tensor:
+    """Costs for Eq. 9 on the scale of the printed widths: divided by what one column of a field of mean
+    cardinality costs, so that lambda_r keeps its meaning whatever the resource."""
+    costs = cost_table(schema, candidates, resource)
+    if resource == "widths":
+        return costs.float()
+    per_column = sum(schema.cardinalities) / len(schema.fields) * (4 if resource == "bytes" else 1)
+    return (costs / per_column).float()
+
+
+def check_feasible(budget: Budget, schema: Schema, candidates: Sequence[int], key: str = "search.budget") -> None:
+    """Raise ``UserError`` when even the narrowest allocation is too large."""
+    costs = cost_table(schema, candidates, budget.resource)
+    least = int(costs.min(1).values.sum())
+    if not any(candidates[:1]):
+        # All-dropped is no model: the cheapest field must get its narrowest real width.
+        least += int(costs[:, 1].min())
+    if least > budget.limit:
+        raise UserError(
+            f"config key {key}: {budget.text!r} is {budget.limit:,} {budget.resource}, but the narrowest allocation "
+            f"of this data set needs {least:,} {budget.resource}. Raise the budget to at least that, "
+            f"or give search.candidates a narrower first width (0 drops fields)"
+        )
+
+
+def knapsack(scores: torch.Tensor, costs: torch.Tensor, limit: float) -> list[int]:
+    """Exact multiple-choice knapsack: one candidate per field, cost at most ``limit``, highest score sum.
+
+    Args:
+        scores: ``[F, T]``, e.g. log-probabilities of the policy.
+        costs: ``[F, T]``.
+
+    Raises:
+        ValueError: no choice fits.
+    """
+    fields, candidates = scores.shape
+    variables = fields * candidates
+    scale = max(float(costs.max()), 1.0)  # the solver's tolerances are absolute
+    one_each = csr_array(
+        (np.ones(variables), (np.repeat(np.arange(fields), candidates), np.arange(variables))), shape=(fields, variables)
+    )
+    weight = costs.numpy().reshape(1, -1) / scale
+    result = milp(
+        -scores.double().numpy().ravel(),
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(weight, -np.inf, limit / scale)],
+        bounds=Bounds(0, 1),
+        integrality=np.ones(variables),
+    )
+    if result.x is None:
+        raise ValueError(f"no choice costs at most {limit}")
+    choice = result.x.reshape(fields, candidates).argmax(1).tolist()
+    return _repair(choice, scores, costs, limit)
+
+
+def _repair(choice: list[int], scores: torch.Tensor, costs: torch.Tensor, limit: float) -> list[int]:
+    """The solver works in floating point; the budget holds in exact integers all the same."""
+    while sum(float(costs[f, j]) for f, j in enumerate(choice)) > limit:
+        moves = [
+            (float(scores[f, j] - scores[f, k]), f, k)
+            for f, j in enumerate(choice)
+            for k in range(scores.shape[1])
+            if costs[f, k] < costs[f, j]
+        ]
+        if not moves:
+            raise ValueError(f"no choice costs at most {limit}")
+        _, field, candidate = min(moves)
+        choice[field] = candidate
+    return choice
+
+
+def refine(
+    start: Sequence[int],
+    score: Callable[[torch.Tensor], list[dict[str, float]]],
+    value: Callable[[Sequence[int], dict[str, float]], float],
+    allowed: Callable[[Sequence[int]], bool],
+    candidates: int,
+    seed: int,
+    pairs: int = 128,
+    rounds: int = 20,
+) -> list[int]:
+    """Hill-climb from ``start`` over changes of one field's candidate and swaps between two fields.
+
+    Args:
+        value: what to maximise, from a choice and its metrics.
+        allowed: whether a choice obeys the budget.
+        pairs: at most this many two-field moves per round, drawn by ``seed``.
+
+    Returns:
+        A choice no sampled move improves; never one that is not allowed, unless ``start`` was not.
+    """
+    rng = np.random.default_rng(seed)
+    best = list(start)
+    best_value = value(best, score(torch.tensor([best]))[0])
+    for _ in range(rounds):
+        moves = [(*best[:f], k, *best[f + 1 :]) for f in range(len(best)) for k in range(candidates) if k != best[f]]
+        moves += _pair_moves(best, candidates, pairs, rng)
+        moves = [m for m in dict.fromkeys(moves) if allowed(m)]
+        if not moves:
+            break
+        values = [value(m, metrics) for m, metrics in zip(moves, score(torch.tensor(moves)), strict=True)]
+        top = int(np.argmax(values))
+        if values[top] <= best_value:
+            break
+        best, best_value = list(moves[top]), values[top]
+    return best
+
+
+def _pair_moves(choice: list[int], candidates: int, count: int, rng: np.random.Generator) -> list[tuple[int, ...]]:
+    """One field a step up, another any number of steps down: what a tight budget needs to get unstuck."""
+    every = [
+        (a, b, k)
+        for a in range(len(choice))
+        for b in range(len(choice))
+        if a != b and choice[a] + 1 < candidates
+        for k in range(choice[b])
+    ]
+    if len(every) > count:
+        every = [every[i] for i in rng.choice(len(every), count, replace=False)]
+    moves = []
+    for up, down, k in every:
+        move = list(choice)
+        move[up] += 1
+        move[down] = k
+        moves.append(tuple(move))
+    return moves

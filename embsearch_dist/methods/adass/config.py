@@ -1,0 +1,90 @@
+"""Settings of AdaS&S; where the paper prints a number it is the default or a shipped config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from embsearch_dist.allocation import RESOURCES
+from embsearch_dist.config import TrainConfig, one_of, option, require
+from embsearch_dist.models.embeddings import SCHEMES, check_candidates
+
+MODES = ("adaptive", "random", "vanilla_uniform", "weighted_uniform")
+METRICS = ("auc", "logloss", "accuracy")
+
+
+@dataclass
+class SamplingConfig:
+    """How subnets are drawn while the supernet trains (section 3.1, Eq. 4-6, and Table 4)."""
+
+    mode: str = option("adaptive", "adaptive | random | vanilla_uniform | weighted_uniform (the modes of Table 4)")
+    eta_e: float = option(0.05, "step of Eq. 5 on the logits of P_E")
+    eta_f: float = option(0.05, "step of Eq. 6 on the logits of P_F")
+    lambda_fs: float = option(0.6, "Eq. 6: weight of the gradient against the size of the embedding")
+    update_every: int = option(50, "steps between two updates of P_E and P_F")
+    floor_e: float = option(0.05, "no candidate is drawn with a smaller probability than this")
+    floor_f: float = option(0.5, "no field is kept with a smaller probability than this")
+    keep_start: float = option(0.8, "probability to keep a field before the first update; 'random' uses 0.6")
+    same_subnet: bool = option(True, "ranks draw one subnet together; false = each rank its own")
+
+    def check(self, candidates: int) -> None:
+        one_of("search.sampling.mode", self.mode, MODES)
+        require(0 <= self.lambda_fs <= 1, "search.sampling.lambda_fs", f"must be in [0, 1], got {self.lambda_fs}")
+        require(self.update_every >= 1, "search.sampling.update_every", "must be at least 1")
+        bound = 1 / candidates
+        require(0 < self.floor_e < bound, "search.sampling.floor_e", f"must be in (0, {bound:g}), got {self.floor_e}")
+        require(0 <= self.floor_f < 1, "search.sampling.floor_f", f"must be in [0, 1), got {self.floor_f}")
+        low = self.floor_f
+        require(low < self.keep_start < 1, "search.sampling.keep_start", f"must be in ({low}, 1), got {self.keep_start}")
+
+
+@dataclass
+class PolicyConfig:
+    """The search itself (section 3.2, Eq. 8-9)."""
+
+    rows: int = option(100_000, "validation rows every candidate is scored on")
+    cache_mb: int = option(4096, "memory of the cached activations over all ranks; fewer rows are used if it is too small")
+    steps: int = option(300, "updates of the policy")
+    batch: int = option(16, "candidates sampled per update")
+    lr: float = option(5e-4, "learning rate of the policy (Adam)")
+    metric: str = option("auc", "reward: auc | logloss (its negative) | accuracy (as printed)")
+    reward_weight: float = option(10.0, "weight of the reward; the paper's lambda_r before ACC has no number of its own")
+    resource: str = option("widths", "what the penalty counts: widths (as printed) | parameters | bytes")
+    lambda_r: float = option(0.0025, "Eq. 9: weight of the expected size; effect-first 0.0025, resource-first 0.005")
+    lambda_c: float = option(0.08, "Eq. 9: weight of the competition term; effect-first 0.08, resource-first 0.04")
+    model_width: int = option(32, "width of the transformer")
+    layers: int = option(2, "layers of the transformer")
+    heads: int = option(4, "attention heads")
+    refine: bool = option(True, "finish with a local search over single and paired changes of width")
+    seed: int = option(0, "seed of this search, beside run.seed, which the supernet shares")
+
+    def check(self) -> None:
+        one_of("search.policy.metric", self.metric, METRICS)
+        one_of("search.policy.resource", self.resource, RESOURCES)
+        for key in ("rows", "steps", "model_width", "layers", "heads", "cache_mb"):
+            require(getattr(self, key) >= 1, f"search.policy.{key}", f"must be at least 1, got {getattr(self, key)}")
+        require(self.batch >= 2, "search.policy.batch", "must be at least 2: the baseline of a candidate is the others' mean")
+        require(self.lr > 0, "search.policy.lr", "must be above 0")
+        fits = self.model_width % self.heads == 0
+        require(fits, "search.policy.model_width", f"must be a multiple of heads ({self.heads}), got {self.model_width}")
+
+
+@dataclass
+class AdassConfig:
+    """AdaS&S: supernet, search, budgets."""
+
+    name: str = option("adass", "name of this search's result among the allocations of the run directory")
+    candidates: list[int] = option([2, 8, 16, 32, 64], "candidate widths D, ascending; a leading 0 may drop fields")
+    scheme: str = option("shared", "shared (max-table, leading columns) | independent (a table per candidate)")
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    supernet: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=10, patience=0))
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    budget: str = option("", "hard bound on the tables: '200000' parameters, '1.5MB', or '80%' of UES-32's parameters")
+    pareto: list[str] = option([], "further budgets to derive allocations for, e.g. [20%, 40%, 80%]")
+
+    def check(self) -> None:
+        check_candidates(self.candidates)
+        one_of("search.scheme", self.scheme, SCHEMES)
+        self.sampling.check(len(self.candidates))
+        self.supernet.check("search.supernet")
+        self.policy.check()
+        require(bool(self.name) and "/" not in self.name, "search.name", f"must be a plain word, got {self.name!r}")

@@ -1,0 +1,122 @@
+"""What a method is: a config dataclass and a list of stages that ``search.py`` runs in order.
+
+A stage leaves ``stages/<name>.json`` in the run directory. Marked *done* with the same inputs it is
+skipped; marked *running* it continues from its own checkpoints. A stage whose inputs changed is run again
+when that is cheap (``repeatable``), and is an error that names the changed keys otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from embsearch_dist.config import Config
+from embsearch_dist.data.dataset import BatchStream
+from embsearch_dist.dist.context import Context
+from embsearch_dist.errors import UserError
+from embsearch_dist.schema import Schema, read_json, write_json
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: its config, its data and its place among the ranks."""
+
+    config: Config
+    schema: Schema
+    context: Context
+
+    @property
+    def dir(self) -> Path:
+        return Path(self.config.run.dir)
+
+    def stream(self, split: str, batch_size: int, shuffle: bool, seed: int | None = None) -> BatchStream:
+        """Batches of a split for this rank; opening it fails on all ranks or on none."""
+        config, context = self.config, self.context
+        with context.together(f"opening the {split} split"):
+            return BatchStream(
+                config.data.path,
+                self.schema,
+                split,
+                global_batch=batch_size,
+                rank=context.rank,
+                world_size=context.world_size,
+                shuffle=shuffle,
+                seed=config.run.seed if seed is None else seed,
+                window_rows=config.data.window_rows,
+            )
+        raise AssertionError("unreachable")
+
+
+class Stage(ABC):
+    """One step of a search. ``repeatable`` stages are cheap: changed inputs just run them again."""
+
+    name: ClassVar[str]
+    repeatable: ClassVar[bool] = False
+
+    @abstractmethod
+    def inputs(self, run: Run) -> dict[str, Any]:
+        """Everything the result depends on, JSON-able; compared with what an earlier run used."""
+
+    @abstractmethod
+    def run(self, run: Run) -> None:
+        """Do the work, on every rank; continue from checkpoints if there are any."""
+
+
+class Method(ABC):
+    """A search method: ``config`` is the dataclass of the ``search`` section."""
+
+    config: ClassVar[type]
+
+    @abstractmethod
+    def stages(self) -> list[Stage]:
+        """The stages in their order; the last one leaves ``allocation.json``."""
+
+
+def run_stages(method: Method, run: Run) -> None:
+    """Run what is not done yet.
+
+    Raises:
+        UserError: the run directory holds a stage that was made with other settings.
+    """
+    for stage in method.stages():
+        mark = run.dir / "stages" / f"{stage.name}.json"
+        inputs = flatten(stage.inputs(run))
+        old = read_json(mark) if mark.exists() else None
+        if old and old["inputs"] != inputs:
+            if not stage.repeatable:
+                raise UserError(_changed(run.dir, stage.name, old["inputs"], inputs))
+            old = None
+        if old and old["state"] == "done":
+            if run.context.rank == 0:
+                print(f"stage {stage.name}: done before, skipped", flush=True)
+            continue
+        # Everybody has compared the mark before rank 0 touches it.
+        run.context.share(None)
+        run.context.first("marking a stage", lambda m=mark, i=inputs: write_json(m, {"state": "running", "inputs": i}))  # type: ignore[misc]
+        stage.run(run)
+        run.context.first("marking a stage", lambda m=mark, i=inputs: write_json(m, {"state": "done", "inputs": i}))  # type: ignore[misc]
+
+
+def flatten(body: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts and dataclasses as one level of dotted keys."""
+    if dataclasses.is_dataclass(body) and not isinstance(body, type):
+        body = dataclasses.asdict(body)
+    flat: dict[str, Any] = {}
+    for key, value in body.items():
+        if isinstance(value, dict) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _changed(directory: Path, stage: str, old: dict[str, Any], new: dict[str, Any]) -> str:
+    keys = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+    shown = ", ".join(f"{k} was {old.get(k)!r}, now {new.get(k)!r}" for k in keys[:3])
+    return (
+        f"run directory {directory} holds stage {stage!r} made with other settings: {shown}. "
+        "Use another --run.dir, put the settings back, or start anew with --run.overwrite true"
+    )

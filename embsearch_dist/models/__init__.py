@@ -1,0 +1,1 @@
+"""Models: tables -> transform to the common width -> backbone. They know nothing of methods."""

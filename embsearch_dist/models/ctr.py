@@ -1,0 +1,136 @@
+"""Whole models: sharded tables and, under DDP, the dense part behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+
+from embsearch_dist.allocation import Allocation
+from embsearch_dist.config import Config
+from embsearch_dist.data.batch import Batch
+from embsearch_dist.dist.context import Context
+from embsearch_dist.dist.sharding import ShardedTables
+from embsearch_dist.models.backbones import Backbone, make_backbone
+from embsearch_dist.models.embeddings import MaxTables, MixedTables
+from embsearch_dist.models.unify import MixedUnify, NoUnify, SupernetUnify
+from embsearch_dist.schema import Schema
+
+
+class Head(nn.Module):
+    """Unify + backbone: everything that is replicated."""
+
+    def __init__(self, unify: nn.Module, backbone: Backbone) -> None:
+        super().__init__()
+        self.unify, self.backbone = unify, backbone
+
+    def forward(self, dense: torch.Tensor, *embeddings: Any) -> torch.Tensor:
+        return self.backbone(self.unify(*embeddings), dense)
+
+
+class CTRModel(nn.Module):
+    """Tables sharded by TorchRec, head under DDP; ``dense_parameters`` are the head's."""
+
+    tables: MaxTables | MixedTables
+    head: nn.Module
+
+    def _wrap(self, head: Head, context: Context) -> nn.Module:
+        head = head.to(context.device)
+        if context.world_size == 1:
+            return head
+        # Running statistics are equal on all ranks already (UnifyNorm reduces them).
+        return DistributedDataParallel(head, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    @property
+    def bare_head(self) -> Head:
+        """The head without DDP around it."""
+        return self.head.module if isinstance(self.head, DistributedDataParallel) else self.head  # type: ignore[return-value]
+
+    @property
+    def sharded(self) -> ShardedTables:
+        return self.tables.sharded
+
+    def dense_count(self) -> int:
+        """Trainable parameters of the head."""
+        return sum(p.numel() for p in self.bare_head.parameters())
+
+
+class SubnetModel(CTRModel):
+    """The model of one allocation (UES included): what retrain trains and evaluate loads."""
+
+    def __init__(self, config: Config, allocation: Allocation, context: Context) -> None:
+        super().__init__()
+        m, seed = config.model, config.run.seed
+        self.tables = MixedTables(allocation, context, config.dist, config.optim, seed, m.init_std)
+        groups = [(w, len(names)) for w, names in self.tables.groups]
+        stored = [n for _, names in self.tables.groups for n in names]
+        order = [stored.index(n) for n in allocation.kept]
+        with seeded(seed):
+            unify: nn.Module
+            if m.unify == "mixed" and len(groups) == 1:
+                unify, width = NoUnify(), groups[0][0]
+            else:
+                unify = MixedUnify(groups, order, m.unified_width, m.norm, m.gain, context.world_size > 1)
+                width = m.unified_width
+            n_dense = len(allocation.schema.dense)
+            backbone = make_backbone(m.backbone, len(allocation.kept), width, n_dense, m.hidden, m.dropout)
+        self.head = self._wrap(Head(unify, backbone), context)
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Logits ``[B]`` and the pooled embeddings per width (for L2)."""
+        pooled = self.tables(batch.sparse)
+        return self.head(batch.dense, pooled), pooled
+
+    def flops_per_sample(self) -> float:
+        """Multiply-adds times two of the head's forward pass for one row (look-ups have none)."""
+        head, rows = self.bare_head, 64
+        device = next(head.parameters()).device
+        groups = [torch.zeros(len(names), rows, w, device=device) for w, names in self.tables.groups]  # type: ignore[union-attr]
+        n_dense = head.backbone.linear.in_features - head.backbone.fields * head.backbone.width
+        training = head.training
+        head.eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            head(torch.zeros(rows, n_dense, device=device), groups)
+        head.train(training)
+        return counter.get_total_flops() / rows
+
+
+class SupernetModel(CTRModel):
+    """Every allocation in one: max-tables and the T candidate transforms."""
+
+    def __init__(
+        self, config: Config, schema: Schema, candidates: Sequence[int], scheme: str, context: Context, same_subnet: bool
+    ) -> None:
+        super().__init__()
+        m, seed = config.model, config.run.seed
+        self.tables = MaxTables(schema, candidates, scheme, context, config.dist, config.optim, seed, m.init_std)
+        with seeded(seed):
+            # Ranks that draw their own subnets share no batch statistics.
+            synchronise = context.world_size > 1 and same_subnet
+            fields = len(schema.fields)
+            unify = SupernetUnify(fields, self.tables.mask.cpu(), m.unified_width, m.norm, m.gain, synchronise)
+            backbone = make_backbone(m.backbone, fields, m.unified_width, len(schema.dense), m.hidden, m.dropout)
+        self.head = self._wrap(Head(unify, backbone), context)
+
+    def forward(self, batch: Batch, choice: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits ``[B]`` of the subnet ``choice [F]``, ``keep [F]``, and pooled rows ``[F, B, table width]``."""
+        pooled = self.tables(batch.sparse)
+        return self.head(batch.dense, pooled, choice, keep), pooled
+
+
+class seeded:
+    """Build modules under a seed of their own without disturbing the global generator."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __enter__(self) -> None:
+        self.state = torch.random.get_rng_state()
+        torch.manual_seed(self.seed)
+
+    def __exit__(self, *_: object) -> None:
+        torch.random.set_rng_state(self.state)

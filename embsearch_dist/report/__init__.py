@@ -1,0 +1,50 @@
+"""The HTML report of one run directory, or of several that repeat one experiment with other seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from embsearch_dist.report import history, sections
+from embsearch_dist.report.page import page
+from embsearch_dist.report.runs import load_runs
+from embsearch_dist.report.summary import compare, headline
+
+__all__ = ["write_report"]
+
+
+def write_report(run_dirs: Sequence[Path | str], out: Path | str | None = None) -> Path:
+    """Write ``index.html`` and its pictures.
+
+    Args:
+        run_dirs: run directories on the same data; their evaluations of one name become one mean.
+        out: where to write; by default ``report/`` in the first run directory.
+
+    Returns:
+        Path of ``index.html``: one page with everything embedded; the PNG files lie beside it.
+
+    Raises:
+        UserError: a directory is no run directory, a file in it is broken, or the data differ.
+    """
+    runs = load_runs(run_dirs)
+    directory = Path(out) if out is not None else Path(run_dirs[0]) / "report"
+    directory.mkdir(parents=True, exist_ok=True)
+    comparison = compare(runs)
+    parts = [
+        sections.results(comparison),
+        sections.allocation(runs, directory),
+        sections.pareto(runs, comparison, directory),
+        sections.planted(runs, directory),
+        sections.stability(runs, directory),
+        history.learning(runs, directory),
+        history.search(runs, directory),
+        history.heatmaps(runs, directory),
+        sections.origin(runs),
+    ]
+    title = f"embsearch_dist report: {', '.join(r.label for r in runs)}"
+    html = page(title, headline(runs, comparison), [p for p in parts if p is not None])
+    target = directory / "index.html"
+    temporary = target.with_name("index.html.tmp")
+    temporary.write_text(html, encoding="utf-8")
+    temporary.replace(target)
+    return target

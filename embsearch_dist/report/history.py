@@ -1,0 +1,192 @@
+"""The report's sections about time: learning curves, cost, the search, probabilities over time."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from functools import partial
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from embsearch_dist.report import maps, page, plots
+from embsearch_dist.report.page import Cell, Section
+from embsearch_dist.report.plots import Curve
+from embsearch_dist.report.runs import Run, series
+from embsearch_dist.report.sections import absent
+from embsearch_dist.report.style import render
+
+SEARCH_CURVES = (
+    ("Reward, mean of the sampled subnets", "reward", ("reward_mean",)),
+    ("Reward, best so far", "reward", ("reward_best",)),
+    ("Entropy of the policy", "nats", ("entropy",)),
+    ("Expected width", "columns per field", ("expected_width",)),
+    ("Expected parameters", "parameters", ("expected_parameters",)),
+    ("Penalty", "penalty", ("penalty",)),
+)
+HEATMAPS = {
+    "P_E": (
+        "Which widths the supernet trains",
+        "Probability with which supernet training samples each candidate width, per field, from the first recorded "
+        "step to the last. Candidates whose tables are trained less get sampled more; rows that stay even mean that "
+        "training treated all widths alike.",
+    ),
+    "P_F": (
+        "Which fields the supernet keeps",
+        "How strongly each field is kept while the supernet trains, step by step from left to right. Fields with "
+        "larger gradients and larger embeddings are dropped less often.",
+    ),
+    "policy": (
+        "What the search believes",
+        "Probability the search policy gives each width, per field. It starts undecided (even rows) and should end "
+        "with one bright cell per row: the width chosen for that field.",
+    ),
+}
+
+
+def learning(runs: Sequence[Run], directory: Path) -> Section:
+    """Curves of every training stage, and what each cost."""
+    title = "Learning curves"
+    body = ""
+    stages = list(dict.fromkeys(str(x.get("stage")) for r in runs for x in r.metrics if "loss" in x and "stage" in x))
+    for stage in stages:
+        labelled = [(r.label, k, r.metrics) for k, r in enumerate(runs)]
+        panels = _training_panels(labelled, stage)
+        if panels:
+            image = render(f"curves-{_slug(stage)}", partial(plots.curves, panels=panels), directory)
+            body += f"<h3>{escape(stage)}</h3>" + page.picture(image, _curve_caption(stage), f"Curves of {stage}")
+    names = list(dict.fromkeys(x.name for r in runs for x in r.retrains))
+    found = [n for n in names if not n.lower().startswith(("ues", "uniform"))]
+    grouped = [(x.name, found.index(x.name) if x.name in found else -1, x.metrics) for r in runs for x in r.retrains]
+    panels = _training_panels(grouped, None)
+    if panels:
+        image = render("curves-retrain", partial(plots.curves, panels=panels), directory)
+        caption = (
+            "Training of the final models from scratch: one line per run, runs of one allocation in one colour, "
+            "uniform "
+            "widths in grey. Validation curves that turn (AUC falls, logloss rises) show overfitting."
+        )
+        body += "<h3>retrained models</h3>" + page.picture(image, caption, "Curves of the retrained models")
+    body += _cost_table(runs)
+    return Section("learning", title, body or page.missing(absent("metrics.jsonl")))
+
+
+def search(runs: Sequence[Run], directory: Path) -> Section:
+    """Curves of the search itself."""
+    title = "Search"
+    panels: list[tuple[str, str, list[Curve]]] = []
+    for name, unit, keys in SEARCH_CURVES:
+        lines = []
+        for k, run in enumerate(runs):
+            for key in keys:
+                steps, values = series(run.metrics, key, "search")
+                if steps:
+                    lines.append(Curve(run.label, k, steps, values))
+        if lines:
+            panels.append((name, unit, lines))
+    if not panels:
+        text = (
+            "No search curves: metrics.jsonl has no line of stage 'search' (written while search.py runs that stage)."
+        )
+        return Section("search", title, page.missing(text))
+    image = render("search", partial(plots.curves, panels=panels), directory)
+    caption = (
+        "The search proposes widths, scores them on validation data and learns from the score (the reward). "
+        "Reward should "
+        "rise and level off; entropy is how undecided the policy still is and should fall towards 0; expected "
+        "width and "
+        "parameters are the size the policy currently proposes on average."
+    )
+    return Section("search", title, page.picture(image, caption, "Reward, entropy and size over search steps"))
+
+
+def heatmaps(runs: Sequence[Run], directory: Path) -> Section:
+    """Every recorded heat map over time."""
+    title = "Probabilities over time"
+    run = next((r for r in runs if r.heatmaps), None)
+    if run is None:
+        return Section("heatmaps", title, page.missing(absent("heatmaps.jsonl")))
+    body = page.paragraph(f"Shown for {run.label}.", "note") if len(runs) > 1 else ""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in run.heatmaps:
+        if line.get("values") and line.get("rows") and line.get("columns") and "step" in line:
+            groups.setdefault((str(line.get("stage")), str(line.get("name"))), []).append(line)
+    for (stage, name), lines in groups.items():
+        lines.sort(key=lambda x: x["step"])
+        # A file joined from two searches may change its fields midway; only one shape can be drawn.
+        lines = [x for x in lines if (x["rows"], x["columns"]) == (lines[-1]["rows"], lines[-1]["columns"])]
+        drawn = maps.over_time if len(lines[-1]["rows"]) == 1 else maps.snapshots
+        image = render(f"heatmap-{_slug(stage)}-{_slug(name)}", partial(drawn, lines=lines), directory)
+        heading, caption = HEATMAPS.get(name, (name, f"{name} of stage {stage}, from its first to its last record."))
+        body += f"<h3>{escape(heading)} <span class=sd>({escape(stage)}: {escape(name)})</span></h3>"
+        body += page.picture(image, caption, heading)
+    return Section("heatmaps", title, body or page.missing("heatmaps.jsonl holds no drawable heat map."))
+
+
+def _training_panels(
+    runs: Sequence[tuple[str, int, list[dict[str, Any]]]], stage: str | None
+) -> list[tuple[str, str, list[Curve]]]:
+    panels = []
+    for name, unit, key, split in (
+        ("Training loss", "logloss", "loss", None),
+        ("Validation AUC", "AUC", "auc", "validation"),
+        ("Validation logloss", "logloss", "logloss", "validation"),
+    ):
+        lines = []
+        for label, rank, metrics in runs:
+            steps, values = series(metrics, key, stage, split)
+            if steps:
+                lines.append(Curve(label, rank, steps, values))
+        if lines:
+            panels.append((name, unit, lines))
+    return panels
+
+
+def _curve_caption(stage: str) -> str:
+    if stage == "supernet":
+        return (
+            "Training of the supernet, the one model that holds every candidate width. Its loss is noisy because "
+            "each step "
+            "trains another subnet; the bold line is the running median."
+        )
+    return f"Stage {stage}: training loss (bold line: running median) and quality on validation data."
+
+
+def _cost_table(runs: Sequence[Run]) -> str:
+    """Time, speed and memory of every stage and retrain; repeats of one are averaged."""
+    groups: dict[str, list[list[dict[str, Any]]]] = {}
+    for run in runs:
+        for stage in dict.fromkeys(str(x.get("stage")) for x in run.metrics):
+            groups.setdefault(stage, []).append([x for x in run.metrics if str(x.get("stage")) == stage])
+        for retrain in run.retrains:
+            groups.setdefault(f"retrain {retrain.name}", []).append(retrain.metrics)
+    if not groups:
+        return ""
+    rows = []
+    for label, repeats in groups.items():
+        times = [_values(lines, "time") for lines in repeats]
+        spans = [max(t) - min(t) for t in times if len(t) > 1]
+        steps = [s for lines in repeats for s in _values(lines, "step")]
+        speed = [v for lines in repeats for v in _values(lines, "samples_per_s")]
+        memory = [v for lines in repeats for v in _values(lines, "memory_mb")]
+        cells = [Cell(label, css="text"), Cell(str(len(repeats))), Cell(f"{max(steps):,.0f}" if steps else "-")]
+        cells.append(Cell(_clock(statistics.fmean(spans)) if spans else "-"))
+        cells.append(Cell(f"{statistics.median(speed):,.0f}" if speed else "-"))
+        cells.append(Cell(f"{max(memory):,.0f}" if memory else "-"))
+        rows.append(("", cells))
+    head = ["Stage", "Runs", "Last step", "Time (h:mm:ss)", "Samples/s (median)", "Peak memory (MB)"]
+    note = "Time runs from a stage's first record to its last, pauses of an interrupted run included; mean over runs."
+    return "<h3>Cost of each stage</h3>" + page.table(head, rows, (0,)) + page.paragraph(note, "note")
+
+
+def _values(lines: Sequence[dict[str, Any]], key: str) -> list[float]:
+    return [float(x[key]) for x in lines if isinstance(x.get(key), int | float)]
+
+
+def _clock(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def _slug(text: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in text)

@@ -1,0 +1,210 @@
+"""Reads run directories: every file is optional, a broken one is an error that names it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from embsearch_dist.allocation import Allocation
+from embsearch_dist.errors import UserError
+from embsearch_dist.schema import Schema, read_json
+
+# What a run directory may hold, and what is lost without it; the report says so in these words.
+FILES = {
+    "config.yaml": "the resolved configuration",
+    "schema.json": "the fields and their cardinalities, so parameter counts and P-R",
+    "allocation.json": "the widths the search chose",
+    "metrics.jsonl": "learning and search curves",
+    "heatmaps.jsonl": "the sampling and policy probabilities over time",
+    "search/pareto.json": "the trade-off between size and quality among the scored subnets",
+    "retrain": "retrained models and their test results",
+}
+OPTIONAL = ("truth.json", "stability.json", "evaluation.json")
+_SEED = re.compile(r"[-_]seed[-_]?(\d+)$")
+
+
+@dataclass
+class Result:
+    """One ``evaluation.json``: a retrained model measured on held-out data."""
+
+    name: str
+    split: str
+    seed: int | None
+    numbers: dict[str, float]
+    widths: dict[str, int]
+    source: Path
+
+
+@dataclass
+class Retrain:
+    """One retrain's learning curve."""
+
+    name: str
+    seed: int | None
+    metrics: list[dict[str, Any]]
+
+
+@dataclass
+class Run:
+    """One run directory, as far as it is there."""
+
+    path: Path
+    label: str = ""
+    config: str | None = None
+    schema: Schema | None = None
+    widths: dict[str, int] | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    heatmaps: list[dict[str, Any]] = field(default_factory=list)
+    pareto: dict[str, Any] | None = None
+    truth: dict[str, Any] | None = None
+    stability: dict[str, Any] | None = None
+    results: list[Result] = field(default_factory=list)
+    retrains: list[Retrain] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    skipped_lines: int = 0
+
+
+def load_runs(directories: Sequence[Path | str]) -> list[Run]:
+    """Read run directories that belong together (seeds of one experiment); the same one twice counts once.
+
+    Raises:
+        UserError: no directory, nothing of a run in one of them, or runs on different data sets.
+    """
+    unique = list({Path(d).resolve(): Path(d) for d in directories}.values())
+    if not unique:
+        raise UserError("no run directory given; name at least one")
+    runs = [load_run(d) for d in unique]
+    with_schema = [r for r in runs if r.schema is not None]
+    for run in with_schema[1:]:
+        first = with_schema[0]
+        assert run.schema is not None and first.schema is not None
+        if run.schema.fingerprint != first.schema.fingerprint:
+            raise UserError(
+                f"{first.path} and {run.path} are runs on different data ({first.schema.dataset!r}, "
+                f"{run.schema.dataset!r}, or other cardinalities); report them one by one"
+            )
+    labels = [r.path.resolve().name for r in runs]
+    for run, label in zip(runs, labels, strict=True):
+        run.label = label if labels.count(label) == 1 else "/".join(run.path.resolve().parts[-2:])
+    return runs
+
+
+def load_run(directory: Path) -> Run:
+    """Read one run directory with its retrains."""
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory; give the run directory that search.py or retrain.py wrote")
+    if not any((directory / name).exists() for name in (*FILES, *OPTIONAL)):
+        raise UserError(
+            f"{directory} is not a run directory: it holds none of {', '.join((*FILES, *OPTIONAL))}. "
+            "Give the directory that search.py or retrain.py wrote"
+        )
+    run = Run(directory, missing=[name for name in FILES if not (directory / name).exists()])
+    if (directory / "config.yaml").exists():
+        run.config = (directory / "config.yaml").read_text(encoding="utf-8")
+    if (directory / "schema.json").exists():
+        run.schema = Schema.load(directory)
+    _load_allocation(run)
+    run.metrics, bad = _read_lines(directory / "metrics.jsonl")
+    run.heatmaps, bad_maps = _read_lines(directory / "heatmaps.jsonl")
+    run.skipped_lines = bad + bad_maps
+    run.pareto = _optional(directory / "search" / "pareto.json")
+    run.truth = _optional(directory / "truth.json")
+    run.stability = _optional(directory / "stability.json")
+    _load_result(run, directory)
+    if (directory / "retrain").is_dir():
+        for sub in sorted(p for p in (directory / "retrain").iterdir() if p.is_dir()):
+            result = _load_result(run, sub)
+            lines, _ = _read_lines(sub / "metrics.jsonl")
+            if lines:
+                name, seed = (result.name, result.seed) if result else _split_seed(sub.name)
+                run.retrains.append(Retrain(name, seed, lines))
+    return run
+
+
+def series(
+    lines: Sequence[dict[str, Any]], key: str, stage: str | None = None, split: str | None = None
+) -> tuple[list[float], list[float]]:
+    """Steps and values of one curve, in step order; of two lines for a step the later one counts.
+
+    ``split=None`` takes the training lines: those without a split tag or tagged ``train``.
+    """
+    wanted = (split,) if split else (None, "train")
+    points = {
+        float(line["step"]): float(line[key])
+        for line in lines
+        if line.get(key) is not None
+        and (stage is None or line.get("stage") == stage)
+        and line.get("split") in wanted
+        and isinstance(line.get("step"), int | float)
+    }
+    steps = sorted(points)
+    return steps, [points[s] for s in steps]
+
+
+def _load_allocation(run: Run) -> None:
+    path = run.path / "allocation.json"
+    if not path.exists():
+        return
+    if run.schema is not None:
+        allocation = Allocation.load(path, run.schema)
+        run.widths, run.provenance = allocation.widths, dict(allocation.provenance)
+        return
+    body = read_json(path)
+    if not isinstance(body.get("widths"), dict):
+        raise UserError(f'{path}: not an allocation: key "widths" (field -> width) is missing')
+    run.widths = {str(k): int(v) for k, v in body["widths"].items()}
+    run.provenance = dict(body.get("provenance", {}))
+
+
+def _load_result(run: Run, directory: Path) -> Result | None:
+    path = directory / "evaluation.json"
+    body = _optional(path)
+    if body is None:
+        return None
+    named, seed_in_name = _split_seed(str(body.get("name") or directory.name))
+    seed = body.get("seed", seed_in_name)
+    numbers = {
+        k: float(v) for k, v in body.items() if isinstance(v, int | float) and not isinstance(v, bool) and k != "seed"
+    }
+    if "auc" not in numbers:
+        raise UserError(f'{path}: key "auc" is missing or not a number; evaluate that retrain again')
+    widths = {str(k): int(v) for k, v in (body.get("widths") or {}).items()}
+    result = Result(named, str(body.get("split", "test")), seed, numbers, widths, path)
+    run.results.append(result)
+    return result
+
+
+def _split_seed(name: str) -> tuple[str, int | None]:
+    """``adass-seed3`` -> ``adass``, 3."""
+    match = _SEED.search(name)
+    return (name[: match.start()], int(match.group(1))) if match else (name, None)
+
+
+def _optional(path: Path) -> dict[str, Any] | None:
+    return read_json(path) if path.exists() else None
+
+
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The readable JSON objects of a file, and how many lines were not (a killed run cuts off its last line)."""
+    lines: list[dict[str, Any]] = []
+    bad = 0
+    if not path.exists():
+        return lines, bad
+    with open(path, encoding="utf-8", errors="replace") as stream:
+        for text in stream:
+            if not text.strip():
+                continue
+            try:
+                body = json.loads(text)
+            except json.JSONDecodeError:
+                body = None
+            if isinstance(body, dict):
+                lines.append(body)
+            else:
+                bad += 1
+    return lines, bad

@@ -1,0 +1,128 @@
+"""What the columns of a prepared data set are; saved as ``schema.json`` beside the shards.
+
+A prepared data set is a directory::
+
+    schema.json              this file, written last: without it the directory does not count
+    vocabulary/<field>.parquet   value, id, count
+    train/ validation/ test/     part-00000.parquet ...; columns: label, every field, every dense column
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from embsearch_dist.errors import UserError
+
+SPLITS = ("train", "validation", "test")
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Field:
+    """One categorical (or bucketed numeric) column.
+
+    ``cardinality`` counts the ids, id 0 (missing, rare or unseen) included, so valid ids are
+    ``0 <= id < cardinality``.
+    """
+
+    name: str
+    cardinality: int
+
+    def __post_init__(self) -> None:
+        if self.cardinality < 1:
+            raise UserError(f"field {self.name!r}: cardinality must be at least 1, got {self.cardinality}")
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The fields of a data set in their fixed order, its dense columns and its split sizes.
+
+    Attributes:
+        dataset: name for people, e.g. ``movielens_1m``.
+        fields: categorical fields; tables, allocations and batches keep this order.
+        dense: names of float columns, standardised on the training split.
+        rows: rows of each split.
+        provenance: how it was prepared (source files, options), for people.
+    """
+
+    dataset: str
+    fields: tuple[Field, ...]
+    dense: tuple[str, ...] = ()
+    rows: dict[str, int] = field(default_factory=dict)
+    provenance: dict[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [f.name for f in self.fields] + list(self.dense)
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise UserError(f"schema {self.dataset!r}: column {twice[0]!r} is named twice")
+        if not self.fields:
+            raise UserError(f"schema {self.dataset!r} has no categorical field; at least one is needed")
+
+    @property
+    def names(self) -> list[str]:
+        return [f.name for f in self.fields]
+
+    @property
+    def cardinalities(self) -> list[int]:
+        return [f.cardinality for f in self.fields]
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of the fields and cardinalities: two data sets with the same one fit the same tables."""
+        text = json.dumps([[f.name, f.cardinality] for f in self.fields] + [list(self.dense)])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def save(self, directory: Path) -> None:
+        """Write ``schema.json`` into ``directory`` in one step, so that a reader never sees half of it."""
+        body = {"format": FORMAT, "fingerprint": self.fingerprint, **asdict(self)}
+        write_json(Path(directory) / "schema.json", body)
+
+    @classmethod
+    def load(cls, directory: Path | str) -> Schema:
+        """Read ``DIRECTORY/schema.json``.
+
+        Raises:
+            UserError: the directory is not a whole prepared data set.
+        """
+        path = Path(directory) / "schema.json"
+        if not path.exists():
+            raise UserError(
+                f"{directory} is not a prepared data set: {path.name} is missing there. "
+                "Make one with: python launch/prepare.py --help"
+            )
+        body = read_json(path)
+        try:
+            return cls(
+                dataset=body["dataset"],
+                fields=tuple(Field(f["name"], f["cardinality"]) for f in body["fields"]),
+                dense=tuple(body["dense"]),
+                rows=dict(body["rows"]),
+                provenance=dict(body["provenance"]),
+            )
+        except (KeyError, TypeError) as e:
+            raise UserError(f"{path}: not a schema of format {FORMAT} ({e}); prepare the data again") from e
+
+
+def write_json(path: Path, body: object) -> None:
+    """Write JSON through a temporary file and a rename: the file is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(body, indent=2, allow_nan=False) + "\n")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object; a broken file is a ``UserError`` that names it."""
+    try:
+        body = json.loads(path.read_text())
+    except FileNotFoundError as e:
+        raise UserError(f"{path}: no such file") from e
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path}, line {e.lineno}: not valid JSON ({e.msg})") from e
+    if not isinstance(body, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(body).__name__}")
+    return body

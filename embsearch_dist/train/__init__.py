@@ -1,0 +1,1 @@
+"""Training: one loop for every stage, exact metrics, checkpoints, and the monitor."""

@@ -1,0 +1,360 @@
+"""What a running stage shows and leaves behind: metric lines, TensorBoard, heat maps, progress.
+
+Files in the run directory, all written by rank 0 alone::
+
+    metrics.jsonl    one line per call of ``scalars``: time, stage, step, tags, values
+    heatmaps.jsonl   one line per call of ``heatmap``: stage, step, name, rows, columns, values
+    tb/<stage>/      TensorBoard events, tags ``<stage>/<name>`` or ``<stage>/<split>/<name>``
+
+The report (``embsearch_dist.report``) reads the two JSONL files only; TensorBoard is for watching live.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import numpy as np
+
+PLAIN_INTERVAL_S = 10.0
+BAR_INTERVAL_S = 0.5
+RESERVED = frozenset({"time", "stage", "step"})
+METRICS, HEATMAPS = "metrics.jsonl", "heatmaps.jsonl"
+
+
+class Monitor:
+    """Records and shows one stage of a run; on ranks other than 0 every method does nothing.
+
+    One monitor per stage, closed before the next one opens: two open monitors on one run directory
+    are safe until one of them calls ``resume_at``, which replaces the files under the other.
+
+    Args:
+        run_dir: the run directory; made when missing.
+        stage: name of the stage, e.g. ``supernet``; the first part of every TensorBoard tag.
+        rank: this process's rank; only rank 0 writes and prints.
+        quiet: record, but show no progress and say nothing.
+    """
+
+    def __init__(self, run_dir: Path | str, stage: str, rank: int = 0, quiet: bool = False) -> None:
+        self.run_dir = Path(run_dir)
+        self.stage = stage
+        self.active = rank == 0
+        self.quiet = quiet
+        self._files: dict[str, IO[str]] = {}
+        self._writer: Any = None
+        self._tensorboard = True
+        self._purge_step: int | None = None
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def scalars(self, step: int, values: Mapping[str, Any], **tags: str | float) -> None:
+        """Append one line to ``metrics.jsonl`` and the same scalars to TensorBoard.
+
+        Args:
+            step: the step the values belong to, counted within the stage.
+            values: name -> number (or one-element tensor); NaN and infinity are written as null.
+            tags: what tells this line from others of the stage, e.g. ``split="validation"``, ``epoch=1.0``.
+                Tags that are text become part of the TensorBoard tag.
+        """
+        if not self.active:
+            return
+        clash = (RESERVED & (set(values) | set(tags))) | (set(values) & set(tags))
+        if clash:
+            raise ValueError(f"scalar or tag name {min(clash)!r} is taken; rename it")
+        plain = {name: _number(value) for name, value in values.items()}
+        head = {"time": round(time.time(), 3), "stage": self.stage, "step": int(step)}
+        self._append(METRICS, {**head, **tags, **plain})
+        writer = self._tensorboard_writer()
+        if writer is not None:
+            prefix = "/".join([self.stage, *(tag for tag in tags.values() if isinstance(tag, str))])
+            for name, number in plain.items():
+                if number is not None:
+                    writer.add_scalar(f"{prefix}/{name}", number, int(step))
+
+    def heatmap(self, step: int, name: str, matrix: Any, rows: Sequence[str], columns: Sequence[str]) -> None:
+        """Record a matrix with named rows and columns, as a ``heatmaps.jsonl`` line and a TensorBoard image.
+
+        Args:
+            step: the step the matrix belongs to.
+            name: e.g. ``P_E``; the report draws the matrices of one name over time.
+            matrix: ``[len(rows), len(columns)]`` numbers: tensor, array or nested lists.
+            rows: row names, e.g. the fields.
+            columns: column names, e.g. the candidate widths.
+        """
+        if not self.active:
+            return
+        values = np.asarray(matrix.detach().float().cpu() if hasattr(matrix, "detach") else matrix, dtype=float)
+        if values.shape != (len(rows), len(columns)):
+            raise ValueError(f"heat map {name!r}: {values.shape} values for {len(rows)} rows, {len(columns)} columns")
+        # Six digits are more than a picture shows, and a third of the file.
+        short = [[_number(float(f"{v:.6g}")) for v in row] for row in values.tolist()]
+        labels = {"rows": [str(r) for r in rows], "columns": [str(c) for c in columns]}
+        self._append(HEATMAPS, {"stage": self.stage, "step": int(step), "name": name, **labels, "values": short})
+        if self._tensorboard_writer() is not None:
+            self.figure(step, name, _draw(values, labels["rows"], labels["columns"], f"{name}, step {step:,}"))
+
+    def figure(self, step: int, name: str, fig: Any) -> None:
+        """Add a matplotlib figure to TensorBoard under ``<stage>/<name>`` and close it (on every rank)."""
+        writer = self._tensorboard_writer() if self.active else None
+        if writer is not None:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+            canvas = FigureCanvasAgg(fig)
+            canvas.draw()
+            pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+            writer.add_image(f"{self.stage}/{name}", pixels, int(step), dataformats="HWC")
+        # A figure made through pyplot lives until it is closed there; one made without it needs nothing.
+        pyplot = sys.modules.get("matplotlib.pyplot")
+        if pyplot is not None:
+            pyplot.close(fig)
+
+    def resume_at(self, step: int) -> None:
+        """Forget everything this stage recorded after ``step``, because training goes on from there.
+
+        Lines of other stages stay. A last line cut off by a crash is dropped. Call it before the
+        first record of a continued stage; ``resume_at(-1)`` forgets the whole stage.
+        """
+        if not self.active:
+            return
+        self._close_files()
+        for name in (METRICS, HEATMAPS):
+            _keep_lines(self.run_dir / name, self.stage, step)
+        self._close_writer()
+        # TensorBoard hides events from purge_step on; the events directory is per stage, since a
+        # purge reaches every tag of its directory.
+        self._purge_step = step + 1
+
+    def progress(self, total: int, unit: str, initial: int = 0) -> Progress:
+        """Start a progress display of ``total`` units, of which ``initial`` are done already (a resume).
+
+        A bar when stderr is a terminal, otherwise one line every ten seconds. Use it in ``with``.
+        """
+        self._close_progress()
+        shown = self.active and not self.quiet
+        self._progress = Progress(self.stage, total, unit, initial, shown)
+        return self._progress
+
+    def say(self, text: str) -> None:
+        """Print one line on rank 0, above an open progress bar."""
+        if not self.active or self.quiet:
+            return
+        if self._progress is not None and self._progress.bar is not None:
+            self._progress.bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        else:
+            print(text, flush=True)
+
+    def flush(self) -> None:
+        """Write buffered TensorBoard events out; the JSONL files are line-buffered and need no flush."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """End the progress display and close all files. A later call of any method opens them again."""
+        self._close_progress()
+        self._close_files()
+        self._close_writer()
+
+    def _append(self, name: str, body: dict[str, Any]) -> None:
+        stream = self._files.get(name)
+        if stream is None:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            path = self.run_dir / name
+            torn = path.exists() and not _ends_with_newline(path)
+            stream = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (stays open until close)
+            self._files[name] = stream
+            if torn:
+                stream.write("\n")
+        stream.write(json.dumps(body, allow_nan=False) + "\n")
+
+    def _tensorboard_writer(self) -> Any:
+        """The writer, made on first use: importing TensorBoard takes seconds. None when it is not installed."""
+        if self._writer is None and self._tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as e:
+                self._tensorboard = False
+                self.say(f"TensorBoard is not available ({e}); metrics go to {METRICS} only. pip install tensorboard")
+                return None
+            directory = self.run_dir / "tb" / self.stage
+            self._writer = SummaryWriter(str(directory), purge_step=self._purge_step, flush_secs=30)
+            self._purge_step = None
+        return self._writer
+
+    def _close_progress(self) -> None:
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None
+
+    def _close_files(self) -> None:
+        for stream in self._files.values():
+            stream.close()
+        self._files.clear()
+
+    def _close_writer(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+class Progress:
+    """How far a stage is and when it will be done; made by ``Monitor.progress``."""
+
+    def __init__(self, label: str, total: int, unit: str, initial: int, shown: bool) -> None:
+        self.total, self.unit, self.initial, self.done = total, unit, initial, initial
+        self.bar: Any = None
+        self._label = label
+        self._shown = shown
+        self._postfix: dict[str, Any] = {}
+        self._start = self._last = time.monotonic()
+        if shown and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            # Some terminals (docker -t, script) report a width of 0, on which tqdm draws an empty bar.
+            known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+            width: dict[str, Any] = {"dynamic_ncols": True} if known else {"ncols": 100}
+            self.bar = tqdm(total=total, initial=initial, desc=label, unit=f" {unit}", file=sys.stderr, **width)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def update(self, n: int = 1, **postfix: Any) -> None:
+        """Count ``n`` more units done.
+
+        Args:
+            n: units done since the last call.
+            postfix: numbers to show, e.g. ``loss=``, ``samples_per_s=``. Tensors are welcome: they are
+                read only when a line is due, so an accelerator is not made to wait at every step.
+        """
+        self.done += n
+        if not self._shown:
+            return
+        self._postfix.update(postfix)
+        now = time.monotonic()
+        if self.bar is not None:
+            if now - self._last >= BAR_INTERVAL_S:
+                self._last = now
+                self.bar.set_postfix_str("  ".join(self._shown_postfix()), refresh=False)
+            self.bar.update(n)
+        elif now - self._last >= PLAIN_INTERVAL_S and self.done < self.total:
+            self._last = now
+            self._print(now)
+
+    def close(self) -> None:
+        """End the display with a last line: the time taken, or where it stopped. Harmless when repeated."""
+        if not self._shown:
+            return
+        self._shown = False
+        if self.bar is not None:
+            self.bar.set_postfix_str("  ".join(self._shown_postfix()), refresh=True)
+            self.bar.close()
+            self.bar = None
+        else:
+            self._print(time.monotonic(), last=True)
+
+    def _print(self, now: float, last: bool = False) -> None:
+        elapsed = max(now - self._start, 1e-9)
+        rate = (self.done - self.initial) / elapsed
+        share = self.done / self.total if self.total > 0 else 1.0
+        # Rounded down: 100% is said only when it is done.
+        parts = [self._label, f"{math.floor(100 * share):3d}%", f"{self.done:,}/{self.total:,} {self.unit}"]
+        if rate > 0 and not any(name.endswith("_per_s") for name in self._postfix):
+            parts.append(f"{_short(rate)} {self.unit}/s")
+        parts += self._shown_postfix()
+        if not last:
+            parts.append(f"eta {_duration((self.total - self.done) / rate)}" if rate > 0 else "eta ?")
+        else:
+            parts.append(f"{'done in' if self.done >= self.total else 'stopped after'} {_duration(elapsed)}")
+        print("  ".join(parts), file=sys.stderr, flush=True)
+
+    def _shown_postfix(self) -> list[str]:
+        texts = []
+        for name, value in self._postfix.items():
+            if isinstance(value, str):
+                texts.append(f"{name} {value}")
+                continue
+            number = float(value)
+            if name.endswith("_per_s"):  # speed goes first, whatever the order of the arguments
+                texts.insert(0, f"{_short(number)} {name.removesuffix('_per_s')}/s")
+            else:
+                whole = float(number).is_integer() and abs(number) < 1e15
+                texts.append(f"{name} {int(number):,}" if whole and abs(number) >= 10 else f"{name} {number:.4f}")
+        return texts
+
+
+def _number(value: Any) -> float | int | None:
+    """A JSON number, or None for what JSON lacks. Whole numbers stay whole."""
+    if isinstance(value, (bool, int)):
+        return int(value)
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _short(number: float) -> str:
+    """Three significant digits with k, M, G: 38.1k."""
+    if not math.isfinite(number):
+        return str(number)
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= 0.9995 * size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with open(path, "rb") as stream:
+        if stream.seek(0, 2) == 0:
+            return True
+        stream.seek(-1, 2)
+        return stream.read(1) == b"\n"
+
+
+def _keep_lines(path: Path, stage: str, step: int) -> None:
+    """Rewrite a JSONL file without the stage's lines after ``step``; whole or untouched, never half."""
+    if not path.exists():
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    with open(path, encoding="utf-8") as source, open(temporary, "w", encoding="utf-8") as target:
+        for line in source:
+            try:
+                body = json.loads(line)
+                drop = body["stage"] == stage and body["step"] > step
+            except (ValueError, KeyError, TypeError):
+                drop = True  # cut off by a crash: nothing can read it
+            if not drop:
+                target.write(line if line.endswith("\n") else line + "\n")
+    temporary.replace(path)
+
+
+def _draw(values: np.ndarray, rows: list[str], columns: list[str], title: str) -> Any:
+    """A matrix as an image with its labels. Figure without pyplot: no global state, no display needed."""
+    from matplotlib.figure import Figure
+
+    tall, wide = values.shape
+    fig = Figure(figsize=(min(2.5 + 0.35 * wide, 16), min(1.2 + 0.22 * tall, 14)), dpi=90, layout="constrained")
+    axes = fig.add_subplot()
+    image = axes.imshow(np.ma.masked_invalid(values), aspect="auto", cmap="viridis", interpolation="nearest")
+    axes.set_yticks(range(tall), [r if len(r) <= 24 else r[:22] + ".." for r in rows], fontsize=7)
+    axes.set_xticks(range(wide), columns, fontsize=7, rotation=90 if max(map(len, columns), default=0) > 4 else 0)
+    axes.set_title(title, fontsize=9, loc="left")
+    fig.colorbar(image, ax=axes)
+    return fig

@@ -1,0 +1,120 @@
+"""Train the model of an allocation from scratch (AdaS&S section 3.3), and evaluate it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from embsearch_dist.allocation import Allocation
+from embsearch_dist.config import Config
+from embsearch_dist.data.batch import Batch
+from embsearch_dist.data.dataset import BatchStream
+from embsearch_dist.dist.context import Context
+from embsearch_dist.errors import UserError
+from embsearch_dist.models.ctr import SubnetModel
+from embsearch_dist.schema import write_json
+from embsearch_dist.train.checkpoint import Checkpointer
+from embsearch_dist.train.metrics import evaluate
+from embsearch_dist.train.monitor import Monitor
+from embsearch_dist.train.trainer import Trainer
+
+STAGE = "retrain"
+
+
+class SubnetTask:
+    """The mixed-width model of one allocation; UES is the allocation of one width."""
+
+    def __init__(self, config: Config, allocation: Allocation, context: Context) -> None:
+        self.model = SubnetModel(config, allocation, context)
+        self.l2 = config.optim.embedding_l2
+
+    def loss(self, batch: Batch, step: int) -> torch.Tensor:
+        logits, pooled = self.model(batch)
+        loss = binary_cross_entropy_with_logits(logits, batch.label)
+        if self.l2:
+            loss = loss + self.l2 * torch.stack([g.square().sum() for g in pooled]).sum() / batch.size
+        return loss
+
+    def predict(self, batch: Batch) -> torch.Tensor:
+        return self.model(batch)[0]
+
+    def after_step(self, step: int, monitor: Monitor) -> None:
+        pass
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def retrain(
+    config: Config,
+    allocation: Allocation,
+    training: BatchStream,
+    validation: BatchStream,
+    context: Context,
+    directory: Path,
+    quiet: bool = False,
+) -> SubnetTask:
+    """Train to the early stop and return the task with its best weights; continues if it was stopped."""
+    torch.manual_seed(config.run.seed)  # dropout
+    task = SubnetTask(config, allocation, context)
+    with Monitor(directory, STAGE, context.rank, quiet) as monitor:
+        monitor.say(
+            f"retrain: {len(allocation.kept)} fields, {allocation.total('parameters'):,} embedding parameters, "
+            f"{task.model.dense_count():,} dense parameters, {context.world_size} rank(s)"
+        )
+        trainer = Trainer(
+            task, config.train, config.optim, training, validation, context, monitor, directory / "checkpoints" / STAGE
+        )
+        progress = trainer.fit()
+        trainer.restore_best()
+        write = {"seconds": progress.seconds, "steps": progress.step, "best_step": progress.best_step}
+        context.first("writing training.json", lambda: write_json(directory / "training.json", write))
+    return task
+
+
+def load_best(config: Config, allocation: Allocation, context: Context, directory: Path) -> SubnetTask:
+    """The retrained model of a run directory with its best weights.
+
+    Raises:
+        UserError: there is no finished training, or a checkpoint is damaged.
+    """
+    task = SubnetTask(config, allocation, context)
+    optimizer = torch.optim.Adam(task.model.bare_head.parameters(), lr=config.optim.dense_lr)
+    checkpointer = Checkpointer(directory / "checkpoints" / STAGE, task.model, optimizer, context)
+    best = checkpointer.best()
+    if best is None:
+        raise UserError(f"{directory} holds no trained model; train it first: python launch/retrain.py --help")
+    checkpointer.load(best)
+    return task
+
+
+def evaluate_model(
+    task: SubnetTask, stream: BatchStream, split: str, context: Context, config: Config, name: str, allocation: Allocation
+) -> dict[str, Any]:
+    """Exact AUC and logloss over all ranks, with every size and cost beside them."""
+    task.model.eval()
+    started = time.monotonic()
+    metrics = evaluate(task.predict, stream.epoch(0), context)
+    seconds = time.monotonic() - started
+    return {
+        "name": name,
+        "seed": config.run.seed,
+        "split": split,
+        "rows": int(metrics["rows"]),
+        "auc": metrics["auc"],
+        "logloss": metrics["logloss"],
+        "embedding_parameters": allocation.total("parameters"),
+        "embedding_bytes": allocation.total("bytes"),
+        "dense_parameters": task.model.dense_count(),
+        "flops_per_sample": task.model.flops_per_sample(),
+        "inference_rows_per_s": metrics["rows"] / seconds,
+        "widths": allocation.widths,
+        "backbone": config.model.backbone,
+    }

@@ -1,0 +1,1 @@
+"""Entry scripts, and the TorchX components that start them."""

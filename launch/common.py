@@ -1,0 +1,83 @@
+"""What the entry scripts share: arguments, errors, and the run directory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from embsearch_dist.config import Config, describe, load_config
+from embsearch_dist.dist.context import Context
+from embsearch_dist.dist.environment import reexec_with_tuned_environment
+from embsearch_dist.errors import UserError
+from embsearch_dist.methods import METHODS
+from embsearch_dist.schema import Schema
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_CONFIG = ROOT / "configs" / "synthetic" / "adass_deepfm.yaml"
+CONFIGS = {name: method.config for name, method in METHODS.items()}
+
+
+def run_main(main: Callable[[Sequence[str]], None], document: str | None) -> None:
+    """Run an entry script: ``--help``, one-line errors with exit code 2, 130 on Ctrl-C."""
+    argv = sys.argv[1:]
+    if "--help" in argv or "-h" in argv:
+        print((document or "").strip())
+        print(f"\nEvery config key, as --section.key VALUE [default]:\n{describe(CONFIGS)}")
+        return
+    reexec_with_tuned_environment()
+    try:
+        main(argv)
+    except UserError as e:
+        # One voice is enough when all ranks fail alike.
+        if os.environ.get("RANK", "0") == "0" or "rank " not in str(e):
+            print(f"error: {e}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; start the same command again to continue", file=sys.stderr, flush=True)
+        sys.exit(130)
+
+
+def known_options(plain: dict[str, str], known: Sequence[str]) -> None:
+    """Raise ``UserError`` for an option that the script does not have."""
+    from embsearch_dist.config import nearest
+
+    for name in plain:
+        if name not in known:
+            hint = nearest(name, list(known))
+            raise UserError(f"unknown option --{name}{hint}; known: {', '.join('--' + k for k in known)}, --section.key")
+
+
+def read_config(file: str | Path | None, overrides: Sequence[str]) -> Config:
+    return load_config(CONFIGS, file, overrides)
+
+
+def open_data(config: Config, context: Context) -> Schema:
+    """The schema of the run's data; makes the synthetic data on rank 0 when the config asks for it."""
+    path = Path(config.data.path)
+    if config.data.make == "synthetic":
+        from embsearch_dist.data.synthetic import make_synthetic
+
+        def make() -> None:
+            if not (path / "schema.json").exists():
+                make_synthetic(path, config.data.rows, 0)
+
+        context.first("making synthetic data", make)
+    with context.together("reading the schema"):
+        return Schema.load(path)
+    raise AssertionError("unreachable")
+
+
+def open_run_directory(config: Config, schema: Schema, directory: Path) -> None:
+    """Make (or empty, when told) the run directory and leave config and schema in it. Rank 0 calls this."""
+    if config.run.overwrite and directory.exists():
+        if any(directory.iterdir()) and not (directory / "config.yaml").exists():
+            raise UserError(f"{directory} is not a run directory (no config.yaml in it); it is not deleted")
+        shutil.rmtree(directory)
+    config.save(directory)
+    schema.save(directory)
+    truth = Path(config.data.path) / "truth.json"
+    if truth.exists():
+        shutil.copy(truth, directory / "truth.json")

@@ -1,0 +1,53 @@
+"""Search embedding widths: train a supernet, search it, write allocation.json into the run directory.
+
+    python launch/search.py                                             one process, synthetic data
+    python launch/search.py --config configs/movielens_1m/adass_deepfm.yaml --data.path PREPARED
+    torchx run dist.ddp -j 1x8 search.py                                eight processes, GPUs or CPU
+    torchrun --standalone --nproc-per-node 2 launch/search.py           two, without torchx
+    python launch/search.py --run.device cpu                            CPU even where a GPU is
+
+Options: --config FILE (default: configs/synthetic/adass_deepfm.yaml), --print-config, --section.key VALUE.
+A killed search continues when the same command is given again. With a finished supernet in the run
+directory, other --search.policy.*, --search.budget or --search.pareto settings only search again:
+
+    python launch/search.py --run.dir runs/adass_deepfm --search.budget 1.5MB --search.name small
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from embsearch_dist.config import Config, split_arguments
+from embsearch_dist.dist.context import start
+from embsearch_dist.methods import METHODS
+from embsearch_dist.methods.base import Run, run_stages
+from launch.common import DEFAULT_CONFIG, known_options, open_data, open_run_directory, read_config, run_main
+
+
+def main(argv: Sequence[str]) -> None:
+    plain, overrides = split_arguments(argv)
+    known_options(plain, ["config", "print-config"])
+    config = resolve(plain.get("config"), overrides)
+    if "print-config" in plain:
+        print(config.to_yaml(), end="")
+        return
+    with start(config.run, config.dist) as context:
+        schema = open_data(config, context)
+        directory = Path(config.run.dir)
+        context.first("opening the run directory", lambda: open_run_directory(config, schema, directory))
+        if context.rank == 0:
+            print(f"run directory {directory}, {context.world_size} rank(s) on {context.device.type}", flush=True)
+        run_stages(METHODS[config.method](), Run(config, schema, context))
+
+
+def resolve(file: str | None, overrides: Sequence[str]) -> Config:
+    """The config of this run. A run directory that exists brings its own when no file is named."""
+    named = next((o.split("=", 1)[1] for o in overrides if o.startswith("run.dir=")), None)
+    if file is None and named is not None and (Path(named) / "config.yaml").exists():
+        return read_config(Path(named) / "config.yaml", overrides)
+    return read_config(file or DEFAULT_CONFIG, overrides)
+
+
+if __name__ == "__main__":
+    run_main(main, __doc__)

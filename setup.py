@@ -1,0 +1,67 @@
+"""Package metadata. For a working environment run ``tools/setup.sh``: see the note on ``extras_require``."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+
+
+def _version() -> str:
+    text = (HERE / "embsearch_dist" / "__init__.py").read_text()
+    found = re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE)
+    if not found:
+        raise RuntimeError("embsearch_dist/__init__.py sets no __version__")
+    return found[1]
+
+
+def _long_description() -> str:
+    readme = HERE / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.exists() else ""
+
+
+setup(
+    name="embsearch_dist",
+    version=_version(),
+    description="Distributed search of embedding dimensions for recommendation models, on TorchRec",
+    long_description=_long_description(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["embsearch_dist", "embsearch_dist.*", "launch", "launch.*"]),
+    install_requires=[
+        "torch>=2.13,<2.14",
+        "numpy>=2,<3",
+        "pyarrow>=20",
+        "polars>=1.30,<3",
+        "tensorboard>=2.18,<3",
+        "tqdm>=4.66,<5",
+        "omegaconf>=2.3,<3",
+        "PyYAML>=6,<7",
+        "scipy>=1.14,<2",
+        "matplotlib>=3.9,<4",
+        "psutil>=6",
+        "torchx>=0.7,<0.8",
+        "urllib3<1.27",
+        "iopath>=0.1.10",
+        "tensordict>=0.12",
+        "torchmetrics>=1.0,<2",
+        "pyre-extensions>=0.0.32",
+    ],
+    # Every torchrec wheel requires `fbgemm-gpu`, of any version: pip answers with the CUDA build, over the
+    # files of the CPU build. So [cpu] cannot name torchrec; it goes in with --no-deps, as tools/setup.sh
+    # does and `python -m embsearch_dist.doctor` checks.
+    extras_require={
+        "cpu": ["fbgemm-gpu-cpu==1.8.0"],
+        "cuda": ["torchrec==1.8.0", "fbgemm-gpu==1.8.0"],
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "mypy>=1.14", "scikit-learn>=1.6", "types-PyYAML"],
+    },
+    entry_points={
+        # Any entry here replaces all of TorchX's own components in this environment, hence utils.
+        "torchx.components": [
+            "dist = launch.dist",
+            "utils = torchx.components.utils",
+            "embsearch = launch.components",
+        ],
+    },
+)

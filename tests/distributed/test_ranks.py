@@ -1,0 +1,66 @@
+"""The helper that the other distributed tests stand on: results, tracebacks, and no process left behind."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.ranks import run_ranks
+
+
+def add_up(rank: int, world_size: int, scale: int) -> dict[str, int]:
+    total = torch.tensor([rank + scale])
+    dist.all_reduce(total)
+    return {"rank": rank, "size": world_size, "sum": int(total), "threads": torch.get_num_threads()}
+
+
+def fail_on_one(rank: int, world_size: int, folder: str) -> None:
+    Path(folder, f"pid{rank}").write_text(str(os.getpid()))
+    dist.barrier()
+    if rank == 1:
+        raise ValueError("a mistake on rank 1")
+    dist.barrier()  # rank 1 never comes
+
+
+def hang_here(rank: int, world_size: int) -> None:
+    if rank == 0:
+        time.sleep(60)
+
+
+def own_group(rank: int, world_size: int) -> int:
+    dist.init_process_group("gloo")
+    size = dist.get_world_size()
+    dist.destroy_process_group()
+    return size
+
+
+def test_results_come_back_in_rank_order(tmp_path: Path) -> None:
+    for scale in (1, 2):  # a second call in the same folder must not meet the first one's rendezvous
+        results = run_ranks(add_up, 3, tmp_path, scale)
+        assert results == [{"rank": r, "size": 3, "sum": 3 + 3 * scale, "threads": 1} for r in range(3)]
+
+
+def test_a_failure_shows_its_traceback_and_ends_all(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    with pytest.raises(AssertionError, match="a mistake on rank 1") as caught:
+        run_ranks(fail_on_one, 2, tmp_path, str(tmp_path))
+    assert "in fail_on_one" in str(caught.value)
+    assert time.monotonic() - begin < 30
+    for rank in range(2):
+        pid = int((tmp_path / f"pid{rank}").read_text())
+        assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_hang_is_cut_short_and_located(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="not done in time") as caught:
+        run_ranks(hang_here, 2, tmp_path, timeout=8)
+    assert "in hang_here" in str(caught.value)
+
+
+def test_code_may_open_its_own_group(tmp_path: Path) -> None:
+    assert run_ranks(own_group, 2, tmp_path, init=False) == [2, 2]

@@ -1,0 +1,269 @@
+"""TorchX: what `dist.ddp` builds, and real local jobs through the command line a user types."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torchx")
+
+from torchx.specs import AppDef
+from torchx.specs.builders import materialize_appdef
+from torchx.specs.file_linter import validate
+from torchx.specs.finder import ComponentValidationException
+
+from launch import components, dist
+
+TORCHX = [sys.executable, "-c", "import sys; from torchx.cli.main import main; sys.exit(main())"]
+
+WORKER = """
+import json, os, signal, sys, time
+folder, behaviour, *rest = sys.argv[1:]
+rank, attempt = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+names = ("WORLD_SIZE", "OMP_NUM_THREADS", "GLIBC_TUNABLES", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
+report = {"argv": rest, "pid": os.getpid(), "python": sys.executable, "env": {n: os.environ.get(n) for n in names}}
+path = f"{folder}/rank{rank}-attempt{attempt}.json"
+with open(path + ".part", "w") as f:
+    json.dump(report, f)
+os.rename(path + ".part", path)
+print("hello from rank", rank, flush=True)
+if behaviour == "fail-once" and attempt == "0" or behaviour == "fail" and rank == "1":
+    sys.exit("rank 1 gives up")
+if behaviour == "stubborn" and rank == "1":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if behaviour in ("fail", "stubborn"):
+    time.sleep(120)
+"""
+
+
+def appdef(*args: str) -> AppDef:
+    return materialize_appdef(dist.ddp, list(args))
+
+
+@pytest.fixture
+def plain_machine(monkeypatch: pytest.MonkeyPatch, repo_root: Path) -> None:
+    """Eight cores, the repository as current folder, and none of the variables that we would set."""
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GLIBC_TUNABLES", "LOGLEVEL"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(dist, "available_cores", lambda: 8)
+    monkeypatch.setattr(sys, "executable", "/venv/bin/python")
+    monkeypatch.chdir(repo_root)
+    # The entry scripts are another folder's business; here only their names matter.
+    monkeypatch.setattr(dist, "_find_script", lambda script: f"launch/{script}")
+
+
+@pytest.mark.usefixtures("plain_machine")
+def test_single_node_appdef() -> None:
+    app = appdef("-j", "1x4", "--max_restarts", "2", "search.py", "--config", "a b.yaml", "--run.dir", "runs/x")
+    (role,) = app.roles
+    assert (app.name, role.name, role.num_replicas, role.entrypoint) == ("search", "search", 1, "bash")
+    assert role.args == [
+        "-c",
+        'exec "$$(command -v /venv/bin/python python python3 | head -n 1)" -m torch.distributed.run '
+        "--standalone --local-addr localhost --nnodes 1 --nproc-per-node 4 --max-restarts 2 --tee 3 --role '' "
+        "-- launch/search.py --config 'a b.yaml' --run.dir runs/x",
+    ]
+    assert role.env == {
+        "LOGLEVEL": "WARNING",
+        "TORCHX_TRACKING_EXPERIMENT_NAME": "default-experiment",
+        "OMP_NUM_THREADS": "2",
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296"
+        ":glibc.malloc.trim_threshold=8589934592",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",
+    }
+
+
+@pytest.mark.usefixtures("plain_machine")
+def test_multi_node_appdef_uses_the_c10d_rendezvous() -> None:
+    (role,) = appdef("-j", "2:4x8", "--cpu", "16", "--memMB", "32000", "--gpu", "8", "search.py").roles
+    assert (role.min_replicas, role.num_replicas, role.port_map) == (2, 4, {"c10d": 29500})
+    assert "--rdzv-backend c10d --rdzv-endpoint $${${rank0_env}:=localhost}:29500 --rdzv-id ${app_id}" in role.args[1]
+    assert "--nnodes 2:4 --nproc-per-node 8" in role.args[1]
+    assert "--standalone" not in role.args[1]
+    assert (role.resource.cpu, role.resource.memMB, role.resource.gpu) == (16, 32000, 8)
+    assert role.env["OMP_NUM_THREADS"] == "2"
+
+
+@pytest.mark.usefixtures("plain_machine")
+def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    (role,) = appdef("-j", "1x2", "--env", "GLIBC_TUNABLES=mine,LOGLEVEL=INFO", "search.py").roles
+    assert "OMP_NUM_THREADS" not in role.env  # the job inherits it
+    assert (role.env["GLIBC_TUNABLES"], role.env["LOGLEVEL"]) == ("mine", "INFO")
+
+
+@pytest.mark.usefixtures("plain_machine")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["search.py", "--max", "3"],
+        ["--", "search.py", "--max", "3"],
+        ["--", "search.py", "--", "--max", "3"],
+        ["--script", "search.py", "--", "--max", "3"],
+    ],
+)
+def test_spellings_of_the_script(words: list[str]) -> None:
+    if words[0] == "search.py":  # argparse looks for abbreviations even behind the script's name
+        with pytest.raises(SystemExit):
+            appdef(*words)
+    else:
+        assert appdef(*words).roles[0].args[1].endswith(" -- launch/search.py --max 3")
+
+
+@pytest.mark.usefixtures("plain_machine")
+def test_module_and_names() -> None:
+    app = appdef("--name", "ads/first", "-m", "my.trainer", "--", "--lr", "0.1")
+    assert (app.name, app.roles[0].name) == ("first", "trainer")
+    assert app.roles[0].args[1].endswith(" -m -- my.trainer --lr 0.1")
+    assert app.roles[0].env["TORCHX_TRACKING_EXPERIMENT_NAME"] == "ads"
+
+
+@pytest.mark.parametrize("words", [[], ["--script", "a.py", "-m", "a"], ["-j", "2y3", "a.py"]])
+def test_bad_calls_are_reported_without_a_traceback(words: list[str]) -> None:
+    with pytest.raises(ComponentValidationException):
+        appdef(*words)
+
+
+def test_scripts_of_this_repository_need_no_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, repo_root: Path
+) -> None:
+    monkeypatch.chdir(repo_root)
+    assert dist._find_script("components.py") == "launch/components.py"
+    monkeypatch.chdir(tmp_path)
+    assert dist._find_script("components.py") == str(repo_root / "launch" / "components.py")
+    assert dist._find_script("elsewhere.py") == "elsewhere.py"
+    (tmp_path / "components.py").touch()
+    assert dist._find_script("components.py") == "components.py"
+
+
+@pytest.mark.usefixtures("plain_machine")
+def test_components_are_valid_and_call_the_scripts() -> None:
+    calls = {
+        components.prepare: (["--format", "criteo", "--out", "o", "--input", "i"], "--format criteo --out o --input i"),
+        components.search: (["--config", "c.yaml", "--", "--seed", "1"], "--config c.yaml --seed 1"),
+        components.retrain: (["--run", "r", "--allocation", "ues-32"], "--run r --allocation ues-32"),
+        components.evaluate: (["--run", "r"], "--run r"),
+    }
+    for component, (words, expected) in calls.items():
+        assert validate(components.__file__, component.__name__) == []
+        app = materialize_appdef(component, words)
+        assert app.roles[0].args[1].endswith(f"-- launch/{component.__name__}.py {expected}")
+    assert validate(dist.__file__, "ddp") == []
+
+
+# ---- real jobs ----
+
+
+@pytest.fixture
+def job(tmp_path: Path, repo_root: Path):
+    """Start `torchx run dist.ddp -j 1x2 ... worker.py`; whatever it leaves behind is killed afterwards."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    (tmp_path / ".torchxconfig").write_text((repo_root / ".torchxconfig").read_text())
+    paths = [str(repo_root)]
+    if not any(ep.value == "launch.dist" for ep in entry_points(group="torchx.components")):
+        # Not installed in this environment: metadata on the path registers the component just as well.
+        info = tmp_path / "site" / "embsearch_dist-0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: embsearch_dist\nVersion: 0\n")
+        (info / "entry_points.txt").write_text("[torchx.components]\ndist = launch.dist\n")
+        paths.append(str(info.parent))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HOME": str(tmp_path)}
+    started: list[subprocess.Popen[str]] = []
+
+    def start(behaviour: str, *rest: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        words = ["run", "dist.ddp", "-j", "1x2", *options, "worker.py", str(tmp_path), behaviour, *rest]
+        process = subprocess.Popen(
+            [*TORCHX, *words],
+            cwd=tmp_path,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+    for report in reports(tmp_path):
+        if alive(report["pid"]):
+            os.kill(report["pid"], signal.SIGKILL)
+
+
+def reports(folder: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_for_workers(folder: Path, process: subprocess.Popen[str]) -> list[int]:
+    deadline = time.monotonic() + 60
+    while len(found := reports(folder)) < 2:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate(timeout=10)[0]
+        time.sleep(0.05)
+    return [report["pid"] for report in found]
+
+
+def test_a_job_runs_on_two_ranks(job, tmp_path: Path) -> None:
+    process = job("work", "--config", "c.yaml", "--log", "a b", "--run", "$HOME")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "hello from rank 0" in output and "hello from rank 1" in output
+    first, second = reports(tmp_path)
+    # --log and --run are abbreviations of torchrun's own options, and must not reach it
+    assert first["argv"] == second["argv"] == ["--config", "c.yaml", "--log", "a b", "--run", "$HOME"]
+    assert first["env"]["WORLD_SIZE"] == "2"
+    assert first["env"]["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    assert "glibc.malloc.hugetlb=1" in first["env"]["GLIBC_TUNABLES"]
+    assert int(first["env"]["OMP_NUM_THREADS"]) >= 1
+    assert first["python"] == sys.executable
+
+
+def test_a_failing_rank_ends_the_job(job, tmp_path: Path) -> None:
+    process = job("fail")
+    pids = wait_for_workers(tmp_path, process)
+    begin = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "rank 1 gives up" in output
+    assert time.monotonic() - begin < 20
+    assert not any(alive(pid) for pid in pids)
+
+
+def test_a_failed_attempt_is_repeated(job, tmp_path: Path) -> None:
+    process = job("fail-once", options=("--max_restarts", "1"))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert (tmp_path / "rank0-attempt1.json").exists() and (tmp_path / "rank1-attempt1.json").exists()
+
+
+def test_interrupt_ends_all_ranks(job, tmp_path: Path) -> None:
+    """Also a rank that ignores SIGTERM: TorchX itself would leave it running."""
+    process = job("stubborn")
+    pids = wait_for_workers(tmp_path, process)
+    time.sleep(0.5)  # until rank 1 ignores the signal
+    begin = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0, output
+    assert time.monotonic() - begin < 20
+    assert not any(alive(pid) for pid in pids)

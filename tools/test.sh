@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Set up (with the test requirements) and run the tests; arguments go to pytest.
+#
+#   tools/test.sh [-m slow] [-k NAME] ...      VENV=folder picks the environment, VARIANT=cuda the build
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv=${VENV:-.venv}
+bash tools/setup.sh "${VARIANT:-cpu}" --test "$venv"
+exec "$venv/bin/python" -m pytest "$@"
