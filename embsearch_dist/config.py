@@ -257,11 +257,10 @@ def _dotted(key: str, value: str) -> DictConfig:
 
 def _reject_unknown(layer: DictConfig, base: Any, prefix: str) -> None:
     for key in layer:
-        full = f"{prefix}{key}"
+        full = f"{prefix}{key!s}"
         known = [str(k) for k in base]
         if str(key) not in known:
-            every = known if prefix else known + [f"{s}.{k}" for s in base if isinstance(base[s], DictConfig) for k in base[s]]
-            raise UserError(f"unknown config key {full!r}{nearest(str(key), every)}; known here: {', '.join(known)}")
+            raise UserError(f"unknown config key {full!r}{nearest(str(key), known)}; known here: {', '.join(known)}")
         inner = layer._get_node(key)
         target = base._get_node(str(key))
         if isinstance(inner, DictConfig) and isinstance(target, DictConfig) and full != "dist.tables":

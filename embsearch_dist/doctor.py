@@ -192,16 +192,17 @@ def explain_import_error(error: str, versions: Versions) -> tuple[str, tuple[str
         return "FBGEMM was built for another torch", check_pairing(versions).fix or (again,)
     if found := re.search(r"No module named '([\w.]+)'", error):
         top = found[1].split(".")[0]
-        if top in ("fbgemm_gpu", "torchrec"):
-            wanted = f"--no-deps {build if top == 'fbgemm_gpu' else top}=={pair}"
-        else:
-            wanted = {"yaml": "PyYAML", "pyre_extensions": "pyre-extensions"}.get(top, top)
-        return f"{top} is missing", (f"pip install {wanted}",)
+        package = {"yaml": "PyYAML", "pyre_extensions": "pyre-extensions", "fbgemm_gpu": build}.get(top, top)
+        # Removing one FBGEMM build takes files of the other: pip then believes what is gone to be there.
+        options = "--no-deps --force-reinstall " if versions.get(package) else ""
+        if package in ("torchrec", build):
+            options, package = options or "--no-deps ", f"{package}=={pair}"
+        return f"{top} is missing", (f"pip install {options}{package}",)
     return "TorchRec or FBGEMM does not work here", fbgemm.fix or (again,)
 
 
 def run_python(code: str, timeout: float) -> tuple[bool, str]:
-    """Run code in a fresh interpreter; whether it ended well, and its last line or how it died."""
+    """Run code in a fresh interpreter; whether it ended well, and its last line or what it died of."""
     # Without -P a file of the current folder, such as launch/dist.py, could stand in for a package.
     command = [sys.executable, "-P", "-W", "ignore", "-c", code]
     try:
@@ -209,10 +210,14 @@ def run_python(code: str, timeout: float) -> tuple[bool, str]:
     except subprocess.TimeoutExpired:
         return False, f"no answer in {timeout:.0f} s"
     lines = [line for line in (done.stdout if done.returncode == 0 else done.stderr).splitlines() if line.strip()]
-    last = lines[-1].strip() if lines else ""
+    said = lines[-1].strip() if lines else f"exit code {done.returncode}"
     if done.returncode < 0:
-        return False, f"crashed with {signal.Signals(-done.returncode).name}" + (f" after: {last}" if last else "")
-    return done.returncode == 0, last or f"exit code {done.returncode}"
+        name = signal.Signals(-done.returncode).name
+        return False, f"crashed with {name} after: {said}" if lines else f"crashed with {name}"
+    if done.returncode > 0:
+        # Of chained exceptions the first is the cause; the last only says that loading failed.
+        said = next((line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)), said)
+    return done.returncode == 0, said
 
 
 def check_operator(versions: Versions, timeout: float = 120) -> Check:
@@ -284,7 +289,7 @@ def _torch_cuda() -> str | None:
 def examine(quick: bool = False) -> list[Check]:
     """All checks of this interpreter; ``quick`` leaves out those that import TorchRec or TorchX."""
     versions = installed_versions()
-    checks = version_checks(versions, sys.version_info)
+    checks = version_checks(versions, sys.version_info[:3])
     if not quick:
         checks += [check_operator(versions), check_torchx(), check_gpu(versions), check_space(Path.cwd())]
     return checks

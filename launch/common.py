@@ -10,7 +10,6 @@ from pathlib import Path
 
 from embsearch_dist.config import Config, describe, load_config
 from embsearch_dist.dist.context import Context
-from embsearch_dist.dist.environment import reexec_with_tuned_environment
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods import METHODS
 from embsearch_dist.schema import Schema
@@ -27,7 +26,6 @@ def run_main(main: Callable[[Sequence[str]], None], document: str | None) -> Non
         print((document or "").strip())
         print(f"\nEvery config key, as --section.key VALUE [default]:\n{describe(CONFIGS)}")
         return
-    reexec_with_tuned_environment()
     try:
         main(argv)
     except UserError as e:
@@ -47,7 +45,8 @@ def known_options(plain: dict[str, str], known: Sequence[str]) -> None:
     for name in plain:
         if name not in known:
             hint = nearest(name, list(known))
-            raise UserError(f"unknown option --{name}{hint}; known: {', '.join('--' + k for k in known)}, --section.key")
+            options = ", ".join(f"--{k}" for k in known)
+            raise UserError(f"unknown option --{name}{hint}; known: {options}, --section.key")
 
 
 def read_config(file: str | Path | None, overrides: Sequence[str]) -> Config:

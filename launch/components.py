@@ -66,8 +66,18 @@ def search(
         name: EXPERIMENT/RUN, either part may be left out
     """
     words = ["--config", config, *overrides]
-    where = {"cpu": cpu, "gpu": gpu, "memMB": memMB}
-    return ddp(*words, script="search.py", j=j, h=h, env=env, max_restarts=max_restarts, name=name, **where)
+    return ddp(
+        *words,
+        script="search.py",
+        j=j,
+        cpu=cpu,
+        gpu=gpu,
+        memMB=memMB,
+        h=h,
+        env=env,
+        max_restarts=max_restarts,
+        name=name,
+    )
 
 
 def retrain(
@@ -99,8 +109,18 @@ def retrain(
         name: EXPERIMENT/RUN, either part may be left out
     """
     words = ["--run", run, *(["--allocation", allocation] if allocation else []), *overrides]
-    where = {"cpu": cpu, "gpu": gpu, "memMB": memMB}
-    return ddp(*words, script="retrain.py", j=j, h=h, env=env, max_restarts=max_restarts, name=name, **where)
+    return ddp(
+        *words,
+        script="retrain.py",
+        j=j,
+        cpu=cpu,
+        gpu=gpu,
+        memMB=memMB,
+        h=h,
+        env=env,
+        max_restarts=max_restarts,
+        name=name,
+    )
 
 
 def evaluate(

@@ -12,6 +12,12 @@ from __future__ import annotations
 
 import json
 import re
+
+from embsearch_dist.dist.environment import reexec_with_tuned_environment
+
+if __name__ == "__main__":
+    reexec_with_tuned_environment()  # before anything loads torch, or it would be loaded twice
+
 from collections.abc import Sequence
 from pathlib import Path
 

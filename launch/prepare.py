@@ -17,6 +17,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run(args: argparse.Namespace, options: dict[str, object]) -> Schema:
+def run(args: argparse.Namespace, options: dict[str, Any]) -> Schema:
     if args.format == "synthetic":
         if args.input is not None:
             raise UserError("--format synthetic makes its own data. Leave out --input")

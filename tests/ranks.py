@@ -1,12 +1,12 @@
 """Run a function on several gloo ranks of this machine, for tests.
 
-    def body(rank, world_size, scale):  # at module level, so that ranks can import it
-        t = torch.ones(1) * scale
-        dist.all_reduce(t)
-        return int(t)
+def body(rank, world_size, scale):  # at module level, so that ranks can import it
+    t = torch.ones(1) * scale
+    dist.all_reduce(t)
+    return int(t)
 
-    def test_sum(tmp_path):
-        assert run_ranks(body, 2, tmp_path, 3) == [6, 6]
+def test_sum(tmp_path):
+    assert run_ranks(body, 2, tmp_path, 3) == [6, 6]
 """
 
 from __future__ import annotations

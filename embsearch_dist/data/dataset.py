@@ -10,183 +10,18 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embsearch_dist.data.batch import Batch, Position
+from embsearch_dist.data.shards import RowGroup, Rows, Shards
 from embsearch_dist.errors import UserError
-from embsearch_dist.schema import SPLITS, Schema
+from embsearch_dist.schema import Schema
 
 WINDOW_ROWS = 1 << 20
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    """One row group of one shard: the unit of reading."""
-
-    path: Path
-    index: int
-    rows: int
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Columns of some rows.
-
-    Attributes:
-        ids: ``[F, N]`` int32, feature-major, in schema order.
-        dense: ``[N, n_dense]`` float32.
-        label: ``[N]`` float32.
-    """
-
-    ids: np.ndarray
-    dense: np.ndarray
-    label: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.label)
-
-    def take(self, rows: np.ndarray | slice) -> Rows:
-        """The given rows, copied."""
-        if isinstance(rows, slice):
-            return Rows(np.ascontiguousarray(self.ids[:, rows]), self.dense[rows].copy(), self.label[rows].copy())
-        return Rows(self.ids.take(rows, axis=1), self.dense.take(rows, axis=0), self.label.take(rows))
-
-    @staticmethod
-    def join(parts: list[Rows]) -> Rows:
-        if len(parts) == 1:
-            return parts[0]
-        return Rows(
-            np.concatenate([p.ids for p in parts], axis=1),
-            np.concatenate([p.dense for p in parts]),
-            np.concatenate([p.label for p in parts]),
-        )
-
-
-class Shards:
-    """The Parquet shards of one split. Opening reads their footers only.
-
-    Raises:
-        UserError: unknown split, no or unreadable shards, or shards that do not fit the schema.
-    """
-
-    def __init__(self, prepared_dir: Path | str, schema: Schema, split: str) -> None:
-        if split not in SPLITS:
-            raise UserError(f"unknown split {split!r}. Use one of {', '.join(SPLITS)}")
-        self.directory, self.schema, self.split = Path(prepared_dir) / split, schema, split
-        self.groups: list[RowGroup] = []
-        paths = sorted(self.directory.glob("part-*.parquet"))
-        if not paths:
-            raise UserError(f"{self.directory}: no part-*.parquet there. Prepare the data again")
-        wanted = {"label": pa.float32()} | dict.fromkeys(schema.names, pa.int32())
-        wanted |= dict.fromkeys(schema.dense, pa.float32())
-        for path in paths:
-            footer = self._footer(path)
-            found = {f.name: f.type for f in footer.schema.to_arrow_schema()}
-            for name, kind in wanted.items():
-                if found.get(name) != kind:
-                    what = f"has type {found[name]}" if name in found else "is missing"
-                    raise UserError(f"{path}: column {name!r} {what}, expected {kind}. Prepare the data again")
-            self.groups += [RowGroup(path, i, footer.row_group(i).num_rows) for i in range(footer.num_row_groups)]
-        self.groups = [g for g in self.groups if g.rows]
-        self.rows = sum(g.rows for g in self.groups)
-        if split in schema.rows and self.rows != schema.rows[split]:
-            raise UserError(
-                f"{self.directory}: {self.rows} rows in the shards, {schema.rows[split]} in schema.json. "
-                "A shard is missing or not of this data set; prepare the data again"
-            )
-        if self.rows == 0:
-            raise UserError(f"{self.directory}: the split has no rows. Prepare the data again")
-
-    @staticmethod
-    def _footer(path: Path) -> pq.FileMetaData:
-        try:
-            return pq.read_metadata(path)
-        except (pa.ArrowException, OSError) as e:
-            raise UserError(f"{path}: not a whole Parquet file ({_one_line(e)}). Prepare the data again") from e
-
-    def read(self, groups: list[RowGroup], limit: int | None = None) -> Rows:
-        """Rows of the given row groups in the given order, at most ``limit``; checked.
-
-        Raises:
-            UserError: an unreadable row group, an id outside its field's vocabulary, a label that is
-                neither 0 nor 1, a null or a dense value that is not finite; names file, row group and value.
-        """
-        total = sum(g.rows for g in groups)
-        total = total if limit is None else min(total, limit)
-        schema = self.schema
-        rows = Rows(
-            np.empty((len(schema.fields), total), np.int32),
-            np.empty((total, len(schema.dense)), np.float32),
-            np.empty(total, np.float32),
-        )
-        start, opened, file = 0, None, None
-        try:
-            for group in groups:
-                if start >= total:
-                    break
-                if opened != group.path:
-                    if file is not None:
-                        file.close()
-                    file, opened = self._open(group.path), group.path
-                start = self._fill(rows, start, group, file)
-        finally:
-            if file is not None:
-                file.close()
-        return rows
-
-    @staticmethod
-    def _open(path: Path) -> pq.ParquetFile:
-        try:
-            return pq.ParquetFile(path)
-        except (pa.ArrowException, OSError) as e:
-            raise UserError(f"{path}: not a whole Parquet file ({_one_line(e)}). Prepare the data again") from e
-
-    def _fill(self, rows: Rows, start: int, group: RowGroup, file: pq.ParquetFile) -> int:
-        where = f"{group.path}, row group {group.index}"
-        names = ["label", *self.schema.names, *self.schema.dense]
-        try:
-            table = file.read_row_group(group.index, columns=names, use_threads=False)
-        except (pa.ArrowException, OSError) as e:
-            raise UserError(f"{where}: cannot be read ({_one_line(e)}). Prepare the data again") from e
-        stop = min(start + table.num_rows, len(rows))
-
-        def column(name: str) -> np.ndarray:
-            values = table[name]
-            if values.null_count:
-                raise UserError(f"{where}: column {name!r} has {values.null_count} nulls. Prepare the data again")
-            return values.to_numpy()[: stop - start]
-
-        label = column("label")
-        bad = label[(label != 0) & (label != 1)]
-        if len(bad):
-            raise UserError(f"{where}: {len(bad)} labels are neither 0 nor 1, the first is {bad[0]:g}. Prepare again")
-        rows.label[start:stop] = label
-        for i, field in enumerate(self.schema.fields):
-            ids = column(field.name)
-            if len(ids) and (ids.min() < 0 or ids.max() >= field.cardinality):
-                bad = ids[(ids < 0) | (ids >= field.cardinality)]
-                raise UserError(
-                    f"{where}: field {field.name!r} has {len(bad)} ids outside 0..{field.cardinality - 1}, "
-                    f"the first is {bad[0]}. The shard is not of this schema; prepare the data again"
-                )
-            rows.ids[i, start:stop] = ids
-        for i, name in enumerate(self.schema.dense):
-            values = column(name)
-            if not np.isfinite(values).all():
-                raise UserError(f"{where}: dense column {name!r} has values that are not finite. Prepare again")
-            rows.dense[start:stop, i] = values
-        return stop
-
-
-def _one_line(e: Exception) -> str:
-    return " ".join(str(e).split())[:200]
 
 
 def open_split(prepared_dir: Path | str, split: str) -> Shards:
@@ -248,8 +83,9 @@ class BatchStream:
 
     Training (``shuffle=True``): the last incomplete global batch of an epoch is dropped; a split
     smaller than one global batch gives one batch of all its rows. Evaluation (``shuffle=False``): all rows
-    in stored order; the last global batch is shared as evenly as possible, so that a rank may get an
-    empty one. All ranks yield the same number of batches.
+    in stored order; the last global batch is shared as evenly as possible, and a rest of fewer rows than
+    ranks joins the batch before it, because TorchRec cannot look up an empty batch. So all ranks yield the
+    same number of batches and none is empty.
 
     Args:
         prepared_dir: a prepared data set.
@@ -306,7 +142,9 @@ class BatchStream:
     def batches_per_epoch(self) -> int:
         """Global batches of one epoch; every rank yields this many."""
         whole, rest = divmod(self.rows, self.global_batch)
-        return whole + (1 if rest and (not self.shuffle or whole == 0) else 0)
+        if whole == 0:
+            return 1
+        return whole + (1 if not self.shuffle and rest >= self.world_size else 0)
 
     def epoch(self, epoch: int, start_batch: int | None = None) -> Iterator[Batch]:
         """Batches of one epoch from ``start_batch`` on, found by seeking: nothing before is read.
@@ -328,7 +166,7 @@ class BatchStream:
         """The row groups of each window of an epoch."""
         groups = self.shards.groups
         if self.shuffle:
-            order = np.random.default_rng(np.random.SeedSequence([self.seed, epoch])).permutation(len(groups))
+            order = np.random.default_rng(np.random.SeedSequence([self.seed, epoch, 0])).permutation(len(groups))
             groups = [groups[i] for i in order]
         windows: list[list[RowGroup]] = []
         filled = self.window_rows
@@ -351,8 +189,8 @@ class BatchStream:
     def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
         windows = self.windows(epoch)
         window_start = 0
-        batch, parts = first, []
-        last = self.batches_per_epoch
+        batch, last = first, self.batches_per_epoch
+        parts: list[Rows] = []
         for w, groups in enumerate(windows):
             n = sum(g.rows for g in groups)
             window_stop = window_start + n
@@ -361,24 +199,32 @@ class BatchStream:
                 rows = self._window(groups, len(windows) == 1)
                 order: np.ndarray | None = None
                 if self.shuffle:
-                    seeds = np.random.SeedSequence([self.seed, epoch, w])
+                    seeds = np.random.SeedSequence([self.seed, epoch, 1 + w])
                     order = np.random.Generator(np.random.Philox(seeds)).permutation(n)
                 while batch < last:
                     low, high = self._share(batch)
                     inside = slice(max(low - window_start, 0), max(min(high, window_stop) - window_start, 0))
                     if inside.stop > inside.start or not parts:
                         parts.append(rows.take(inside if order is None else order[inside]))
-                    if min((batch + 1) * self.global_batch, self.rows) > window_stop:
+                    if self._bounds(batch)[1] > window_stop:
                         break
                     batch += 1
                     yield self._make(Rows.join(parts), Position(epoch, batch))
                     parts = []
             window_start = window_stop
 
+    def _bounds(self, batch: int) -> tuple[int, int]:
+        """Rows of the epoch's order that make a global batch."""
+        start = batch * self.global_batch
+        stop = start + self.global_batch
+        if batch == self.batches_per_epoch - 1 and (not self.shuffle or stop > self.rows):
+            stop = self.rows
+        return start, stop
+
     def _share(self, batch: int) -> tuple[int, int]:
         """Rows ``low..high`` of the epoch's order that make this rank's share of a global batch."""
-        start = batch * self.global_batch
-        size = min(self.global_batch, self.rows - start)
+        start, stop = self._bounds(batch)
+        size = stop - start
         return start + self.rank * size // self.world_size, start + (self.rank + 1) * size // self.world_size
 
 

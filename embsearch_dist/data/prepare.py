@@ -7,21 +7,26 @@ by vectorised polars or numpy.
 
 from __future__ import annotations
 
+import fcntl
+import math
+import os
 import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from embsearch_dist.data import vocabulary
 from embsearch_dist.data.formats import LABEL, TIME, Source, open_source
+from embsearch_dist.data.shards import ShardWriter
 from embsearch_dist.data.vocabulary import VOCABULARY, Vocabulary
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import SPLITS, Field, Schema
@@ -75,8 +80,12 @@ def prepare(format: str, input: Path | str, out: Path | str, **options: object) 
         UserError: anything wrong with the input or the options; nothing half-written remains.
     """
     checked = Options(**options)  # type: ignore[arg-type]
+    source = open_source(format, input)
+    inside = [f for f in source.files if f.resolve().is_relative_to(Path(out).resolve())]
+    if inside:
+        raise UserError(f"{inside[0]} lies in {out}, which would be replaced. Give another --out")
     with whole_directory(Path(out), checked.overwrite) as partial:
-        return prepare_into(partial, open_source(format, input), checked)
+        return prepare_into(partial, source, checked)
 
 
 @contextmanager
@@ -84,8 +93,9 @@ def whole_directory(out: Path, overwrite: bool) -> Iterator[Path]:
     """A directory ``<out>.partial`` to fill, which becomes ``out`` when the block ends without an error.
 
     Raises:
-        UserError: ``out`` exists and may not or must not be replaced.
+        UserError: ``out`` exists and may not or must not be replaced, or another process is filling it.
     """
+    out = Path(os.path.abspath(out))
     if out.exists() or out.is_symlink():
         if not overwrite:
             raise UserError(f"{out} exists. Give another --out, or --overwrite to replace it")
@@ -94,12 +104,12 @@ def whole_directory(out: Path, overwrite: bool) -> Iterator[Path]:
             raise UserError(f"{out} is not a prepared data set, so --overwrite leaves it alone. Give another --out")
     partial = out.with_name(out.name + ".partial")
     if partial.exists():
-        if not (partial / MARK).exists():
-            raise UserError(f"{partial} is in the way and not from an earlier prepare. Move it, or give another --out")
-        shutil.rmtree(partial)
+        _remove_leftover(partial)
+    lock = -1
     try:
         partial.mkdir(parents=True)
-        (partial / MARK).touch()
+        lock = os.open(partial / MARK, os.O_CREAT | os.O_RDWR)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield partial
         (partial / MARK).unlink()
         if out.exists():
@@ -113,10 +123,28 @@ def whole_directory(out: Path, overwrite: bool) -> Iterator[Path]:
             partial.rename(out)
     except OSError as e:
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{out}: cannot be written ({e.strerror or e}). Check the disk and its permissions") from e
+        what = f"{e.filename or out}: {e.strerror or e}"
+        raise UserError(f"{what}. Check the disk, its free space and its permissions") from e
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        if lock >= 0:
+            os.close(lock)
+
+
+def _remove_leftover(partial: Path) -> None:
+    """Remove what a killed prepare left; a living one holds a lock, which the kernel drops when it dies."""
+    if not (partial / MARK).exists():
+        raise UserError(f"{partial} is in the way and not from an earlier prepare. Move it, or give another --out")
+    lock = os.open(partial / MARK, os.O_RDWR)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(partial)
+    except BlockingIOError as e:
+        raise UserError(f"{partial}: another prepare is at work there. Wait for it, or give another --out") from e
+    finally:
+        os.close(lock)
 
 
 def prepare_into(directory: Path, source: Source, options: Options) -> Schema:
@@ -174,7 +202,9 @@ def _stage(source: Source, stage: Path, options: Options) -> tuple[list[Path], i
     """Parse the raw files once into typed Parquet parts with a row number and (random) a split."""
     parts: list[Path] = []
     rows = 0
-    with Progress("read", source.bytes, "bytes", options.quiet) as bar:
+    writing: deque[Future[None]] = deque()
+    # Writing Parquet takes one core; a thread of its own lets the next block be parsed meanwhile.
+    with Progress("read", source.bytes, "bytes", options.quiet) as bar, ThreadPoolExecutor(1) as pool:
         for chunk in source.chunks():
             frame = chunk.frame
             number = np.arange(rows, rows + frame.height, dtype=np.int64)
@@ -182,12 +212,20 @@ def _stage(source: Source, stage: Path, options: Options) -> tuple[list[Path], i
             if options.split == "random":
                 extra.append(pl.Series(SPLIT, random_split(number, options.seed)))
             parts.append(stage / f"part-{len(parts):05d}.parquet")
-            frame.with_columns(extra).write_parquet(parts[-1], compression="lz4", statistics=False)
+            writing.append(pool.submit(_write_part, frame.with_columns(extra), parts[-1]))
+            if len(writing) > 1:
+                writing.popleft().result()
             rows += frame.height
             bar.add(chunk.consumed)
+        for last in writing:
+            last.result()
     if rows == 0:
         raise UserError(f"{source.dataset}: the files have no rows. Give at least ten")
     return parts, rows
+
+
+def _write_part(frame: pl.DataFrame, path: Path) -> None:
+    frame.write_parquet(path, compression="lz4", statistics=False)
 
 
 def random_split(row: np.ndarray, seed: int) -> np.ndarray:
@@ -234,7 +272,7 @@ def _scales(parts: list[Path], dense: list[str], split: pl.Expr) -> dict[str, tu
 
     Part by part in order (Chan's update), because a parallel sum would depend on the number of threads.
     """
-    total = {name: (0, 0.0, 0.0) for name in dense}
+    total = dict.fromkeys(dense, (0, 0.0, 0.0))
     for part in parts if dense else []:
         frame = pl.scan_parquet(part).filter(split == 0).select(dense).collect()
         for name in dense:
@@ -245,7 +283,11 @@ def _scales(parts: list[Path], dense: list[str], split: pl.Expr) -> dict[str, tu
             delta, both = float(x.mean()) - mean, n + len(x)
             m2 += float(((x - x.mean()) ** 2).sum()) + delta**2 * n * len(x) / both
             total[name] = (both, mean + delta * len(x) / both, m2)
-    return {name: (mean, (m2 / n) ** 0.5 if n else 0.0) for name, (n, mean, m2) in total.items()}
+    scales = {name: (mean, (m2 / n) ** 0.5 if n else 0.0) for name, (n, mean, m2) in total.items()}
+    for name, scale in scales.items():
+        if not all(map(math.isfinite, scale)):
+            raise UserError(f"dense column {name!r}: its values are too large to standardise. Scale or bucket them")
+    return scales
 
 
 def _encode(
@@ -263,10 +305,12 @@ def _encode(
     for name in dense:
         mean, std = scales[name]
         # A missing value sits at the mean; a constant column carries nothing and becomes zeros.
-        columns.append((((pl.col(name) - mean) / std) if std > 0 else pl.lit(0.0)).fill_null(0).cast(pl.Float32).alias(name))
+        columns.append(
+            (((pl.col(name) - mean) / std) if std > 0 else pl.lit(0.0)).fill_null(0).cast(pl.Float32).alias(name)
+        )
     types = [("label", pa.float32()), *((b.name, pa.int32()) for b in books), *((n, pa.float32()) for n in dense)]
     schema = pa.schema([pa.field(n, t, nullable=False) for n, t in types])
-    writers = [ShardWriter(directory / name, schema, options) for name in SPLITS]
+    writers = [ShardWriter(directory / name, schema, options.row_group_rows, options.rows_per_shard) for name in SPLITS]
     try:
         with Progress("encode", rows, "rows", options.quiet) as bar:
             for part in parts:
@@ -278,59 +322,6 @@ def _encode(
         for writer in writers:
             writer.close()
     return {name: round(w.label_sum / w.rows, 6) for name, w in zip(SPLITS, writers, strict=True)}
-
-
-@dataclass
-class ShardWriter:
-    """Writes one split as ``part-NNNNN.parquet`` files with row groups of exactly one size (but the last)."""
-
-    directory: Path
-    schema: pa.Schema
-    options: Options
-    rows: int = 0
-    label_sum: float = 0.0
-    _pending: list[pl.DataFrame] = field(default_factory=list)
-    _pending_rows: int = 0
-    _file: pq.ParquetWriter | None = None
-    _file_rows: int = 0
-    _files: int = 0
-
-    def __post_init__(self) -> None:
-        self.directory.mkdir()
-
-    def write(self, frame: pl.DataFrame) -> None:
-        if frame.height == 0:
-            return
-        self.rows += frame.height
-        self.label_sum += float(frame["label"].sum())
-        self._pending.append(frame)
-        self._pending_rows += frame.height
-        size = self.options.row_group_rows
-        if self._pending_rows >= size:
-            whole = pl.concat(self._pending)
-            cut = whole.height // size * size
-            for start in range(0, cut, size):
-                self._group(whole.slice(start, size))
-            self._pending, self._pending_rows = [whole.slice(cut)], whole.height - cut
-
-    def close(self) -> None:
-        if self._pending_rows:
-            self._group(pl.concat(self._pending))
-            self._pending, self._pending_rows = [], 0
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def _group(self, frame: pl.DataFrame) -> None:
-        if self._file is None:
-            path = self.directory / f"part-{self._files:05d}.parquet"
-            self._file = pq.ParquetWriter(path, self.schema, compression="lz4", write_statistics=False)
-            self._files, self._file_rows = self._files + 1, 0
-        self._file.write_table(frame.rechunk().to_arrow().cast(self.schema), row_group_size=frame.height)
-        self._file_rows += frame.height
-        if self._file_rows >= self.options.rows_per_shard:
-            self._file.close()
-            self._file = None
 
 
 class Progress:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from embsearch_dist.config import DistConfig, RunConfig
+from embsearch_dist.dist.environment import available_cores
 from embsearch_dist.errors import UserError
 
 T = TypeVar("T")
@@ -116,8 +117,8 @@ def start(run: RunConfig, config: DistConfig) -> Iterator[Context]:
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(run.threads or max(1, cores // local_size))
+    threads = run.threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or available_cores() // local_size
+    torch.set_num_threads(max(1, threads))
     timeout = datetime.timedelta(seconds=config.timeout_s)
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     if world_size > 1 or "MASTER_ADDR" in os.environ:

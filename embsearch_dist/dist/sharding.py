@@ -7,9 +7,11 @@ CPU although both run there. Every rank computes the same plan from the same num
 from __future__ import annotations
 
 import hashlib
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,8 +36,9 @@ from embsearch_dist.dist.context import Context
 from embsearch_dist.errors import UserError
 
 INIT_BLOCK_ROWS = 4096
+logging.getLogger("torchrec.distributed.utils").setLevel(logging.ERROR)  # says of each dense table that it has no cache
 ROWS_PER_RANK = 1024  # a table with fewer rows than this a rank gains nothing from being split by rows
-OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, float]]] = {
+OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     "adam": (torch.optim.Adam, {}),
     "adagrad": (torch.optim.Adagrad, {"eps": 1e-8}),
     "rowwise_adagrad": (RowWiseAdagrad, {"eps": 1e-8}),
@@ -114,7 +117,9 @@ class ShardedTables(nn.Module):
                 apply_optimizer_in_backward(optimizer, sharded, options)
         self.collection = self._shard(collection, tables, context)
         self._initialise(seed, init_std)
-        own = [p for p in self._torch_parameters()]
+        own = list(self._torch_parameters())
+        if optim.embedding == "adam":
+            options["fused"] = True  # torch's own: one pass over weights and state, 4 times faster on CPU
         self.torch_optimizer = optimizer(own, **options) if own else None  # type: ignore[arg-type]
 
     def _shard(

@@ -36,9 +36,9 @@ class Backbone(nn.Module):
         self.linear = nn.Linear(inputs, 1)
         if hidden:
             self.first = nn.Linear(inputs, hidden[0])
-            layers: list[nn.Module] = [nn.ReLU(), nn.Dropout(dropout)]
+            layers: list[nn.Module] = [nn.ReLU(inplace=True), nn.Dropout(dropout)]
             for a, b in zip(hidden, hidden[1:], strict=False):
-                layers += [nn.Linear(a, b), nn.ReLU(), nn.Dropout(dropout)]
+                layers += [nn.Linear(a, b), nn.ReLU(inplace=True), nn.Dropout(dropout)]
             self.rest = nn.Sequential(*layers, nn.Linear(hidden[-1], 1))
 
     def forward(self, u: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
@@ -54,40 +54,34 @@ class Backbone(nn.Module):
         return logit
 
     @property
-    def term_width(self) -> int:
-        """Number of cached values per field and row."""
-        return 1 + self.width * self.fm + (self.first.out_features if self.deep else 0)
+    def term_widths(self) -> tuple[int, int]:
+        """Cached values per field and row: of the linear and FM sums, and of the MLP's first layer (0: no MLP)."""
+        return 1 + self.width * self.fm, self.first.out_features if self.deep else 0
 
-    def field_terms(self, field: int, u: torch.Tensor) -> torch.Tensor:
-        """Share of one field ``u [N, d]`` in the sums: ``[N, term_width]``."""
+    def field_terms(self, field: int, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Share of one field ``u [N, d]`` in the sums: ``[N, term_widths[0]]`` and ``[N, term_widths[1]]``."""
         columns = slice(field * self.width, (field + 1) * self.width)
         one = u @ self.linear.weight[0, columns]
-        parts = []
         if self.fm:
             one = one - 0.5 * u.square().sum(1)
-            parts.append(u)
-        if self.deep:
-            parts.append(u @ self.first.weight[:, columns].T)
-        return torch.cat([one[:, None], *parts], 1)
+        shallow = torch.cat([one[:, None], u], 1) if self.fm else one[:, None]
+        return shallow, u @ self.first.weight[:, columns].T if self.deep else u[:, :0]
 
-    def dense_terms(self, dense: torch.Tensor) -> torch.Tensor:
-        """Share of the dense columns and of all biases: ``[N, term_width]``."""
+    def dense_terms(self, dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Share of the dense columns and of all biases, shaped as :meth:`field_terms`."""
         start = self.fields * self.width
-        one = dense @ self.linear.weight[0, start:] + self.linear.bias
-        parts = [one[:, None]]
-        if self.fm:
-            parts.append(dense.new_zeros(len(dense), self.width))
-        if self.deep:
-            parts.append(dense @ self.first.weight[:, start:].T + self.first.bias)
-        return torch.cat(parts, 1)
+        shallow = dense.new_zeros(len(dense), self.term_widths[0])
+        shallow[:, 0] = dense @ self.linear.weight[0, start:] + self.linear.bias
+        deep = dense @ self.first.weight[:, start:].T + self.first.bias if self.deep else dense[:, :0]
+        return shallow, deep
 
-    def finish(self, total: torch.Tensor) -> torch.Tensor:
-        """Summed terms ``[N, term_width]`` -> logits ``[N]``."""
-        logit = total[:, 0]
+    def finish(self, shallow: torch.Tensor, deep: torch.Tensor) -> torch.Tensor:
+        """Summed terms -> logits ``[N]``. Overwrites ``deep``."""
+        logit = shallow[:, 0]
         if self.fm:
-            logit = logit + 0.5 * total[:, 1 : 1 + self.width].square().sum(1)
+            logit = logit + 0.5 * shallow[:, 1:].square().sum(1)
         if self.deep:
-            logit = logit + self.rest(total[:, 1 + self.width * self.fm :]).squeeze(1)
+            logit = logit + self.rest(deep).squeeze(1)
         return logit
 
 

@@ -62,6 +62,8 @@ class CTRModel(nn.Module):
 class SubnetModel(CTRModel):
     """The model of one allocation (UES included): what retrain trains and evaluate loads."""
 
+    tables: MixedTables
+
     def __init__(self, config: Config, allocation: Allocation, context: Context) -> None:
         super().__init__()
         m, seed = config.model, config.run.seed
@@ -89,7 +91,7 @@ class SubnetModel(CTRModel):
         """Multiply-adds times two of the head's forward pass for one row (look-ups have none)."""
         head, rows = self.bare_head, 64
         device = next(head.parameters()).device
-        groups = [torch.zeros(len(names), rows, w, device=device) for w, names in self.tables.groups]  # type: ignore[union-attr]
+        groups = [torch.zeros(len(names), rows, w, device=device) for w, names in self.tables.groups]
         n_dense = head.backbone.linear.in_features - head.backbone.fields * head.backbone.width
         training = head.training
         head.eval()
@@ -102,8 +104,16 @@ class SubnetModel(CTRModel):
 class SupernetModel(CTRModel):
     """Every allocation in one: max-tables and the T candidate transforms."""
 
+    tables: MaxTables
+
     def __init__(
-        self, config: Config, schema: Schema, candidates: Sequence[int], scheme: str, context: Context, same_subnet: bool
+        self,
+        config: Config,
+        schema: Schema,
+        candidates: Sequence[int],
+        scheme: str,
+        context: Context,
+        same_subnet: bool,
     ) -> None:
         super().__init__()
         m, seed = config.model, config.run.seed

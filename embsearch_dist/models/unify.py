@@ -55,7 +55,13 @@ class MixedUnify(nn.Module):
     """One map per width of an allocation; each field keeps its own for good."""
 
     def __init__(
-        self, groups: Sequence[tuple[int, int]], order: Sequence[int], width: int, norm: str, gain: float, synchronise: bool
+        self,
+        groups: Sequence[tuple[int, int]],
+        order: Sequence[int],
+        width: int,
+        norm: str,
+        gain: float,
+        synchronise: bool,
     ) -> None:
         """``groups``: (nominal width, number of fields); ``order[k]``: place of schema field k among the groups."""
         super().__init__()

@@ -119,7 +119,7 @@ def curves(
     for axes, (title, unit, lines) in zip(grid.flat, panels, strict=False):
         ends: dict[str, tuple[float, float, str, str]] = {}
         # Uniform widths are the background of the picture, and many raw curves would only be a smear.
-        for line in sorted(lines, key=lambda c: c.rank >= 0):
+        for line in map(thinned, sorted(lines, key=lambda c: c.rank >= 0)):
             color = theme.uniform if line.rank < 0 else theme.color(line.rank)
             smooth = running_median(line.values)
             width = 1.6 if len(lines) <= 4 else 1.1
@@ -189,6 +189,21 @@ def planted(
             [theme.ink] * len(names),
         )
     return fig
+
+
+def thinned(curve: Curve, limit: int = 800) -> Curve:
+    """At most ``limit`` points: medians of equal stretches. A picture has no more columns to show."""
+    size = len(curve.values)
+    if size <= limit:
+        return curve
+    edges = [k * size // limit for k in range(limit + 1)]
+    spans = list(zip(edges, edges[1:], strict=False))
+    return Curve(
+        curve.label,
+        curve.rank,
+        [statistics.median(curve.steps[a:b]) for a, b in spans],
+        [statistics.median(curve.values[a:b]) for a, b in spans],
+    )
 
 
 def running_median(values: Sequence[float], share: float = 0.05) -> list[float]:

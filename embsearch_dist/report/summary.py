@@ -140,7 +140,7 @@ def headline(runs: Sequence[Run], comparison: Comparison | None) -> list[str]:
         if uniform is not None:
             relation = "above" if row.auc.mean > uniform else "below"
             sentences.append(
-                f"At the size of {row.name}, the line between the uniform widths lies at an AUC of about {uniform:.4f}; "
+                f"At the size of {row.name}, the line between the uniform widths is at an AUC of about {uniform:.4f}; "
                 f"{row.name} is {abs(row.auc.mean - uniform):.4f} {relation} it."
             )
         better = [r for r in comparison.rows if _dominates(r, row)]

@@ -96,7 +96,13 @@ def load_best(config: Config, allocation: Allocation, context: Context, director
 
 
 def evaluate_model(
-    task: SubnetTask, stream: BatchStream, split: str, context: Context, config: Config, name: str, allocation: Allocation
+    task: SubnetTask,
+    stream: BatchStream,
+    split: str,
+    context: Context,
+    config: Config,
+    name: str,
+    allocation: Allocation,
 ) -> dict[str, Any]:
     """Exact AUC and logloss over all ranks, with every size and cost beside them."""
     task.model.eval()

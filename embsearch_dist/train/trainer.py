@@ -27,7 +27,9 @@ from embsearch_dist.train.monitor import Monitor
 class Task(Protocol):
     """What is trained. The trainer knows nothing else of a method."""
 
-    model: CTRModel
+    @property
+    def model(self) -> CTRModel:
+        """Tables and head."""
 
     def loss(self, batch: Batch, step: int) -> torch.Tensor:
         """Mean loss of this rank's batch; ``step`` counts the steps already done."""
@@ -85,14 +87,14 @@ class Trainer:
         self.task, self.config, self.training, self.validation = task, config, training, validation
         self.context, self.monitor = context, monitor
         head = task.model.bare_head.parameters()
-        self.optimizer = torch.optim.Adam(head, lr=optim.dense_lr, weight_decay=optim.weight_decay)
+        self.optimizer = torch.optim.Adam(head, lr=optim.dense_lr, weight_decay=optim.weight_decay, fused=True)
         self.checkpointer = Checkpointer(root, task.model, self.optimizer, context)
         self.progress = Progress()
         self.total = training.batches_per_epoch * config.epochs
         if config.steps:
             self.total = min(self.total, config.steps)
-        per_epoch = training.batches_per_epoch
-        self.eval_batches = {math.ceil(per_epoch * (k + 1) / config.evals_per_epoch) for k in range(config.evals_per_epoch)}
+        parts, per_epoch = config.evals_per_epoch, training.batches_per_epoch
+        self.eval_batches = {math.ceil(per_epoch * (k + 1) / parts) for k in range(parts)}
 
     def fit(self) -> Progress:
         """Train to the end (or from where it stopped); the model holds the last weights afterwards."""
@@ -177,11 +179,11 @@ class Trainer:
             mean = float(report[0]) / world
             bad = torch.nonzero(report[1:]).flatten().tolist()
         if bad:
-            kept = self.checkpointer.steps()
-            last = f"the last checkpoint is {self.checkpointer.root / f'step-{kept[-1]}'}" if kept else "no checkpoint yet"
+            kept, at = self.checkpointer.steps(), batch.position
+            last = f"the last checkpoint is {self.checkpointer.root}/step-{kept[-1]}" if kept else "no checkpoint yet"
             raise UserError(
-                f"loss is not finite at step {self.progress.step} on rank {bad[0]} (epoch {batch.position.epoch}, batch "
-                f"{batch.position.batch - 1}): stopped before any table was written; {last}. "
+                f"loss is not finite at step {self.progress.step} on rank {bad[0]} "
+                f"(epoch {at.epoch}, batch {at.batch - 1}): stopped before any table was written; {last}. "
                 "Lower --optim.embedding_lr and --optim.dense_lr, or look at the dense columns of that batch"
             )
         return mean

@@ -14,7 +14,7 @@ import pytest
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
 from embsearch_dist.report import write_report
-from embsearch_dist.report.plots import front
+from embsearch_dist.report.plots import Curve, front, thinned
 from embsearch_dist.report.runs import load_runs
 from embsearch_dist.report.summary import Spread, compare, headline, spearman
 from embsearch_dist.schema import Field, Schema, write_json
@@ -157,8 +157,8 @@ def test_means_over_seeds(html: str) -> None:
     # 16,000 + 4,000 + 20 of 32 * 1,514 parameters.
     assert "<td>20,020</td>" in html and "<td>48,448</td>" in html and "<td>59%</td>" in html
     assert (
-        "The found widths (adass) keep 41% of UES-32&#x27;s embedding parameters and gain +0.0031 AUC on the test split "
-        "(mean of 3 seeds, 95% interval +0.0026 to +0.0036)." in html
+        "The found widths (adass) keep 41% of UES-32&#x27;s embedding parameters and gain +0.0031 AUC on the test "
+        "split (mean of 3 seeds, 95% interval +0.0026 to +0.0036)." in html
     )
 
 
@@ -242,6 +242,12 @@ def test_spread_and_front() -> None:
     low, high = Spread.of([1.0, 2.0, 3.0]).interval or (0, 0)
     assert (low, high) == (pytest.approx(2 - 4.303 / math.sqrt(3)), pytest.approx(2 + 4.303 / math.sqrt(3)))
     assert front([[3, 0.5], [1, 0.4], [2, 0.3], [3, 0.6]]) == [(1.0, 0.4), (3.0, 0.6)]
+
+
+def test_long_curves_are_thinned_and_keep_their_shape() -> None:
+    curve = thinned(Curve("a", 0, list(range(100_000)), [float(k) for k in range(100_000)]))
+    assert len(curve.steps) == len(curve.values) == 800
+    assert curve.steps[0] < 130 and curve.values[-1] > 99_870
 
 
 def test_script(full: Path, tmp_path: Path) -> None:

@@ -67,6 +67,10 @@ class Block:
         start = 0 if record == 0 else int(self.ends[record - 1]) + 1
         return self.first_line + self.data.count(b"\n", 0, start)
 
+    def where(self, record: int) -> str:
+        """Where a record is, for a message."""
+        return f"{self.path}, line {self.line(record)}"
+
     def text(self, record: int) -> str:
         """A record as text, shortened for a message."""
         start = 0 if record == 0 else int(self.ends[record - 1]) + 1
@@ -120,7 +124,10 @@ def read_header(path: Path, separator: str, encoding: str) -> tuple[str, ...]:
         text = first.removeprefix(b"\xef\xbb\xbf").decode(encoding)
     except UnicodeDecodeError as e:
         raise UserError(f"{path}, line 1: not {encoding} text. {_ENCODING_HINT}") from e
-    names = tuple(next(csv.reader([text.rstrip("\r")], delimiter=separator)))
+    try:
+        names = tuple(next(csv.reader([text.rstrip("\r")], delimiter=separator, strict=True)))
+    except csv.Error as e:
+        raise UserError(f"{path}, line 1: the header cannot be read ({e}). Put all column names on one line") from e
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
         raise UserError(f"{path}, line 1: column {twice[0]!r} is named twice in the header. Rename one of them")
@@ -171,6 +178,13 @@ def _read_blocks(stream: _Stream, layout: Layout, block_bytes: int) -> Iterator[
                 )
             carry = data
             continue
+        if not end_of_file:
+            # Blank lines may be the end of the file: they wait until something follows them.
+            solid = len(data.rstrip(b"\r\n"))
+            ends = ends[: int(np.searchsorted(ends, solid)) + 1] if solid else ends[:0]
+            if len(ends) == 0:
+                carry = data
+                continue
         cut = int(ends[-1]) + 1
         carry, data = data[cut:], data[:cut]
         next_line = line + data.count(b"\n")
@@ -213,9 +227,7 @@ def _as_utf8(path: Path, data: bytes, encoding: str, first_line: int) -> bytes:
         data.decode()
     except UnicodeDecodeError as e:
         line = first_line + data.count(b"\n", 0, e.start)
-        raise UserError(
-            f"{path}, line {line}: byte 0x{data[e.start]:02x} is not UTF-8 text. {_ENCODING_HINT}"
-        ) from e
+        raise UserError(f"{path}, line {line}: byte 0x{data[e.start]:02x} is not UTF-8 text. {_ENCODING_HINT}") from e
     return data
 
 
@@ -232,7 +244,7 @@ def _check_columns(block: Block, layout: Layout) -> None:
     if len(wrong) == 0:
         return
     record = int(wrong[0])
-    where = f"{block.path}, line {block.line(record)}"
+    where = block.where(record)
     if not block.text(record).strip():
         raise UserError(f"{where}: the line is blank. Remove it")
     shown = {"\t": "tab", ",": "comma"}.get(layout.separator, repr(layout.separator))
@@ -263,7 +275,5 @@ def parse(block: Block, layout: Layout, wanted: tuple[str, ...] | None = None) -
     except pl.exceptions.PolarsError as e:
         raise UserError(f"{lines}: cannot be read as delimited text ({e}). Check the quotes there") from e
     if frame.height != len(block.ends):
-        raise UserError(
-            f"{lines}: the quotes can be read in two ways. Double every quote inside a quoted cell"
-        )
+        raise UserError(f"{lines}: the quotes can be read in two ways. Double every quote inside a quoted cell")
     return frame

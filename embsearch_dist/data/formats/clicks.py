@@ -16,9 +16,10 @@ CRITEO_CATEGORIES = tuple(f"C{i}" for i in range(1, 27))
 CRITEO = Layout(("label", *CRITEO_NUMBERS, *CRITEO_CATEGORIES), "\t")
 
 AVAZU_FIELDS = (
-    "hour C1 banner_pos site_id site_domain site_category app_id app_domain app_category device_id device_ip "
-    "device_model device_type device_conn_type C14 C15 C16 C17 C18 C19 C20 C21"
-).split()
+    *("hour", "C1", "banner_pos", "site_id", "site_domain", "site_category", "app_id", "app_domain", "app_category"),
+    *("device_id", "device_ip", "device_model", "device_type", "device_conn_type"),
+    *(f"C{i}" for i in range(14, 22)),
+)
 AVAZU = Layout(("id", "click", *AVAZU_FIELDS), ",", header=True)
 
 
@@ -49,7 +50,7 @@ def criteo(path: Path) -> Source:
 
     def chunks() -> Iterator[Chunk]:
         for block in read_blocks(file, CRITEO):
-            rows = Rows(parse(block, CRITEO), lambda i, b=block: f"{b.path}, line {b.line(i)}")
+            rows = Rows(parse(block, CRITEO), block.where)
             series = [rows.convert(c, c.name) for c in columns]
             # All times equal: ties go by row number.
             time = pl.repeat(0.0, rows.frame.height, dtype=pl.Float64, eager=True).alias(TIME)
@@ -77,7 +78,7 @@ def avazu(path: Path) -> Source:
     def chunks() -> Iterator[Chunk]:
         for block in read_blocks(file, AVAZU):
             wanted = tuple(n for n in AVAZU.columns if n != "id")
-            rows = Rows(parse(block, AVAZU, wanted), lambda i, b=block: f"{b.path}, line {b.line(i)}")
+            rows = Rows(parse(block, AVAZU, wanted), block.where)
             hour = rows.integer("hour")
             bad = (hour % 100 > 23) | (hour < 0)
             if bad.any():

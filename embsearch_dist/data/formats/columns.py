@@ -76,11 +76,10 @@ class Rows:
         Raises:
             UserError: a blank, a non-number, or (without a threshold) anything but 0 and 1.
         """
-        raw = self.frame[column]
-        number = _cast(raw)
+        raw, number = self._numbers(column)
         if threshold is None:
             bad = ((number != 0) & (number != 1)) | number.is_null() | number.is_nan()
-            fix = "Write 0 or 1, or give a threshold"
+            fix = "Write 0 or 1 (a source file can give a threshold)"
             expected = "neither 0 nor 1"
         else:
             bad = number.is_null() | number.is_nan()
@@ -95,12 +94,19 @@ class Rows:
         Raises:
             UserError: a cell that is not a finite number.
         """
-        raw = self.frame[column]
-        number = _cast(raw).fill_nan(None)
-        bad = number.is_infinite().fill_null(False)
-        bad |= number.is_null() & raw.is_not_null() & _is_text(raw)
-        self._refuse(bad, raw, column, "not a finite number", "Write a number or leave it blank")
+        raw, number = self._numbers(column)
+        if number.null_count() > raw.null_count() or not number.is_finite().all():
+            number = number.fill_nan(None)
+            bad = number.is_infinite().fill_null(False) | (number.is_null() & ~_is_blank(raw))
+            self._refuse(bad, raw, column, "not a finite number", "Write a number or leave it blank")
         return number
+
+    def _numbers(self, column: str) -> tuple[pl.Series, pl.Series]:
+        """The raw cells and the float64 they spell, null where they spell none."""
+        raw = self.frame[column]
+        if not (raw.dtype.is_numeric() or raw.dtype in (pl.String, pl.Boolean, pl.Null)):
+            raise UserError(f"{self.where(0)}, column {column!r}: type {raw.dtype} is no number. Make it one")
+        return raw, raw.cast(pl.Float64, strict=False)
 
     def integer(self, column: str) -> pl.Series:
         """The column as int64, without blanks.
@@ -115,8 +121,11 @@ class Rows:
 
     def category(self, column: str) -> pl.Series:
         """The column as text; an empty cell is null."""
-        text = self.frame[column]
-        text = text if text.dtype == pl.String else text.cast(pl.String)
+        raw = self.frame[column]
+        if raw.dtype.is_nested() or raw.dtype in (pl.Binary, pl.Object):
+            raise UserError(f"{self.where(0)}, column {column!r}: type {raw.dtype} is no category. Make it text")
+        # Whole numbers with blanks often arrive as floats; their NaN is a blank.
+        text = (raw.fill_nan(None) if raw.dtype.is_float() else raw).cast(pl.String)
         return text.set(text == "", None) if (text == "").any() else text
 
     def convert(self, column: Column, raw: str) -> pl.Series:
@@ -134,15 +143,11 @@ class Rows:
             raise UserError(f"{self.where(row)}, column {column!r}: {wrong}: {shown}. {fix}")
 
 
-def _cast(raw: pl.Series) -> pl.Series:
-    return raw.cast(pl.Float64, strict=False)
-
-
-def _is_text(raw: pl.Series) -> pl.Series:
-    """Where a cell has something in it that a number could have been read from ("nan" counts as blank)."""
+def _is_blank(raw: pl.Series) -> pl.Series:
+    """Where a cell holds no number by intent: null, empty or "nan" in any case."""
     if raw.dtype != pl.String:
-        return pl.repeat(False, raw.len(), dtype=pl.Boolean, eager=True)
-    return ~raw.str.to_lowercase().is_in(["", "nan"])
+        return raw.is_null() | (raw.is_nan().fill_null(False) if raw.dtype.is_float() else False)
+    return raw.str.to_lowercase().is_in(["", "nan"]).fill_null(True)
 
 
 def bucket(number: pl.Series) -> pl.Series:

@@ -17,9 +17,9 @@ TIMED = (*BASE, "weekday", "hour_in_day")
 
 RATINGS_1M = ("ratings.dat", "ratings_no_timestamp.dat.gz", "ratings_first_50440.dat")
 GENRES_100K = (
-    "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror "
-    "Musical Mystery Romance Sci-Fi Thriller War Western"
-).split()
+    *("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama"),
+    *("Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western"),
+)
 
 YEAR = r"\((\d{4})\)\s*$"
 
@@ -75,7 +75,7 @@ def _source(
 
     def chunks() -> Iterator[Chunk]:
         for block in read_blocks(ratings, layout):
-            rows = Rows(parse(block, layout), lambda i, b=block: f"{b.path}, line {b.line(i)}")
+            rows = Rows(parse(block, layout), block.where)
             _known(rows, "user_id", users, small[0])
             _known(rows, "movie_id", movies, small[1])
             frame = rows.frame.join(users, on="user_id", how="left", maintain_order="left")

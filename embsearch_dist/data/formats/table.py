@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -90,8 +91,7 @@ def table(path: Path) -> Source:
 
 def _text_rows(spec: TableSource, file: Path, layout: Layout) -> Iterator[tuple[Rows, int]]:
     for block in read_blocks(file, layout):
-        rows = Rows(parse(block, layout, spec.wanted), lambda i, b=block: f"{b.path}, line {b.line(i)}")  # type: ignore[misc]
-        yield rows, block.consumed
+        yield Rows(parse(block, layout, spec.wanted), block.where), block.consumed
 
 
 def _parquet_names(file: Path) -> tuple[str, ...]:
@@ -110,11 +110,14 @@ def _parquet_rows(spec: TableSource, file: Path) -> Iterator[tuple[Rows, int]]:
             size, first = file.stat().st_size, 0
             for batch in parquet.iter_batches(PARQUET_ROWS, columns=list(spec.wanted)):
                 frame = pl.DataFrame(pl.from_arrow(pa.Table.from_batches([batch])))
-                start = first
-                yield Rows(frame, lambda i, n=start: f"{file}, row {n + i + 1}"), size * batch.num_rows // total  # type: ignore[misc]
+                yield Rows(frame, partial(_parquet_where, file, first)), size * batch.num_rows // total
                 first += batch.num_rows
     except (pa.ArrowException, OSError) as e:
         raise UserError(f"{file}: cannot be read as Parquet ({_one_line(e)}). Write the file again") from e
+
+
+def _parquet_where(file: Path, first: int, row: int) -> str:
+    return f"{file}, row {first + row + 1}"
 
 
 def _one_line(e: Exception) -> str:

@@ -37,7 +37,8 @@ def parse_budget(text: str, schema: Schema, key: str = "search.budget") -> Budge
     match = re.fullmatch(r"\s*([0-9][0-9_]*\.?[0-9]*(?:e[0-9]+)?)\s*([A-Za-z%]*)\s*", text)
     unit = match.group(2).upper() if match else ""
     if match is None or (unit not in UNITS and unit not in ("", "%")):
-        raise UserError(f"config key {key}: {text!r} is not a budget; write 200000 (parameters), 1.5MB or 80% (of UES-32)")
+        forms = "200000 (parameters), 1.5MB or 80% (of UES-32)"
+        raise UserError(f"config key {key}: {text!r} is not a budget; write {forms}")
     number = float(match.group(1).replace("_", ""))
     if number <= 0:
         raise UserError(f"config key {key}: a budget must be above 0, got {text!r}")
@@ -97,9 +98,8 @@ def knapsack(scores: torch.Tensor, costs: torch.Tensor, limit: float) -> list[in
     fields, candidates = scores.shape
     variables = fields * candidates
     scale = max(float(costs.max()), 1.0)  # the solver's tolerances are absolute
-    one_each = csr_array(
-        (np.ones(variables), (np.repeat(np.arange(fields), candidates), np.arange(variables))), shape=(fields, variables)
-    )
+    of_field = np.repeat(np.arange(fields), candidates)
+    one_each = csr_array((np.ones(variables), (of_field, np.arange(variables))), shape=(fields, variables))
     weight = costs.numpy().reshape(1, -1) / scale
     result = milp(
         -scores.double().numpy().ravel(),

@@ -34,7 +34,8 @@ class SamplingConfig:
         require(0 < self.floor_e < bound, "search.sampling.floor_e", f"must be in (0, {bound:g}), got {self.floor_e}")
         require(0 <= self.floor_f < 1, "search.sampling.floor_f", f"must be in [0, 1), got {self.floor_f}")
         low = self.floor_f
-        require(low < self.keep_start < 1, "search.sampling.keep_start", f"must be in ({low}, 1), got {self.keep_start}")
+        start = self.keep_start
+        require(low < start < 1, "search.sampling.keep_start", f"must be in ({low}, 1), got {start}")
 
 
 @dataclass
@@ -42,12 +43,12 @@ class PolicyConfig:
     """The search itself (section 3.2, Eq. 8-9)."""
 
     rows: int = option(100_000, "validation rows every candidate is scored on")
-    cache_mb: int = option(4096, "memory of the cached activations over all ranks; fewer rows are used if it is too small")
+    cache_mb: int = option(4096, "memory of the cached activations over all ranks; bounds the rows")
     steps: int = option(300, "updates of the policy")
     batch: int = option(16, "candidates sampled per update")
     lr: float = option(5e-4, "learning rate of the policy (Adam)")
     metric: str = option("auc", "reward: auc | logloss (its negative) | accuracy (as printed)")
-    reward_weight: float = option(10.0, "weight of the reward; the paper's lambda_r before ACC has no number of its own")
+    reward_weight: float = option(10.0, "weight of the reward (the paper prints lambda_r here too, but no number)")
     resource: str = option("widths", "what the penalty counts: widths (as printed) | parameters | bytes")
     lambda_r: float = option(0.0025, "Eq. 9: weight of the expected size; effect-first 0.0025, resource-first 0.005")
     lambda_c: float = option(0.08, "Eq. 9: weight of the competition term; effect-first 0.08, resource-first 0.04")
@@ -62,10 +63,10 @@ class PolicyConfig:
         one_of("search.policy.resource", self.resource, RESOURCES)
         for key in ("rows", "steps", "model_width", "layers", "heads", "cache_mb"):
             require(getattr(self, key) >= 1, f"search.policy.{key}", f"must be at least 1, got {getattr(self, key)}")
-        require(self.batch >= 2, "search.policy.batch", "must be at least 2: the baseline of a candidate is the others' mean")
+        require(self.batch >= 2, "search.policy.batch", "must be at least 2: the baseline is the others' mean")
         require(self.lr > 0, "search.policy.lr", "must be above 0")
-        fits = self.model_width % self.heads == 0
-        require(fits, "search.policy.model_width", f"must be a multiple of heads ({self.heads}), got {self.model_width}")
+        width, heads = self.model_width, self.heads
+        require(width % heads == 0, "search.policy.model_width", f"must be a multiple of heads ({heads}), got {width}")
 
 
 @dataclass

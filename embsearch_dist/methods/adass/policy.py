@@ -116,8 +116,17 @@ def search(
         if watch is not None:
             probabilities = p.detach()
             entropy = float(-(probabilities * logits.detach().log_softmax(2)).sum(2).mean())
-            best, mean = float(reward.max()), float(reward.mean())
-            watch(SearchTrace(step, mean, best, entropy, float(extra.detach()), float(expected.detach()), probabilities.mean(0)))
+            watch(
+                SearchTrace(
+                    step=step,
+                    reward_mean=float(reward.mean()),
+                    reward_best=float(reward.max()),
+                    entropy=entropy,
+                    penalty=float(extra.detach()),
+                    expected_cost=float(expected.detach()),
+                    p=probabilities.mean(0),
+                )
+            )
     with torch.no_grad():
         return policy(state).softmax(2).mean(0)
 

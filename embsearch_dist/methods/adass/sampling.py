@@ -32,12 +32,12 @@ class Sampler:
         # A floor of eps leaves 1 - T eps to the softmax; past this spread the rest is not noticeable
         # any more, and a candidate would need long to come back.
         self.spread = math.log((1 - count * config.floor_e) / config.floor_e)
-        self.fixed_e, self.fixed_f = _fixed(config.mode, schema, candidates)
+        self.fixed = _fixed(config.mode, schema, candidates)
 
     def probabilities(self) -> tuple[torch.Tensor, torch.Tensor]:
         """P_E ``[F, T]`` (rows sum to 1) and the keep probabilities P_F ``[F]``."""
-        if self.fixed_e is not None and self.fixed_f is not None:
-            return self.fixed_e, self.fixed_f
+        if self.fixed is not None:
+            return self.fixed
         floor_e, floor_f = self.config.floor_e, self.config.floor_f
         count = self.logits_e.shape[1]
         p_e = floor_e + (1 - count * floor_e) * self.logits_e.softmax(1)
@@ -56,7 +56,7 @@ class Sampler:
 
     @property
     def adaptive(self) -> bool:
-        return self.fixed_e is None
+        return self.fixed is None
 
     def due(self, step: int) -> bool:
         """Whether the step that follows ``step`` done ones updates P_E and P_F."""
@@ -105,9 +105,7 @@ def candidate_variance(sums: torch.Tensor, rows: torch.Tensor, columns: Sequence
     return out
 
 
-def _fixed(
-    mode: str, schema: Schema, candidates: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+def _fixed(mode: str, schema: Schema, candidates: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Constant P_E and P_F of the modes of Table 4; None for adaptive."""
     fields, count = len(schema.fields), len(candidates)
     proportional = torch.tensor(candidates, dtype=torch.float32).clamp(min=1).expand(fields, count)
@@ -120,7 +118,7 @@ def _fixed(
         # "features with larger cardinality will have larger weight": from the random mode's rate up to 1.
         weight = torch.tensor(schema.cardinalities, dtype=torch.float32).log1p()
         return proportional, RANDOM_KEEP + (1 - RANDOM_KEEP) * weight / weight.max()
-    return None, None
+    return None
 
 
 def _normalise(x: torch.Tensor) -> torch.Tensor:

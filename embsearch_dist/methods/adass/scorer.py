@@ -20,7 +20,8 @@ from embsearch_dist.models.ctr import SupernetModel
 from embsearch_dist.models.unify import SupernetUnify
 from embsearch_dist.train.metrics import score
 
-CHUNK_BYTES = 64 << 20  # terms of one chunk of rows: they are read once for all K candidates
+CHUNK_ROWS = 128  # the terms of a chunk of rows stay in cache while all candidates of a pass use them
+CANDIDATES_PER_PASS = 64
 
 
 class SubnetScorer:
@@ -35,21 +36,23 @@ class SubnetScorer:
         head = model.bare_head
         unify, self.backbone = head.unify, head.backbone
         assert isinstance(unify, SupernetUnify)
-        self.fields, self.candidates = len(model.tables.names), len(unify.mask)  # type: ignore[union-attr]
+        self.fields, self.candidates = len(model.tables.names), len(unify.mask)
         self.archive: dict[tuple[int, ...], dict[str, float]] = {}
         model.eval()
         with torch.no_grad():
             pooled = torch.cat([model.tables(b.to(context.device).sparse) for b in batches], 1)
             dense = torch.cat([b.dense.to(context.device) for b in batches])
             self.labels = context.gather(torch.cat([b.label.to(context.device) for b in batches])).cpu()
-            self.terms = self._make_terms(unify, pooled, dense)
+            self.shallow, self.deep = self._make_terms(unify, pooled, dense)
         if self.labels.sum() in (0, len(self.labels)):
             raise UserError(f"the validation sample of {len(self.labels)} rows has one class only: AUC is undefined")
 
-    def _make_terms(self, unify: SupernetUnify, pooled: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
-        """``[F * T + 1, rows, k]``: terms of every (field, candidate) pair; the last block is the dense columns'."""
-        rows, width = pooled.shape[1], self.backbone.term_width
-        terms = torch.zeros(self.fields * self.candidates + 1, rows, width, device=pooled.device)
+    def _make_terms(
+        self, unify: SupernetUnify, pooled: torch.Tensor, dense: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Terms of every (field, candidate) pair, ``[F * T + 1, rows, ...]``; the last block is the dense columns'."""
+        blocks, rows = self.fields * self.candidates + 1, pooled.shape[1]
+        shallow, deep = (torch.zeros(blocks, rows, w, device=pooled.device) for w in self.backbone.term_widths)
         for j in range(self.candidates):
             choice = torch.full((self.fields,), j, device=pooled.device)
             if not unify.present[j]:
@@ -60,44 +63,44 @@ class SubnetScorer:
             else:
                 u = unify.norm(u, choice)
             for f in range(self.fields):
-                terms[f * self.candidates + j] = self.backbone.field_terms(f, u[:, f])
-        terms[-1] = self.backbone.dense_terms(dense)
-        return terms
+                block = f * self.candidates + j
+                shallow[block], deep[block] = self.backbone.field_terms(f, u[:, f])
+        shallow[-1], deep[-1] = self.backbone.dense_terms(dense)
+        return shallow, deep
 
     def _moments(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and variance ``[F, d]`` over the whole sample. A pair that was drawn rarely has running
         statistics of an older supernet; those of the sample are exact and use no label."""
         count = torch.tensor(float(u.shape[1]), device=u.device)
-        total = u.double().sum(1)
+        total = u.sum(1)
         for tensor in (count, total):
             self.context.sum(tensor)
         mean = total / count
-        square = self.context.sum((u.double() - mean[:, None]).square().sum(1))
-        return mean.float(), (square / count).float()
+        square = self.context.sum(torch.stack([(v - m).square_().sum(0) for v, m in zip(u, mean, strict=True)]))
+        return mean, square / count
 
     @torch.no_grad()
     def logits(self, choices: torch.Tensor) -> torch.Tensor:
         """``choices [K, F]`` candidate indices -> logits of this rank's rows ``[K, rows]``."""
-        count = len(choices)
-        blocks, rows, width = self.terms.shape
-        pick = torch.zeros(count, blocks, device=self.terms.device)
-        columns = choices.to(pick.device) + torch.arange(self.fields, device=pick.device) * self.candidates
-        pick.scatter_(1, columns, 1.0)
+        count, device = len(choices), self.shallow.device
+        blocks, rows, width = self.shallow.shape
+        pick = torch.zeros(count, blocks, device=device)
+        pick.scatter_(1, choices.to(device) + torch.arange(self.fields, device=device) * self.candidates, 1.0)
         pick[:, -1] = 1.0
-        out = torch.empty(count, rows, device=pick.device)
-        step = max(64, CHUNK_BYTES // (4 * blocks * width))
-        for start in range(0, rows, step):
-            part = self.terms[:, start : start + step]
-            total = pick @ part.reshape(blocks, -1)
-            out[:, start : start + step] = self.backbone.finish(total.view(-1, width)).view(count, -1)
+        out = torch.empty(count, rows, device=device)
+        for start in range(0, rows, CHUNK_ROWS):
+            part = slice(start, start + CHUNK_ROWS)
+            shallow = (pick @ self.shallow[:, part].reshape(blocks, -1)).view(-1, width)
+            deep = (pick @ self.deep[:, part].reshape(blocks, -1)).view(len(shallow), -1)
+            out[:, part] = self.backbone.finish(shallow, deep).view(count, -1)
         return out
 
     def score(self, choices: torch.Tensor) -> list[dict[str, float]]:
         """Metrics (auc, logloss, accuracy) of subnets ``[K, F]``, on every rank, from the archive if known."""
         keys = [tuple(row) for row in choices.tolist()]
         new = list(dict.fromkeys(k for k in keys if k not in self.archive))
-        for start in range(0, len(new), 16):
-            self._score_new(new[start : start + 16])
+        for start in range(0, len(new), CANDIDATES_PER_PASS):
+            self._score_new(new[start : start + CANDIDATES_PER_PASS])
         return [self.archive[k] for k in keys]
 
     def _score_new(self, keys: list[tuple[int, ...]]) -> None:

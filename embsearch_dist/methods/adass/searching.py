@@ -70,7 +70,8 @@ class Searcher:
             sign = -1.0 if policy.metric == "logloss" else 1.0
 
             def value(c: Sequence[int], m: dict[str, float]) -> float:
-                return policy.reward_weight * sign * m[policy.metric] - policy.lambda_r * total_cost(c, costs) / len(costs)
+                reward = policy.reward_weight * sign * m[policy.metric]
+                return reward - policy.lambda_r * total_cost(c, costs) / len(costs)
 
             choice = refine(
                 choice,
@@ -136,9 +137,8 @@ def make_scorer(run: Run, task: SupernetTask | None = None) -> SubnetScorer:
     stream = run.stream("validation", batch, shuffle=False)
     blocks = len(run.schema.fields) * len(search_config.candidates) + 1
     policy = search_config.policy
-    rows = sample_rows(
-        run.schema.rows["validation"], policy.rows, blocks, task.model.bare_head.backbone.term_width, policy.cache_mb
-    )
+    width = sum(task.model.bare_head.backbone.term_widths)
+    rows = sample_rows(run.schema.rows["validation"], policy.rows, blocks, width, policy.cache_mb)
     batches = list(itertools.islice(stream.epoch(0), max(1, rows // batch)))
     return SubnetScorer(task.model, batches, run.context)
 
@@ -160,8 +160,8 @@ class SearchStage(Stage):
         searcher = Searcher(run.schema, config, make_scorer(run))
         with Monitor(run.dir, self.name, run.context.rank) as monitor:
             monitor.resume_at(0)
-            rows = len(searcher.scorer.labels)
-            monitor.say(f"search: {config.policy.steps} steps x {config.policy.batch} subnets on {rows:,} validation rows")
+            size = f"{config.policy.steps} steps x {config.policy.batch} subnets"
+            monitor.say(f"search: {size} on {len(searcher.scorer.labels):,} validation rows")
             seed = run.config.run.seed * 7919 + config.policy.seed
             points = []
             with monitor.progress(len(budgets), "searches") as bar:

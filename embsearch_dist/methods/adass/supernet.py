@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class SupernetTask:
 
     def _watch(self, pooled: torch.Tensor, choice: torch.Tensor, keep: torch.Tensor) -> None:
         """Take the mean magnitudes that Eq. 6 needs from this batch: of E now, of dL/dE in backward."""
-        active = self.model.tables.mask[choice]  # type: ignore[index]
+        active = self.model.tables.mask[choice]
         columns = active.sum(1).clamp(min=1)
         self._size = (pooled.detach().abs().mean(1) * active).sum(1) / columns
 
@@ -73,7 +74,7 @@ class SupernetTask:
             both = torch.stack([self._gradient, self._size])
             self.context.sum(both)
             sums, rows = column_sums(self.model.sharded)
-            variance = candidate_variance(sums.cpu(), rows.cpu(), self.model.tables.columns)  # type: ignore[union-attr]
+            variance = candidate_variance(sums.cpu(), rows.cpu(), self.model.tables.columns)
             both = both.cpu() / self.context.world_size
             self.sampler.update(variance, both[0], both[1])
             self._gradient = self._size = None
@@ -121,13 +122,11 @@ class SupernetStage(Stage):
                 f"supernet: {len(run.schema.fields)} fields x candidates {search.candidates}, {search.scheme} scheme, "
                 f"{search.sampling.mode} sampling, {task.model.sharded.context.world_size} rank(s)"
             )
-            trainer = Trainer(
-                task, search.supernet, run.config.optim, training, validation, run.context, monitor, checkpoint_root(run)
-            )
-            trainer.fit()
+            root, optim = checkpoint_root(run), run.config.optim
+            Trainer(task, search.supernet, optim, training, validation, run.context, monitor, root).fit()
 
 
-def checkpoint_root(run: Run) -> Any:
+def checkpoint_root(run: Run) -> Path:
     return run.dir / "checkpoints" / SupernetStage.name
 
 

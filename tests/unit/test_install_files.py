@@ -1,0 +1,264 @@
+"""Set-up files agree with each other and with what the code imports; scripts parse and keep their promises."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from embsearch_dist import doctor
+
+SCRIPTS = ("tools/setup.sh", "tools/test.sh", "tools/demo.sh", ".ci/run")
+PIP_NAME = {"yaml": "pyyaml", "sklearn": "scikit-learn", "fbgemm_gpu": "fbgemm-gpu"}
+
+
+def pins(path: Path) -> dict[str, str]:
+    lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
+    return {normal(line.split("==")[0]): line.split("==")[1] for line in lines if line}
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.fixture(scope="module")
+def setup_call(repo_root: Path) -> dict[str, object]:
+    """The arguments of setup(), read without running it."""
+    tree = ast.parse((repo_root / "setup.py").read_text())
+    call = next(
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setup"
+    )
+    values = {}
+    for keyword in call.keywords:
+        try:
+            values[str(keyword.arg)] = ast.literal_eval(keyword.value)
+        except ValueError:  # computed, e.g. the version
+            continue
+    return values
+
+
+def test_the_pinned_pair_fits(repo_root: Path) -> None:
+    common = pins(repo_root / "requirements" / "common.txt")
+    for variant, build in (("cpu", "fbgemm-gpu-cpu"), ("cuda", "fbgemm-gpu")):
+        pair = pins(repo_root / "requirements" / f"{variant}.txt")
+        assert set(pair) == {"torchrec", build}
+        cuda = "13.0" if variant == "cuda" else None
+        versions = {"torch": common["torch"], "torch.cuda": cuda, **pair}
+        assert doctor.check_pairing(versions).status == doctor.OK
+        assert doctor.check_fbgemm(versions).status == doctor.OK
+    assert not set(common) & {"torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu"}  # these go in last, without dependencies
+
+
+def test_pins_are_within_the_ranges_of_setup(repo_root: Path, setup_call: dict) -> None:
+    packaging = pytest.importorskip("packaging.requirements")
+    common = pins(repo_root / "requirements" / "common.txt")
+    test = pins(repo_root / "requirements" / "test.txt")
+    for line in setup_call["install_requires"]:
+        requirement = packaging.Requirement(line)
+        assert requirement.specifier.contains(common[normal(requirement.name)]), line
+    for line in setup_call["extras_require"]["test"]:
+        requirement = packaging.Requirement(line)
+        assert requirement.specifier.contains(test[normal(requirement.name)]), line
+    for variant in ("cpu", "cuda"):
+        pair = pins(repo_root / "requirements" / f"{variant}.txt")
+        for line in setup_call["extras_require"][variant]:
+            requirement = packaging.Requirement(line)
+            assert requirement.specifier.contains(pair[normal(requirement.name)]), line
+    # pip would follow torchrec to the CUDA build
+    assert not any(line.startswith("torchrec") for line in setup_call["extras_require"]["cpu"])
+
+
+def test_the_doctor_knows_the_requirements(setup_call: dict) -> None:
+    required = {normal(re.split(r"[<>=]", line)[0]) for line in setup_call["install_requires"]}
+    assert {normal(name) for name in doctor.REQUIRED} == (required - {"urllib3"}) | {"torchrec"}
+
+
+def test_everything_imported_is_required(repo_root: Path) -> None:
+    known = {normal(name) for name in doctor.REQUIRED} | {"fbgemm-gpu"}
+    strange = set()
+    for path in [*(repo_root / "embsearch_dist").rglob("*.py"), *(repo_root / "launch").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [str(node.module)]
+            for name in names:
+                top = name.split(".")[0]
+                if top in sys.stdlib_module_names or top in ("embsearch_dist", "launch"):
+                    continue
+                if normal(PIP_NAME.get(top, top)) not in known:
+                    strange.add(f"{path.relative_to(repo_root)}: {top}")
+    assert not strange
+
+
+def test_every_package_folder_is_installed(repo_root: Path) -> None:
+    """A folder without __init__.py is left out of the wheel, though it works from the repository."""
+    folders = {path.parent for name in ("embsearch_dist", "launch") for path in (repo_root / name).rglob("*.py")}
+    assert [str(f.relative_to(repo_root)) for f in sorted(folders) if not (f / "__init__.py").exists()] == []
+
+
+def test_torchx_registration(repo_root: Path, setup_call: dict) -> None:
+    entries = dict(line.split(" = ") for line in setup_call["entry_points"]["torchx.components"])
+    assert entries["dist"] == "launch.dist"
+    assert entries["utils"] == "torchx.components.utils"  # else ours would hide TorchX's own
+    config = configparser.ConfigParser()
+    config.read(repo_root / ".torchxconfig")
+    assert config["cli:run"]["scheduler"] == "local_cwd"
+
+
+def test_markers_and_default_selection(repo_root: Path) -> None:
+    options = tomllib.loads((repo_root / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    assert {line.split(":")[0] for line in options["markers"]} == {"unit", "distributed", "launch", "gpu", "slow"}
+    assert options["addopts"][-2:] == ["-m", "not slow"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shell_scripts(repo_root: Path, script: str) -> None:
+    path = repo_root / script
+    assert os.access(path, os.X_OK)
+    assert "set -euo pipefail" in path.read_text()
+    subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+def test_no_addresses_in_tracked_setup_files(repo_root: Path) -> None:
+    files = [*SCRIPTS, "setup.py", "pyproject.toml", ".torchxconfig", *map(str, (repo_root / "requirements").glob("*"))]
+    for name in files:
+        assert not re.search(r"https?://|--index-url [^\"$]", (repo_root / name).read_text()), name
+
+
+def test_ignore_rules_hide_no_source(repo_root: Path) -> None:
+    if not shutil.which("git") or not (repo_root / ".git").exists():
+        pytest.skip("not a git checkout")
+    sources = [str(p.relative_to(repo_root)) for name in ("embsearch_dist", "launch", "tests", "configs", "tools")
+               for p in (repo_root / name).rglob("*") if p.is_file() and "__pycache__" not in p.parts]  # fmt: skip
+    done = subprocess.run(["git", "check-ignore", *sources], cwd=repo_root, capture_output=True, text=True)
+    assert done.stdout == ""
+
+
+# ---- tools/setup.sh with a stand-in for Python: what it does, without installing anything ----
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+# Notes each call; `-m venv FOLDER` makes a folder whose python is this script again.
+echo "$*" >> "$FAKE_LOG"
+case "$*" in
+    "-c import sys; sys.exit"*) exit 0 ;;
+    "-c "*) echo 3.11 ;;
+    --version) echo "Python 3.11.0" ;;
+    "-m venv --clear --without-pip "*) [[ "$FAKE_VENV" == nopip ]] || exit 1; folder=${*: -1} ;;
+    "-m venv "*) [[ "$FAKE_VENV" == ok ]] || exit 1; folder=${*: -1} ;;
+    "-m virtualenv "*) exit 1 ;;
+    *"$FAKE_FAIL"*) exit 1 ;;
+esac
+if [[ -n ${folder:-} ]]; then
+    mkdir -p "$folder/bin"
+    touch "$folder/pyvenv.cfg"
+    cp "$0" "$folder/bin/python"
+fi
+"""
+
+
+class FakeSetup:
+    """Runs a copy of tools/setup.sh whose every Python is FAKE_PYTHON."""
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        self.tree, self.log = folder / "tree", folder / "log"
+        (self.tree / "tools").mkdir(parents=True)
+        shutil.copy(root / "tools" / "setup.sh", self.tree / "tools")
+        shutil.copytree(root / "requirements", self.tree / "requirements")
+        shutil.copy(root / "setup.py", self.tree)
+        self.python = folder / "python"
+        self.python.write_text(FAKE_PYTHON)
+        self.python.chmod(0o755)
+
+    def run(self, *args: str, venv: str = "ok", fail: str = "#none#", **env: str) -> tuple[int, str, str]:
+        """Exit code, output, and the Python calls made."""
+        self.log.write_text("")
+        fakes = {"PYTHON": str(self.python), "FAKE_LOG": str(self.log), "FAKE_VENV": venv, "FAKE_FAIL": fail}
+        command = ["bash", str(self.tree / "tools" / "setup.sh"), *args]
+        clean = {k: v for k, v in os.environ.items() if k != "TORCH_INDEX_URL"}
+        done = subprocess.run(command, env=clean | fakes | env, capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stdout + done.stderr, self.log.read_text()
+
+
+@pytest.fixture
+def fake(repo_root: Path, tmp_path: Path) -> FakeSetup:
+    return FakeSetup(repo_root, tmp_path)
+
+
+def test_setup_order_and_second_run(fake: FakeSetup) -> None:
+    code, output, calls = fake.run()
+    assert code == 0, output
+    order = ["-r requirements/common.txt", "uninstall", "--no-deps -r requirements/cpu.txt", "--editable", "doctor"]
+    places = [calls.index(word) for word in order]
+    assert places == sorted(places)
+    code, output, calls = fake.run()
+    assert code == 0
+    assert "pip install" not in calls and "doctor --quick" in calls
+    code, _, calls = fake.run("--test")
+    assert "requirements/test.txt" in calls and "requirements/common.txt" not in calls
+    assert "pip install" not in fake.run("--test")[2]
+
+
+def test_setup_again_after_requirements_changed(fake: FakeSetup) -> None:
+    fake.run()
+    with (fake.tree / "requirements" / "common.txt").open("a") as f:
+        f.write("another==1\n")
+    assert "requirements/common.txt" in fake.run()[2]
+
+
+@pytest.mark.parametrize("fail", ["requirements/common.txt", "requirements/cpu.txt"])
+def test_a_half_built_environment_is_rebuilt(fake: FakeSetup, fail: str) -> None:
+    code, output, _ = fake.run(fail=fail)
+    assert code == 1 and "failed; run this again" in output
+    (fake.tree / ".venv" / "leftover").touch()
+    code, output, calls = fake.run()
+    assert code == 0 and "removing the half-built" in output
+    assert "-m venv" in calls and not (fake.tree / ".venv" / "leftover").exists()
+
+
+def test_a_failing_doctor_fails_the_setup_and_is_not_remembered(fake: FakeSetup) -> None:
+    assert fake.run(fail="embsearch_dist.doctor")[0] == 1
+    assert "requirements/common.txt" in fake.run()[2]
+
+
+def test_without_ensurepip(fake: FakeSetup) -> None:
+    code, output, calls = fake.run(venv="nopip")
+    assert code == 0, output
+    assert "-m pip --python" in calls
+
+
+def test_without_any_way_to_make_an_environment(fake: FakeSetup) -> None:
+    code, output, _ = fake.run(venv="none")
+    assert code == 1 and "apt-get install python3.11-venv" in output
+
+
+def test_a_folder_that_is_no_environment_is_left_alone(fake: FakeSetup) -> None:
+    precious = fake.tree / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").touch()
+    code, output, _ = fake.run("cpu", "precious")
+    assert code == 1 and "no virtual environment" in output
+    assert (precious / "thesis.txt").exists()
+
+
+def test_cpu_and_cuda_do_not_mix(fake: FakeSetup) -> None:
+    fake.run("cpu")
+    code, output, _ = fake.run("cuda")
+    assert code == 1 and "set up for cpu" in output
+
+
+def test_torch_index(fake: FakeSetup) -> None:
+    _, _, calls = fake.run("cuda", TORCH_INDEX_URL="file:///wheels")
+    assert re.search(r"--no-deps --index-url file:///wheels torch==\d", calls)
+    assert calls.index("file:///wheels") < calls.index("requirements/common.txt")
