@@ -213,11 +213,11 @@ class Shards:
             raise UserError(f"{where}: {len(bad)} labels are neither 0 nor 1, the first is {bad[0]:g}. Prepare again")
         rows.label[start:stop] = label
         for i, known in enumerate(self.schema.fields):
-            ids = column(field.name)
-            if len(ids) and (ids.min() < 0 or ids.max() >= field.cardinality):
-                bad = ids[(ids < 0) | (ids >= field.cardinality)]
+            ids = column(known.name)
+            if len(ids) and (ids.min() < 0 or ids.max() >= known.cardinality):
+                bad = ids[(ids < 0) | (ids >= known.cardinality)]
                 raise UserError(
-                    f"{where}: field {field.name!r} has {len(bad)} ids outside 0..{field.cardinality - 1}, "
+                    f"{where}: field {known.name!r} has {len(bad)} ids outside 0..{known.cardinality - 1}, "
                     f"the first is {bad[0]}. The shard is not of this schema; prepare the data again"
                 )
             rows.ids[i, start:stop] = ids

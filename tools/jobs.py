@@ -1,0 +1,62 @@
+"""Run many commands a few at a time, and skip those whose result is already there.
+
+Shared by the measurement scripts of this folder: every measurement is a set of ordinary runs of the
+entry scripts, so each figure can be looked at, repeated or continued by hand.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command: a script of launch/ or tools/ with its arguments; done when ``result`` exists."""
+
+    name: str
+    script: str
+    arguments: Sequence[str]
+    result: Path
+
+
+def run_job(job: Job, log_dir: Path) -> float:
+    """Run one job with one thread; returns its seconds (0 when it was done before).
+
+    Raises:
+        SystemExit: the command failed; names its log.
+    """
+    if job.result.exists():
+        return 0.0
+    log_dir.mkdir(parents=True, exist_ok=True)
+    log = log_dir / f"{job.name}.log"
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    started = time.monotonic()
+    with log.open("w") as out:
+        command = [sys.executable, "-W", "ignore", str(ROOT / job.script), *job.arguments]
+        code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment).returncode
+    if code or not job.result.exists():
+        tail = "\n".join(log.read_text().splitlines()[-5:])
+        raise SystemExit(f"{job.name} failed (exit code {code}); see {log}\n{tail}")
+    return time.monotonic() - started
+
+
+def run_all(chains: Sequence[Sequence[Job]], log_dir: Path, jobs: int) -> None:
+    """Run chains of jobs, ``jobs`` chains side by side; the jobs of a chain one after another."""
+
+    def work(chain: Sequence[Job]) -> None:
+        for job in chain:
+            seconds = run_job(job, log_dir)
+            print(f"{job.name}: {'there' if not seconds else f'{seconds:.0f} s'}", flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for done in [pool.submit(work, chain) for chain in chains]:
+            done.result()
