@@ -85,7 +85,7 @@ class ModelConfig:
     dropout: float = option(0.0, "dropout after each hidden layer")
     unified_width: int = option(32, "d_f: the common width every field is transformed to")
     unify: str = option("always", "always | mixed: 'mixed' skips the transform when all widths are equal")
-    norm: str = option("field", "BatchNorm of the transform: field (statistics per field) | width | none")
+    norm: str = option("none", "BatchNorm of the transform: none | field (statistics per field) | width (as printed)")
     gain: float = option(0.1, "initial scale of that BatchNorm; small, so that FM starts near zero")
     init_std: float = option(0.01, "standard deviation of the initial embedding values")
 

@@ -59,7 +59,10 @@ class ShardWriter:
     def _group(self, frame: pl.DataFrame) -> None:
         if self._file is None:
             path = self.directory / f"part-{self._files:05d}.parquet"
-            self._file = pq.ParquetWriter(path, self.schema, compression="lz4", write_statistics=False)
+            # Checksums tell a damaged page from a whole one; statistics would never be read.
+            self._file = pq.ParquetWriter(
+                path, self.schema, compression="lz4", write_statistics=False, write_page_checksum=True
+            )
             self._files, self._file_rows = self._files + 1, 0
         self._file.write_table(frame.rechunk().to_arrow().cast(self.schema), row_group_size=frame.height)
         self._file_rows += frame.height
@@ -188,7 +191,7 @@ class Shards:
     @staticmethod
     def _open(path: Path) -> pq.ParquetFile:
         try:
-            return pq.ParquetFile(path)
+            return pq.ParquetFile(path, page_checksum_verification=True)
         except (pa.ArrowException, OSError) as e:
             raise UserError(f"{path}: not a whole Parquet file ({_one_line(e)}). Prepare the data again") from e
 

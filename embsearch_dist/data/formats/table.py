@@ -172,8 +172,8 @@ class _NoDuplicates(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(k) for k, _ in node.value]
-        for (key_node, _), key in zip(node.value, keys, strict=True):
-            if keys.count(key) > 1:
+        for i, (key_node, _) in enumerate(node.value):
+            if (key := keys[i]) in keys[:i]:
                 line = key_node.start_mark.line + 1
                 raise UserError(f"{self.name}, line {line}: key {key!r} is there twice. Remove one")
         return super().construct_mapping(node, deep)
