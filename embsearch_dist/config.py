@@ -217,7 +217,6 @@ def load_config(
     one_of("method", name, list(methods))
     base = OmegaConf.create({"method": name, **{k: OmegaConf.structured(v) for k, v in SECTIONS.items()}})
     base["search"] = OmegaConf.structured(methods[name])
-    OmegaConf.set_struct(base, True)
     for layer in layers:
         _reject_unknown(layer, base, "")
         try:
@@ -263,6 +262,8 @@ def _reject_unknown(layer: DictConfig, base: Any, prefix: str) -> None:
             raise UserError(f"unknown config key {full!r}{nearest(str(key), known)}; known here: {', '.join(known)}")
         inner = layer._get_node(key)
         target = base._get_node(str(key))
+        if isinstance(target, DictConfig) and not isinstance(inner, DictConfig):
+            raise UserError(f"config key {full}: is a section, not a value; set one of its keys")
         if isinstance(inner, DictConfig) and isinstance(target, DictConfig) and full != "dist.tables":
             _reject_unknown(inner, target, full + ".")
 

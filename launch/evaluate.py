@@ -2,7 +2,7 @@
 
     python launch/evaluate.py --run runs/adass_deepfm/retrain/adass
     python launch/evaluate.py --run runs/adass_deepfm/retrain/adass --split validation
-    torchrun --standalone --nproc-per-node 2 launch/evaluate.py --run runs/adass_deepfm/retrain/adass
+    torchrun --standalone --nproc-per-node 2 -- launch/evaluate.py --run runs/adass_deepfm/retrain/adass
 
 Options: --run DIR (a directory that retrain.py wrote), --split test|validation|train, --section.key VALUE.
 Prints the figures as JSON and leaves them in DIR/evaluation.json (test) or DIR/evaluation-SPLIT.json.

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim.optimizer import Optimizer
 
 from embsearch_dist.dist.context import Context
@@ -76,36 +76,50 @@ class Checkpointer:
                 found.append(int(number))
         return sorted(found)
 
-    def load(self, step: int) -> dict[str, Any]:
-        """Restore ``step-N`` into model and optimizers; returns the JSON state.
+    def load(self, step: int, optimizers: bool = True) -> dict[str, Any]:
+        """Restore ``step-N``; returns the JSON state.
+
+        Args:
+            optimizers: their state too. Without it, any number of ranks and any sharding will do.
 
         Raises:
-            UserError: a file is missing, truncated or differs from its checksum (named).
+            UserError: a file is missing, truncated or differs from its checksum (named), or the
+                checkpoint lacks state that this run's optimizers need.
         """
         directory = self.root / f"step-{step}"
         self.context.first("checking a checkpoint", lambda: verify(directory))
-        tensors = self._tensors()
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(directory / "data"), process_group=self.context.group)
+        tensors = self._tensors(optimizers)
+        reader = dcp.FileSystemReader(directory / "data")
+        try:
+            dcp.load(tensors, storage_reader=reader, process_group=self.context.group)
+        except CheckpointException as e:
+            ranks = read_json(directory / "manifest.json")["world_size"]
+            reasons = "; ".join(sorted({str(f[0]) for f in e.failures.values()}))
+            raise UserError(
+                f"checkpoint {directory} of {ranks} rank(s) does not fit this run of {self.context.world_size} rank(s): "
+                f"{reasons}. Continue with the number of ranks, sharding and optimizer it was made with"
+            ) from e
         self.model.bare_head.load_state_dict(tensors["head"])
         return read_json(directory / "state.json")
 
-    def _tensors(self) -> dict[str, Any]:
+    def _tensors(self, optimizers: bool = True) -> dict[str, Any]:
         """Everything that is a tensor, as views of live storage wherever DCP loads in place."""
         tables = self.model.sharded
         tensors: dict[str, Any] = {
             "tables": dict(tables.collection.state_dict()),
             "head": {k: v.detach() for k, v in self.model.bare_head.state_dict().items()},
-            "head_optimizer": dict(_adam_state(self.optimizer, dict(self.model.bare_head.named_parameters()))),
         }
+        if not optimizers:
+            return tensors
+        tensors["head_optimizer"] = dict(_adam_state(self.optimizer, dict(self.model.bare_head.named_parameters())))
         fused: dict[str, Any] = {}
         for parameter, values in tables.collection.fused_optimizer.state_dict()["state"].items():
             for key, value in values.items():
                 if isinstance(value, ShardedTensor | torch.Tensor):
                     fused[f"{parameter}/{key}"] = value
-        tensors["fused_optimizer"] = fused
-        if tables.torch_optimizer is not None:
-            tensors["torch_optimizer"] = dict(_table_state(tables, self.context))
-        return tensors
+        own = {} if tables.torch_optimizer is None else dict(_table_state(tables, self.context))
+        # DCP takes an empty group for a value, which only rank 0 would write and every rank would look for.
+        return tensors | {k: v for k, v in {"fused_optimizer": fused, "torch_optimizer": own}.items() if v}
 
 
 def verify(directory: Path) -> None:
@@ -140,18 +154,24 @@ def _adam_state(optimizer: Optimizer, named: dict[str, torch.nn.Parameter]) -> I
 def _ensure_state(optimizer: Optimizer, parameter: torch.nn.Parameter) -> dict[str, Any]:
     state = optimizer.state[parameter]
     if not state and isinstance(optimizer, torch.optim.Adam):
-        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)  # where fused Adam keeps it
         state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
         state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
     return state
 
 
 def _table_state(tables: Any, context: Context) -> Iterator[tuple[str, Any]]:
-    """State of tables whose optimizer runs outside backward, sharded like the tables themselves."""
+    """State of tables whose optimizer runs outside backward, sharded like the tables themselves.
+
+    What belongs to no shard (the step count, the state of a replicated table) is the same on every rank
+    that has it, so its name does not depend on the rank.
+    """
     weights = tables.collection.state_dict()
     for name, parameter in tables.collection.named_parameters():
         key = name if name in weights else name.replace("module.", "")
         weight = weights.get(key)
+        if isinstance(weight, ShardedTensor) and not weight.local_shards():
+            continue  # the table lives on other ranks; here stands an empty parameter
         if parameter not in tables.torch_optimizer.state and not isinstance(tables.torch_optimizer, torch.optim.Adam):
             continue
         for field, value in _ensure_state(tables.torch_optimizer, parameter).items():
@@ -162,10 +182,7 @@ def _table_state(tables: Any, context: Context) -> Iterator[tuple[str, Any]]:
                 value = ShardedTensor._init_from_local_shards_and_global_metadata(
                     shards, weight.metadata(), process_group=context.group
                 )
-                yield f"{name}/{field}", value
-            else:
-                # Step counts: one number a table, the same on every rank that holds a part of it.
-                yield f"{name}/{field}/rank{dist.get_rank()}", value
+            yield f"{key}/{field}", value
 
 
 def _sha256(path: Path) -> str:

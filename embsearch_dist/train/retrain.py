@@ -91,7 +91,7 @@ def load_best(config: Config, allocation: Allocation, context: Context, director
     best = checkpointer.best()
     if best is None:
         raise UserError(f"{directory} holds no trained model; train it first: python launch/retrain.py --help")
-    checkpointer.load(best)
+    checkpointer.load(best, optimizers=False)
     return task
 
 

@@ -132,7 +132,7 @@ class Trainer:
         """Put the weights of the best checkpoint back into the model."""
         best = self.checkpointer.best()
         if best is not None:
-            self.task.load_state(self.checkpointer.load(best)["task"])
+            self.task.load_state(self.checkpointer.load(best, optimizers=False)["task"])
 
     def _resume(self) -> None:
         steps = self.checkpointer.steps()
@@ -153,6 +153,8 @@ class Trainer:
             p.epoch, p.batch = p.epoch + 1, 0
 
     def _step(self, batch: Batch) -> float:
+        # Dropout of a step depends on the step alone, so that a continued run draws what the unbroken one did.
+        torch.manual_seed((self.training.seed * 1_000_003 + self.progress.step) * 1021 + self.context.rank)
         self.optimizer.zero_grad(set_to_none=True)
         self.task.model.sharded.zero_grad()
         loss = self.task.loss(batch, self.progress.step)

@@ -15,6 +15,7 @@ from embsearch_dist.allocation import cost
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Schema
 
+RETRIES = 20  # of the knapsack's solver, whose tolerance may let a choice pass that is a little too expensive
 REFERENCE_WIDTH = 32  # P-R and '%' budgets are relative to UES-32
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -101,15 +102,24 @@ def knapsack(scores: torch.Tensor, costs: torch.Tensor, limit: float) -> list[in
     of_field = np.repeat(np.arange(fields), candidates)
     one_each = csr_array((np.ones(variables), (of_field, np.arange(variables))), shape=(fields, variables))
     weight = costs.numpy().reshape(1, -1) / scale
-    result = milp(
-        -scores.double().numpy().ravel(),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(weight, -np.inf, limit / scale)],
-        bounds=Bounds(0, 1),
-        integrality=np.ones(variables),
-    )
-    if result.x is None:
-        raise ValueError(f"no choice costs at most {limit}")
-    choice = result.x.reshape(fields, candidates).argmax(1).tolist()
+    constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(weight, -np.inf, limit / scale)]
+    for _ in range(RETRIES):
+        result = milp(
+            -scores.double().numpy().ravel(),
+            constraints=constraints,
+            bounds=Bounds(0, 1),
+            integrality=np.ones(variables),
+            options={"mip_rel_gap": 0.0},
+        )
+        if result.x is None:
+            raise ValueError(f"no choice costs at most {limit}")
+        choice = result.x.reshape(fields, candidates).argmax(1).tolist()
+        if total_cost(choice, costs) <= limit:
+            break
+        # Too expensive by less than the solver's tolerance: forbid just this choice.
+        taken = np.zeros((1, variables))
+        taken[0, np.arange(fields) * candidates + choice] = 1
+        constraints.append(LinearConstraint(taken, -np.inf, fields - 1))
     return _repair(choice, scores, costs, limit)
 
 

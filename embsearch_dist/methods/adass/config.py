@@ -24,11 +24,13 @@ class SamplingConfig:
     floor_e: float = option(0.05, "no candidate is drawn with a smaller probability than this")
     floor_f: float = option(0.5, "no field is kept with a smaller probability than this")
     keep_start: float = option(0.8, "probability to keep a field before the first update; 'random' uses 0.6")
+    warmup: float = option(0.0, "share of the steps in which the whole supernet is trained, ever more rarely")
     same_subnet: bool = option(True, "ranks draw one subnet together; false = each rank its own")
 
     def check(self, candidates: int) -> None:
         one_of("search.sampling.mode", self.mode, MODES)
         require(0 <= self.lambda_fs <= 1, "search.sampling.lambda_fs", f"must be in [0, 1], got {self.lambda_fs}")
+        require(0 <= self.warmup <= 1, "search.sampling.warmup", f"must be in [0, 1], got {self.warmup}")
         require(self.update_every >= 1, "search.sampling.update_every", "must be at least 1")
         bound = 1 / candidates
         require(0 < self.floor_e < bound, "search.sampling.floor_e", f"must be in (0, {bound:g}), got {self.floor_e}")
@@ -44,8 +46,8 @@ class PolicyConfig:
 
     rows: int = option(100_000, "validation rows every candidate is scored on")
     cache_mb: int = option(4096, "memory of the cached activations over all ranks; bounds the rows")
-    steps: int = option(300, "updates of the policy")
-    batch: int = option(16, "candidates sampled per update")
+    steps: int = option(200, "updates of the policy")
+    batch: int = option(32, "candidates sampled per update")
     lr: float = option(5e-4, "learning rate of the policy (Adam)")
     metric: str = option("auc", "reward: auc | logloss (its negative) | accuracy (as printed)")
     reward_weight: float = option(10.0, "weight of the reward (the paper prints lambda_r here too, but no number)")

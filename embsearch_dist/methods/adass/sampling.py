@@ -23,8 +23,17 @@ class Sampler:
     unbroken one would have drawn.
     """
 
-    def __init__(self, config: SamplingConfig, schema: Schema, candidates: Sequence[int], seed: int) -> None:
-        self.config, self.seed = config, seed
+    def __init__(
+        self,
+        config: SamplingConfig,
+        schema: Schema,
+        candidates: Sequence[int],
+        seed: int,
+        warmup_steps: int = 0,
+    ) -> None:
+        """``warmup_steps``: until then a step trains the widest subnet with a probability that falls from 1
+        to 0. Fields that matter only together are slow to start while one of them is often cut short."""
+        self.config, self.seed, self.warmup_steps = config, seed, warmup_steps
         fields, count = len(schema.fields), len(candidates)
         self.logits_e = torch.zeros(fields, count)
         low = config.floor_f
@@ -48,6 +57,8 @@ class Sampler:
         stream = 0 if self.config.same_subnet else rank
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 1021 + stream)
         p_e, p_f = self.probabilities()
+        if step < self.warmup_steps and float(torch.rand((), generator=generator)) >= step / self.warmup_steps:
+            return torch.full((len(p_f),), p_e.shape[1] - 1), torch.ones(len(p_f), dtype=torch.bool)
         choice = torch.multinomial(p_e, 1, generator=generator).squeeze(1)
         keep = torch.rand(len(p_f), generator=generator) < p_f
         if not keep.any():

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch.nn import functional
 
 from embsearch_dist.data.batch import Batch
 from embsearch_dist.dist.context import Context
@@ -43,6 +44,7 @@ class SubnetScorer:
             pooled = torch.cat([model.tables(b.to(context.device).sparse) for b in batches], 1)
             dense = torch.cat([b.dense.to(context.device) for b in batches])
             self.labels = context.gather(torch.cat([b.label.to(context.device) for b in batches])).cpu()
+            self.rows = pooled.shape[1]
             self.shallow, self.deep = self._make_terms(unify, pooled, dense)
         if self.labels.sum() in (0, len(self.labels)):
             raise UserError(f"the validation sample of {len(self.labels)} rows has one class only: AUC is undefined")
@@ -50,9 +52,23 @@ class SubnetScorer:
     def _make_terms(
         self, unify: SupernetUnify, pooled: torch.Tensor, dense: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Terms of every (field, candidate) pair, ``[F * T + 1, rows, ...]``; the last block is the dense columns'."""
+        """Terms of every (field, candidate) pair, ``[chunks, F * T + 1, CHUNK_ROWS * width]``.
+
+        The last block is the dense columns'. Chunk by chunk in memory: with whole columns side by side the
+        blocks of a chunk would lie megabytes apart, in the same few lines of every cache. The last chunk is
+        filled up with zero rows.
+        """
         blocks, rows = self.fields * self.candidates + 1, pooled.shape[1]
-        shallow, deep = (torch.zeros(blocks, rows, w, device=pooled.device) for w in self.backbone.term_widths)
+        chunks = -(-rows // CHUNK_ROWS)
+        shallow, deep = (
+            torch.zeros(chunks, blocks, CHUNK_ROWS * w, device=pooled.device) for w in self.backbone.term_widths
+        )
+
+        def put(block: int, terms: tuple[torch.Tensor, torch.Tensor]) -> None:
+            for target, values in zip((shallow, deep), terms, strict=True):
+                filled = functional.pad(values, (0, 0, 0, chunks * CHUNK_ROWS - rows))
+                target[:, block] = filled.view(chunks, -1)
+
         for j in range(self.candidates):
             choice = torch.full((self.fields,), j, device=pooled.device)
             if not unify.present[j]:
@@ -63,9 +79,8 @@ class SubnetScorer:
             else:
                 u = unify.norm(u, choice)
             for f in range(self.fields):
-                block = f * self.candidates + j
-                shallow[block], deep[block] = self.backbone.field_terms(f, u[:, f])
-        shallow[-1], deep[-1] = self.backbone.dense_terms(dense)
+                put(f * self.candidates + j, self.backbone.field_terms(f, u[:, f]))
+        put(blocks - 1, self.backbone.dense_terms(dense))
         return shallow, deep
 
     def _moments(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,17 +98,20 @@ class SubnetScorer:
     def logits(self, choices: torch.Tensor) -> torch.Tensor:
         """``choices [K, F]`` candidate indices -> logits of this rank's rows ``[K, rows]``."""
         count, device = len(choices), self.shallow.device
-        blocks, rows, width = self.shallow.shape
-        pick = torch.zeros(count, blocks, device=device)
+        pick = torch.zeros(count, self.shallow.shape[1], device=device)
         pick.scatter_(1, choices.to(device) + torch.arange(self.fields, device=device) * self.candidates, 1.0)
         pick[:, -1] = 1.0
-        out = torch.empty(count, rows, device=device)
-        for start in range(0, rows, CHUNK_ROWS):
-            part = slice(start, start + CHUNK_ROWS)
-            shallow = (pick @ self.shallow[:, part].reshape(blocks, -1)).view(-1, width)
-            deep = (pick @ self.deep[:, part].reshape(blocks, -1)).view(len(shallow), -1)
-            out[:, part] = self.backbone.finish(shallow, deep).view(count, -1)
-        return out
+        out = torch.empty(count, len(self.shallow), CHUNK_ROWS, device=device)
+        one, many = self.backbone.term_widths
+        # One pair of buffers for all chunks: fresh ones would cost more in page faults than the product itself.
+        shallow = torch.empty(count, CHUNK_ROWS * one, device=device)
+        deep = torch.empty(count, CHUNK_ROWS * many, device=device)
+        for k in range(len(self.shallow)):
+            torch.mm(pick, self.shallow[k], out=shallow)
+            torch.mm(pick, self.deep[k], out=deep)
+            logits = self.backbone.finish(shallow.view(-1, one), deep.view(count * CHUNK_ROWS, many))
+            out[:, k] = logits.view(count, -1)
+        return out.view(count, -1)[:, : self.rows]
 
     def score(self, choices: torch.Tensor) -> list[dict[str, float]]:
         """Metrics (auc, logloss, accuracy) of subnets ``[K, F]``, on every rank, from the archive if known."""

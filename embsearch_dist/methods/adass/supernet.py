@@ -29,7 +29,8 @@ class SupernetTask:
         self.candidates = search.candidates
         same = search.sampling.same_subnet
         self.model = SupernetModel(run.config, run.schema, search.candidates, search.scheme, run.context, same)
-        self.sampler = Sampler(search.sampling, run.schema, search.candidates, run.config.run.seed)
+        warmup = int(search.sampling.warmup * total_steps)
+        self.sampler = Sampler(search.sampling, run.schema, search.candidates, run.config.run.seed, warmup)
         self.l2 = run.config.optim.embedding_l2
         self.picture_every = max(search.sampling.update_every, total_steps // HEATMAPS)
         self._pictured = 0
@@ -141,6 +142,6 @@ def load_supernet(run: Run) -> SupernetTask:
     task = SupernetTask(run)
     optimizer = torch.optim.Adam(task.model.bare_head.parameters(), lr=run.config.optim.dense_lr)
     checkpointer = Checkpointer(checkpoint_root(run), task.model, optimizer, run.context)
-    task.load_state(checkpointer.load(checkpointer.steps()[-1])["task"])
+    task.load_state(checkpointer.load(checkpointer.steps()[-1], optimizers=False)["task"])
     task.model.eval()
     return task

@@ -1,0 +1,111 @@
+"""Allocations: sizes counted by hand, the file, and allocations that do not fit the data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from embsearch_dist.allocation import Allocation, cost, physical_width
+from embsearch_dist.errors import UserError
+from embsearch_dist.schema import Field, Schema
+from tests.factories import small_schema
+
+SCHEMA = small_schema(100, 10, 5)
+
+
+def allocation(*widths: int, schema: Schema = SCHEMA) -> Allocation:
+    return Allocation(schema, dict(zip(schema.names, widths, strict=True)), {"method": "test", "seed": 3})
+
+
+@pytest.mark.parametrize(("width", "physical"), [(0, 0), (1, 4), (2, 4), (4, 4), (5, 8), (32, 32), (33, 36)])
+def test_the_physical_width_is_the_next_multiple_of_four(width: int, physical: int) -> None:
+    assert physical_width(width) == physical
+
+
+def test_sizes_agree_with_a_count_by_hand() -> None:
+    a = allocation(2, 8, 0)
+    assert a.total("widths") == 10
+    assert a.total("parameters") == 100 * 2 + 10 * 8
+    assert a.total("bytes") == 4 * (100 * 4 + 10 * 8)  # width 2 lives in four columns
+    assert a.kept == ["f0", "f1"]
+
+
+def test_reduction_is_measured_against_width_32() -> None:
+    assert allocation(32, 32, 32).reduction() == 0
+    assert allocation(16, 16, 16).reduction() == 0.5
+    assert allocation(2, 8, 0).reduction() == pytest.approx(1 - 280 / (32 * 115))
+    assert allocation(2, 8, 0).reduction(16) == pytest.approx(1 - 280 / (16 * 115))
+
+
+def test_an_unknown_resource_is_refused() -> None:
+    with pytest.raises(UserError, match="'flops' is none of widths, parameters, bytes"):
+        cost("flops", 10, 4)
+
+
+def test_a_saved_allocation_comes_back_equal(tmp_path: Path) -> None:
+    a = allocation(2, 0, 16)
+    a.save(tmp_path / "a.json")
+    assert Allocation.load(tmp_path / "a.json", SCHEMA) == a
+
+
+def test_the_file_shows_widths_in_schema_order_and_sizes(tmp_path: Path) -> None:
+    Allocation(SCHEMA, {"f2": 4, "f0": 2, "f1": 8}).save(tmp_path / "a.json")
+    body = json.loads((tmp_path / "a.json").read_text())
+    assert list(body["widths"].items()) == [("f0", 2), ("f1", 8), ("f2", 4)]
+    assert body["sizes"] == {"widths": 14, "parameters": 300, "bytes": 4 * 500, "P-R": round(1 - 300 / 3680, 4)}
+
+
+def test_uniform_gives_every_field_the_same_width() -> None:
+    assert Allocation.uniform(SCHEMA, 8).widths == {"f0": 8, "f1": 8, "f2": 8}
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [
+        ({"f0": 2, "f1": 2}, "lacks a width for field 'f2'"),
+        ({"f0": 2, "f1": 2, "f2": 2, "zz": 2}, "names field 'zz'"),
+        ({"f0": 2, "f1": -1, "f2": 2}, "'f1'.*whole number >= 0, got -1"),
+        ({"f0": 2, "f1": 2.5, "f2": 2}, "'f1'.*got 2.5"),
+        ({"f0": 2, "f1": True, "f2": 2}, "'f1'.*got True"),
+        ({"f0": 0, "f1": 0, "f2": 0}, "drops every field"),
+    ],
+)
+def test_impossible_widths_are_refused_by_field(widths: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Allocation(SCHEMA, widths)
+
+
+def test_an_allocation_of_other_fields_is_refused_and_names_one(tmp_path: Path) -> None:
+    allocation(2, 4, 8).save(tmp_path / "a.json")
+    other = Schema("other", (Field("f0", 100), Field("f1", 10), Field("shop", 5)), ("x0",))
+    with pytest.raises(UserError, match="made for data set 'small'.*not for 'other'.*field 'f2' is in only one"):
+        Allocation.load(tmp_path / "a.json", other)
+
+
+def test_an_allocation_of_other_cardinalities_is_refused(tmp_path: Path) -> None:
+    allocation(2, 4, 8).save(tmp_path / "a.json")
+    with pytest.raises(UserError, match="the cardinalities differ"):
+        Allocation.load(tmp_path / "a.json", small_schema(100, 11, 5))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", '"widths".*is missing'),
+        ("{", "not valid JSON"),
+        ('{"widths": [1, 2]}', '"widths".*is missing'),
+    ],
+)
+def test_a_file_that_is_no_allocation_is_refused_by_path(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=f"a.json.*{message}"):
+        Allocation.load(tmp_path / "a.json", SCHEMA)
+
+
+def test_a_bad_width_in_a_file_is_refused_by_path_and_field(tmp_path: Path) -> None:
+    allocation(2, 4, 8).save(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text((tmp_path / "a.json").read_text().replace('"f1": 4', '"f1": "wide"'))
+    with pytest.raises(UserError, match="a.json: allocation, field 'f1'.*'wide'"):
+        Allocation.load(tmp_path / "a.json", SCHEMA)

@@ -1,0 +1,181 @@
+"""Budgets as a user writes them, the exact knapsack, and the local search inside a budget."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from embsearch_dist.errors import UserError
+from embsearch_dist.methods.adass.budget import (
+    check_feasible,
+    cost_table,
+    knapsack,
+    parse_budget,
+    refine,
+    relative_costs,
+    total_cost,
+)
+from tests.factories import small_schema
+
+SCHEMA = small_schema(1000, 100, 50)  # UES-32: 36,800 parameters
+
+
+@pytest.mark.parametrize(
+    ("text", "resource", "limit"),
+    [
+        ("200000", "parameters", 200_000),
+        ("2_000", "parameters", 2000),
+        ("2e5", "parameters", 200_000),
+        ("200000.0", "parameters", 200_000),
+        ("1.5MB", "bytes", 1_500_000),
+        ("1.5 mb", "bytes", 1_500_000),
+        ("64KiB", "bytes", 65_536),
+        ("1GB", "bytes", 10**9),
+        ("700B", "bytes", 700),
+        ("80%", "parameters", 29_440),
+        (" 12.5 % ", "parameters", 4600),
+        ("250%", "parameters", 92_000),
+    ],
+)
+def test_a_budget_is_read_in_parameters_bytes_or_percent(text: str, resource: str, limit: int) -> None:
+    budget = parse_budget(text, SCHEMA)
+    assert (budget.resource, budget.limit, budget.text) == (resource, limit, text)
+
+
+@pytest.mark.parametrize("text", ["", "much", "MB", "-5", "10TB", "5 apples", "1.5.2MB", "%", "nan", "inf"])
+def test_what_is_no_budget_is_refused_with_the_forms(text: str) -> None:
+    with pytest.raises(UserError, match=r"search.budget.*is not a budget; write 200000 .parameters., 1.5MB or 80%"):
+        parse_budget(text, SCHEMA)
+
+
+@pytest.mark.parametrize("text", ["0", "0MB", "0.0%"])
+def test_an_empty_budget_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="must be above 0"):
+        parse_budget(text, SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("text", "candidates", "least"),
+    [
+        ("2299", [2, 8], "2,300 parameters"),  # 1150 rows of width 2
+        ("18KB", [2, 8], "18,400 bytes"),  # width 2 lives in four columns
+        ("99", [0, 2, 8], "100 parameters"),  # all fields but the smallest may be dropped
+    ],
+)
+def test_a_budget_below_the_narrowest_allocation_names_the_least_size(
+    text: str, candidates: list[int], least: str
+) -> None:
+    with pytest.raises(UserError, match=f"search.budget: '{text}'.*narrowest allocation.*needs {least}"):
+        check_feasible(parse_budget(text, SCHEMA), SCHEMA, candidates)
+
+
+def test_a_budget_of_just_the_narrowest_allocation_is_feasible() -> None:
+    check_feasible(parse_budget("2300", SCHEMA), SCHEMA, [2, 8])
+    check_feasible(parse_budget("18400B", SCHEMA), SCHEMA, [2, 8])
+    check_feasible(parse_budget("100", SCHEMA), SCHEMA, [0, 2, 8])
+
+
+def test_cost_tables_count_each_resource() -> None:
+    assert cost_table(SCHEMA, [0, 2, 8], "widths").tolist() == [[0, 2, 8]] * 3
+    assert cost_table(SCHEMA, [0, 2, 8], "parameters").tolist()[1] == [0, 200, 800]
+    assert cost_table(SCHEMA, [0, 2, 8], "bytes").tolist()[1] == [0, 1600, 3200]
+    assert total_cost([2, 1, 0], cost_table(SCHEMA, [0, 2, 8], "parameters")) == 8200
+
+
+def test_relative_costs_keep_the_mean_of_the_widths() -> None:
+    for resource in ("widths", "parameters", "bytes"):
+        costs = relative_costs(SCHEMA, [0, 4, 8], resource)
+        torch.testing.assert_close(costs.mean(0), torch.tensor([0.0, 4.0, 8.0]))
+
+
+def brute_force(scores: torch.Tensor, costs: torch.Tensor, limit: float) -> float | None:
+    fields, candidates = scores.shape
+    best = None
+    for choice in itertools.product(range(candidates), repeat=fields):
+        if total_cost(choice, costs) <= limit:
+            value = float(sum(scores[f, j] for f, j in enumerate(choice)))
+            best = value if best is None else max(best, value)
+    return best
+
+
+@pytest.mark.parametrize("case", range(60))
+def test_the_knapsack_equals_brute_force(case: int) -> None:
+    rng = np.random.default_rng(case)
+    fields, candidates = int(rng.integers(1, 6)), int(rng.integers(2, 5))
+    rows = rng.integers(1, [10, 1000, 10**7][case % 3], fields)
+    widths = np.sort(rng.choice(np.arange(65), candidates, replace=False))
+    costs = torch.from_numpy(np.outer(rows, widths)).double()
+    scores = torch.from_numpy(rng.normal(size=(fields, candidates))).double()
+    if case % 5 == 0:
+        scores = scores.round()  # ties
+    least, most = float(costs.min(1).values.sum()), float(costs.max(1).values.sum())
+    limit = float(np.floor(least + rng.random() * (most - least)))
+    choice = knapsack(scores, costs, limit)
+    assert total_cost(choice, costs) <= limit
+    value = float(sum(scores[f, j] for f, j in enumerate(choice)))
+    assert value == pytest.approx(brute_force(scores, costs, limit), abs=1e-9)
+
+
+def test_the_knapsack_meets_a_limit_to_the_last_unit() -> None:
+    # Limits that one choice meets exactly: the solver's tolerance must neither lose nor overshoot it.
+    costs = torch.tensor([[0.0, 12_345_678.0], [0.0, 1.0], [0.0, 999.0]]).double()
+    scores = torch.tensor([[0.0, 5.0], [0.0, 1.0], [0.0, 3.0]]).double()
+    assert knapsack(scores, costs, 12_346_678) == [1, 1, 1]
+    assert knapsack(scores, costs, 12_346_677) == [1, 0, 1]
+    assert knapsack(scores, costs, 12_346_676) == [1, 1, 0]
+
+
+def test_a_knapsack_nothing_fits_into_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no choice costs at most 3"):
+        knapsack(torch.zeros(2, 2), torch.tensor([[2.0, 4.0], [2.0, 4.0]]), 3)
+
+
+def test_a_large_knapsack_is_quick_and_within_the_limit() -> None:
+    rng = np.random.default_rng(0)
+    costs = torch.from_numpy(np.outer(rng.integers(1, 10**6, 40), [0, 2, 8, 16, 32, 64])).double()
+    scores = torch.from_numpy(rng.normal(size=(40, 6)))
+    limit = 0.2 * float(costs[:, -1].sum())
+    assert total_cost(knapsack(scores, costs, limit), costs) <= limit
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_refinement_never_leaves_the_budget_and_never_gets_worse(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    table, costs = rng.normal(size=(5, 4)), torch.from_numpy(np.outer(rng.integers(1, 100, 5), [0, 2, 4, 8])).double()
+    limit = 0.4 * float(costs[:, -1].sum())
+    tried: list[Sequence[int]] = []
+
+    def score(choices: torch.Tensor) -> list[dict[str, float]]:
+        tried.extend(choices.tolist())
+        return [{"auc": float(sum(table[f, j] for f, j in enumerate(c)))} for c in choices.tolist()]
+
+    start = [0, 0, 0, 0, 1]
+    best = refine(
+        start, score, lambda _, m: m["auc"], lambda c: total_cost(c, costs) <= limit, candidates=4, seed=seed
+    )
+    assert total_cost(best, costs) <= limit
+    assert score(torch.tensor([best]))[0]["auc"] >= score(torch.tensor([start]))[0]["auc"]
+    assert all(total_cost(c, costs) <= limit for c in tried)  # nothing forbidden is even scored
+    for f in range(5):  # no single change that the budget allows is better
+        for k in range(4):
+            move = [*best[:f], k, *best[f + 1 :]]
+            if total_cost(move, costs) <= limit:
+                assert score(torch.tensor([move]))[0]["auc"] <= score(torch.tensor([best]))[0]["auc"]
+
+
+def test_refinement_trades_width_between_two_fields() -> None:
+    # From [1, 0] no single change fits or helps; widening the second needs the first to shrink.
+    value = {(0, 0): 0.0, (1, 0): 1.0, (0, 1): 2.0, (1, 1): 9.0}
+    best = refine(
+        [1, 0],
+        lambda c: [{"auc": value[tuple(r)]} for r in c.tolist()],  # type: ignore[index]
+        lambda _, m: m["auc"],
+        lambda c: sum(c) <= 1,
+        candidates=2,
+        seed=0,
+    )
+    assert best == [0, 1]

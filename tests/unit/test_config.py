@@ -1,0 +1,198 @@
+"""The config tree: precedence, what is refused and how, and every shipped file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embsearch_dist.config import Config, describe, fingerprint, load_config, split_arguments
+from embsearch_dist.errors import UserError
+from tests.factories import CONFIGS
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = sorted(p for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name != "sources")
+
+
+def load(*overrides: str, file: Path | None = None, method: str = "adass") -> Config:
+    return load_config(CONFIGS, file, overrides, method=method)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_shipped_config_loads_and_checks(path: Path) -> None:
+    config = load_config(CONFIGS, path)
+    assert config.method in CONFIGS
+    assert config.run.dir == f"runs/{path.stem}"
+
+
+def test_there_are_shipped_configs() -> None:
+    assert len(SHIPPED) >= 2
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("method: adass\ntrain: {epochs: 7, batch_size: 64}\n")
+    config = load("train.batch_size=128", file=tmp_path / "a.yaml")
+    assert (config.train.epochs, config.train.batch_size, config.train.patience) == (7, 128, 2)
+
+
+def test_dotted_overrides_reach_nested_lists_and_mappings() -> None:
+    config = load("search.candidates=[0,4,8]", "search.policy.lr=0.5", "dist.tables.user=row_wise", "run.overwrite=true")
+    assert config.search.candidates == [0, 4, 8]
+    assert config.search.policy.lr == 0.5
+    assert config.dist.tables == {"user": "row_wise"}
+    assert config.run.overwrite is True
+
+
+def test_the_last_override_of_a_key_wins() -> None:
+    assert load("train.epochs=3", "train.epochs=4").train.epochs == 4
+
+
+def test_a_saved_config_comes_back_equal(tmp_path: Path) -> None:
+    original = load("train.epochs=3", "dist.tables.user=row_wise", "search.pareto=['10%','2MB']", "run.dir=somewhere")
+    original.save(tmp_path)
+    assert load(file=tmp_path / "config.yaml").to_dict() == original.to_dict()
+
+
+def test_defaults_are_not_shared_between_configs() -> None:
+    first = load()
+    first.search.candidates.append(99)
+    first.model.hidden.append(99)
+    assert 99 not in load().search.candidates
+    assert 99 not in load().model.hidden
+
+
+def test_the_method_decides_the_search_section() -> None:
+    assert load("search.width=16", method="ues").search.width == 16
+    with pytest.raises(UserError, match="unknown config key 'search.candidates'"):
+        load("search.candidates=[2,4]", method="ues")
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("train.epoch=3", "unknown config key 'train.epoch' .did you mean 'epochs'"),
+        ("trian.epochs=3", "unknown config key 'trian' .did you mean 'train'"),
+        ("search.candidate=[2,4]", "unknown config key 'search.candidate' .did you mean 'candidates'"),
+        ("search.policy.lambda=1", "unknown config key 'search.policy.lambda' .did you mean 'lambda_"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_name(key: str, hint: str) -> None:
+    with pytest.raises(UserError, match=hint):
+        load(key)
+
+
+def test_an_unknown_key_of_a_file_is_refused_too(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("method: adass\nmodel: {backbon: fm}\n")
+    with pytest.raises(UserError, match="'model.backbon' .did you mean 'backbone'"):
+        load(file=tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("train.epochs=many", "train.epochs"),
+        ("train.epochs=2.5", "train.epochs"),
+        ("model.hidden=wide", "model.hidden"),
+        ("run.overwrite=perhaps", "run.overwrite"),
+        ("search.candidates=[2,x]", "search.candidates"),
+        ("train=3", "train"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_by_key(override: str, key: str) -> None:
+    with pytest.raises(UserError, match=f"config key {key}"):
+        load(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epochs=0", "train.epochs: must be at least 1, got 0"),
+        ("train.metric=ndcg", "train.metric: 'ndcg' is none of auc, logloss"),
+        ("train.lr_cut=0", "train.lr_cut: must be in"),
+        ("model.backbone=deep_fm", "model.backbone: 'deep_fm'.*did you mean 'deepfm'"),
+        ("model.dropout=1", "model.dropout"),
+        ("model.hidden=[8,0]", "model.hidden"),
+        ("optim.embedding_lr=0", "optim.embedding_lr"),
+        ("optim.embedding=adamw", "optim.embedding: 'adamw'.*did you mean 'adam'"),
+        ("dist.sharding=rows", "dist.sharding"),
+        ("dist.tables.user=auto", "dist.tables.user"),
+        ("dist.timeout_s=1", "dist.timeout_s"),
+        ("run.device=tpu", "run.device"),
+        ("data.make=criteo", "data.make"),
+        ("search.candidates=[8,2]", "search.candidates: widths must ascend, but 2 follows 8"),
+        ("search.candidates=[2,2,8]", "search.candidates: widths must ascend"),
+        ("search.candidates=[-1,2]", "search.candidates: widths must be >= 0"),
+        ("search.candidates=[8]", "search.candidates: at least two"),
+        ("search.scheme=both", "search.scheme"),
+        ("search.sampling.mode=greedy", "search.sampling.mode"),
+        ("search.sampling.floor_e=0.5", "search.sampling.floor_e"),
+        ("search.sampling.keep_start=0.4", "search.sampling.keep_start"),
+        ("search.supernet.epochs=0", "search.supernet.epochs"),
+        ("search.policy.batch=1", "search.policy.batch"),
+        ("search.policy.heads=5", "search.policy.model_width"),
+        ("search.policy.metric=ndcg", "search.policy.metric"),
+        ("search.name=a/b", "search.name"),
+        ("method=adas", "method: 'adas'.*did you mean 'adass'"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_key(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"config key {message}"):
+        load(override)
+
+
+def test_no_method_at_all_is_refused() -> None:
+    with pytest.raises(UserError, match="no method is named"):
+        load_config(CONFIGS)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [1", "not valid YAML"), ("- 1\n- 2\n", "expected a mapping"), ("3", "a.yaml")]
+)
+def test_a_file_that_is_no_config_is_refused_by_path(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load(file=tmp_path / "a.yaml")
+
+
+def test_a_missing_file_is_refused_by_path(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere.yaml does not exist"):
+        load(file=tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("words", "plain", "dotted"),
+    [
+        (["--config", "a.yaml", "--train.epochs", "3"], {"config": "a.yaml"}, ["train.epochs=3"]),
+        (["--config=a.yaml", "--train.epochs=3"], {"config": "a.yaml"}, ["train.epochs=3"]),
+        (["--print-config", "--run.overwrite"], {"print-config": "true"}, ["run.overwrite=true"]),
+        (["--", "--method", "ues", "--search.budget", "1.5MB"], {}, ["method=ues", "search.budget=1.5MB"]),
+        (["--a.b=c=d"], {}, ["a.b=c=d"]),
+    ],
+)
+def test_arguments_are_split_into_options_and_overrides(words: list[str], plain: dict[str, str], dotted: list[str]) -> None:
+    assert split_arguments(words) == (plain, dotted)
+
+
+def test_a_word_that_is_no_option_is_refused() -> None:
+    with pytest.raises(UserError, match="'epochs' is not an option"):
+        split_arguments(["epochs", "3"])
+
+
+def test_the_help_text_names_every_key() -> None:
+    text = describe(CONFIGS)
+
+    def keys(body: dict[str, Any], prefix: str) -> list[str]:
+        found = []
+        for key, value in body.items():
+            inner = isinstance(value, dict) and value
+            found += keys(value, f"{prefix}{key}.") if inner else [f"{prefix}{key}"]
+        return found
+
+    for key in keys({k: v for k, v in load().to_dict().items() if k != "method"}, ""):
+        assert f"  {key} [" in text
+
+
+def test_a_fingerprint_tells_values_apart() -> None:
+    assert fingerprint(load().train, [1]) == fingerprint(load().train, [1])
+    assert fingerprint(load().train, [1]) != fingerprint(load("train.epochs=9").train, [1])

@@ -1,0 +1,204 @@
+"""Max-tables and mixed tables against plain torch on sliced tables: values, and gradients column by column."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torchrec import KeyedTensor
+
+from embsearch_dist.allocation import Allocation
+from embsearch_dist.config import DistConfig, OptimConfig
+from embsearch_dist.errors import UserError
+from embsearch_dist.models.ctr import SubnetModel, SupernetModel
+from embsearch_dist.models.embeddings import MaxTables, MixedTables, check_candidates, stack_fields
+from tests.factories import ids_of, one_rank, random_batch, small_config, small_schema, whole_tables
+
+SCHEMA = small_schema(11, 7, 5, 3)
+CANDIDATES = [0, 2, 3, 6]
+# Per scheme: the columns of each candidate in the physical table, worked out by hand.
+COLUMNS = {"shared": [(0, 0), (0, 2), (0, 3), (0, 6)], "independent": [(0, 0), (0, 2), (2, 5), (5, 11)]}
+WIDTH = {"shared": 8, "independent": 12}
+
+
+def max_tables(scheme: str) -> MaxTables:
+    return MaxTables(SCHEMA, CANDIDATES, scheme, one_rank(), DistConfig(), OptimConfig(), 0, 0.1)
+
+
+def supernet(scheme: str, norm: str = "none", backbone: str = "deepfm") -> SupernetModel:
+    overrides = [f"model.norm={norm}", f"model.backbone={backbone}", "model.init_std=0.5"]
+    model = SupernetModel(small_config("no-data", "no-run", *overrides), SCHEMA, CANDIDATES, scheme, one_rank(), True)
+    with torch.no_grad():  # away from the identity, so that a mixed-up weight shows
+        generator = torch.Generator().manual_seed(5)
+        for parameter in model.head.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+@pytest.mark.parametrize("scheme", ["shared", "independent"])
+def test_each_candidate_owns_the_columns_its_scheme_says(scheme: str) -> None:
+    tables = max_tables(scheme)
+    assert tables.columns == COLUMNS[scheme]
+    assert tables.width == WIDTH[scheme]
+    for row, (start, stop) in zip(tables.mask, COLUMNS[scheme], strict=True):
+        assert torch.nonzero(row).flatten().tolist() == list(range(start, stop))
+
+
+def test_a_look_up_returns_the_rows_of_each_field_in_schema_order() -> None:
+    tables, batch = max_tables("shared"), random_batch(SCHEMA)
+    values, ids = whole_tables(tables.sharded), ids_of(batch, SCHEMA)
+    expected = torch.stack([values[n][ids[n]] for n in SCHEMA.names])
+    assert torch.equal(tables(batch.sparse), expected)
+
+
+@pytest.mark.parametrize("scheme", ["shared", "independent"])
+@pytest.mark.parametrize("backbone", ["deepfm", "wide_deep", "fm"])
+@pytest.mark.parametrize(
+    ("choice", "keep"), [([3, 1, 2, 2], [1, 1, 1, 1]), ([0, 3, 3, 1], [1, 1, 0, 1]), ([2, 2, 0, 3], [0, 0, 0, 1])]
+)
+def test_a_subnet_equals_plain_torch_on_sliced_tables(
+    scheme: str, backbone: str, choice: list[int], keep: list[int]
+) -> None:
+    """Forward, and the gradient of every table: exactly zero outside the chosen columns and rows."""
+    model, batch = supernet(scheme, backbone=backbone), random_batch(SCHEMA)
+    logits, _ = model(batch, torch.tensor(choice), torch.tensor(keep, dtype=torch.bool))
+    binary_cross_entropy_with_logits(logits, batch.label).backward()
+
+    ids = ids_of(batch, SCHEMA)
+    slices: dict[str, torch.Tensor] = {}
+    unify, plain = model.bare_head.unify, []
+    for f, (name, j, on) in enumerate(zip(SCHEMA.names, choice, keep, strict=True)):
+        start, stop = COLUMNS[scheme][j]
+        if not on or start == stop:
+            plain.append(torch.zeros(batch.size, 8))
+            continue
+        slices[name] = whole_tables(model.sharded)[name][:, start:stop].clone().requires_grad_()
+        plain.append(slices[name][ids[name]] @ unify.weight[j, start:stop].detach() + unify.bias[j].detach())
+        assert SCHEMA.names.index(name) == f
+    expected = model.bare_head.backbone(torch.stack(plain, 1), batch.dense)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)
+    binary_cross_entropy_with_logits(expected, batch.label).backward()
+
+    gradients = {n.split(".")[1]: p.grad for n, p in model.sharded.collection.named_parameters()}
+    for name, j in zip(SCHEMA.names, choice, strict=True):
+        gradient = gradients[name]
+        assert gradient is not None
+        if name not in slices:
+            assert not gradient.any()
+            continue
+        start, stop = COLUMNS[scheme][j]
+        torch.testing.assert_close(gradient[:, start:stop], slices[name].grad, rtol=1e-4, atol=1e-8)
+        outside = torch.cat([gradient[:, :start], gradient[:, stop:]], 1)
+        assert not outside.any()
+
+
+@pytest.mark.parametrize("norm", ["none", "field", "width"])
+def test_dropped_fields_and_candidate_zero_reach_the_backbone_as_zeros(norm: str) -> None:
+    model, batch = supernet("shared", norm), random_batch(SCHEMA)
+    for training in (True, False):
+        model.train(training)
+        choice, keep = torch.tensor([0, 3, 1, 2]), torch.tensor([True, True, False, True])
+        u = model.bare_head.unify(model.tables(batch.sparse), choice, keep)
+        assert not u[:, [0, 2]].any()
+        assert u[:, [1, 3]].abs().sum((0, 2)).gt(0).all()
+
+
+def mixed(widths: Sequence[int], *overrides: str) -> tuple[SubnetModel, Allocation]:
+    allocation = Allocation(SCHEMA, dict(zip(SCHEMA.names, widths, strict=True)))
+    config = small_config("no-data", "no-run", "model.init_std=0.5", *overrides)
+    model = SubnetModel(config, allocation, one_rank())
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(6)
+        for parameter in model.head.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model, allocation
+
+
+@pytest.mark.parametrize("widths", [(6, 2, 6, 3), (2, 0, 6, 0), (5, 5, 5, 5), (0, 0, 4, 0)])
+@pytest.mark.parametrize("norm", ["none", "field"])
+def test_a_retrained_model_equals_its_plain_torch_twin(widths: tuple[int, ...], norm: str) -> None:
+    model, allocation = mixed(widths, f"model.norm={norm}")
+    batch = random_batch(SCHEMA)
+    ids, tables, unify = ids_of(batch, SCHEMA), whole_tables(model.sharded), model.bare_head.unify
+    of_width = {w: i for i, (w, _) in enumerate(model.tables.groups)}
+    leaves = {n: tables[n].clone().requires_grad_() for n in allocation.kept}
+    parts = []
+    for name in allocation.kept:
+        w = allocation.widths[name]
+        u = leaves[name][ids[name], :w] @ unify.weights[of_width[w]].detach() + unify.bias[of_width[w]].detach()
+        if norm == "field":
+            twin = torch.nn.BatchNorm1d(8)
+            with torch.no_grad():
+                twin.weight.copy_(unify.norm.scale[of_width[w]])
+                twin.bias.copy_(unify.norm.shift[of_width[w]])
+            u = twin(u)
+        parts.append(u)
+    expected = model.bare_head.backbone(torch.stack(parts, 1), batch.dense)
+    logits, _ = model(batch)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    binary_cross_entropy_with_logits(logits, batch.label).backward()
+    binary_cross_entropy_with_logits(expected, batch.label).backward()
+    for name, parameter in model.sharded.collection.named_parameters():
+        torch.testing.assert_close(parameter.grad, leaves[name.split(".")[1]].grad, rtol=1e-3, atol=1e-7)
+
+
+def test_the_columns_that_only_pad_a_table_never_change() -> None:
+    model, _ = mixed((6, 2, 3, 3))
+    logits, _ = model(random_batch(SCHEMA))
+    logits.sum().backward()
+    for name, parameter in model.sharded.collection.named_parameters():
+        nominal = dict(zip(SCHEMA.names, (6, 2, 3, 3), strict=True))[name.split(".")[1]]
+        assert parameter.grad is not None
+        assert parameter.grad[:, :nominal].any()
+        assert not parameter.grad[:, nominal:].any()
+
+
+def test_equal_widths_may_skip_the_transform() -> None:
+    model, _ = mixed((4, 4, 4, 4), "model.unify=mixed")
+    batch = random_batch(SCHEMA)
+    tables, ids = whole_tables(model.sharded), ids_of(batch, SCHEMA)
+    u = torch.stack([tables[n][ids[n]] for n in SCHEMA.names], 1)
+    torch.testing.assert_close(model(batch)[0], model.bare_head.backbone(u, batch.dense), rtol=1e-5, atol=1e-6)
+    assert mixed((4, 4, 8, 4), "model.unify=mixed")[0].bare_head.backbone.width == 8
+
+
+def test_the_key_order_of_pooled_embeddings_does_not_matter() -> None:
+    values = torch.randn(5, 12)
+    ordered = stack_fields(KeyedTensor(["a", "b", "c"], [4, 4, 4], values), ["a", "b", "c"], 4)
+    shuffled = KeyedTensor(["c", "a", "b"], [4, 4, 4], torch.cat([values[:, 8:], values[:, :8]], 1))
+    assert torch.equal(stack_fields(shuffled, ["a", "b", "c"], 4), ordered)
+    assert torch.equal(ordered[1], values[:, 4:8])
+
+
+def test_the_key_order_of_a_batch_does_not_matter_to_mixed_tables() -> None:
+    allocation = Allocation(SCHEMA, {"f0": 6, "f1": 2, "f2": 6, "f3": 3})
+    tables = MixedTables(allocation, one_rank(), DistConfig(), OptimConfig(), 0, 0.1)
+    assert tables.groups == [(2, ["f1"]), (3, ["f3"]), (6, ["f0", "f2"])]
+    batch, whole = random_batch(SCHEMA), whole_tables(tables.sharded)
+    ids = ids_of(batch, SCHEMA)
+    for (width, names), pooled in zip(tables.groups, tables(batch.sparse), strict=True):
+        expected = torch.stack([whole[n][ids[n], :width] for n in names])
+        assert torch.equal(pooled, expected)
+
+
+def test_the_flops_of_a_model_count_its_matrix_products() -> None:
+    model, _ = mixed((6, 2, 6, 0))
+    inputs = 3 * 8 + 1
+    unify = 2 * 8 * (6 + 2 + 6)
+    assert model.flops_per_sample() == unify + 2 * (inputs + inputs * 8 + 8 * 4 + 4)
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [
+        ([4], "at least two"),
+        ([-2, 4], "must be >= 0"),
+        ([2, 8, 4], r"4 follows 8; write \[2, 4, 8\]"),
+        ([2, 2], "2 follows 2"),
+    ],
+)
+def test_bad_candidates_are_refused(widths: list[int], message: str) -> None:
+    with pytest.raises(UserError, match=f"search.candidates: .*{message}"):
+        check_candidates(widths)

@@ -1,0 +1,81 @@
+"""Exact AUC and logloss, against scikit-learn."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
+
+from embsearch_dist.train.metrics import auc, evaluate, logloss, score
+from tests.factories import one_rank, random_batch, small_schema
+
+
+@pytest.mark.parametrize("decimals", [0, 1, 3, 7])
+@pytest.mark.parametrize("rows", [2, 17, 5000])
+def test_auc_equals_scikit_learn_with_any_number_of_ties(decimals: int, rows: int) -> None:
+    rng = np.random.default_rng(rows + decimals)
+    for _ in range(10):
+        scores = rng.normal(0, 2, rows).round(decimals).astype(np.float32)
+        labels = rng.integers(0, 2, rows).astype(np.float32)
+        labels[:2] = 0, 1
+        assert auc(scores, labels) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+
+
+def test_auc_orders_negative_and_extreme_scores() -> None:
+    scores = np.array([-1e38, -3.0, -1e-45, 0.0, 1e-45, 2.0, 1e38, np.inf, -np.inf], np.float32)
+    labels = np.array([0, 1, 0, 1, 0, 1, 1, 1, 0], np.float32)
+    finite = np.clip(scores.astype(np.float64), -1e300, 1e300)
+    assert auc(scores, labels) == pytest.approx(roc_auc_score(labels, finite), abs=1e-12)
+
+
+def test_auc_counts_negative_zero_as_zero() -> None:
+    scores = np.array([-0.0, 0.0, -0.0, 0.0], np.float32)
+    assert auc(scores, np.array([1, 0, 0, 1], np.float32)) == 0.5
+
+
+def test_auc_of_constant_scores_is_one_half() -> None:
+    assert auc(np.full(10, -1.5, np.float32), np.arange(10) % 2) == 0.5
+
+
+def test_auc_of_perfect_and_reversed_order() -> None:
+    labels = np.array([0, 0, 1, 1], np.float32)
+    assert auc(np.array([-2, -1, 0, 1], np.float32), labels) == 1
+    assert auc(np.array([1, 0, -1, -2], np.float32), labels) == 0
+
+
+@pytest.mark.parametrize("label", [0.0, 1.0])
+def test_auc_of_one_class_is_nan(label: float) -> None:
+    assert math.isnan(auc(np.arange(5, dtype=np.float32), np.full(5, label, np.float32)))
+
+
+def test_auc_does_not_change_its_input() -> None:
+    scores = np.array([2.0, -0.0, 1.0], np.float32)
+    auc(scores, np.array([1, 0, 0], np.float32))
+    assert scores.tolist() == [2.0, 0.0, 1.0]
+    assert np.signbit(scores[1])
+
+
+def test_logloss_and_accuracy_equal_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(0, 3, 500).astype(np.float32), rng.integers(0, 2, 500).astype(np.float32)
+    p = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    found = score(torch.from_numpy(logits), torch.from_numpy(labels))
+    assert found["logloss"] == pytest.approx(log_loss(labels, p), rel=1e-6)
+    assert found["accuracy"] == pytest.approx(accuracy_score(labels, p > 0.5))
+    assert found["rows"] == 500
+
+
+def test_logloss_of_a_confident_mistake_stays_finite() -> None:
+    assert logloss(torch.tensor([-200.0]), torch.tensor([1.0])) == pytest.approx(200.0)
+
+
+def test_evaluation_joins_batches_of_different_sizes() -> None:
+    schema = small_schema(5)
+    batches = [random_batch(schema, rows, rows) for rows in (7, 20, 3)]
+    found = evaluate(lambda b: b.dense[:, 0], iter(batches), one_rank())
+    logits = torch.cat([b.dense[:, 0] for b in batches])
+    assert found == score(logits, torch.cat([b.label for b in batches]))
+    assert found["rows"] == 30

@@ -1,0 +1,193 @@
+"""Adaptive Sampling: the direction of Eq. 5 and 6, the floors, and what a draw depends on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from embsearch_dist.config import DistConfig, OptimConfig
+from embsearch_dist.dist.statistics import column_sums
+from embsearch_dist.methods.adass.config import SamplingConfig
+from embsearch_dist.methods.adass.sampling import Sampler, candidate_variance
+from embsearch_dist.models.embeddings import MaxTables
+from tests.factories import one_rank, small_schema, whole_tables
+
+SCHEMA = small_schema(1000, 50, 10)
+CANDIDATES = [0, 2, 4, 8]
+EVEN = torch.ones(3)
+
+
+def sampler(seed: int = 0, **changes: Any) -> Sampler:
+    return Sampler(SamplingConfig(**changes), SCHEMA, CANDIDATES, seed)
+
+
+def test_the_first_draws_favour_no_candidate() -> None:
+    p_e, p_f = sampler(keep_start=0.8).probabilities()
+    torch.testing.assert_close(p_e, torch.full((3, 4), 0.25))
+    torch.testing.assert_close(p_f, torch.full((3,), 0.8))
+
+
+def test_eq5_draws_the_candidate_with_the_lower_variance_more_often() -> None:
+    s = sampler()
+    variance = torch.tensor([[0.0, 0.1, 0.2, 0.3], [0.3, 0.2, 0.1, 0.0], [0.1, 0.4, 0.2, 0.3]])
+    s.update(variance, EVEN, EVEN)
+    p_e, _ = s.probabilities()
+    for row, v in zip(p_e, variance, strict=True):
+        assert row.argsort(descending=True).tolist() == v.argsort().tolist()
+    torch.testing.assert_close(p_e.sum(1), torch.ones(3))
+
+
+def test_eq5_compares_within_a_field_only_and_ignores_its_scale() -> None:
+    one, other = sampler(), sampler()
+    variance = torch.tensor([[1.0, 2, 3, 4]] * 3)
+    one.update(variance, EVEN, EVEN)
+    other.update(variance * torch.tensor([[1.0], [1e-9], [1e6]]), EVEN, EVEN)
+    torch.testing.assert_close(one.probabilities()[0], other.probabilities()[0], rtol=1e-3, atol=1e-4)
+
+
+def test_eq6_keeps_fields_with_larger_gradients_or_values_more_often() -> None:
+    for by_gradient in (True, False):
+        s = sampler(lambda_fs=1.0 if by_gradient else 0.0)
+        large, flat = torch.tensor([3.0, 1.0, 2.0]), EVEN
+        s.update(torch.ones(3, 4), large if by_gradient else flat, flat if by_gradient else large)
+        _, p_f = s.probabilities()
+        assert p_f[0] > p_f[2] > p_f[1]
+        assert p_f[0] > 0.8 > p_f[1]
+
+
+def test_eq6_weighs_gradient_against_size_by_lambda_whatever_their_units() -> None:
+    # Gradients are orders of magnitude smaller than values; that alone must not decide.
+    s = sampler(lambda_fs=0.9)
+    s.update(torch.ones(3, 4), torch.tensor([3e-7, 1e-7, 2e-7]), torch.tensor([1.0, 3.0, 2.0]))
+    _, p_f = s.probabilities()
+    assert p_f[0] > p_f[2] > p_f[1]
+
+
+def test_floors_hold_however_long_one_direction_is_pushed() -> None:
+    s = sampler(floor_e=0.07, floor_f=0.6, keep_start=0.7, eta_e=1.0, eta_f=1.0)
+    variance = torch.tensor([[0.0, 1, 2, 3]] * 3)
+    for _ in range(300):
+        s.update(variance, torch.tensor([1.0, 2.0, 3.0]), EVEN)
+    p_e, p_f = s.probabilities()
+    assert p_e.min() >= 0.07 - 1e-6
+    assert p_f.min() >= 0.6 - 1e-6
+    assert p_f.max() <= 1
+    assert p_e[0, 0] > 0.5
+    torch.testing.assert_close(p_e.sum(1), torch.ones(3))
+
+
+def test_a_pushed_down_candidate_comes_back_within_a_few_updates() -> None:
+    s = sampler(eta_e=0.5)
+    for _ in range(500):
+        s.update(torch.tensor([[0.0, 1, 2, 3]] * 3), EVEN, EVEN)
+    for _ in range(30):
+        s.update(torch.tensor([[3.0, 2, 1, 0]] * 3), EVEN, EVEN)
+    assert (s.probabilities()[0].argmax(1) == 3).all()
+
+
+def test_equal_statistics_change_nothing() -> None:
+    s = sampler()
+    s.update(torch.full((3, 4), 0.5), EVEN, EVEN)
+    torch.testing.assert_close(s.probabilities()[0], torch.full((3, 4), 0.25))
+    torch.testing.assert_close(s.probabilities()[1], torch.full((3,), 0.8))
+
+
+def draws(s: Sampler, steps: range, rank: int = 0) -> list[tuple[list[int], list[bool]]]:
+    return [(c.tolist(), k.tolist()) for c, k in (s.draw(step, rank) for step in steps)]
+
+
+def test_a_draw_depends_on_seed_and_step_alone() -> None:
+    torch.manual_seed(1)
+    first = draws(sampler(), range(20))
+    torch.manual_seed(2)
+    s = sampler()
+    assert [*reversed(draws(s, range(19, -1, -1)))] == first  # in any order
+    assert draws(sampler(seed=1), range(20)) != first
+    assert len({str(d) for d in first}) > 10
+
+
+def test_ranks_draw_together_or_each_its_own() -> None:
+    together, apart = sampler(same_subnet=True), sampler(same_subnet=False)
+    assert draws(together, range(20), 1) == draws(together, range(20), 0)
+    assert draws(apart, range(20), 1) != draws(apart, range(20), 0)
+
+
+def test_a_draw_leaves_torchs_own_generator_alone() -> None:
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    sampler().draw(5)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_frequencies_match_the_probabilities() -> None:
+    s = sampler()
+    s.logits_e = torch.tensor([[0.0, -1, -2, 0], [0, 0, 0, 0], [-3, 0, 0, -3.0]])
+    s.logits_f = torch.tensor([2.0, 0.0, -2.0])
+    p_e, p_f = s.probabilities()
+    steps = 4000
+    drawn = [s.draw(step) for step in range(steps)]
+    counts = torch.stack([torch.nn.functional.one_hot(c, 4) for c, _ in drawn]).double().mean(0)
+    kept = torch.stack([k for _, k in drawn]).double().mean(0)
+    torch.testing.assert_close(counts.float(), p_e, rtol=0, atol=0.04)
+    torch.testing.assert_close(kept.float(), p_f, rtol=0, atol=0.04)
+
+
+def test_at_least_one_field_is_always_kept() -> None:
+    s = sampler(floor_f=0.0, keep_start=0.01)
+    kept = [s.draw(step)[1] for step in range(300)]
+    assert all(k.any() for k in kept)
+    assert torch.stack(kept).any(0).all()  # not always the same one
+
+
+def test_the_random_mode_is_uniform_and_keeps_with_probability_0_6() -> None:
+    p_e, p_f = sampler(mode="random").probabilities()
+    torch.testing.assert_close(p_e, torch.full((3, 4), 0.25))
+    torch.testing.assert_close(p_f, torch.full((3,), 0.6))
+
+
+def test_the_vanilla_uniform_mode_follows_the_widths_and_keeps_all() -> None:
+    p_e, p_f = sampler(mode="vanilla_uniform").probabilities()
+    torch.testing.assert_close(p_e, torch.tensor([[1.0, 2, 4, 8]] * 3) / 15)
+    assert (p_f == 1).all()
+
+
+def test_the_weighted_uniform_mode_keeps_large_fields_more_often() -> None:
+    _, p_f = sampler(mode="weighted_uniform").probabilities()
+    assert p_f[0] == 1
+    assert p_f[0] > p_f[1] > p_f[2] >= 0.6
+
+
+@pytest.mark.parametrize("mode", ["random", "vanilla_uniform", "weighted_uniform"])
+def test_fixed_modes_never_ask_for_an_update(mode: str) -> None:
+    assert not any(sampler(mode=mode, update_every=1).due(step) for step in range(5))
+    assert [step for step in range(9) if sampler(update_every=3).due(step)] == [2, 5, 8]
+
+
+def test_the_state_continues_the_same_draws() -> None:
+    s = sampler()
+    s.update(torch.rand(3, 4), torch.rand(3), torch.rand(3))
+    other = sampler()
+    other.load_state(s.state())
+    assert draws(other, range(20)) == draws(s, range(20))
+    assert torch.equal(other.probabilities()[0], s.probabilities()[0])
+
+
+@pytest.mark.parametrize("scheme", ["shared", "independent"])
+def test_candidate_variance_equals_torch_var_of_the_slices(scheme: str) -> None:
+    tables = MaxTables(SCHEMA, [0, 2, 3, 8], scheme, one_rank(), DistConfig(), OptimConfig(), 0, 0.3)
+    found = candidate_variance(*column_sums(tables.sharded), tables.columns)
+    for f, (name, table) in enumerate(whole_tables(tables.sharded).items()):
+        assert name == SCHEMA.names[f]
+        for j, (start, stop) in enumerate(tables.columns):
+            expected = table[:, start:stop].double().var(unbiased=False) if stop > start else torch.zeros(())
+            assert found[f, j] == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_warm_up_trains_the_widest_subnet_ever_more_rarely() -> None:
+    s = Sampler(SamplingConfig(keep_start=0.6), SCHEMA, CANDIDATES, 0, warmup_steps=300)
+    widest = [c.tolist() == [3, 3, 3] and bool(k.all()) for c, k in (s.draw(step) for step in range(400))]
+    assert widest[0]
+    assert sum(widest[:100]) > sum(widest[200:300]) + 30
+    assert sum(widest[300:]) < 10

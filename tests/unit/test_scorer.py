@@ -1,0 +1,134 @@
+"""The scorer against the supernet's own forward pass, and the work it never does twice."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from embsearch_dist.data.batch import Batch
+from embsearch_dist.dist.sharding import ShardedTables
+from embsearch_dist.errors import UserError
+from embsearch_dist.methods.adass.scorer import SubnetScorer, sample_rows
+from embsearch_dist.models.ctr import SupernetModel
+from embsearch_dist.train.metrics import score
+from tests.factories import one_rank, random_batch, small_config, small_schema
+
+SCHEMA = small_schema(11, 7, 5)
+CANDIDATES = [0, 2, 3, 6]
+CHOICES = torch.tensor(list(itertools.product(range(4), repeat=3)))
+
+
+def supernet(norm: str, backbone: str = "deepfm", scheme: str = "shared") -> SupernetModel:
+    overrides = [f"model.norm={norm}", f"model.backbone={backbone}", "model.init_std=0.5", "model.gain=1"]
+    model = SupernetModel(small_config("no-data", "no-run", *overrides), SCHEMA, CANDIDATES, scheme, one_rank(), True)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(5)
+        for parameter in model.head.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+def sample() -> list[Batch]:
+    """More rows than the scorer takes at a time, in batches of different sizes."""
+    return [random_batch(SCHEMA, rows, seed) for seed, rows in enumerate((100, 100, 37))]
+
+
+def forward(model: SupernetModel, batches: list[Batch], choice: torch.Tensor) -> torch.Tensor:
+    keep = torch.ones(3, dtype=torch.bool)
+    with torch.no_grad():
+        return torch.cat([model(b, choice, keep)[0] for b in batches])
+
+
+def use_statistics_of(model: SupernetModel, batches: list[Batch]) -> None:
+    """Make the running statistics those of the sample, as the scorer takes them."""
+    unify = model.bare_head.unify
+    with torch.no_grad():
+        pooled = torch.cat([model.tables(b.sparse) for b in batches], 1)
+        for j in range(len(CANDIDATES)):
+            u = unify.linear(pooled, torch.full((3,), j))
+            unify.norm.mean[:, j] = u.mean(1)
+            unify.norm.variance[:, j] = u.var(1, unbiased=False)
+
+
+@pytest.mark.parametrize("scheme", ["shared", "independent"])
+@pytest.mark.parametrize("backbone", ["deepfm", "wide_deep", "fm"])
+@pytest.mark.parametrize("norm", ["none", "field", "width"])
+def test_scored_logits_equal_the_supernets_own(norm: str, backbone: str, scheme: str) -> None:
+    model, batches = supernet(norm, backbone, scheme), sample()
+    if norm == "field":
+        use_statistics_of(model, batches)
+    scorer = SubnetScorer(model, batches, one_rank())
+    found = scorer.logits(CHOICES)
+    for choice, logits in zip(CHOICES, found, strict=True):
+        torch.testing.assert_close(logits, forward(model, batches, choice), rtol=1e-4, atol=1e-4)
+
+
+def test_metrics_are_those_of_the_forward_pass() -> None:
+    model, batches = supernet("none"), sample()
+    labels = torch.cat([b.label for b in batches])
+    for choice, metrics in zip(CHOICES, SubnetScorer(model, batches, one_rank()).score(CHOICES), strict=True):
+        logits = forward(model, batches, choice)
+        assert metrics["auc"] == pytest.approx(roc_auc_score(labels, logits), abs=1e-3)
+        assert metrics["logloss"] == pytest.approx(score(logits, labels)["logloss"], rel=1e-4)
+
+
+def test_no_table_is_looked_up_after_construction(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = SubnetScorer(supernet("field"), sample(), one_rank())
+
+    def touched(*_: object) -> None:
+        raise AssertionError("a table was looked up")
+
+    monkeypatch.setattr(ShardedTables, "forward", touched)
+    scorer.score(CHOICES)
+    with pytest.raises(AssertionError, match="looked up"):
+        SubnetScorer(supernet("field"), sample(), one_rank())
+
+
+def test_nothing_is_scored_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer, seen = SubnetScorer(supernet("none"), sample(), one_rank()), []
+    original = scorer.logits
+
+    def counted(choices: torch.Tensor) -> torch.Tensor:
+        seen.extend(map(tuple, choices.tolist()))
+        return original(choices)
+
+    monkeypatch.setattr(scorer, "logits", counted)
+    first = scorer.score(torch.tensor([[1, 2, 3], [0, 0, 1], [1, 2, 3]]))
+    second = scorer.score(torch.tensor([[0, 0, 1], [3, 3, 3], [1, 2, 3]]))
+    assert seen == [(1, 2, 3), (0, 0, 1), (3, 3, 3)]
+    assert first[0] == first[2] == second[2]
+    assert first[1] == second[0]
+    assert len(scorer.archive) == 3
+
+
+def test_any_number_of_candidates_a_call_gives_the_same_metrics() -> None:
+    model, batches = supernet("field"), sample()
+    together = SubnetScorer(model, batches, one_rank()).score(CHOICES)
+    alone = SubnetScorer(model, batches, one_rank())
+    for choice, metrics in zip(CHOICES[::7], together[::7], strict=True):
+        assert alone.score(choice[None])[0]["auc"] == pytest.approx(metrics["auc"], abs=1e-4)
+
+
+def test_scoring_leaves_the_supernet_as_it_was() -> None:
+    model = supernet("field")
+    before = {k: v.clone() for k, v in model.bare_head.state_dict().items()}
+    SubnetScorer(model, sample(), one_rank()).score(CHOICES)
+    for name, value in model.bare_head.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_a_sample_of_one_class_is_refused() -> None:
+    batch = random_batch(SCHEMA, 20)
+    one_class = Batch(batch.dense, batch.sparse, torch.ones(20), batch.position)
+    with pytest.raises(UserError, match="20 rows has one class only"):
+        SubnetScorer(supernet("none"), [one_class], one_rank())
+
+
+def test_the_sample_shrinks_to_the_memory_it_may_use() -> None:
+    assert sample_rows(10_000, 5_000, 10, 100, 4096) == 5_000
+    assert sample_rows(3_000, 5_000, 10, 100, 4096) == 3_000
+    assert sample_rows(10_000, 5_000, 10, 100, 1) == (1 << 20) // (4 * 10 * 100)
+    assert sample_rows(10, 10, 10**6, 10**6, 1) == 1
