@@ -48,7 +48,7 @@ class PolicyConfig:
     cache_mb: int = option(4096, "memory of the cached activations over all ranks; bounds the rows")
     steps: int = option(200, "updates of the policy")
     batch: int = option(32, "candidates sampled per update")
-    lr: float = option(5e-4, "learning rate of the policy (Adam)")
+    lr: float = option(2e-3, "learning rate of the policy (Adam); the paper's 5e-4 needs several times the steps")
     metric: str = option("auc", "reward: auc | logloss (its negative) | accuracy (as printed)")
     reward_weight: float = option(10.0, "weight of the reward (the paper prints lambda_r here too, but no number)")
     resource: str = option("widths", "what the penalty counts: widths (as printed) | parameters | bytes")

@@ -20,8 +20,10 @@ class Policy(nn.Module):
     def __init__(self, fields: int, candidates: int, config: PolicyConfig) -> None:
         super().__init__()
         width = config.model_width
-        self.field = nn.Parameter(torch.randn(fields, width) * 0.1)
+        self.field = nn.Parameter(torch.randn(fields, width))
         self.candidate = nn.Embedding(candidates, width)
+        # What field a token is must stand out from what it holds now, or all fields move as one.
+        nn.init.normal_(self.candidate.weight, std=0.1)
         layer = nn.TransformerEncoderLayer(width, config.heads, 2 * width, dropout=0.0, batch_first=True)
         self.encoder = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
         self.out = nn.Linear(width, candidates)

@@ -1,0 +1,167 @@
+"""One rank and two train alike: the same global batches give the same losses, metrics and probabilities."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from embsearch_dist.allocation import Allocation
+from embsearch_dist.methods.adass.searching import make_scorer
+from embsearch_dist.methods.adass.supernet import SupernetTask
+from embsearch_dist.train.metrics import evaluate
+from embsearch_dist.train.monitor import Monitor
+from embsearch_dist.train.retrain import SubnetTask
+from embsearch_dist.train.trainer import Task, Trainer
+from tests.factories import (
+    open_run,
+    prepared,
+    random_batch,
+    rank_context,
+    recorded,
+    small_config,
+    small_schema,
+    streams,
+    whole_tables,
+)
+from tests.ranks import run_ranks
+
+STEPS = "train.steps=10"
+PAIRS = [
+    ("table_wise", "adam"),
+    ("row_wise", "adam"),
+    ("column_wise", "adam"),
+    ("data_parallel", "adam"),
+    ("table_wise", "rowwise_adagrad"),
+    ("row_wise", "rowwise_adagrad"),
+    ("row_wise", "adagrad"),
+    ("column_wise", "adagrad"),
+    ("column_wise", "sgd"),
+    ("data_parallel", "adagrad"),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(prepared(tmp_path_factory))
+
+
+def train(rank: int, world_size: int, data: str, directory: str, kind: str, *overrides: str) -> dict[str, Any]:
+    """A short training; returns what the ranks ended with. The losses are in ``metrics.jsonl``."""
+    config = small_config(data, directory, STEPS, *overrides)
+    run = open_run(config, rank_context(rank, world_size))
+    task: Task
+    if kind == "supernet":
+        task = SupernetTask(run)
+    else:
+        task = SubnetTask(config, Allocation.uniform(run.schema, 8), run.context)
+    with Monitor(directory, "fit", rank, quiet=True) as monitor:
+        root = Path(directory, "checkpoints", "fit")
+        Trainer(task, config.train, config.optim, *streams(run), run.context, monitor, root).fit()
+    task.model.eval()
+    metrics = evaluate(task.predict, streams(run)[1].epoch(0), run.context)
+    digest = {n: float(t.double().square().sum()) for n, t in whole_tables(task.model.sharded).items()}
+    head = {n: float(p.double().square().sum()) for n, p in task.model.bare_head.named_parameters()}
+    kinds = task.model.sharded.kinds
+    return {"metrics": metrics, "tables": digest, "head": head, "state": task.state(), "kinds": kinds}
+
+
+def compare(
+    tmp_path: Path, data: str, kind: str, *overrides: str, rtol: float = 1e-4
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    one = run_ranks(train, 1, tmp_path, data, str(tmp_path / "one"), kind, *overrides)[0]
+    two = run_ranks(train, 2, tmp_path, data, str(tmp_path / "two"), kind, *overrides)
+    assert two[0] == two[1]  # whatever ranks ended with, they agree on it
+    losses = [recorded(tmp_path / n, "fit", "loss") for n in ("one", "two")]
+    assert len(losses[0]) == 10
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    assert two[0]["metrics"]["rows"] == one["metrics"]["rows"]
+    assert two[0]["metrics"]["logloss"] == pytest.approx(one["metrics"]["logloss"], rel=1e-5)
+    assert two[0]["metrics"]["auc"] == pytest.approx(one["metrics"]["auc"], abs=1e-4)
+    assert two[0]["tables"] == pytest.approx(one["tables"], rel=rtol)
+    assert two[0]["head"] == pytest.approx(one["head"], rel=1e-3, abs=1e-6)
+    return one, two[0]
+
+
+@pytest.mark.parametrize(("sharding", "optimizer"), PAIRS)
+def test_two_ranks_train_as_one(tmp_path: Path, data: str, sharding: str, optimizer: str) -> None:
+    _, two = compare(tmp_path, data, "subnet", f"dist.sharding={sharding}", f"optim.embedding={optimizer}")
+    assert two["kinds"]["big"] == sharding  # the others may be too small to be split
+
+
+@pytest.mark.parametrize("norm", ["field", "width"])
+def test_batch_statistics_are_those_of_the_global_batch(tmp_path: Path, data: str, norm: str) -> None:
+    compare(tmp_path, data, "subnet", f"model.norm={norm}", "optim.embedding_l2=0.01")
+
+
+@pytest.mark.parametrize("norm", ["none", "field"])
+def test_a_supernet_with_one_subnet_for_all_ranks_trains_as_on_one(tmp_path: Path, data: str, norm: str) -> None:
+    overrides = ["dist.sharding=row_wise", "dist.tables.left=table_wise", f"model.norm={norm}"]
+    one, two = compare(tmp_path, data, "supernet", *overrides, rtol=1e-3)
+    for key in ("logits_e", "logits_f"):
+        torch.testing.assert_close(
+            torch.tensor(two["state"]["sampler"][key]), torch.tensor(one["state"]["sampler"][key]), rtol=1e-3, atol=1e-3
+        )
+    assert torch.tensor(one["state"]["sampler"]["logits_e"]).unique().numel() > 1
+
+
+@pytest.mark.parametrize("norm", ["none", "field"])
+def test_ranks_with_subnets_of_their_own_agree_on_probabilities(tmp_path: Path, data: str, norm: str) -> None:
+    overrides = ["search.sampling.same_subnet=false", f"model.norm={norm}"]
+    two = run_ranks(train, 2, tmp_path, data, str(tmp_path / "run"), "supernet", *overrides)
+    assert two[0] == two[1]
+    assert all(np.isfinite(recorded(tmp_path / "run", "fit", "loss")))
+
+
+def test_a_run_on_two_ranks_repeats_bitwise(tmp_path: Path, data: str) -> None:
+    results = [
+        run_ranks(train, 2, tmp_path, data, str(tmp_path / name), "supernet", "dist.sharding=row_wise")[0]
+        for name in ("a", "b")
+    ]
+    assert results[0] == results[1]
+    assert recorded(tmp_path / "a", "fit", "loss") == recorded(tmp_path / "b", "fit", "loss")
+
+
+def evaluate_scores(rank: int, world_size: int, ties: bool) -> dict[str, float]:
+    """Rank r holds every world_size-th batch of a fixed list: the same rows on any number of ranks."""
+    schema = small_schema(5)
+    batches = [random_batch(schema, rows, rows) for rows in (20, 7, 33, 12, 9, 41)]
+
+    def predict(batch: Any) -> torch.Tensor:
+        return batch.dense[:, 0].round() if ties else batch.dense[:, 0]
+
+    return evaluate(predict, batches[rank::world_size], rank_context(rank, world_size))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_auc_over_two_ranks_is_exactly_that_of_one(tmp_path: Path, ties: bool) -> None:
+    one = run_ranks(evaluate_scores, 1, tmp_path, ties)[0]
+    two = run_ranks(evaluate_scores, 2, tmp_path, ties)
+    assert two[0] == two[1]
+    assert two[0]["auc"] == one["auc"]
+    assert two[0]["rows"] == one["rows"] == 122
+    assert two[0]["logloss"] == pytest.approx(one["logloss"], rel=1e-12)
+
+
+def score_subnets(rank: int, world_size: int, data: str, directory: str, norm: str) -> list[dict[str, float]]:
+    run = open_run(small_config(data, directory, f"model.norm={norm}"), rank_context(rank, world_size))
+    scorer = make_scorer(run, SupernetTask(run))
+    choices = torch.tensor([[a, b, (a + b) % 4, 3 - a] for a in range(4) for b in range(4)])
+    found = scorer.score(choices)
+    assert scorer.score(choices) == found
+    return found
+
+
+@pytest.mark.parametrize("norm", ["none", "field"])
+def test_subnets_score_alike_on_one_rank_and_two(tmp_path: Path, data: str, norm: str) -> None:
+    arguments = (data, str(tmp_path), norm)
+    one = run_ranks(score_subnets, 1, tmp_path, *arguments)[0]
+    two = run_ranks(score_subnets, 2, tmp_path, *arguments)
+    assert two[0] == two[1]
+    for a, b in zip(one, two[0], strict=True):
+        assert a["rows"] == b["rows"] == 400
+        assert b["auc"] == pytest.approx(a["auc"], abs=2e-4)
+        assert b["logloss"] == pytest.approx(a["logloss"], rel=1e-5)

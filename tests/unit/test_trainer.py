@@ -1,0 +1,275 @@
+"""The training loop: a continued run is the unbroken one, it stops when told, and NaN writes nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from embsearch_dist.allocation import Allocation
+from embsearch_dist.data.batch import Batch
+from embsearch_dist.errors import UserError
+from embsearch_dist.methods.adass.supernet import SupernetTask
+from embsearch_dist.train.metrics import evaluate
+from embsearch_dist.train.monitor import Monitor
+from embsearch_dist.train.retrain import SubnetTask, load_best, retrain
+from embsearch_dist.train.trainer import Trainer
+from tests.factories import one_rank, open_run, prepared, recorded, small_config, streams, whole_tables
+
+OPTIMIZERS = ["adam", "adagrad", "rowwise_adagrad", "sgd"]
+WIDTHS = {"left": 6, "big": 2, "right": 4, "idle": 0}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory)
+
+
+class Stopped(Exception):
+    """Raised in place of a kill."""
+
+
+@dataclass
+class Fit:
+    """A training that has ended, in whatever way."""
+
+    trainer: Trainer
+    directory: Path
+
+    @property
+    def losses(self) -> list[float]:
+        return recorded(self.directory, "fit", "loss")
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All weights and all optimizer state."""
+        model = self.trainer.task.model
+        found = {f"table {n}": t for n, t in whole_tables(model.sharded).items()}
+        found |= {f"head {n}": t for n, t in model.bare_head.state_dict().items()}
+        optimizers = {"head": self.trainer.optimizer, "table": model.sharded.torch_optimizer}
+        for name, optimizer in optimizers.items():
+            parameters = optimizer.param_groups[0]["params"] if optimizer is not None else []
+            for i, parameter in enumerate(parameters):
+                values = optimizer.state.get(parameter, {})
+                if values.get("step", 1):  # a parameter that never had a gradient has no state, or an empty one
+                    found |= {f"{name} optimizer {i} {k}": v for k, v in values.items() if v is not None}
+        for name, values in model.sharded.collection.fused_optimizer.state_dict()["state"].items():
+            found |= {f"fused {name} {k}": v.local_tensor() for k, v in values.items()}
+        return {k: v.detach().clone() for k, v in found.items()}
+
+
+def fit(data: Path, directory: Path, *overrides: str, stop_at: int = 0, nan_at: int = -1, kind: str = "subnet") -> Fit:
+    """Train (or go on training) in ``directory``; leaves at ``stop_at`` as a killed process would."""
+    config = small_config(data, directory, *overrides)
+    run = open_run(config, one_rank())
+    base: type = SubnetTask if kind == "subnet" else SupernetTask
+
+    class Task(base):  # type: ignore[misc]
+        def after_step(self, step: int, monitor: Monitor) -> None:
+            super().after_step(step, monitor)
+            if step == stop_at:
+                raise Stopped
+
+        def loss(self, batch: Batch, step: int) -> torch.Tensor:
+            loss = super().loss(batch, step)
+            return loss * float("nan") if step == nan_at else loss
+
+    task = Task(config, Allocation(run.schema, WIDTHS), run.context) if kind == "subnet" else Task(run)
+    with Monitor(directory, "fit", quiet=True) as monitor:
+        root = directory / "checkpoints" / "fit"
+        trainer = Trainer(task, config.train, config.optim, *streams(run), run.context, monitor, root)
+        try:
+            trainer.fit()
+        except Stopped:
+            assert stop_at
+    return Fit(trainer, directory)
+
+
+def assert_same(one: Fit, other: Fit) -> None:
+    first, second = one.tensors(), other.tensors()
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_continued_run_equals_the_unbroken_one_bitwise(data: Path, tmp_path: Path, optimizer: str) -> None:
+    overrides = [f"optim.embedding={optimizer}", "train.evals_per_epoch=3", "train.patience=0", "model.dropout=0.2"]
+    unbroken = fit(data, tmp_path / "unbroken", *overrides)
+    assert unbroken.trainer.progress.step == 24
+    fit(data, tmp_path / "broken", *overrides, stop_at=18)  # two steps past the last checkpoint
+    continued = fit(data, tmp_path / "broken", *overrides)
+    assert_same(continued, unbroken)
+    assert continued.losses == unbroken.losses
+    assert len(unbroken.losses) == 24
+    assert recorded(tmp_path / "broken", "fit", "auc", "validation") == recorded(
+        tmp_path / "unbroken", "fit", "auc", "validation"
+    )
+
+
+@pytest.mark.parametrize("stop_at", [1, 12, 13])
+def test_it_does_not_matter_when_a_run_is_stopped(data: Path, tmp_path: Path, stop_at: int) -> None:
+    """Before the first checkpoint, right at the end of an epoch, and right after it."""
+    unbroken = fit(data, tmp_path / "unbroken", "train.patience=0")
+    fit(data, tmp_path / "broken", "train.patience=0", stop_at=stop_at)
+    continued = fit(data, tmp_path / "broken", "train.patience=0")
+    assert_same(continued, unbroken)
+    assert continued.losses == unbroken.losses
+
+
+def test_a_continued_supernet_draws_and_samples_as_the_unbroken_one(data: Path, tmp_path: Path) -> None:
+    overrides = ["train.evals_per_epoch=3", "train.patience=0", "model.norm=field"]
+    unbroken = fit(data, tmp_path / "unbroken", *overrides, kind="supernet")
+    fit(data, tmp_path / "broken", *overrides, kind="supernet", stop_at=18)
+    continued = fit(data, tmp_path / "broken", *overrides, kind="supernet")
+    assert_same(continued, unbroken)
+    assert continued.trainer.task.state() == unbroken.trainer.task.state()
+    p_e = torch.tensor(unbroken.trainer.task.state()["sampler"]["logits_e"])
+    assert p_e.unique().numel() > 1  # it did adapt
+
+
+def test_more_steps_continue_a_run_that_ended(data: Path, tmp_path: Path) -> None:
+    fit(data, tmp_path / "more", "train.steps=5", "train.patience=0")
+    more = fit(data, tmp_path / "more", "train.steps=9", "train.patience=0")
+    straight = fit(data, tmp_path / "straight", "train.steps=9", "train.patience=0")
+    assert_same(more, straight)
+    assert more.losses == straight.losses
+    assert len(more.losses) == 9
+
+
+def test_a_finished_run_is_not_trained_again(data: Path, tmp_path: Path) -> None:
+    first = fit(data, tmp_path)
+    again = fit(data, tmp_path)
+    assert_same(first, again)
+    assert len(again.losses) == 24
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adagrad"])
+def test_a_loss_that_is_not_finite_stops_before_anything_is_written(
+    data: Path, tmp_path: Path, optimizer: str
+) -> None:
+    fit(data, tmp_path / "before", f"optim.embedding={optimizer}", "train.steps=13")
+    overrides = [f"optim.embedding={optimizer}", "train.steps=20"]
+    with pytest.raises(UserError) as caught:
+        fit(data, tmp_path / "nan", *overrides, nan_at=13)
+    message = str(caught.value)
+    assert "loss is not finite at step 13 on rank 0 (epoch 1, batch 1)" in message
+    assert f"the last checkpoint is {tmp_path / 'nan' / 'checkpoints' / 'fit'}/step-12" in message
+    assert "--optim.embedding_lr" in message
+
+
+def test_nan_leaves_every_table_as_it_was(data: Path, tmp_path: Path) -> None:
+    for optimizer in ("adam", "adagrad"):
+        config = small_config(data, tmp_path, f"optim.embedding={optimizer}")
+        run = open_run(config, one_rank())
+
+        class Task(SubnetTask):
+            def loss(self, batch: Batch, step: int) -> torch.Tensor:
+                return super().loss(batch, step) * float("inf")
+
+        task = Task(config, Allocation(run.schema, WIDTHS), run.context)
+        before = whole_tables(task.model.sharded)
+        with Monitor(tmp_path, "fit", quiet=True) as monitor, pytest.raises(UserError, match="no checkpoint yet"):
+            Trainer(
+                task, config.train, config.optim, *streams(run), run.context, monitor, tmp_path / optimizer
+            ).fit()
+        for name, table in whole_tables(task.model.sharded).items():
+            assert torch.equal(table, before[name])
+
+
+def test_the_best_checkpoint_is_kept_and_comes_back(data: Path, tmp_path: Path) -> None:
+    # A high learning rate overfits soon, so that the best of eight evaluations is not the last.
+    overrides = ["train.evals_per_epoch=4", "train.patience=0", "optim.dense_lr=0.1"]
+    found = fit(data, tmp_path, *overrides)
+    curve = recorded(tmp_path, "fit", "auc", "validation")
+    steps = recorded(tmp_path, "fit", "step", "validation")
+    best = max(range(len(curve)), key=lambda i: curve[i])
+    assert best < len(curve) - 2
+    assert found.trainer.progress.best_step == steps[best] == found.trainer.checkpointer.best()
+    assert found.trainer.checkpointer.steps() == [steps[best], *steps[-2:]]
+    found.trainer.restore_best()
+    task = found.trainer.task
+    task.model.eval()
+    config = small_config(data, tmp_path)
+    again = evaluate(task.predict, streams(open_run(config, one_rank()))[1].epoch(0), one_rank())
+    assert again["auc"] == curve[best]
+
+
+def test_logloss_may_decide_what_is_best(data: Path, tmp_path: Path) -> None:
+    found = fit(data, tmp_path, "train.evals_per_epoch=4", "train.patience=0", "train.metric=logloss")
+    curve = recorded(tmp_path, "fit", "logloss", "validation")
+    steps = recorded(tmp_path, "fit", "step", "validation")
+    assert found.trainer.checkpointer.best() == steps[curve.index(min(curve))]
+
+
+@pytest.fixture
+def constant(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Predictions that never get better: the AUC stays at one half."""
+    monkeypatch.setattr(SubnetTask, "predict", lambda self, batch: torch.zeros(batch.size))
+    yield
+
+
+def test_training_stops_without_a_better_metric(data: Path, tmp_path: Path, constant: None) -> None:
+    found = fit(data, tmp_path, "train.evals_per_epoch=4", "train.patience=2")
+    assert found.trainer.progress.step == 9  # evaluations after 3, 6 and 9 steps
+    assert found.trainer.progress.stopped == "no better auc in 2 evaluations"
+    assert found.trainer.checkpointer.best() == 3
+    again = fit(data, tmp_path, "train.evals_per_epoch=4", "train.patience=2")
+    assert again.trainer.progress.step == 9  # a stopped run stays stopped
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adagrad", "sgd"])
+def test_the_learning_rates_are_cut_and_a_continued_run_knows(
+    data: Path, tmp_path: Path, constant: None, optimizer: str
+) -> None:
+    overrides = [
+        f"optim.embedding={optimizer}",
+        "train.evals_per_epoch=2",
+        "train.patience=0",
+        "train.lr_cut=0.5",
+    ]
+    unbroken = fit(data, tmp_path / "unbroken", *overrides)
+    lr = recorded(tmp_path / "unbroken", "fit", "lr")
+    assert lr[:12] == [0.01] * 12  # the first evaluation (step 6) is the best so far
+    assert lr[12:18] == [0.005] * 6
+    assert lr[18:] == [0.0025] * 6
+    fit(data, tmp_path / "broken", *overrides, stop_at=20)
+    assert_same(fit(data, tmp_path / "broken", *overrides), unbroken)
+
+
+def test_the_loss_falls_and_the_model_learns_the_planted_pair(data: Path, tmp_path: Path) -> None:
+    config = small_config(data, tmp_path, "train.epochs=6", "model.hidden=[16]")
+    run = open_run(config, one_rank())
+    allocation = Allocation(run.schema, {"left": 4, "big": 0, "right": 4, "idle": 0})
+    retrain(config, allocation, *streams(run), run.context, tmp_path, quiet=True)
+    curve = recorded(tmp_path, "retrain", "auc", "validation")
+    assert max(curve) > 0.75
+    assert json.loads((tmp_path / "training.json").read_text())["steps"] > 12
+    # What a later process loads is the best checkpoint, not the last.
+    task = load_best(config, allocation, run.context, tmp_path)
+    task.model.eval()
+    assert evaluate(task.predict, streams(run)[1].epoch(0), run.context)["auc"] == max(curve)
+
+
+def test_a_directory_without_training_is_refused(data: Path, tmp_path: Path) -> None:
+    config = small_config(data, tmp_path)
+    run = open_run(config, one_rank())
+    with pytest.raises(UserError, match="holds no trained model.*launch/retrain.py"):
+        load_best(config, Allocation(run.schema, WIDTHS), run.context, tmp_path)
+
+
+def test_l2_is_the_mean_squared_size_of_the_looked_up_rows(data: Path, tmp_path: Path) -> None:
+    run = open_run(small_config(data, tmp_path), one_rank())
+    batch = next(iter(streams(run)[0].epoch(0)))
+    losses = []
+    for l2 in (0.0, 0.5):
+        config = small_config(data, tmp_path, f"optim.embedding_l2={l2}", "model.init_std=0.3")
+        task = SubnetTask(config, Allocation(run.schema, WIDTHS), run.context)
+        losses.append(float(task.loss(batch, 0)))
+    tables = whole_tables(task.model.sharded)
+    rows = [tables[n][batch.sparse[n].values().long()][:, : WIDTHS[n]] for n in ("left", "big", "right")]
+    expected = 0.5 * sum(float(r.square().sum()) for r in rows) / batch.size
+    assert losses[1] - losses[0] == pytest.approx(expected, rel=1e-4)
