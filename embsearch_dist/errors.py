@@ -6,4 +6,9 @@ class UserError(Exception):
 
     Entry scripts print the message without a traceback and exit with code 2; a bug keeps its
     traceback. Raise it with one sentence for what is wrong and one for the fix.
+
+    Attributes:
+        everywhere: all ranks raise this or a telling of it, so rank 0 alone needs to print it.
     """
+
+    everywhere = False

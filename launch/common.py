@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from embsearch_dist.config import Config, describe, load_config
-from embsearch_dist.dist.context import Context
+from embsearch_dist.dist.context import Context, group_was_opened
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods import METHODS
 from embsearch_dist.schema import Schema
@@ -30,7 +30,7 @@ def run_main(main: Callable[[Sequence[str]], None], document: str | None) -> Non
         main(argv)
     except UserError as e:
         # One voice is enough when all ranks fail alike.
-        if os.environ.get("RANK", "0") == "0" or "rank " not in str(e):
+        if os.environ.get("RANK", "0") == "0" or (group_was_opened() and not e.everywhere):
             print(f"error: {e}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:

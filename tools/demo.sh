@@ -2,10 +2,10 @@
 # Set up, then the main job on bundled synthetic data: prepare, search, retrain the found widths and two
 # uniform baselines, evaluate, report.
 #
-#   tools/demo.sh      ROWS=200000 RUN=runs/demo VENV=.venv VARIANT=cpu are the defaults
+#   tools/demo.sh      ROWS=400000 RUN=runs/demo VENV=.venv VARIANT=cpu are the defaults
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-venv=${VENV:-.venv} run=${RUN:-runs/demo} rows=${ROWS:-200000} data=runs/data/synthetic
+venv=${VENV:-.venv} run=${RUN:-runs/demo} rows=${ROWS:-400000} data=runs/data/synthetic
 bash tools/setup.sh "${VARIANT:-cpu}" "$venv"
 PATH="$PWD/$venv/bin:$PATH"
 [[ $venv == /* ]] && PATH="$venv/bin:$PATH"

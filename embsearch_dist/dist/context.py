@@ -23,6 +23,7 @@ from embsearch_dist.dist.environment import available_cores
 from embsearch_dist.errors import UserError
 
 T = TypeVar("T")
+_opened = False
 SUM = dist.ReduceOp.SUM
 MAX = dist.ReduceOp.MAX
 
@@ -58,8 +59,10 @@ class Context:
             dist.all_gather_object(texts, text)
             failed = [(r, t) for r, t in enumerate(texts) if t is not None]
             if failed and error is None:
-                raise UserError(f"rank {failed[0][0]} failed while {doing}: {failed[0][1]}")
+                error = UserError(f"rank {failed[0][0]} failed while {doing}: {failed[0][1]}")
         if error is not None:
+            if isinstance(error, UserError):
+                error.everywhere = True
             raise error
 
     def first(self, doing: str, make: Callable[[], T]) -> T | None:
@@ -99,6 +102,11 @@ class Context:
         return torch.cat([p[:n] for p, n in zip(parts, sizes.tolist(), strict=True)])
 
 
+def group_was_opened() -> bool:
+    """Whether this process has joined its group yet; what fails before that fails on all ranks alike."""
+    return _opened
+
+
 @contextlib.contextmanager
 def start(run: RunConfig, config: DistConfig) -> Iterator[Context]:
     """Open the process group torchrun describes in the environment, or one of a single process.
@@ -125,6 +133,8 @@ def start(run: RunConfig, config: DistConfig) -> Iterator[Context]:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    global _opened
+    _opened = True
     try:
         yield Context(rank, world_size, device)
     except BaseException:

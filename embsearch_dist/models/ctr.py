@@ -56,7 +56,7 @@ class CTRModel(nn.Module):
 
     def dense_count(self) -> int:
         """Trainable parameters of the head."""
-        return sum(p.numel() for p in self.bare_head.parameters())
+        return sum(p.numel() for p in self.bare_head.parameters() if p.requires_grad)
 
 
 class SubnetModel(CTRModel):

@@ -26,6 +26,8 @@ class UnifyNorm(nn.Module):
         super().__init__()
         self.kind, self.synchronise = kind, synchronise
         self.momentum, self.eps = 0.1, 1e-5
+        if kind == "none":
+            return  # DDP stops at parameters that take no part in the loss
         self.scale = nn.Parameter(torch.full((candidates, width), gain))
         self.shift = nn.Parameter(torch.zeros(candidates, width))
         shape = (fields, candidates, width) if kind == "field" else (1, candidates, width)

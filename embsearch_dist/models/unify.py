@@ -25,6 +25,12 @@ def initial_map(width: int, common: int) -> torch.Tensor:
     return weight
 
 
+def initial_bias(candidates: int, width: int, norm: str) -> nn.Parameter:
+    """Zeros ``[candidates, width]``, fixed under BatchNorm: it takes a bias out again, so its gradient is rounding
+    noise, which Adam would scale up to full steps and the running mean would follow late."""
+    return nn.Parameter(torch.zeros(candidates, width), requires_grad=norm == "none")
+
+
 class SupernetUnify(nn.Module):
     """T candidate maps over the columns of a max-table, chosen per field at every step.
 
@@ -45,7 +51,7 @@ class SupernetUnify(nn.Module):
             own = mask[j] > 0
             weight[j, own] = initial_map(int(own.sum()), width)
         self.weight = nn.Parameter(weight)
-        self.bias = nn.Parameter(torch.zeros(candidates, width))
+        self.bias = initial_bias(candidates, width, norm)
         self.register_buffer("present", (mask.sum(1) > 0), persistent=False)
         self.present: torch.Tensor
         self.norm = UnifyNorm(fields, candidates, width, norm, gain, synchronise)
@@ -77,7 +83,7 @@ class MixedUnify(nn.Module):
         """``groups``: (nominal width, number of fields); ``order[k]``: place of schema field k among the groups."""
         super().__init__()
         self.weights = nn.ParameterList(nn.Parameter(initial_map(w, width)) for w, _ in groups)
-        self.bias = nn.Parameter(torch.zeros(len(groups), width))
+        self.bias = initial_bias(len(groups), width, norm)
         choice = [g for g, (_, n) in enumerate(groups) for _ in range(n)]
         self.register_buffer("choice", torch.tensor(choice)[list(order)], persistent=False)
         self.choice: torch.Tensor

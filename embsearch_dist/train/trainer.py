@@ -183,11 +183,13 @@ class Trainer:
         if bad:
             kept, at = self.checkpointer.steps(), batch.position
             last = f"the last checkpoint is {self.checkpointer.root}/step-{kept[-1]}" if kept else "no checkpoint yet"
-            raise UserError(
+            error = UserError(
                 f"loss is not finite at step {self.progress.step} on rank {bad[0]} "
                 f"(epoch {at.epoch}, batch {at.batch - 1}): stopped before any table was written; {last}. "
                 "Lower --optim.embedding_lr and --optim.dense_lr, or look at the dense columns of that batch"
             )
+            error.everywhere = True
+            raise error
         return mean
 
     def _log(self, loss: float, rate: float) -> None:

@@ -139,7 +139,9 @@ def make_scorer(run: Run, task: SupernetTask | None = None) -> SubnetScorer:
     policy = search_config.policy
     width = sum(task.model.bare_head.backbone.term_widths)
     rows = sample_rows(run.schema.rows["validation"], policy.rows, blocks, width, policy.cache_mb)
-    batches = list(itertools.islice(stream.epoch(0), max(1, rows // batch)))
+    # Whole batches only, and all of them when no row is to be left out.
+    count = stream.batches_per_epoch if rows >= stream.rows else max(1, rows // batch)
+    batches = list(itertools.islice(stream.epoch(0), count))
     return SubnetScorer(task.model, batches, run.context)
 
 
@@ -172,6 +174,11 @@ class SearchStage(Stage):
                     points.append(self._point(name, allocation, found, chosen=k == 0))
                     run.context.first("writing an allocation", lambda n=name, a=allocation: self._save(run.dir, n, a))  # type: ignore[misc]
                     bar.update(1)
+            picked = torch.zeros(len(run.schema.fields), len(config.candidates))
+            for f, name in enumerate(run.schema.names):
+                picked[f, config.candidates.index(points[0]["widths"][name])] = 1
+            columns = [str(d) for d in config.candidates]
+            monitor.heatmap(config.policy.steps, "allocation", picked.numpy(), run.schema.names, columns)
             run.context.first("writing the Pareto set", lambda: self._finish(run.dir, searcher, points))
             monitor.say(describe(searcher, points[0], run.dir))
 

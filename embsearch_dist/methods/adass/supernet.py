@@ -105,6 +105,7 @@ class SupernetStage(Stage):
         return {
             "schema": run.schema.fingerprint,
             "run.seed": c.run.seed,
+            "data.window_rows": c.data.window_rows,
             "model": c.model,
             "optim": c.optim,
             "search.candidates": search.candidates,

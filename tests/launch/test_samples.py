@@ -1,0 +1,71 @@
+"""The first rows of Criteo and Avazu through the whole chain with their own configs: no code knows a data set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from embsearch_dist.schema import Schema
+
+# (format, raw file, config, rows, fields)
+SAMPLES = [
+    ("criteo", "criteo/train_first_10000.txt", "criteo/adass_deepfm_sample.yaml", 10_000, 39),
+    ("avazu", "avazu/train_first_9999.csv", "avazu/adass_wide_deep_sample.yaml", 9_999, 22),
+]
+TINY = {
+    "train.epochs": 1,
+    "search.supernet.epochs": 1,
+    "search.policy.steps": 2,
+    "search.policy.batch": 4,
+    "search.policy.refine": "false",
+}
+BUDGET = 0.8  # of UES-32, in both configs
+
+
+@pytest.mark.parametrize(("form", "raw", "config", "rows", "fields"), SAMPLES, ids=[s[0] for s in SAMPLES])
+def test_prepare_search_retrain_evaluate_report(
+    form: str,
+    raw: str,
+    config: str,
+    rows: int,
+    fields: int,
+    data_dir: Path,
+    repo_root: Path,
+    tmp_path: Path,
+    run_script: Callable,
+) -> None:
+    source = data_dir / raw
+    if not source.exists():
+        pytest.skip(f"no {form} sample at {source}")
+    data, run = tmp_path / "data", tmp_path / "run"
+    options = ["--split", "time", "--min-count", 4, "--quiet"]
+    run_script("prepare.py", "--format", form, "--input", source, "--out", data, *options)
+    schema = Schema.load(data)
+    assert (sum(schema.rows.values()), len(schema.fields)) == (rows, fields)
+
+    tiny = [f"--{key}={value}" for key, value in TINY.items()]
+    where = [f"--data.path={data}", f"--run.dir={run}"]
+    run_script("search.py", "--config", repo_root / "configs" / config, *where, *tiny)
+    run_script("retrain.py", "--run", run)
+    run_script("retrain.py", "--run", run, "--allocation", "ues-32")
+    run_script("evaluate.py", "--run", run / "retrain" / "adass", "--split", "validation")
+    run_script("report.py", run)
+
+    found = result(run, "adass/evaluation.json")
+    uniform = result(run, "ues-32/evaluation.json")
+    assert list(found["widths"]) == schema.names
+    assert found["embedding_parameters"] <= BUDGET * uniform["embedding_parameters"]
+    assert uniform["embedding_parameters"] == 32 * sum(schema.cardinalities)
+    assert found["rows"] == schema.rows["test"]
+    assert result(run, "adass/evaluation-validation.json")["rows"] == schema.rows["validation"]
+    for body in (found, uniform):
+        assert 0 < body["auc"] < 1 and 0 < body["logloss"] < 2
+    page = (run / "report" / "index.html").read_text()
+    assert "ues-32" in page and schema.names[-1] in page
+
+
+def result(run: Path, name: str) -> dict:
+    return json.loads((run / "retrain" / name).read_text())
