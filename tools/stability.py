@@ -61,7 +61,8 @@ def search_again(directory: Path, searches: int, overrides: list[str]) -> tuple[
         for seed in range(searches):
             choice = searcher.find(1_000_000 + seed, budget).choice
             found.append([searcher.candidates[j] for j in choice])
-            print(f"search {seed + 1}/{searches}: {found[-1]}  ({len(searcher.scorer.archive):,} scored)", file=sys.stderr)
+            scored = len(searcher.scorer.archive)
+            print(f"search {seed + 1}/{searches}: {found[-1]}  ({scored:,} scored)", file=sys.stderr, flush=True)
         return schema.names, list(searcher.candidates), found
 
 

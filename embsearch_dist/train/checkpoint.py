@@ -96,7 +96,7 @@ class Checkpointer:
             ranks = read_json(directory / "manifest.json")["world_size"]
             reasons = "; ".join(sorted({str(f[0]) for f in e.failures.values()}))
             raise UserError(
-                f"checkpoint {directory} of {ranks} rank(s) does not fit this run of {self.context.world_size} rank(s): "
+                f"checkpoint {directory} of {ranks} rank(s) does not fit this run of {self.context.world_size}: "
                 f"{reasons}. Continue with the number of ranks, sharding and optimizer it was made with"
             ) from e
         self.model.bare_head.load_state_dict(tensors["head"])

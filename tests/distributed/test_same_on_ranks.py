@@ -12,6 +12,7 @@ import torch
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.methods.adass.searching import make_scorer
 from embsearch_dist.methods.adass.supernet import SupernetTask
+from embsearch_dist.schema import Schema
 from embsearch_dist.train.metrics import evaluate
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.retrain import SubnetTask
@@ -69,13 +70,39 @@ def train(rank: int, world_size: int, data: str, directory: str, kind: str, *ove
     return {"metrics": metrics, "tables": digest, "head": head, "state": task.state(), "kinds": kinds}
 
 
-def compare(
-    tmp_path: Path, data: str, kind: str, *overrides: str, rtol: float = 1e-4
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    one = run_ranks(train, 1, tmp_path, data, str(tmp_path / "one"), kind, *overrides)[0]
-    two = run_ranks(train, 2, tmp_path, data, str(tmp_path / "two"), kind, *overrides)
+def train_many(rank: int, world_size: int, data: str, directory: str, cases: list[list[str]]) -> list[dict[str, Any]]:
+    """Several trainings in one set of processes, for starting those takes longer than a training."""
+    return [train(rank, world_size, data, f"{directory}/{i}", "subnet", *case) for i, case in enumerate(cases)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, data: str) -> dict[tuple[str, str], Any]:
+    """(sharding, optimizer) -> what two ranks got, their losses, and both of one rank."""
+    folder = tmp_path_factory.mktemp("trained")
+    optimizers = sorted({optimizer for _, optimizer in PAIRS})
+    alone = [[f"optim.embedding={o}"] for o in optimizers]
+    shared = [[f"dist.sharding={s}", f"optim.embedding={o}"] for s, o in PAIRS]
+    ones = run_ranks(train_many, 1, folder, data, str(folder / "one"), alone)[0]
+    both = run_ranks(train_many, 2, folder, data, str(folder / "two"), shared)
+    found = {}
+    for i, (sharding, optimizer) in enumerate(PAIRS):
+        k = optimizers.index(optimizer)
+        directories = (folder / "one" / str(k), folder / "two" / str(i))
+        found[sharding, optimizer] = (ones[k], [rank[i] for rank in both], directories)
+    return found
+
+
+@pytest.mark.parametrize(("sharding", "optimizer"), PAIRS)
+def test_two_ranks_train_as_one(trained: dict[tuple[str, str], Any], sharding: str, optimizer: str) -> None:
+    one, two, directories = trained[sharding, optimizer]
+    check(one, two, *directories)
+    assert two[0]["kinds"]["big"] == sharding  # the others may be too small to be split
+    assert one["kinds"]["big"] == "table_wise"
+
+
+def check(one: dict[str, Any], two: list[dict[str, Any]], one_dir: Path, two_dir: Path, rtol: float = 1e-4) -> None:
     assert two[0] == two[1]  # whatever ranks ended with, they agree on it
-    losses = [recorded(tmp_path / n, "fit", "loss") for n in ("one", "two")]
+    losses = [recorded(directory, "fit", "loss") for directory in (one_dir, two_dir)]
     assert len(losses[0]) == 10
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     assert two[0]["metrics"]["rows"] == one["metrics"]["rows"]
@@ -83,13 +110,15 @@ def compare(
     assert two[0]["metrics"]["auc"] == pytest.approx(one["metrics"]["auc"], abs=1e-4)
     assert two[0]["tables"] == pytest.approx(one["tables"], rel=rtol)
     assert two[0]["head"] == pytest.approx(one["head"], rel=1e-3, abs=1e-6)
+
+
+def compare(
+    tmp_path: Path, data: str, kind: str, *overrides: str, rtol: float = 1e-4
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    one = run_ranks(train, 1, tmp_path, data, str(tmp_path / "one"), kind, *overrides)[0]
+    two = run_ranks(train, 2, tmp_path, data, str(tmp_path / "two"), kind, *overrides)
+    check(one, two, tmp_path / "one", tmp_path / "two", rtol)
     return one, two[0]
-
-
-@pytest.mark.parametrize(("sharding", "optimizer"), PAIRS)
-def test_two_ranks_train_as_one(tmp_path: Path, data: str, sharding: str, optimizer: str) -> None:
-    _, two = compare(tmp_path, data, "subnet", f"dist.sharding={sharding}", f"optim.embedding={optimizer}")
-    assert two["kinds"]["big"] == sharding  # the others may be too small to be split
 
 
 @pytest.mark.parametrize("norm", ["field", "width"])
@@ -157,11 +186,11 @@ def score_subnets(rank: int, world_size: int, data: str, directory: str, norm: s
 
 @pytest.mark.parametrize("norm", ["none", "field"])
 def test_subnets_score_alike_on_one_rank_and_two(tmp_path: Path, data: str, norm: str) -> None:
-    arguments = (data, str(tmp_path), norm)
+    arguments, rows = (data, str(tmp_path), norm), Schema.load(data).rows["validation"]
     one = run_ranks(score_subnets, 1, tmp_path, *arguments)[0]
     two = run_ranks(score_subnets, 2, tmp_path, *arguments)
     assert two[0] == two[1]
     for a, b in zip(one, two[0], strict=True):
-        assert a["rows"] == b["rows"] == 400
+        assert a["rows"] == b["rows"] == rows
         assert b["auc"] == pytest.approx(a["auc"], abs=2e-4)
         assert b["logloss"] == pytest.approx(a["logloss"], rel=1e-5)

@@ -16,6 +16,8 @@ SAMPLES = [
     ("avazu", "avazu/train_first_9999.csv", "avazu/adass_wide_deep_sample.yaml", 9_999, 22),
 ]
 TINY = {
+    "model.hidden": "[16]",
+    "model.unified_width": 8,
     "train.epochs": 1,
     "search.supernet.epochs": 1,
     "search.policy.steps": 2,

@@ -28,14 +28,14 @@ def test_every_shipped_config_loads_and_checks(path: Path) -> None:
 
 def test_shipped_configs_of_one_run_directory_share_its_supernet() -> None:
     """Each of them may be the first: the others then only search again."""
-    seen: dict[str, Any] = {}
+    seen: dict[tuple[str, str], str] = {}
     for path in SHIPPED:
         config = load_config(CONFIGS, path)
         if config.method == "adass":
             search = config.search
             parts = (config.data, config.model, config.optim, search.sampling, search.supernet)
             found = fingerprint(*parts, search.candidates, search.scheme)
-            assert seen.setdefault(config.run.dir, found) == found, path
+            assert seen.setdefault((config.run.dir, config.data.path), found) == found, path
 
 
 def test_the_run_directory_is_named_after_the_config_file(tmp_path: Path) -> None:
