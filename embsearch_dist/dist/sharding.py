@@ -7,7 +7,6 @@ CPU although both run there. Every rank computes the same plan from the same num
 from __future__ import annotations
 
 import hashlib
-import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,10 +32,11 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from embsearch_dist.config import DistConfig, OptimConfig
 from embsearch_dist.dist.context import Context
+from embsearch_dist.dist.quiet import quieten
 from embsearch_dist.errors import UserError
 
+quieten()
 INIT_BLOCK_ROWS = 4096
-logging.getLogger("torchrec.distributed.utils").setLevel(logging.ERROR)  # says of each dense table that it has no cache
 ROWS_PER_RANK = 1024  # a table with fewer rows than this a rank gains nothing from being split by rows
 OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     "adam": (torch.optim.Adam, {}),

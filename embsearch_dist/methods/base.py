@@ -74,6 +74,9 @@ class Method(ABC):
     def stages(self) -> list[Stage]:
         """The stages in their order; the last one leaves ``allocation.json``."""
 
+    def check(self, run: Run) -> None:  # noqa: B027
+        """Refuse, before the first stage runs, settings that do not fit the data."""
+
 
 def run_stages(method: Method, run: Run) -> None:
     """Run what is not done yet.
@@ -81,6 +84,8 @@ def run_stages(method: Method, run: Run) -> None:
     Raises:
         UserError: the run directory holds a stage that was made with other settings.
     """
+    with run.context.together("checking the settings"):
+        method.check(run)
     for stage in method.stages():
         mark = run.dir / "stages" / f"{stage.name}.json"
         inputs = flatten(stage.inputs(run))

@@ -1,4 +1,7 @@
-"""The first rows of Criteo and Avazu through the whole chain with their own configs: no code knows a data set."""
+"""The first rows of Criteo and Avazu through the whole chain with their own configs: no code knows a data set.
+
+Also what the shipped configs promise each other.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from embsearch_dist.schema import Schema
+from embsearch_dist.config import load_config
+from embsearch_dist.dist.context import Context
+from embsearch_dist.methods import METHODS
+from embsearch_dist.methods.adass.supernet import SupernetStage
+from embsearch_dist.methods.base import Run, flatten
+from embsearch_dist.schema import Field, Schema
 
 # (format, raw file, config, rows, fields)
 SAMPLES = [
@@ -71,3 +80,18 @@ def test_prepare_search_retrain_evaluate_report(
 
 def result(run: Path, name: str) -> dict:
     return json.loads((run / "retrain" / name).read_text())
+
+
+def test_resource_first_config_shares_the_supernet(repo_root: Path) -> None:
+    """Both modes of the paper search one supernet: same run directory, same inputs of the supernet stage."""
+    sections = {name: method.config for name, method in METHODS.items()}
+    folder, schema = repo_root / "configs" / "movielens_1m", Schema("any", (Field("user_id", 3),))
+    runs = []
+    for name in ("adass_deepfm.yaml", "adass_deepfm_resource.yaml"):
+        runs.append(Run(load_config(sections, folder / name), schema, Context(0, 1, torch.device("cpu"))))
+    effect, resource = runs
+    assert flatten(SupernetStage().inputs(effect)) == flatten(SupernetStage().inputs(resource))
+    assert effect.dir == resource.dir
+    policy = resource.config.search.policy
+    assert (policy.lambda_r, policy.lambda_c, resource.config.search.budget) == (0.005, 0.04, "70%")
+    assert effect.config.search.name != resource.config.search.name

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from embsearch_dist.methods.adass.config import AdassConfig
-from embsearch_dist.methods.adass.searching import SearchStage
+from embsearch_dist.methods.adass.searching import SearchStage, budgets_of
 from embsearch_dist.methods.adass.supernet import SupernetStage
-from embsearch_dist.methods.base import Method, Stage
+from embsearch_dist.methods.base import Method, Run, Stage
 
 
 class AdaSS(Method):
@@ -15,3 +15,6 @@ class AdaSS(Method):
 
     def stages(self) -> list[Stage]:
         return [SupernetStage(), SearchStage()]
+
+    def check(self, run: Run) -> None:
+        budgets_of(run.config.search, run.schema)

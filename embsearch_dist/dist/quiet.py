@@ -1,0 +1,17 @@
+"""Messages of libraries that tell the user of this project nothing he could act on."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+
+def quieten() -> None:
+    """Silence, by exact origin, what TorchRec and DCP say on every run."""
+    # Of every dense table: it has no cache. Of every look-up: which tracing check to call instead.
+    for name in ("torchrec.distributed.utils", "torch.fx._symbolic_trace"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # TorchRec still hands out ShardedTensor; there is nothing to change on this side.
+    warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
+    # FBGEMM's dense look-up has its backward; it is only registered under another key (tests compare it with torch's).
+    warnings.filterwarnings("ignore", message="fbgemm::dense_embedding_codegen_lookup_function", category=UserWarning)
