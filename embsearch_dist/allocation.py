@@ -64,7 +64,7 @@ class Allocation:
     @classmethod
     def uniform(cls, schema: Schema, width: int) -> Allocation:
         """UES: the same width for every field, the baseline of every report."""
-        return cls(schema, dict.fromkeys(schema.names, width), {"method": "ues", "width": width})
+        return cls(schema, dict.fromkeys(schema.names, width), {"method": "ues", "name": f"ues-{width}"})
 
     @property
     def kept(self) -> list[str]:

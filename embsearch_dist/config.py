@@ -51,7 +51,7 @@ def nearest(name: str, known: Sequence[str]) -> str:
 class RunConfig:
     """Where a run lives and what it may use."""
 
-    dir: str = option("", "run directory; empty = runs/<name of the config file>")
+    dir: str = option("", "run directory; empty = runs/<folder and name of the config file>")
     seed: int = option(0, "seed of weights, sampling, search and data order")
     device: str = option("auto", "auto | cpu | cuda")
     threads: int = option(0, "CPU threads of each process; 0 = cores / processes on this machine")
@@ -227,7 +227,9 @@ def load_config(
     parts = {k: OmegaConf.to_object(base[k]) for k in [*SECTIONS, "search"]}
     config = Config(method=name, **parts)  # type: ignore[arg-type]
     if not config.run.dir:
-        config.run.dir = str(Path("runs") / (Path(file).stem if file else name))
+        # The folder of a shipped config names the data set: configs/criteo/adass_deepfm.yaml.
+        stem = f"{Path(file).parent.name}_{Path(file).stem}".lstrip("_") if file else name
+        config.run.dir = str(Path("runs") / stem)
     config.check()
     return config
 

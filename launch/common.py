@@ -33,6 +33,8 @@ def run_main(main: Callable[[Sequence[str]], None], document: str | None) -> Non
         if os.environ.get("RANK", "0") == "0" or (group_was_opened() and not e.everywhere):
             print(f"error: {e}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has seen enough
     except KeyboardInterrupt:
         print("interrupted; start the same command again to continue", file=sys.stderr, flush=True)
         sys.exit(130)

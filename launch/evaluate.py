@@ -1,8 +1,8 @@
 """Evaluate a retrained model: exact AUC and logloss over all ranks, parameters, bytes, FLOPs.
 
-    python launch/evaluate.py --run runs/adass_deepfm/retrain/adass
-    python launch/evaluate.py --run runs/adass_deepfm/retrain/adass --split validation
-    torchrun --standalone --nproc-per-node 2 -- launch/evaluate.py --run runs/adass_deepfm/retrain/adass
+    python launch/evaluate.py --run runs/synthetic_adass_deepfm/retrain/adass
+    python launch/evaluate.py --run runs/synthetic_adass_deepfm/retrain/adass --split validation
+    torchrun --standalone --nproc-per-node 2 -- launch/evaluate.py --run runs/synthetic_adass_deepfm/retrain/adass
 
 Options: --run DIR (a directory that retrain.py wrote), --split test|validation|train, --section.key VALUE.
 Prints the figures as JSON and leaves them in DIR/evaluation.json (test) or DIR/evaluation-SPLIT.json.

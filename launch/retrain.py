@@ -1,10 +1,10 @@
 """Train the model of an allocation from scratch, sharded by TorchRec, and evaluate it on the test split.
 
-    python launch/retrain.py --run runs/adass_deepfm                    what the search found
-    python launch/retrain.py --run runs/adass_deepfm --allocation ues-32        the uniform baseline
-    python launch/retrain.py --run runs/adass_deepfm --allocation runs/adass_deepfm/allocations/small.json
+    python launch/retrain.py --run runs/my                              what the search found
+    python launch/retrain.py --run runs/my --allocation ues-32        the uniform baseline
+    python launch/retrain.py --run runs/my --allocation runs/my/allocations/small.json
     python launch/retrain.py --config configs/movielens_1m/adass_deepfm.yaml --allocation ues-32
-    torchx run dist.ddp -j 1x2 retrain.py --run runs/adass_deepfm       two processes
+    torchx run dist.ddp -j 1x2 retrain.py --run runs/my       two processes
 
 Options: --run DIR or --config FILE, --allocation FILE or ues-WIDTH (default: the run's allocation.json),
 --name NAME of the result under RUN/retrain (default: from the allocation; -seedN is added to it for a

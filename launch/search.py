@@ -10,7 +10,7 @@ Options: --config FILE (default: configs/synthetic/adass_deepfm.yaml), --print-c
 A killed search continues when the same command is given again. With a finished supernet in the run
 directory, other --search.policy.*, --search.budget or --search.pareto settings only search again:
 
-    python launch/search.py --run.dir runs/adass_deepfm --search.budget 1.5MB --search.name small
+    python launch/search.py --run.dir runs/synthetic_adass_deepfm --search.budget 1.5MB --search.name small
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from embsearch_dist.config import Config, split_arguments
 from embsearch_dist.dist.context import start
 from embsearch_dist.methods import METHODS
-from embsearch_dist.methods.base import Run, run_stages
+from embsearch_dist.methods.base import Run, check_stages, run_stages
 from launch.common import DEFAULT_CONFIG, known_options, open_data, open_run_directory, read_config, run_main
 
 
@@ -39,11 +39,12 @@ def main(argv: Sequence[str]) -> None:
         return
     with start(config.run, config.dist) as context:
         schema = open_data(config, context)
-        directory = Path(config.run.dir)
+        directory, method, run = Path(config.run.dir), METHODS[config.method](), Run(config, schema, context)
+        check_stages(method, run)
         context.first("opening the run directory", lambda: open_run_directory(config, schema, directory))
         if context.rank == 0:
             print(f"run directory {directory}, {context.world_size} rank(s) on {context.device.type}", flush=True)
-        run_stages(METHODS[config.method](), Run(config, schema, context))
+        run_stages(method, run)
 
 
 def resolve(file: str | None, overrides: Sequence[str]) -> Config:

@@ -89,6 +89,18 @@ def options(overrides: Sequence[str]) -> list[str]:
     return [f"--{word}" for word in overrides]
 
 
+def command_line(data: Path | str, run_dir: Path | str, *overrides: str) -> list[str]:
+    """The config of :func:`small_config` as options of ``search.py``; needs ``--config`` beside it."""
+    where = [f"data.path={data}", f"run.dir={run_dir}", "run.device=cpu", "dist.timeout_s=60", "run.threads=1"]
+    return options([*where, *overrides])
+
+
+def write_config(path: Path) -> Path:
+    """A YAML file with the settings of :func:`small_config`."""
+    path.write_text(small_config("to-be-named", "to-be-named").to_yaml())
+    return path
+
+
 def small_schema(*cardinalities: int, dense: int = 1) -> Schema:
     """Fields f0, f1, ... and dense columns x0, ..."""
     fields = tuple(Field(f"f{i}", n) for i, n in enumerate(cardinalities))

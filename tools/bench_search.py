@@ -1,6 +1,6 @@
 """Candidates scored per second from cached activations, beside running the supernet with its tables.
 
-    python tools/bench_search.py --run runs/adass_deepfm --rows 100000
+    python tools/bench_search.py --run runs/synthetic_adass_deepfm --rows 100000
 
 Both sides score the same random subnets on the same validation rows in one process, turn by turn; metrics
 (AUC and logloss) are part of both. Prints medians and their ratio.

@@ -1,6 +1,6 @@
 """How often repeated searches give each field the same width (AdaS&S Fig. 4).
 
-    python tools/stability.py --run runs/adass_deepfm --searches 100        from one supernet, new search seeds
+    python tools/stability.py --run runs/my --searches 100          from one supernet, new search seeds
     python tools/stability.py --across runs/cmp/seed*/allocations/adass-E.json --out runs/cmp    from several
 
 The first form writes RUN/stability.json (the report draws it), the second OUT/stability.json and prints the

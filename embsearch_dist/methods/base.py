@@ -78,23 +78,33 @@ class Method(ABC):
         """Refuse, before the first stage runs, settings that do not fit the data."""
 
 
-def run_stages(method: Method, run: Run) -> None:
-    """Run what is not done yet.
+def check_stages(method: Method, run: Run) -> None:
+    """Find out whether the stages can run at all, on every rank, before anything is written.
 
     Raises:
-        UserError: the run directory holds a stage that was made with other settings.
+        UserError: a setting is impossible for this data, or the run directory holds a stage that was made
+            with other settings and is not repeated for the asking.
     """
     with run.context.together("checking the settings"):
         method.check(run)
+        for stage in method.stages():
+            inputs, old = flatten(stage.inputs(run)), read_mark(run, stage)
+            if old and old["inputs"] != inputs and not stage.repeatable and not run.config.run.overwrite:
+                raise UserError(_changed(run.dir, stage.name, old["inputs"], inputs))
+
+
+def read_mark(run: Run, stage: Stage) -> dict[str, Any] | None:
+    """What ``stages/<name>.json`` says: state and inputs; None when the stage was never begun."""
+    path = run.dir / "stages" / f"{stage.name}.json"
+    return read_json(path) if path.exists() else None
+
+
+def run_stages(method: Method, run: Run) -> None:
+    """Run what is not done yet; call :func:`check_stages` first."""
     for stage in method.stages():
         mark = run.dir / "stages" / f"{stage.name}.json"
-        inputs = flatten(stage.inputs(run))
-        old = read_json(mark) if mark.exists() else None
-        if old and old["inputs"] != inputs:
-            if not stage.repeatable:
-                raise UserError(_changed(run.dir, stage.name, old["inputs"], inputs))
-            old = None
-        if old and old["state"] == "done":
+        inputs, old = flatten(stage.inputs(run)), read_mark(run, stage)
+        if old and old["state"] == "done" and old["inputs"] == inputs:
             if run.context.rank == 0:
                 print(f"stage {stage.name}: done before, skipped", flush=True)
             continue

@@ -1,0 +1,37 @@
+"""A short search and a retraining on a CUDA device; skipped, with the reason, where there is none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.factories import options, prepared, recorded, write_config
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "rowwise_adagrad"])
+def test_search_retrain_and_resume_on_cuda(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, run_script: Callable, optimizer: str
+) -> None:
+    data, run = prepared(tmp_path_factory), tmp_path / "run"
+    config = write_config(tmp_path / "tiny.yaml")
+    where = [f"data.path={data}", f"run.dir={run}", "run.device=cuda", f"optim.embedding={optimizer}"]
+    done = run_script("search.py", "--config", config, *options(where), timeout=280)
+    assert "1 rank(s) on cuda" in done.stdout
+    losses = recorded(run, "supernet", "loss")
+    assert len(losses) == 24
+    assert losses[-1] < losses[0]
+
+    run_script("retrain.py", "--run", run, "--train.steps", 12, "--name", "short", timeout=280)
+    own = run / "retrain" / "short"
+    trained = json.loads((own / "evaluation.json").read_text())
+    shown = run_script("evaluate.py", "--run", own, timeout=280)
+    assert json.loads(shown.stdout)["auc"] == pytest.approx(trained["auc"], abs=1e-6)
+    # The same model on the CPU gives the same figures: a checkpoint is not tied to a device.
+    on_cpu = run_script("evaluate.py", "--run", own, "--run.device", "cpu", timeout=280)
+    assert json.loads(on_cpu.stdout)["auc"] == pytest.approx(trained["auc"], abs=1e-4)
+    # Started again, a finished training loads its last checkpoint, optimizers included.
+    again = run_script("retrain.py", "--run", run, "--train.steps", 12, "--name", "short", timeout=280)
+    assert "continuing from" in again.stdout

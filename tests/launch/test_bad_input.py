@@ -1,0 +1,177 @@
+"""Bad input: one line that says what is wrong, exit code 2, no traceback, and no allocation left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embsearch_dist.allocation import Allocation
+from embsearch_dist.schema import Schema, read_json, write_json
+from tests.factories import command_line, prepared, small_schema, write_config
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return write_config(tmp_path / "tiny.yaml")
+
+
+@pytest.fixture
+def damaged(data: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(data, tmp_path / "damaged"))
+
+
+def rewrite(path: Path, change: Callable[[pl.DataFrame], pl.DataFrame]) -> None:
+    """Change a shard and keep its column types."""
+    schema = pq.read_schema(path)
+    frame = change(pl.read_parquet(path))
+    table: pa.Table = frame.to_arrow().cast(schema)
+    pq.write_table(table, path, row_group_size=500, write_page_checksum=True)
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert done.stderr.strip().endswith(errors[0])
+    for part in parts:
+        assert part in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("data.path=nowhere", ("nowhere is not a prepared data set", "launch/prepare.py")),
+        ("search.candidate=[2,4]", ("unknown config key 'search.candidate'", "did you mean 'candidates'")),
+        ("search.candidates=[8,2,4]", ("search.candidates: widths must ascend, but 2 follows 8", "write [2, 4, 8]")),
+        ("search.budget=5", ("search.budget: '5' is 5 parameters", "narrowest allocation", "needs")),
+        ("search.budget=lots", ("search.budget: 'lots' is not a budget",)),
+    ],
+)
+def test_a_bad_setting_of_a_search(
+    data: Path, config: Path, tmp_path: Path, run_script: Callable, override: str, parts: tuple[str, ...]
+) -> None:
+    run = tmp_path / "run"
+    done = run_script("search.py", "--config", config, *command_line(data, run, override), check=False)
+    assert_refused(done, *parts)
+    assert not (run / "allocation.json").exists()
+    assert not (run / "checkpoints").exists()  # found before anything was trained
+
+
+def test_unknown_options_and_files(tmp_path: Path, run_script: Callable) -> None:
+    done = run_script("search.py", "--confg", "a.yaml", check=False)
+    assert_refused(done, "unknown option --confg", "did you mean 'config'")
+    done = run_script("search.py", "--config", tmp_path / "none.yaml", check=False)
+    assert_refused(done, "none.yaml does not exist")
+
+
+def test_ids_outside_a_table_are_counted_and_named(
+    damaged: Path, config: Path, tmp_path: Path, run_script: Callable
+) -> None:
+    cardinality = next(f.cardinality for f in Schema.load(damaged).fields if f.name == "idle")
+    path = damaged / "train" / "part-00000.parquet"
+    bad = pl.when(pl.int_range(pl.len()) < 3).then(cardinality + 7).otherwise(pl.col("idle")).alias("idle")
+    rewrite(path, lambda f: f.with_columns(bad.cast(pl.Int32)))
+    run = tmp_path / "run"
+    done = run_script("search.py", "--config", config, *command_line(damaged, run), check=False)
+    assert_refused(done, str(path), "idle", "3 ")
+    assert not (run / "allocation.json").exists()
+
+
+def test_a_shard_that_is_missing_is_noticed(damaged: Path, config: Path, tmp_path: Path, run_script: Callable) -> None:
+    (damaged / "validation" / "part-00000.parquet").unlink()
+    run = tmp_path / "run"
+    done = run_script("search.py", "--config", config, *command_line(damaged, run), check=False)
+    assert_refused(done, "validation", "part-*.parquet")
+    assert not (run / "allocation.json").exists()
+
+
+def test_an_allocation_of_another_schema(data: Path, config: Path, tmp_path: Path, run_script: Callable) -> None:
+    foreign = tmp_path / "foreign.json"
+    Allocation.uniform(small_schema(10, 20), 4).save(foreign)
+    where = command_line(data, tmp_path / "run")
+    done = run_script("retrain.py", "--config", config, "--allocation", foreign, *where, check=False)
+    assert_refused(done, "foreign.json was made for data set 'small'", "not for 'tiny'", "only one of them")
+    assert not (tmp_path / "run" / "retrain").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "part"),
+    [
+        ("retrain.py", ["--run", "nowhere"], "nowhere: no config.yaml there"),
+        ("evaluate.py", ["--run", "nowhere"], "nowhere: not a directory of retrain.py"),
+        ("evaluate.py", ["--run", "nowhere", "--split", "tests"], "'tests' is none of train, validation, test"),
+        ("report.py", ["nowhere"], "nowhere"),
+    ],
+)
+def test_a_directory_that_is_none_of_ours(script: str, words: list[str], part: str, run_script: Callable) -> None:
+    assert_refused(run_script(script, *words, check=False), part)
+
+
+def test_a_run_directory_that_is_not_ours_is_never_deleted(
+    data: Path, config: Path, tmp_path: Path, run_script: Callable
+) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.tex").write_text("years of work")
+    where = command_line(data, precious, "run.overwrite=true")
+    done = run_script("search.py", "--config", config, *where, check=False)
+    assert_refused(done, "precious is not a run directory", "not deleted")
+    assert (precious / "thesis.tex").read_text() == "years of work"
+
+
+def torchrun(config: Path, data: Path, run: Path) -> tuple[subprocess.CompletedProcess[str], float]:
+    script = [str(ROOT / "launch" / "search.py"), "--config", str(config), *command_line(data, run)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    begin = time.monotonic()
+    command = [*TORCHRUN, "--nproc-per-node", "2", "--", *script]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    return done, time.monotonic() - begin
+
+
+def assert_refused_on_ranks(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    """torchrun itself ends in a traceback of its own; the script must not."""
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert "search.py\", line" not in done.stderr
+    for part in parts:
+        assert part in errors[0]
+
+
+def test_more_ranks_than_rows(damaged: Path, config: Path, tmp_path: Path) -> None:
+    rewrite(damaged / "validation" / "part-00000.parquet", lambda f: f.head(1))
+    body = read_json(damaged / "schema.json")
+    body["rows"]["validation"] = 1
+    write_json(damaged / "schema.json", body)
+    done, seconds = torchrun(config, damaged, tmp_path / "run")
+    assert_refused_on_ranks(done, "split 'validation' has 1 rows for 2 ranks")
+    assert seconds < 90
+    assert not (tmp_path / "run" / "allocation.json").exists()
+
+
+def test_a_broken_shard_ends_all_ranks(damaged: Path, config: Path, tmp_path: Path) -> None:
+    path = damaged / "train" / "part-00000.parquet"
+    path.write_bytes(path.read_bytes()[:-200])
+    done, seconds = torchrun(config, damaged, tmp_path / "run")
+    assert_refused_on_ranks(done, str(path))
+    assert seconds < 90
+    assert not (tmp_path / "run" / "allocation.json").exists()

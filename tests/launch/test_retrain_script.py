@@ -1,0 +1,102 @@
+"""``retrain.py``, ``evaluate.py`` and ``report.py`` on a finished search, with one process and with two."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from embsearch_dist.allocation import Allocation
+from embsearch_dist.schema import Schema
+from tests.factories import command_line, prepared, recorded, write_config
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
+WIDTHS = {"left": 4, "big": 2, "right": 8, "idle": 0}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory)
+
+
+@pytest.fixture
+def run(data: Path, tmp_path: Path) -> Path:
+    """A run directory as a search leaves it: config, schema and allocation."""
+    directory = tmp_path / "run"
+    directory.mkdir()
+    schema = Schema.load(data)
+    config = write_config(directory / "config.yaml")
+    named = config.read_text().replace("path: to-be-named", f"path: {data}")
+    config.write_text(named.replace("dir: to-be-named", f"dir: {directory}"))
+    schema.save(directory)
+    Allocation(schema, WIDTHS, {"method": "adass", "name": "adass"}).save(directory / "allocation.json")
+    return directory
+
+
+def torchrun(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [*TORCHRUN, "--nproc-per-node", "2", "--", *map(str, words)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=150)
+
+
+def test_retrain_evaluate_report(run: Path, run_script: Callable) -> None:
+    done = run_script("retrain.py", "--run", run, "--train.epochs", 1)
+    own = run / "retrain" / "adass"
+    assert f"-> {own}" in done.stdout
+    result = json.loads((own / "evaluation.json").read_text())
+    assert result["widths"] == WIDTHS
+    assert result["split"] == "test"
+    assert 0 < result["auc"] < 1
+    schema = Schema.load(run)
+    assert result["embedding_parameters"] == Allocation(schema, WIDTHS).total("parameters")
+    assert len(recorded(own, "retrain", "loss")) == 12
+
+    run_script("retrain.py", "--run", run, "--train.epochs", 1, "--allocation", "ues-8")
+    assert set(json.loads((run / "retrain" / "ues-8" / "allocation.json").read_text())["widths"].values()) == {8}
+
+    shown = run_script("evaluate.py", "--run", own)
+    assert json.loads(shown.stdout)["auc"] == result["auc"]
+    run_script("evaluate.py", "--run", own, "--split", "validation")
+    validation = json.loads((own / "evaluation-validation.json").read_text())
+    assert validation["auc"] == max(recorded(own, "retrain", "auc", "validation"))
+
+    page = run_script("report.py", run)
+    html = Path(page.stdout.strip()).read_text()
+    assert "ues-8" in html
+    assert "adass" in html
+
+
+def test_the_same_training_continues_and_another_one_is_refused(run: Path, run_script: Callable) -> None:
+    run_script("retrain.py", "--run", run, "--train.epochs", 1, "--name", "mine")
+    own = run / "retrain" / "mine"
+    before = (own / "evaluation.json").read_bytes(), (own / "allocation.json").read_bytes()
+    again = run_script("retrain.py", "--run", run, "--train.epochs", 1, "--name", "mine")
+    assert "continuing from" in again.stdout
+    assert len(recorded(own, "retrain", "loss")) == 12
+    refused = run_script("retrain.py", "--run", run, "--allocation", "ues-4", "--name", "mine", check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.strip().splitlines()[-1].startswith(f"error: {own} holds another training; give --name")
+    assert (own / "allocation.json").read_bytes() == before[1]
+    seeded = run_script("retrain.py", "--run", run, "--train.epochs", 1, "--name", "mine", "--run.seed", 5)
+    assert (run / "retrain" / "mine-seed5" / "evaluation.json").exists()
+    assert "mine-seed5: test auc" in seeded.stdout
+
+
+def test_two_ranks_under_torchrun_get_what_one_gets(run: Path, run_script: Callable) -> None:
+    done = torchrun("launch/retrain.py", "--run", run, "--train.epochs", "1", "--name", "two")
+    assert done.returncode == 0, done.stdout + done.stderr
+    run_script("retrain.py", "--run", run, "--train.epochs", 1, "--name", "one")
+    results = [json.loads((run / "retrain" / n / "evaluation.json").read_text()) for n in ("one", "two")]
+    assert results[1]["auc"] == pytest.approx(results[0]["auc"], abs=1e-3)
+    assert results[1]["logloss"] == pytest.approx(results[0]["logloss"], rel=1e-4)
+    losses = [recorded(run / "retrain" / n, "retrain", "loss") for n in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    # What two ranks have trained, one evaluates.
+    shown = run_script("evaluate.py", "--run", run / "retrain" / "two")
+    assert json.loads(shown.stdout)["auc"] == pytest.approx(results[1]["auc"], abs=1e-6)
