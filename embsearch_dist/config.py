@@ -177,8 +177,10 @@ class Config:
         return OmegaConf.to_yaml(OmegaConf.create(self.to_dict()))
 
     def save(self, run_dir: Path) -> None:
+        """Write ``config.yaml``. The order to overwrite is for once: it must not delete the next run."""
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(self.to_yaml())
+        kept = dataclasses.replace(self, run=dataclasses.replace(self.run, overwrite=False))
+        (run_dir / "config.yaml").write_text(kept.to_yaml())
 
 
 SECTIONS = {

@@ -49,9 +49,7 @@ def logloss(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def evaluate(
-    predict: Callable[[Batch], torch.Tensor], batches: Iterable[Batch], context: Context
-) -> dict[str, float]:
+def evaluate(predict: Callable[[Batch], torch.Tensor], batches: Iterable[Batch], context: Context) -> dict[str, float]:
     """Run ``predict`` (batch -> logits ``[B]``) over the batches; metrics over all ranks, on every rank.
 
     Returns:

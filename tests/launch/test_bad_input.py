@@ -152,7 +152,7 @@ def assert_refused_on_ranks(done: subprocess.CompletedProcess[str], *parts: str)
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
-    assert "search.py\", line" not in done.stderr
+    assert 'search.py", line' not in done.stderr
     for part in parts:
         assert part in errors[0]
 

@@ -13,7 +13,7 @@ import pytest
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.schema import Schema
-from tests.factories import command_line, prepared, recorded, write_config
+from tests.factories import prepared, recorded, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]

@@ -78,11 +78,14 @@ def test_a_search_writes_all_a_person_needs(data: Path, config: Path, tmp_path: 
     small = Allocation.load(run / "allocation.json", schema)
     assert small.total("parameters") <= 0.3 * 32 * sum(schema.cardinalities)
 
-    # Starting over is asked for.
+    # Starting over is asked for, and then nothing old stays.
+    (run / "retrain" / "old").mkdir(parents=True)
     fresh = run_script("search.py", "--run.dir", run, "--run.overwrite", "true", "--search.policy.steps", 2)
     assert "skipped" not in fresh.stdout
     assert len(recorded(run, "search", "reward_mean")) == 2
-    assert not (run / "allocations" / "adass-30pct.json").exists()
+    assert not (run / "retrain").exists()
+    kept = run_script("search.py", "--run.dir", run)  # and it was asked for once only
+    assert "stage supernet: done before, skipped" in kept.stdout
 
 
 def test_a_killed_search_goes_on_and_ends_like_an_unbroken_one(data: Path, config: Path, tmp_path: Path) -> None:

@@ -154,9 +154,7 @@ def test_refinement_never_leaves_the_budget_and_never_gets_worse(seed: int) -> N
         return [{"auc": float(sum(table[f, j] for f, j in enumerate(c)))} for c in choices.tolist()]
 
     start = [0, 0, 0, 0, 1]
-    best = refine(
-        start, score, lambda _, m: m["auc"], lambda c: total_cost(c, costs) <= limit, candidates=4, seed=seed
-    )
+    best = refine(start, score, lambda _, m: m["auc"], lambda c: total_cost(c, costs) <= limit, candidates=4, seed=seed)
     assert total_cost(best, costs) <= limit
     assert score(torch.tensor([best]))[0]["auc"] >= score(torch.tensor([start]))[0]["auc"]
     assert all(total_cost(c, costs) <= limit for c in tried)  # nothing forbidden is even scored

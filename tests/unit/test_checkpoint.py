@@ -88,7 +88,8 @@ def test_damage_is_named_and_nothing_is_loaded(saved: Checkpointer, name: str, d
         path.unlink()
     fresh = checkpointer(saved.root, seed=7)
     before = weights(fresh)
-    with pytest.raises(UserError, match=f"checkpoint file .*step-2/{name} is {'missing' if damage == 'remove' else 'dam'}"):
+    problem = "missing" if damage == "remove" else "damaged"
+    with pytest.raises(UserError, match=f"checkpoint file .*step-2/{name} is {problem}"):
         fresh.load(2)
     assert all(torch.equal(v, before[k]) for k, v in weights(fresh).items())
     assert fresh.load(1) == {"number": 1}  # the one before is whole

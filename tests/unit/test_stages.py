@@ -12,7 +12,7 @@ import pytest
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods import METHODS
-from embsearch_dist.methods.base import Method, Run, Stage, flatten, run_stages
+from embsearch_dist.methods.base import Method, Run, Stage, check_stages, flatten, run_stages
 from embsearch_dist.schema import Schema, read_json
 from tests.factories import one_rank, open_run, prepared, small_config
 
@@ -51,6 +51,12 @@ class Two(Method):
         return [Recorded(), Repeated()]
 
 
+def run(two: Run) -> None:
+    """What ``search.py`` does."""
+    check_stages(Two(), two)
+    run_stages(Two(), two)
+
+
 @pytest.fixture
 def two(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setattr(Recorded, "log", [])
@@ -60,8 +66,8 @@ def two(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def test_stages_run_in_order_and_once(two: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    run_stages(Two(), two)
-    run_stages(Two(), two)
+    run(two)
+    run(two)
     assert Recorded.log == ["recorded", "repeated"]
     assert "stage recorded: done before, skipped" in capsys.readouterr().out
     assert read_json(two.dir / "stages" / "recorded.json") == {"state": "done", "inputs": {"a.b": 1, "a.c": [1, 2]}}
@@ -70,26 +76,37 @@ def test_stages_run_in_order_and_once(two: Run, capsys: pytest.CaptureFixture[st
 def test_a_stage_that_failed_is_run_again(two: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Recorded, "broken", True)
     with pytest.raises(UserError, match="out of luck"):
-        run_stages(Two(), two)
+        run(two)
     assert read_json(two.dir / "stages" / "recorded.json")["state"] == "running"
     monkeypatch.setattr(Recorded, "broken", False)
-    run_stages(Two(), two)
+    run(two)
     assert Recorded.log == ["recorded", "recorded", "repeated"]
 
 
 def test_changed_settings_of_an_expensive_stage_are_refused_by_key(two: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_stages(Two(), two)
+    run(two)
     monkeypatch.setattr(Recorded, "settings", {"a": {"b": 2, "c": [1, 2]}})
     with pytest.raises(UserError, match=r"stage 'recorded' made with other settings: a.b was 1, now 2\.") as caught:
-        run_stages(Two(), two)
+        run(two)
     assert "--run.overwrite true" in str(caught.value)
     assert Recorded.log == ["recorded", "repeated"]
 
 
+def test_impossible_settings_are_refused_before_any_stage(two: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(self: Two, run: Run) -> None:
+        raise UserError("no such budget")
+
+    monkeypatch.setattr(Two, "check", check)
+    with pytest.raises(UserError, match="no such budget"):
+        run(two)
+    assert Recorded.log == []
+    assert not (two.dir / "stages").exists()
+
+
 def test_changed_settings_of_a_cheap_stage_just_run_it_again(two: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_stages(Two(), two)
+    run(two)
     monkeypatch.setattr(Repeated, "settings", {"a": 5}, raising=False)
-    run_stages(Two(), two)
+    run(two)
     assert Recorded.log == ["recorded", "repeated", "repeated"]
     assert read_json(two.dir / "stages" / "repeated.json")["inputs"] == {"a": 5}
 
@@ -113,6 +130,7 @@ def searched(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def search(data: Path, folder: Path, *overrides: str) -> Allocation:
     config = small_config(data, folder, *overrides)
     run = open_run(config, one_rank())
+    check_stages(METHODS["adass"](), run)
     run_stages(METHODS["adass"](), run)
     return Allocation.load(folder / "allocation.json", run.schema)
 

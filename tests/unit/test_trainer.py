@@ -148,9 +148,7 @@ def test_a_finished_run_is_not_trained_again(data: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adagrad"])
-def test_a_loss_that_is_not_finite_stops_before_anything_is_written(
-    data: Path, tmp_path: Path, optimizer: str
-) -> None:
+def test_a_loss_that_is_not_finite_stops_before_anything_is_written(data: Path, tmp_path: Path, optimizer: str) -> None:
     fit(data, tmp_path / "before", f"optim.embedding={optimizer}", "train.steps=13")
     overrides = [f"optim.embedding={optimizer}", "train.steps=20"]
     with pytest.raises(UserError) as caught:
@@ -173,9 +171,7 @@ def test_nan_leaves_every_table_as_it_was(data: Path, tmp_path: Path) -> None:
         task = Task(config, Allocation(run.schema, WIDTHS), run.context)
         before = whole_tables(task.model.sharded)
         with Monitor(tmp_path, "fit", quiet=True) as monitor, pytest.raises(UserError, match="no checkpoint yet"):
-            Trainer(
-                task, config.train, config.optim, *streams(run), run.context, monitor, tmp_path / optimizer
-            ).fit()
+            Trainer(task, config.train, config.optim, *streams(run), run.context, monitor, tmp_path / optimizer).fit()
         for name, table in whole_tables(task.model.sharded).items():
             assert torch.equal(table, before[name])
 

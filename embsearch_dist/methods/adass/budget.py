@@ -149,7 +149,7 @@ def refine(
     pairs: int = 128,
     rounds: int = 20,
 ) -> list[int]:
-    """Hill-climb from ``start`` over changes of one field's candidate and swaps between two fields.
+    """Hill-climb from ``start`` over changes of one field's candidate and of two fields' together.
 
     Args:
         value: what to maximise, from a choice and its metrics.
@@ -177,20 +177,17 @@ def refine(
 
 
 def _pair_moves(choice: list[int], candidates: int, count: int, rng: np.random.Generator) -> list[tuple[int, ...]]:
-    """One field a step up, another any number of steps down: what a tight budget needs to get unstuck."""
-    every = [
-        (a, b, k)
-        for a in range(len(choice))
-        for b in range(len(choice))
-        if a != b and choice[a] + 1 < candidates
-        for k in range(choice[b])
-    ]
+    """Moves that no single change reaches: two fields up together (fields that matter as a pair gain nothing
+    one by one), and one up while another goes down (what a tight budget needs to get unstuck)."""
+    up = [f for f, j in enumerate(choice) if j + 1 < candidates]
+    every = [(a, b, choice[b] + 1) for a in up for b in up if a < b]
+    every += [(a, b, k) for a in up for b in range(len(choice)) if a != b for k in range(choice[b])]
     if len(every) > count:
         every = [every[i] for i in rng.choice(len(every), count, replace=False)]
     moves = []
-    for up, down, k in every:
+    for raised, other, k in every:
         move = list(choice)
-        move[up] += 1
-        move[down] = k
+        move[raised] += 1
+        move[other] = k
         moves.append(tuple(move))
     return moves
