@@ -122,11 +122,11 @@ def pareto(runs: Sequence[Run], comparison: Comparison | None, directory: Path) 
 
 def planted(runs: Sequence[Run], directory: Path) -> Section | None:
     """Found widths against the planted ones; only synthetic data has these."""
-    run = next((r for r in runs if r.truth and r.truth.get("ranks")), None)
+    run = next((r for r in runs if r.truth and r.truth.get("rank")), None)
     if run is None or run.truth is None:
         return None
     title = "Planted truth"
-    ranks = {str(k): float(v) for k, v in run.truth["ranks"].items()}
+    ranks = {str(k): float(v) for k, v in run.truth["rank"].items()}
     widths = [r.widths for r in runs if r.widths is not None]
     if not widths:
         return Section("truth", title, page.missing("truth.json is there, but no allocation.json to compare it with."))

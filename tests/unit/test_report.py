@@ -105,7 +105,7 @@ def full_run(path: Path, seed: int = 0) -> Path:
     ]
     scored = [[9_000 + 10 * k, 0.7 + k / 10_000] for k in range(200)]
     write_json(path / "search" / "pareto.json", {"resource": "parameters", "points": points, "scored": scored})
-    write_json(path / "truth.json", {"ranks": {"user": 16, "item<b>": 8, LONG: 2, "noise": 0}, "bayes_auc": 0.8123})
+    write_json(path / "truth.json", {"rank": {"user": 16, "item<b>": 8, LONG: 2, "noise": 0}, "bayes_auc": 0.8123})
     counts = [[0, 0, 1, 3], [0, 0, 4, 0], [0, 4, 0, 0], [4, 0, 0, 0]]
     stability = {"candidates": ["0", "2", "8", "16"], "fields": SCHEMA.names, "counts": counts, "runs": 4}
     write_json(path / "stability.json", stability)
