@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from embsearch_dist.config import Config, describe, load_config
+from embsearch_dist.config import Config, describe, load_config, nearest
 from embsearch_dist.dist.context import Context, group_was_opened
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods import METHODS
@@ -42,8 +42,6 @@ def run_main(main: Callable[[Sequence[str]], None], document: str | None) -> Non
 
 def known_options(plain: dict[str, str], known: Sequence[str]) -> None:
     """Raise ``UserError`` for an option that the script does not have."""
-    from embsearch_dist.config import nearest
-
     for name in plain:
         if name not in known:
             hint = nearest(name, list(known))

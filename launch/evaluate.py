@@ -11,7 +11,6 @@ Prints the figures as JSON and leaves them in DIR/evaluation.json (test) or DIR/
 from __future__ import annotations
 
 import json
-import re
 
 from embsearch_dist.dist.environment import reexec_with_tuned_environment
 
@@ -45,8 +44,7 @@ def main(argv: Sequence[str]) -> None:
             allocation = Allocation.load(directory / "allocation.json", schema)
         stream = Run(config, schema, context).stream(split, config.train.eval_batch_size, shuffle=False)
         task = load_best(config, allocation, context, directory)
-        name = re.sub(r"-seed\d+$", "", directory.name)
-        result = evaluate_model(task, stream, split, context, config, name, allocation)
+        result = evaluate_model(task, stream, split, context, config, directory.name, allocation)
         target = directory / ("evaluation.json" if split == "test" else f"evaluation-{split}.json")
         context.first("writing the evaluation", lambda: write_json(target, result))
         if context.rank == 0:

@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
         validation = run.stream("validation", config.train.eval_batch_size, shuffle=False)
         test = run.stream("test", config.train.eval_batch_size, shuffle=False)
         task = retrain(config, allocation, training, validation, context, directory)
-        result = evaluate_model(task, test, "test", context, config, re.sub(r"-seed\d+$", "", name), allocation)
+        result = evaluate_model(task, test, "test", context, config, name, allocation)
         context.first("writing evaluation.json", lambda: write_json(directory / "evaluation.json", result))
         if context.rank == 0:
             print(

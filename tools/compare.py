@@ -64,9 +64,8 @@ def chains_of(args: argparse.Namespace, seed: int, widths: list[str], settings: 
 
 
 def retrain_job(args: argparse.Namespace, seed: int, name: str, allocation: str, common: list[str]) -> Job:
-    # Every seed has its own run directory, with the seed in its config: no suffix is wanted.
-    directory = args.out / f"seed{seed}" / "retrain" / (name if seed == 0 else f"{name}-seed{seed}")
     arguments = ["--config", args.config, *common, "--allocation", allocation, "--name", name]
+    directory = retrain_dir(args.out, seed, name)
     return Job(f"seed{seed}-{name}", "launch/retrain.py", arguments, directory / "evaluation.json")
 
 
@@ -85,8 +84,12 @@ def summarise(out: Path, name: str, seeds: int) -> dict[str, Any]:
 
 
 def read(out: Path, name: str, seed: int) -> dict[str, Any]:
-    directory = out / f"seed{seed}" / "retrain" / (name if seed == 0 else f"{name}-seed{seed}")
-    return json.loads((directory / "evaluation.json").read_text())
+    return json.loads((retrain_dir(out, seed, name) / "evaluation.json").read_text())
+
+
+def retrain_dir(out: Path, seed: int, name: str) -> Path:
+    """Where retrain.py puts a result: it adds the seed to the name when it is not the config's own (0)."""
+    return out / f"seed{seed}" / "retrain" / (name if seed == 0 else f"{name}-seed{seed}")
 
 
 def table(rows: list[dict[str, Any]]) -> str:

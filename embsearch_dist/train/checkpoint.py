@@ -31,7 +31,10 @@ class Checkpointer:
     The last ``keep`` checkpoints and the best one stay.
     """
 
-    def __init__(self, root: Path, model: CTRModel, head_optimizer: Optimizer, context: Context, keep: int = 2) -> None:
+    def __init__(
+        self, root: Path, model: CTRModel, head_optimizer: Optimizer | None, context: Context, keep: int = 2
+    ) -> None:
+        """``head_optimizer``: None for a model that is only read; nothing can be saved then."""
         self.root, self.model, self.optimizer, self.context, self.keep = root, model, head_optimizer, context, keep
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
@@ -111,6 +114,7 @@ class Checkpointer:
         }
         if not optimizers:
             return tensors
+        assert self.optimizer is not None, "without the head's optimizer only the weights can be loaded"
         tensors["head_optimizer"] = dict(_adam_state(self.optimizer, dict(self.model.bare_head.named_parameters())))
         fused: dict[str, Any] = {}
         for parameter, values in tables.collection.fused_optimizer.state_dict()["state"].items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,7 @@ def load_best(config: Config, allocation: Allocation, context: Context, director
         UserError: there is no finished training, or a checkpoint is damaged.
     """
     task = SubnetTask(config, allocation, context)
-    optimizer = torch.optim.Adam(task.model.bare_head.parameters(), lr=config.optim.dense_lr)
-    checkpointer = Checkpointer(directory / "checkpoints" / STAGE, task.model, optimizer, context)
+    checkpointer = Checkpointer(directory / "checkpoints" / STAGE, task.model, None, context)
     best = checkpointer.best()
     if best is None:
         raise UserError(f"{directory} holds no trained model; train it first: python launch/retrain.py --help")
@@ -104,13 +104,16 @@ def evaluate_model(
     name: str,
     allocation: Allocation,
 ) -> dict[str, Any]:
-    """Exact AUC and logloss over all ranks, with every size and cost beside them."""
+    """Exact AUC and logloss over all ranks, with every size and cost beside them.
+
+    ``name`` is that of the sub-run's directory; its ``-seedN`` is dropped, so that seeds are averaged.
+    """
     task.model.eval()
     started = time.monotonic()
     metrics = evaluate(task.predict, stream.epoch(0), context)
     seconds = time.monotonic() - started
     return {
-        "name": name,
+        "name": re.sub(r"-seed\d+$", "", name),
         "seed": config.run.seed,
         "split": split,
         "rows": int(metrics["rows"]),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,7 +196,7 @@ class SearchStage(Stage):
         scored = [[int(total_cost(c, costs)), round(m["auc"], 6)] for c, m in every]
         write_json(path, {"resource": "parameters", "points": points, "scored": scored})
         chosen = directory / "allocations" / f"{points[0]['name']}.json"
-        write_json(directory / "allocation.json", json.loads(chosen.read_text()))
+        write_json(directory / "allocation.json", read_json(chosen))
 
     def _point(self, name: str, allocation: Allocation, found: Found, chosen: bool) -> dict[str, Any]:
         return {

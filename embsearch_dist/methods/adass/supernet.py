@@ -14,6 +14,7 @@ from embsearch_dist.methods.adass.config import AdassConfig
 from embsearch_dist.methods.adass.sampling import Sampler, candidate_variance
 from embsearch_dist.methods.base import Run, Stage
 from embsearch_dist.models.ctr import SupernetModel
+from embsearch_dist.train.checkpoint import Checkpointer
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.trainer import Trainer
 
@@ -138,11 +139,8 @@ def load_supernet(run: Run) -> SupernetTask:
     Raises:
         UserError: through the checkpointer, when a file is missing or damaged.
     """
-    from embsearch_dist.train.checkpoint import Checkpointer
-
     task = SupernetTask(run)
-    optimizer = torch.optim.Adam(task.model.bare_head.parameters(), lr=run.config.optim.dense_lr)
-    checkpointer = Checkpointer(checkpoint_root(run), task.model, optimizer, run.context)
+    checkpointer = Checkpointer(checkpoint_root(run), task.model, None, run.context)
     task.load_state(checkpointer.load(checkpointer.steps()[-1], optimizers=False)["task"])
     task.model.eval()
     return task
