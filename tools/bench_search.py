@@ -19,6 +19,7 @@ import torch
 from embsearch_dist.config import load_config
 from embsearch_dist.dist.context import start
 from embsearch_dist.methods import METHODS
+from embsearch_dist.methods.adass.config import PRECISIONS
 from embsearch_dist.methods.adass.scorer import SubnetScorer
 from embsearch_dist.methods.adass.supernet import load_supernet
 from embsearch_dist.methods.base import Run
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=64, help="candidates per round on the cached side")
+    parser.add_argument("--precision", default="bfloat16", choices=PRECISIONS)
     args = parser.parse_args()
     config = load_config({n: m.config for n, m in METHODS.items()}, args.run / "config.yaml")
     with start(config.run, config.dist) as context:
@@ -43,26 +45,28 @@ def main() -> None:
         batches = list(itertools.islice(stream.epoch(0), count))
         rows = sum(b.size for b in batches)
         started = time.perf_counter()
-        scorer = SubnetScorer(task.model, batches, context)
+        scorer = SubnetScorer(task.model, batches, context, args.precision)
         build = time.perf_counter() - started
         keep = torch.ones(scorer.fields, dtype=torch.bool)
         generator = torch.Generator().manual_seed(0)
-        whole, cached = [], []
+        whole, cached, apart = [], [], []
         for _ in range(args.rounds):
             choices = torch.randint(scorer.candidates, (args.batch, scorer.fields), generator=generator)
             started = time.perf_counter()
-            evaluate(lambda b, c=choices[0]: task.model(b, c, keep)[0], batches, context)
+            exact = evaluate(lambda b, c=choices[0]: task.model(b, c, keep)[0], batches, context)
             whole.append(time.perf_counter() - started)
             scorer.archive.clear()
             started = time.perf_counter()
-            scorer.score(choices)
+            found = scorer.score(choices)
             cached.append((time.perf_counter() - started) / len(choices))
+            apart.append(abs(found[0]["auc"] - exact["auc"]))
     a, b = statistics.median(whole), statistics.median(cached)
     print(f"{rows:,} validation rows, {torch.get_num_threads()} thread(s), medians of {args.rounds} rounds")
     print(f"supernet with tables : {a * 1000:8.1f} ms per candidate  {1 / a:8.1f} candidates/s")
     print(f"cached activations   : {b * 1000:8.1f} ms per candidate  {1 / b:8.1f} candidates/s")
     print(f"building the cache   : {build:8.1f} s, once")
     print(f"ratio                : {a / b:8.1f}")
+    print(f"AUC, cached ({args.precision}) against tables: {max(apart):.1e} apart at most")
 
 
 if __name__ == "__main__":

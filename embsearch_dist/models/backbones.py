@@ -1,11 +1,11 @@
 """Backbones behind the unified embeddings ``[B, F, d]``: FM, Wide & Deep, DeepFM.
 
-All three are *additive in the fields* up to their first non-linearity:
+All three are sums over fields and pairs of fields, up to the MLP's first non-linearity:
 
-    logit = finish(sum_f terms_f(u_f) + terms(dense))
+    logit = sum_f linear_f(u_f) + sum_{f<g} <u_f, u_g> + MLP(relu(sum_f first_f(u_f) + first(dense)))
 
-where ``terms`` holds a field's share of the linear part, of the FM sums and of the MLP's first layer.
-A search that scores many subnets on the same rows caches each field's terms once and only adds them up.
+A search that scores many subnets on the same rows caches the terms of each field and pair once and only adds
+them up.
 """
 
 from __future__ import annotations
@@ -54,35 +54,33 @@ class Backbone(nn.Module):
         return logit
 
     @property
-    def term_widths(self) -> tuple[int, int]:
-        """Cached values per field and row: of the linear and FM sums, and of the MLP's first layer (0: no MLP)."""
-        return 1 + self.width * self.fm, self.first.out_features if self.deep else 0
+    def first_width(self) -> int:
+        """Outputs of the MLP's first layer (0: no MLP)."""
+        return self.first.out_features if self.deep else 0
+
+    @property
+    def later_layers(self) -> list[nn.Linear]:
+        """The MLP's layers behind the first; a ReLU stands in front of each."""
+        return [m for m in self.rest if isinstance(m, nn.Linear)] if self.deep else []
 
     def field_terms(self, field: int, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Share of one field ``u [N, d]`` in the sums: ``[N, term_widths[0]]`` and ``[N, term_widths[1]]``."""
+        """Share of one field ``u [N, d]`` in the linear part ``[N]`` and in the first layer ``[N, first_width]``."""
         columns = slice(field * self.width, (field + 1) * self.width)
-        one = u @ self.linear.weight[0, columns]
-        if self.fm:
-            one = one - 0.5 * u.square().sum(1)
-        shallow = torch.cat([one[:, None], u], 1) if self.fm else one[:, None]
-        return shallow, u @ self.first.weight[:, columns].T if self.deep else u[:, :0]
+        return u @ self.linear.weight[0, columns], u @ self.first.weight[:, columns].T if self.deep else u[:, :0]
+
+    def pair_terms(self, u: torch.Tensor) -> torch.Tensor:
+        """Share of pairs in the FM part: ``u [N, P, d]`` -> ``[N, P, P]``, of which a caller takes what it needs."""
+        return u @ u.transpose(1, 2)
 
     def dense_terms(self, dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Share of the dense columns and of all biases, shaped as :meth:`field_terms`."""
         start = self.fields * self.width
-        shallow = dense.new_zeros(len(dense), self.term_widths[0])
-        shallow[:, 0] = dense @ self.linear.weight[0, start:] + self.linear.bias
-        deep = dense @ self.first.weight[:, start:].T + self.first.bias if self.deep else dense[:, :0]
-        return shallow, deep
+        linear = dense @ self.linear.weight[0, start:] + self.linear.bias
+        return linear, dense @ self.first.weight[:, start:].T + self.first.bias if self.deep else dense[:, :0]
 
-    def finish(self, shallow: torch.Tensor, deep: torch.Tensor) -> torch.Tensor:
-        """Summed terms -> logits ``[N]``. Overwrites ``deep``."""
-        logit = shallow[:, 0]
-        if self.fm:
-            logit = logit + 0.5 * shallow[:, 1:].square().sum(1)
-        if self.deep:
-            logit = logit + self.rest(deep).squeeze(1)
-        return logit
+    def finish(self, logit: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+        """Summed linear and pair terms ``[N]`` and first-layer terms -> logits ``[N]``. Overwrites ``first``."""
+        return logit + self.rest(first).squeeze(1) if self.deep else logit
 
 
 def make_backbone(

@@ -24,24 +24,29 @@ def backbone(kind: str, dense: int, hidden: tuple[int, ...] = (8, 4)) -> Backbon
     return make_backbone(kind, FIELDS, WIDTH, dense, hidden).eval()
 
 
+def sum_of_terms(model: Backbone, u: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    logit, first = model.dense_terms(x)
+    for f in range(FIELDS):
+        part = model.field_terms(f, u[:, f])
+        assert part[1].shape == (ROWS, model.first_width)
+        logit, first = logit + part[0], first + part[1]
+    if model.fm:
+        logit = logit + model.pair_terms(u).triu(1).sum((1, 2))
+    return model.finish(logit, first)
+
+
 @pytest.mark.parametrize("dense", [0, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_forward_pass_equals_the_finished_sum_of_terms(kind: str, dense: int) -> None:
     model, (u, x) = backbone(kind, dense), inputs(dense)
-    shallow, deep = model.dense_terms(x)
-    for f in range(FIELDS):
-        part = model.field_terms(f, u[:, f])
-        assert tuple(p.shape[1] for p in part) == model.term_widths
-        shallow, deep = shallow + part[0], deep + part[1]
-    torch.testing.assert_close(model.finish(shallow, deep), model(u, x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sum_of_terms(model, u, x), model(u, x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("hidden", [(8,), (8, 4, 2)])
 def test_any_number_of_hidden_layers_is_additive_too(hidden: tuple[int, ...]) -> None:
     model, (u, x) = backbone("deepfm", 1, hidden), inputs(1)
-    terms = [model.dense_terms(x), *(model.field_terms(f, u[:, f]) for f in range(FIELDS))]
-    shallow, deep = (torch.stack(part).sum(0) for part in zip(*terms, strict=True))
-    torch.testing.assert_close(model.finish(shallow, deep), model(u, x), rtol=1e-4, atol=1e-5)
+    assert [layer.in_features for layer in model.later_layers] == list(hidden)
+    torch.testing.assert_close(sum_of_terms(model, u, x), model(u, x), rtol=1e-4, atol=1e-5)
 
 
 def test_the_fm_term_equals_the_double_loop() -> None:
@@ -74,7 +79,7 @@ def test_logits_have_one_value_a_row_and_dense_columns_count(kind: str) -> None:
 
 
 def test_fm_has_no_mlp() -> None:
-    assert backbone("fm", 1).term_widths == (1 + WIDTH, 0)
+    assert backbone("fm", 1).first_width == 0 and backbone("fm", 1).later_layers == []
     assert sum(p.numel() for p in backbone("fm", 1).parameters()) == FIELDS * WIDTH + 1 + 1
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 
-from embsearch_dist.train.metrics import auc, evaluate, logloss, score
+from embsearch_dist.train.metrics import auc, binned_auc, evaluate, logloss, score
 from tests.factories import one_rank, random_batch, small_schema
 
 
@@ -56,6 +56,22 @@ def test_auc_does_not_change_its_input() -> None:
     auc(scores, np.array([1, 0, 0], np.float32))
     assert scores.tolist() == [2.0, 0.0, 1.0]
     assert np.signbit(scores[1])
+
+
+@pytest.mark.parametrize("spread", [0.3, 2.0, 8.0])
+def test_the_binned_auc_is_close_to_the_exact_one(spread: float) -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, spread, 100_000).astype(np.float32)
+    labels = (rng.random(100_000) < 1 / (1 + np.exp(-logits / spread))).astype(np.float32)
+    assert binned_auc(logits, labels) == pytest.approx(auc(logits, labels), abs=1e-5)
+
+
+def test_the_binned_auc_knows_ties_order_and_one_class() -> None:
+    labels = np.array([0, 0, 1, 1], np.float32)
+    assert binned_auc(np.array([-2, -1, 0, 1], np.float32), labels) == 1
+    assert binned_auc(np.array([1e30, 1, -1, -1e30], np.float32), labels) == 0
+    assert binned_auc(np.zeros(4, np.float32), labels) == 0.5
+    assert math.isnan(binned_auc(np.zeros(4, np.float32), np.ones(4, np.float32)))
 
 
 def test_logloss_and_accuracy_equal_scikit_learn() -> None:

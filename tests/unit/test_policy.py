@@ -10,7 +10,15 @@ import torch
 
 from embsearch_dist.methods.adass.budget import cost_table, parse_budget, total_cost
 from embsearch_dist.methods.adass.config import AdassConfig, PolicyConfig
-from embsearch_dist.methods.adass.policy import Policy, SearchTrace, argmax_choice, penalty, search
+from embsearch_dist.methods.adass.policy import (
+    AdditiveValue,
+    Policy,
+    SearchTrace,
+    argmax_choice,
+    factored_advantage,
+    penalty,
+    search,
+)
 from embsearch_dist.methods.adass.searching import Searcher, budgets_of
 from tests.factories import small_schema
 
@@ -115,6 +123,71 @@ def test_a_budget_pulls_the_expected_cost_towards_it() -> None:
         expected.append(float((p * costs).sum()))
     assert expected[0] > 2 * limit
     assert expected[1] < 1.25 * limit
+
+
+def test_a_field_that_gains_nothing_is_not_carried_along_by_the_others() -> None:
+    best = [3] * 10 + [0, 0]
+    strengths = torch.tensor([0.02] * 10 + [0.001] * 2)
+
+    def reward(choices: torch.Tensor) -> list[dict[str, float]]:
+        away = (choices - torch.tensor(best)).abs().float() @ strengths
+        return [{"auc": 0.8 - float(a)} for a in away]
+
+    p = search(reward, WIDTHS[:1].expand(12, 4), policy(steps=250, batch=32), seed=0)
+    assert argmax_choice(p) == best
+
+
+def test_additive_values_are_those_of_an_additive_reward() -> None:
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(5, 4, generator=generator)
+    value = AdditiveValue(5, 4, ridge=1e-3)
+    assert not value.values().any()
+    for _ in range(20):
+        choices = torch.randint(4, (32, 5), generator=generator)
+        value.update(choices, 0.7 + truth.T.gather(0, choices).sum(1))
+    centred = truth - truth.mean(1, keepdim=True)
+    found = value.values()
+    torch.testing.assert_close(found - found.mean(1, keepdim=True), centred, rtol=1e-3, atol=1e-3)
+
+
+def test_a_known_additive_reward_leaves_no_noise_of_other_fields_in_the_advantage() -> None:
+    generator = torch.Generator().manual_seed(1)
+    values, choices = torch.randn(5, 4, generator=generator), torch.randint(4, (16, 5), generator=generator)
+    own = values.T.gather(0, choices)
+    found = factored_advantage(0.7 + own.sum(1), choices, values)
+    others = (own.sum(0) - own) / 15
+    torch.testing.assert_close(found, own - others, rtol=1e-4, atol=1e-5)
+
+
+def test_without_known_values_the_advantage_is_that_over_the_other_subnets() -> None:
+    rewards, choices = torch.tensor([1.0, 2.0, 6.0]), torch.zeros(3, 2, dtype=torch.int64)
+    found = factored_advantage(rewards, choices, torch.zeros(2, 4))
+    torch.testing.assert_close(found, torch.tensor([[-3.0, -3.0], [-1.5, -1.5], [4.5, 4.5]]))
+
+
+def test_the_factored_advantage_leaves_the_gradient_unbiased() -> None:
+    # Two fields of two candidates: the expected gradient over all actions is worked out exactly.
+    logits = torch.tensor([[0.3, -0.2], [0.5, 0.1]], requires_grad=True)
+    table = torch.tensor([[0.2, 0.9], [0.4, 0.1]])  # reward of every pair of choices, not additive
+    values = torch.tensor([[0.7, -0.4], [1.3, 0.2]])  # whatever was fitted before
+    actions = torch.tensor([[a, b] for a in (0, 1) for b in (0, 1)])
+    rewards = table[actions[:, 0], actions[:, 1]]
+
+    def probability(k: torch.Tensor) -> torch.Tensor:
+        return torch.stack([logits[f].softmax(0)[k[f]] for f in (0, 1)]).prod()
+
+    exact = sum(probability(k) * r for k, r in zip(actions, rewards, strict=True))
+    (wanted,) = torch.autograd.grad(exact, logits)
+    surrogate = torch.zeros(())
+    for i, first in enumerate(actions):
+        for j, second in enumerate(actions):
+            pair = torch.stack([first, second])
+            advantage = factored_advantage(rewards[[i, j]], pair, values)
+            log_p = torch.stack([logits.log_softmax(1)[torch.arange(2), k] for k in pair])
+            chance = (probability(first) * probability(second)).detach()
+            surrogate = surrogate + chance * (log_p * advantage).sum(1).mean()
+    (found,) = torch.autograd.grad(surrogate, logits)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_the_watcher_sees_every_update() -> None:

@@ -11,7 +11,8 @@ from sklearn.metrics import roc_auc_score
 from embsearch_dist.data.batch import Batch
 from embsearch_dist.dist.sharding import ShardedTables
 from embsearch_dist.errors import UserError
-from embsearch_dist.methods.adass.scorer import SubnetScorer, sample_rows
+from embsearch_dist.methods.adass.scorer import SubnetScorer, relu_, sample_rows
+from embsearch_dist.models.backbones import Backbone
 from embsearch_dist.models.ctr import SupernetModel
 from embsearch_dist.train.metrics import score
 from tests.factories import one_rank, random_batch, small_config, small_schema
@@ -127,8 +128,32 @@ def test_a_sample_of_one_class_is_refused() -> None:
         SubnetScorer(supernet("none"), [one_class], one_rank())
 
 
+@pytest.mark.parametrize("backbone", ["deepfm", "wide_deep", "fm"])
+def test_bfloat16_changes_the_metrics_by_its_rounding_only(backbone: str) -> None:
+    model, batches = supernet("none", backbone), sample()
+    exact, rounded = (SubnetScorer(model, batches, one_rank(), p) for p in ("float32", "bfloat16"))
+    a, b = exact.logits(CHOICES), rounded.logits(CHOICES)
+    assert torch.equal(a, b) == (backbone == "fm")  # FM has no MLP
+    assert float((a - b).abs().max()) < 0.02 * float(a.abs().max())
+
+
+def test_the_relu_of_bfloat16_bits_is_the_relu() -> None:
+    x = torch.tensor([-float("inf"), -1e30, -2.5, -1e-40, -0.0, 0.0, 1e-40, 3.0, float("inf")])
+    assert torch.equal(relu_(x.bfloat16()), x.bfloat16().relu())
+    assert torch.equal(relu_(x.clone()), x.relu())
+
+
 def test_the_sample_shrinks_to_the_memory_it_may_use() -> None:
-    assert sample_rows(10_000, 5_000, 10, 100, 4096) == 5_000
-    assert sample_rows(3_000, 5_000, 10, 100, 4096) == 3_000
-    assert sample_rows(10_000, 5_000, 10, 100, 1) == (1 << 20) // (4 * 10 * 100)
-    assert sample_rows(10, 10, 10**6, 10**6, 1) == 1
+    deepfm = supernet("none").bare_head.backbone
+    fm = supernet("none", "fm").bare_head.backbone
+    blocks, pairs, first = 3 * 4 + 1, 3 * 4 * 4, deepfm.first_width
+
+    def fitting(wanted: int, rows: int, backbone: Backbone, precision: str, cache_mb: int) -> int:
+        return sample_rows(rows, wanted, 3, 4, backbone, precision, cache_mb)
+
+    assert fitting(5_000, 10_000, deepfm, "float32", 4096) == 5_000
+    assert fitting(5_000, 3_000, deepfm, "float32", 4096) == 3_000
+    for precision, size in (("float32", 4), ("bfloat16", 2)):
+        one_mb = (1 << 20) // (4 * (blocks + pairs) + size * blocks * first)
+        assert fitting(10**6, 10**6, deepfm, precision, 1) == one_mb
+    assert fitting(10**6, 10**6, fm, "bfloat16", 1) == (1 << 20) // (4 * (blocks + pairs))

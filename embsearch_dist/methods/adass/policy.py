@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from embsearch_dist.methods.adass.config import PolicyConfig
 
@@ -14,7 +15,8 @@ from embsearch_dist.methods.adass.config import PolicyConfig
 class Policy(nn.Module):
     """Transformer over the fields: state (chosen candidate per field) -> logits of the next choice.
 
-    A token is the sum of a field's embedding and its current candidate's embedding.
+    A token is the sum of a field's embedding and its current candidate's embedding. Every field has an output
+    layer of its own: behind a shared one, "wider is better" for most fields becomes so for all of them.
     """
 
     def __init__(self, fields: int, candidates: int, config: PolicyConfig) -> None:
@@ -26,14 +28,61 @@ class Policy(nn.Module):
         nn.init.normal_(self.candidate.weight, std=0.1)
         layer = nn.TransformerEncoderLayer(width, config.heads, 2 * width, dropout=0.0, batch_first=True)
         self.encoder = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
-        self.out = nn.Linear(width, candidates)
         # Starts at the uniform distribution: nothing is preferred before a reward was seen.
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.weight = nn.Parameter(torch.zeros(fields, width, candidates))
+        self.bias = nn.Parameter(torch.zeros(fields, candidates))
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:
         """``state [B, F]`` int64 -> logits ``[B, F, T]``."""
-        return self.out(self.encoder(self.field + self.candidate(state)))
+        hidden = self.encoder(self.field + self.candidate(state))
+        return torch.einsum("bfw,fwt->bft", hidden, self.weight) + self.bias
+
+
+class AdditiveValue:
+    """Running ridge regression of rewards on choices: what each (field, candidate) adds to the reward.
+
+    It is a control variate, not a model to search on: see :func:`factored_advantage`.
+    """
+
+    def __init__(self, fields: int, candidates: int, decay: float = 0.95, ridge: float = 1.0) -> None:
+        self.decay, self.ridge = decay, ridge
+        size = fields * candidates
+        self.shape = (fields, candidates)
+        self.moments = torch.zeros(size + 1, size + 1, dtype=torch.float64)
+        self.targets = torch.zeros(size + 1, dtype=torch.float64)
+
+    def update(self, choices: torch.Tensor, rewards: torch.Tensor) -> None:
+        """``choices [K, F]``, ``rewards [K]``; older ones count ``decay`` times less per call."""
+        hot = functional.one_hot(choices, self.shape[1]).flatten(1).double()
+        hot = torch.cat([hot, torch.ones(len(hot), 1, dtype=torch.float64)], 1)
+        self.moments = self.decay * self.moments + hot.T @ hot
+        self.targets = self.decay * self.targets + hot.T @ rewards.double()
+
+    def values(self) -> torch.Tensor:
+        """``[F, T]``: the fitted contributions; zeros before the first update."""
+        if not self.moments.any():
+            return torch.zeros(self.shape)
+        penalty = torch.full((len(self.moments),), self.ridge, dtype=torch.float64)
+        penalty[-1] = 1e-6  # the mean reward is not shrunk
+        solution = torch.linalg.solve(self.moments + penalty.diag(), self.targets)
+        return solution[:-1].view(self.shape).float()
+
+
+def factored_advantage(rewards: torch.Tensor, choices: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Advantage of each field's choice ``[K, F]``: the reward less what the *other* fields' choices add to it.
+
+    Given the state the policy draws the fields independently, so a baseline of field f may look at all other
+    fields' choices and leaves the gradient unbiased (action-dependent factorized baselines, Wu et al. 2018,
+    section 4). What remains is the mean over the other subnets of the step.
+
+    Args:
+        rewards: ``[K]``.
+        choices: ``[K, F]`` candidate indices.
+        values: ``[F, T]``, fitted on earlier steps only.
+    """
+    own = values.T.gather(0, choices)
+    rest = (rewards - own.sum(1))[:, None] + own
+    return rest - (rest.sum(0) - rest) / (len(rest) - 1)
 
 
 def penalty(p: torch.Tensor, costs: torch.Tensor, lambda_r: float, lambda_c: float) -> torch.Tensor:
@@ -75,8 +124,7 @@ def search(
     """REINFORCE over subnets; returns the final probabilities P ``[F, T]``.
 
     The batch runs ``config.batch`` tracks side by side: the action of one step is the state of the next.
-    A candidate's baseline is the mean reward of the others of its step, which moves with the policy and
-    leaves the gradient unbiased.
+    Baselines are per field (:func:`factored_advantage`).
 
     Args:
         score: ``[K, F]`` candidate indices -> metrics of each.
@@ -92,6 +140,7 @@ def search(
     policy = Policy(fields, candidates, config)
     torch.random.set_rng_state(state_before)
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.lr)
+    value = AdditiveValue(fields, candidates)
     state = torch.randint(candidates, (config.batch, fields), generator=generator)
     multiplier, sign = 0.0, -1.0 if config.metric == "logloss" else 1.0
     for step in range(config.steps):
@@ -99,11 +148,11 @@ def search(
         p = logits.softmax(2)
         action = torch.multinomial(p.detach().flatten(0, 1), 1, generator=generator).view(config.batch, fields)
         reward = torch.tensor([sign * m[config.metric] for m in score(action)])
-        others = (reward.sum() - reward) / (len(reward) - 1)
-        advantage = config.reward_weight * (reward - others)
-        log_p = logits.log_softmax(2).gather(2, action[..., None]).squeeze(2).sum(1)
+        advantage = config.reward_weight * factored_advantage(reward, action, value.values())
+        value.update(action, reward)
+        log_p = logits.log_softmax(2).gather(2, action[..., None]).squeeze(2)
         extra = penalty(p, costs, config.lambda_r, config.lambda_c)
-        objective = -(log_p * advantage).mean() + extra
+        objective = -(log_p * advantage).sum(1).mean() + extra
         expected = torch.zeros(())
         if absolute_costs is not None:
             expected = (p * absolute_costs).sum((1, 2)).mean()

@@ -1,13 +1,15 @@
 """Score many subnets of a frozen supernet without touching its tables again.
 
 The supernet does not change during the search, so the pooled max-table rows of the validation sample are
-looked up once. From them every (field, candidate) pair gives its *terms*: its share in the backbone's
-linear, FM and first-layer sums (see models/backbones.py). A subnet is then a sum of F cached blocks
-followed by the rest of the MLP, and K subnets are one matrix product.
+looked up once. From them every (field, candidate) gives its share of the linear part and of the MLP's first
+layer, and every pair of them its inner product in the FM part (see models/backbones.py). A subnet's first layer
+is then a sum of F cached blocks, and its linear and FM parts a sum of cached numbers: neither a table nor a
+wide matrix product is left in the loop.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -17,12 +19,15 @@ from torch.nn import functional
 from embsearch_dist.data.batch import Batch
 from embsearch_dist.dist.context import Context
 from embsearch_dist.errors import UserError
+from embsearch_dist.models.backbones import Backbone
 from embsearch_dist.models.ctr import SupernetModel
 from embsearch_dist.models.unify import SupernetUnify
-from embsearch_dist.train.metrics import score
+from embsearch_dist.train.metrics import binned_auc, score
 
 CHUNK_ROWS = 128  # the terms of a chunk of rows stay in cache while all candidates of a pass use them
+CHUNKS_PER_SLAB = 32  # of rows whose terms are made at a time
 CANDIDATES_PER_PASS = 64
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class SubnetScorer:
@@ -31,9 +36,15 @@ class SubnetScorer:
     Every result is kept: a candidate is never scored twice (``archive``).
     """
 
-    def __init__(self, model: SupernetModel, batches: Sequence[Batch], context: Context) -> None:
-        """``batches``: this rank's share of the sample; all ranks hold equally many batches."""
-        self.context = context
+    def __init__(
+        self, model: SupernetModel, batches: Sequence[Batch], context: Context, precision: str = "float32"
+    ) -> None:
+        """
+        Args:
+            batches: this rank's share of the sample; all ranks hold equally many batches.
+            precision: of the MLP's sums, ``float32`` or ``bfloat16``; linear and FM parts are always float32.
+        """
+        self.context, self.dtype = context, DTYPES[precision]
         head = model.bare_head
         unify, self.backbone = head.unify, head.backbone
         assert isinstance(unify, SupernetUnify)
@@ -45,72 +56,90 @@ class SubnetScorer:
             dense = torch.cat([b.dense.to(context.device) for b in batches])
             self.labels = context.gather(torch.cat([b.label.to(context.device) for b in batches])).cpu()
             self.rows = pooled.shape[1]
-            self.shallow, self.deep = self._make_terms(unify, pooled, dense)
+            self._make_terms(unify, pooled, dense)
+            layers = self.backbone.later_layers
+            self.layers = [(x.weight.to(self.dtype).T.contiguous(), x.bias.to(self.dtype)) for x in layers]
         if self.labels.sum() in (0, len(self.labels)):
             raise UserError(f"the validation sample of {len(self.labels)} rows has one class only: AUC is undefined")
 
-    def _make_terms(
-        self, unify: SupernetUnify, pooled: torch.Tensor, dense: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Terms of every (field, candidate) pair, ``[chunks, F * T + 1, CHUNK_ROWS * width]``.
+    def _make_terms(self, unify: SupernetUnify, pooled: torch.Tensor, dense: torch.Tensor) -> None:
+        """Fill ``first [chunks, blocks, CHUNK_ROWS * width]`` and ``logit [chunks, numbers, CHUNK_ROWS]``.
 
-        The last block is the dense columns'. Chunk by chunk in memory: with whole columns side by side the
-        blocks of a chunk would lie megabytes apart, in the same few lines of every cache. The last chunk is
-        filled up with zero rows.
+        A block is a (field, candidate), the last one the dense columns'. The numbers are the linear parts in the
+        same order, then the pairs of :func:`pair_offsets`. Chunk by chunk in memory: with whole columns side by
+        side the blocks of a chunk would lie megabytes apart, in the same few lines of every cache. The last
+        chunk is filled up with rows of zeros.
         """
-        blocks, rows = self.fields * self.candidates + 1, pooled.shape[1]
-        chunks = -(-rows // CHUNK_ROWS)
-        shallow, deep = (
-            torch.zeros(chunks, blocks, CHUNK_ROWS * w, device=pooled.device) for w in self.backbone.term_widths
-        )
+        rows, device = pooled.shape[1], pooled.device
+        chunks, blocks = -(-rows // CHUNK_ROWS), self.fields * self.candidates + 1
+        pairs, self.offsets = pair_offsets(self.fields, self.candidates, self.backbone.fm)
+        width = self.backbone.first_width
+        self.first = torch.zeros(chunks, blocks, CHUNK_ROWS * width, dtype=self.dtype, device=device)
+        self.logit = torch.zeros(chunks, blocks + len(pairs), CHUNK_ROWS, device=device)
+        moments = self._moments(unify, pooled) if unify.norm.kind == "field" else None
+        pairs = pairs.to(device)
+        for start in range(0, chunks, CHUNKS_PER_SLAB):
+            part = slice(start * CHUNK_ROWS, (start + CHUNKS_PER_SLAB) * CHUNK_ROWS)
+            u = self._unified(unify, pooled[:, part], moments)
+            target = slice(start, start + CHUNKS_PER_SLAB)
+            for k in range(blocks):
+                terms = (
+                    self.backbone.dense_terms(dense[part])
+                    if k == blocks - 1
+                    else self.backbone.field_terms(k // self.candidates, u[:, k])
+                )
+                self.logit[target, k] = chunked(terms[0])
+                if width:
+                    self.first[target, k] = chunked(terms[1])
+            if len(pairs):
+                self.logit[target, blocks:] = self._pairs(u, pairs)
 
-        def put(block: int, terms: tuple[torch.Tensor, torch.Tensor]) -> None:
-            for target, values in zip((shallow, deep), terms, strict=True):
-                filled = functional.pad(values, (0, 0, 0, chunks * CHUNK_ROWS - rows))
-                target[:, block] = filled.view(chunks, -1)
-
+    def _unified(
+        self, unify: SupernetUnify, x: torch.Tensor, moments: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> torch.Tensor:
+        """Unified embeddings ``[n, F * T, d]`` of every (field, candidate), zero for a dropped field."""
+        out = x.new_zeros(x.shape[1], self.fields, self.candidates, self.backbone.width)
         for j in range(self.candidates):
-            choice = torch.full((self.fields,), j, device=pooled.device)
-            if not unify.present[j]:
-                continue
-            u = unify.linear(pooled, choice)
-            if unify.norm.kind == "field":
-                u = unify.norm.apply_statistics(u, choice, *self._moments(u))
-            else:
-                u = unify.norm(u, choice)
-            for f in range(self.fields):
-                put(f * self.candidates + j, self.backbone.field_terms(f, u[:, f]))
-        put(blocks - 1, self.backbone.dense_terms(dense))
-        return shallow, deep
+            if unify.present[j]:
+                choice = torch.full((self.fields,), j, device=x.device)
+                u = unify.linear(x, choice)
+                if moments is None:
+                    out[:, :, j] = unify.norm(u, choice)
+                else:
+                    out[:, :, j] = unify.norm.apply_statistics(u, choice, *(m[j] for m in moments))
+        return out.flatten(1, 2)
 
-    def _moments(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and variance ``[F, d]`` over the whole sample. A pair that was drawn rarely has running
+    def _moments(self, unify: SupernetUnify, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance ``[T, F, d]`` over the whole sample. A pair that was drawn rarely has running
         statistics of an older supernet; those of the sample are exact and use no label."""
-        count = torch.tensor(float(u.shape[1]), device=u.device)
-        total = u.sum(1)
-        for tensor in (count, total):
-            self.context.sum(tensor)
-        mean = total / count
-        square = self.context.sum(torch.stack([(v - m).square_().sum(0) for v, m in zip(u, mean, strict=True)]))
-        return mean, square / count
+        count = self.context.sum(torch.tensor(float(x.shape[1]), device=x.device))
+        means, variances = [], []
+        for j in range(self.candidates):
+            u = unify.linear(x, torch.full((self.fields,), j, device=x.device))
+            means.append(self.context.sum(u.sum(1)) / count)
+            square = torch.stack([(v - m).square_().sum(0) for v, m in zip(u, means[-1], strict=True)])
+            variances.append(self.context.sum(square) / count)
+        return torch.stack(means), torch.stack(variances)
+
+    def _pairs(self, u: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+        """FM terms ``[chunks, pairs, CHUNK_ROWS]`` of the unified embeddings ``[n, F * T, d]``."""
+        products = self.backbone.pair_terms(u).flatten(1)
+        return chunked(products[:, pairs]).view(-1, CHUNK_ROWS, len(pairs)).transpose(1, 2)
 
     @torch.no_grad()
     def logits(self, choices: torch.Tensor) -> torch.Tensor:
         """``choices [K, F]`` candidate indices -> logits of this rank's rows ``[K, rows]``."""
-        count, device = len(choices), self.shallow.device
-        pick = torch.zeros(count, self.shallow.shape[1], device=device)
-        pick.scatter_(1, choices.to(device) + torch.arange(self.fields, device=device) * self.candidates, 1.0)
-        pick[:, -1] = 1.0
-        out = torch.empty(count, len(self.shallow), CHUNK_ROWS, device=device)
-        one, many = self.backbone.term_widths
-        # One pair of buffers for all chunks: fresh ones would cost more in page faults than the product itself.
-        shallow = torch.empty(count, CHUNK_ROWS * one, device=device)
-        deep = torch.empty(count, CHUNK_ROWS * many, device=device)
-        for k in range(len(self.shallow)):
-            torch.mm(pick, self.shallow[k], out=shallow)
-            torch.mm(pick, self.deep[k], out=deep)
-            logits = self.backbone.finish(shallow.view(-1, one), deep.view(count * CHUNK_ROWS, many))
-            out[:, k] = logits.view(count, -1)
+        count, device, width = len(choices), self.logit.device, self.backbone.first_width
+        blocks, numbers = term_indices(choices, self.candidates, self.offsets)
+        blocks, numbers = blocks.to(device), numbers.to(device)
+        out = torch.empty(count, len(self.logit), CHUNK_ROWS, device=device)
+        for k in range(len(self.logit)):
+            out[:, k] = functional.embedding_bag(numbers, self.logit[k], mode="sum")
+            if width:
+                hidden = functional.embedding_bag(blocks, self.first[k], mode="sum").view(-1, width)
+                for weight, bias in self.layers:
+                    hidden = torch.addmm(bias, relu_(hidden), weight)
+                out[:, k] += hidden.view(count, CHUNK_ROWS)
         return out.view(count, -1)[:, : self.rows]
 
     def score(self, choices: torch.Tensor) -> list[dict[str, float]]:
@@ -125,14 +154,14 @@ class SubnetScorer:
         local = self.logits(torch.tensor(keys))
         world, rank = self.context.world_size, self.context.rank
         if world == 1:
-            results = [score(row.cpu(), self.labels) for row in local]
+            results = [score(row, self.labels, binned_auc) for row in local.cpu()]
         else:
             # Every rank gets all rows of all candidates and works out the metrics of its share of them.
             whole = [self.context.gather(row.contiguous()).cpu() for row in local]
             names = ("auc", "logloss", "accuracy", "rows")
             table = torch.zeros(len(keys), len(names), dtype=torch.float64)
             for k in range(rank, len(keys), world):
-                values = score(whole[k], self.labels)
+                values = score(whole[k], self.labels, binned_auc)
                 table[k] = torch.tensor([values[n] for n in names], dtype=torch.float64)
             table = table.to(self.context.device)
             dist.all_reduce(table)
@@ -140,7 +169,52 @@ class SubnetScorer:
         self.archive.update(zip(keys, results, strict=True))
 
 
-def sample_rows(rows: int, wanted: int, blocks: int, width: int, cache_mb: int) -> int:
-    """Rows of the sample: as wanted, unless ``[blocks, rows, width]`` floats would not fit the cache."""
-    fits = (cache_mb << 20) // (4 * blocks * width)
-    return max(1, min(rows, wanted, fits))
+def pair_offsets(fields: int, candidates: int, fm: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the FM terms of two fields are.
+
+    Returns:
+        The flat places, in a ``[F * T, F * T]`` table of products, of all pairs of different fields, lower
+        field first; and ``[pairs of fields, 3]``: both fields and where their T * T numbers begin.
+    """
+    couples = list(itertools.combinations(range(fields), 2)) if fm else []
+    size, square = fields * candidates, candidates**2
+    inner = torch.arange(candidates)
+    flat = [((f * candidates + inner[:, None]) * size + g * candidates + inner).flatten() for f, g in couples]
+    start = size + 1
+    rows = [[f, g, start + k * square] for k, (f, g) in enumerate(couples)]
+    places = torch.tensor(rows, dtype=torch.int64).view(-1, 3)
+    return torch.cat([torch.zeros(0, dtype=torch.int64), *flat]), places
+
+
+def term_indices(choices: torch.Tensor, candidates: int, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks ``[K, F + 1]`` and numbers ``[K, F + 1 + pairs of fields]`` that make up each subnet ``[K, F]``."""
+    fields = choices.shape[1]
+    dense = torch.full((len(choices), 1), fields * candidates)
+    blocks = torch.cat([choices + torch.arange(fields) * candidates, dense], 1)
+    low, high, start = offsets.unbind(1)
+    return blocks, torch.cat([blocks, start + choices[:, low] * candidates + choices[:, high]], 1)
+
+
+def chunked(x: torch.Tensor) -> torch.Tensor:
+    """``[n, ...]`` -> ``[chunks, CHUNK_ROWS * ...]``, filled up with zeros."""
+    missing = -len(x) % CHUNK_ROWS
+    return functional.pad(x, (0, 0) * (x.dim() - 1) + (0, missing)).reshape(-1, CHUNK_ROWS * x[0].numel())
+
+
+def relu_(x: torch.Tensor) -> torch.Tensor:
+    """ReLU in place. A bfloat16 is negative when its bits are as an int16, whose maximum the CPU takes many
+    times faster than that of bfloat16, which goes through float32."""
+    if x.dtype == torch.bfloat16:
+        x.view(torch.int16).clamp_(min=0)
+        return x
+    return x.relu_()
+
+
+def sample_rows(
+    rows: int, wanted: int, fields: int, candidates: int, backbone: Backbone, precision: str, cache_mb: int
+) -> int:
+    """Rows of the sample: as wanted, unless their terms would take more than ``cache_mb`` MiB."""
+    pairs, _ = pair_offsets(fields, candidates, backbone.fm)
+    blocks = fields * candidates + 1
+    row = 4 * (blocks + len(pairs)) + DTYPES[precision].itemsize * blocks * backbone.first_width
+    return max(1, min(rows, wanted, (cache_mb << 20) // row))

@@ -134,14 +134,15 @@ def make_scorer(run: Run, task: SupernetTask | None = None) -> SubnetScorer:
     task = task or load_supernet(run)
     batch = search_config.supernet.eval_batch_size
     stream = run.stream("validation", batch, shuffle=False)
-    blocks = len(run.schema.fields) * len(search_config.candidates) + 1
-    policy = search_config.policy
-    width = sum(task.model.bare_head.backbone.term_widths)
-    rows = sample_rows(run.schema.rows["validation"], policy.rows, blocks, width, policy.cache_mb)
+    policy, backbone = search_config.policy, task.model.bare_head.backbone
+    fields, candidates = len(run.schema.fields), len(search_config.candidates)
+    rows = sample_rows(
+        run.schema.rows["validation"], policy.rows, fields, candidates, backbone, policy.precision, policy.cache_mb
+    )
     # Whole batches only, and all of them when no row is to be left out.
     count = stream.batches_per_epoch if rows >= stream.rows else max(1, rows // batch)
     batches = list(itertools.islice(stream.epoch(0), count))
-    return SubnetScorer(task.model, batches, run.context)
+    return SubnetScorer(task.model, batches, run.context, policy.precision)
 
 
 class SearchStage(Stage):
