@@ -18,7 +18,7 @@ from embsearch_dist.report.style import render
 
 SEARCH_CURVES = (
     ("Reward, mean of the sampled subnets", "reward", ("reward_mean",)),
-    ("Reward, best so far", "reward", ("reward_best",)),
+    ("Reward, best of each step", "reward", ("reward_best",)),
     ("Entropy of the policy", "nats", ("entropy",)),
     ("Expected width", "columns per field", ("expected_width",)),
     ("Expected parameters", "parameters", ("expected_parameters",)),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from embsearch_dist.report.style import Theme, figure, label_ends, label_points, short, si_axis, size_axis
 from embsearch_dist.report.summary import Comparison, display_name
@@ -95,10 +95,10 @@ def pareto(
         axes.set_ylabel(axes.get_ylabel() or "AUC")
     # Labels are placed for the final layout, so they come after everything that moves the axes.
     if searched:
-        chosen = [p for p in points if p.get("chosen")]
-        at = [(float(p["parameters"]), float(p["auc"])) for p in chosen]
+        at = [(float(p["parameters"]), float(p["auc"])) for p in points]
+        colors = [theme.ink if p.get("chosen") else theme.muted for p in points]
         line = _stairs(front(_known(points, scored)))
-        label_points(panels[0], at, [short(str(p["name"]), 22) for p in chosen], [theme.ink] * len(chosen), line)
+        label_points(panels[0], at, [short(str(p["name"]), 22) for p in points], colors, line)
     if rows:
         at = [(float(r.parameters or 0), r.auc.mean) for r in rows]
         colors = [theme.uniform if r.uniform_width is not None else theme.ink for r in rows]
@@ -280,7 +280,7 @@ def _retrain_panel(theme: Theme, axes: Axes, comparison: Comparison, bayes_auc: 
     axes.set_ylabel(f"{comparison.split} AUC")
     size_axis(axes, [float(r.parameters) for r in comparison.rows if r.parameters])
     axes.margins(x=0.12, y=0.12)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.4f}"))
+    axes.yaxis.get_major_formatter().set_useOffset(False)  # type: ignore[attr-defined]
 
 
 def _zoom(axes: Axes, lines: Sequence[Curve]) -> None:
