@@ -128,7 +128,8 @@ def supernet_job(args: argparse.Namespace, scheme: str, mode: str, common: list[
 
 def inherited(args: argparse.Namespace, scheme: str, mode: str, choices: torch.Tensor) -> list[dict[str, float]]:
     """Metrics of the subnets under one supernet, on the whole validation split."""
-    kind = [f"search.scheme={scheme}", f"search.sampling.mode={mode}", "search.policy.rows=10000000"]
+    kind = [f"search.scheme={scheme}", f"search.sampling.mode={mode}"]
+    kind += ["search.policy.rows=10000000", "search.policy.precision=float32"]
     config = read(args, supernet_dir(args, scheme, mode), *kind)
     with start(config.run, config.dist) as context:
         return make_scorer(Run(config, Schema.load(args.data), context)).score(choices)
