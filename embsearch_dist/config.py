@@ -138,19 +138,51 @@ class TrainConfig:
 
 
 @dataclass
+class PlannerConfig:
+    """What TorchRec's planner takes the machines to be. The defaults are TorchRec's own: NVIDIA V100, 8 a node."""
+
+    batch_size: int = option(512, "rows of one step on one rank, for the predicted times")
+    hbm_gb: float = option(32.0, "GPU memory of a rank, GiB")
+    ddr_gb: float = option(128.0, "main memory of a rank, GiB")
+    reserve: float = option(0.15, "share of that memory that is left to the dense part and the batches")
+    hbm_bandwidth: float = option(897.0, "GiB/s of GPU memory")
+    ddr_bandwidth: float = option(51.0, "GiB/s of main memory")
+    hbm_to_ddr_bandwidth: float = option(32.0, "GiB/s between the two")
+    intra_host_bandwidth: float = option(600.0, "GiB/s between ranks of one machine")
+    inter_host_bandwidth: float = option(12.5, "GiB/s between machines")
+    column_width: int = option(16, "narrowest column shard; a multiple of 4")
+    offload: bool = option(False, "GPU only: what does not fit HBM may lie in main memory (slow)")
+
+    def check(self) -> None:
+        positive = ["batch_size", "hbm_gb", "ddr_gb", *(f.name for f in dataclasses.fields(self) if "width" in f.name)]
+        for key in positive:
+            require(getattr(self, key) > 0, f"dist.planner.{key}", f"must be above 0, got {getattr(self, key)}")
+        require(self.column_width % 4 == 0, "dist.planner.column_width", "must be a multiple of 4")
+        require(0 <= self.reserve < 1, "dist.planner.reserve", f"must be in [0, 1), got {self.reserve}")
+
+
+@dataclass
 class DistConfig:
     """How tables are spread over ranks."""
 
-    sharding: str = option("auto", "auto | table_wise | row_wise | column_wise | data_parallel")
-    tables: dict[str, str] = option({}, "sharding of single fields, e.g. {user_id: row_wise}")
+    sharding: str = option("auto", "auto | table_wise | row_wise | column_wise | data_parallel | planner (TorchRec's)")
+    tables: dict[str, str] = option(
+        {}, "sharding of single fields, e.g. {user_id: row_wise}; the planner also knows table_row_wise, grid_shard"
+    )
     timeout_s: int = option(300, "seconds after which a collective that waits for a rank gives up")
+    planner: PlannerConfig = field(default_factory=PlannerConfig)
 
     def check(self) -> None:
-        kinds = ["auto", "table_wise", "row_wise", "column_wise", "data_parallel"]
-        one_of("dist.sharding", self.sharding, kinds)
+        kinds = ["table_wise", "row_wise", "column_wise", "data_parallel"]
+        one_of("dist.sharding", self.sharding, ["auto", *kinds, "planner"])
         for name, kind in self.tables.items():
-            one_of(f"dist.tables.{name}", kind, kinds[1:])
+            if kind in ("table_row_wise", "grid_shard"):
+                message = f"{kind} needs dist.sharding: planner"
+                require(self.sharding == "planner", f"dist.tables.{name}", message)
+            else:
+                one_of(f"dist.tables.{name}", kind, kinds)
         require(self.timeout_s >= 10, "dist.timeout_s", f"must be at least 10, got {self.timeout_s}")
+        self.planner.check()
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """Tables sharded by TorchRec: one EmbeddingBagCollection under DistributedModelParallel.
 
-The plan is built by hand, because TorchRec's planner refuses row-wise sharding and dense kernels on
-CPU although both run there. Every rank computes the same plan from the same numbers.
+The plan comes by hand from :mod:`embsearch_dist.dist.tables`, or with ``dist.sharding: planner`` from
+TorchRec's planner by way of :mod:`embsearch_dist.dist.planning`. What fails on one rank alone while the
+tables are placed is raised on all of them: TorchRec's own constructor would leave the others waiting.
 """
 
 from __future__ import annotations
@@ -15,52 +16,27 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
-from torch.optim.optimizer import Optimizer
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor, PoolingType
-from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.sharding_plan import (
-    ParameterShardingGenerator,
-    column_wise,
-    construct_module_sharding_plan,
-    data_parallel,
-    row_wise,
-    table_wise,
-)
-from torchrec.distributed.types import ShardedTensor, ShardingPlan
-from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+from torchrec import EmbeddingBagCollection, KeyedJaggedTensor, KeyedTensor
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardedTensor
 
 from embsearch_dist.config import DistConfig, OptimConfig
 from embsearch_dist.dist.context import Context
+from embsearch_dist.dist.placing import check_same_tables, place
+from embsearch_dist.dist.plan import Plan, Topology
+from embsearch_dist.dist.planning import make_plan
 from embsearch_dist.dist.quiet import quieten
-from embsearch_dist.errors import UserError
+from embsearch_dist.dist.tables import (
+    OPTIMIZERS,
+    Table,
+    choose_sharding,
+    local_world_size,
+    make_collection,
+    plan_by_hand,
+    runs_fused,
+)
 
 quieten()
 INIT_BLOCK_ROWS = 4096
-ROWS_PER_RANK = 1024  # a table with fewer rows than this a rank gains nothing from being split by rows
-OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
-    "adam": (torch.optim.Adam, {}),
-    "adagrad": (torch.optim.Adagrad, {"eps": 1e-8}),
-    "rowwise_adagrad": (RowWiseAdagrad, {"eps": 1e-8}),
-    "sgd": (torch.optim.SGD, {}),
-}
-
-
-class Sharder(EmbeddingBagCollectionSharder):
-    """TorchRec's sharder without its CPU restriction: row-wise tables train on gloo too."""
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        types = super().sharding_types(compute_device_type)
-        return types + [t for t in ("row_wise", "table_row_wise", "grid_shard") if t not in types]
-
-
-@dataclass(frozen=True)
-class Table:
-    """One table: ``rows`` x ``width`` (physical, a multiple of 4), looked up by the feature ``name``."""
-
-    name: str
-    rows: int
-    width: int
 
 
 @dataclass(frozen=True)
@@ -83,64 +59,55 @@ class ShardedTables(nn.Module):
     """
 
     def __init__(
-        self, tables: Sequence[Table], context: Context, dist: DistConfig, optim: OptimConfig, seed: int, init_std: float
+        self,
+        tables: Sequence[Table],
+        context: Context,
+        dist: DistConfig,
+        optim: OptimConfig,
+        seed: int,
+        init_std: float,
     ) -> None:
         super().__init__()
-        for t in tables:
-            if t.width % 4 or t.width <= 0:
-                raise UserError(f"table {t.name!r}: physical width {t.width} is not a positive multiple of 4")
+        check_same_tables(tables, context)
         unknown = sorted(set(dist.tables) - {t.name for t in tables})
         self.tables = {t.name: t for t in tables}
         self.context = context
-        self.fused = not (optim.embedding == "adam" and context.device.type == "cpu")
-        self.kinds = choose_sharding(tables, context.world_size, dist)
+        self.fused = runs_fused(optim.embedding, context.device.type)
         if unknown and context.rank == 0:
             warnings.warn(f"dist.tables names {unknown[0]!r}, which has no table in this model", stacklevel=2)
-        collection = EmbeddingBagCollection(
-            tables=[
-                EmbeddingBagConfig(
-                    name=t.name,
-                    embedding_dim=t.width,
-                    num_embeddings=t.rows,
-                    feature_names=[t.name],
-                    pooling=PoolingType.SUM,
-                )
-                for t in tables
-            ],
-            device=torch.device("meta"),
-        )
+        collection = make_collection(tables)
+        plan = self._plan(collection, tables, dist, optim)
+        self.kinds = {t.name: plan[t.name].sharding_type for t in tables}
         optimizer, options = OPTIMIZERS[optim.embedding]
         options = {"lr": optim.embedding_lr, **options}
         if self.fused:
             sharded = [p for n, p in collection.named_parameters() if self.kinds[n.split(".")[1]] != "data_parallel"]
             if sharded:
-                apply_optimizer_in_backward(optimizer, sharded, options)
-        self.collection = self._shard(collection, tables, context)
+                # It keeps the mapping and TorchRec adds to it: data-parallel tables need one of their own.
+                apply_optimizer_in_backward(optimizer, sharded, dict(options))
+        self.collection = place(collection, plan, context)
         self._initialise(seed, init_std)
         own = list(self._torch_parameters())
         if optim.embedding == "adam":
             options["fused"] = True  # torch's own: one pass over weights and state, 4 times faster on CPU
         self.torch_optimizer = optimizer(own, **options) if own else None  # type: ignore[arg-type]
 
-    def _shard(
-        self, collection: EmbeddingBagCollection, tables: Sequence[Table], context: Context
-    ) -> DistributedModelParallel:
-        sharder = Sharder()
-        kernel = "fused" if self.fused else "dense"
-        plan = construct_module_sharding_plan(
-            collection,
-            _generators(tables, self.kinds, context.world_size, kernel),
-            sharder=sharder,  # type: ignore[arg-type]
-            local_size=context.world_size,
-            world_size=context.world_size,
-            device_type=context.device.type,
-        )
-        return DistributedModelParallel(
-            collection,
-            device=context.device,
-            plan=ShardingPlan({"": plan}),
-            sharders=[sharder],  # type: ignore[list-item]
-        )
+    def _plan(
+        self, collection: EmbeddingBagCollection, tables: Sequence[Table], dist: DistConfig, optim: OptimConfig
+    ) -> EmbeddingModuleShardingPlan:
+        world, device = self.context.world_size, self.context.device.type
+        local = local_world_size(world)
+        if dist.sharding != "planner":
+            kernel = "fused" if self.fused else "dense"
+            return plan_by_hand(collection, tables, choose_sharding(tables, world, dist), world, local, device, kernel)
+
+        def search() -> dict[str, Any]:
+            return make_plan(tables, Topology(world, local, device, dist.planner), dist, optim.embedding).to_dict()
+
+        # One rank searches and tells. TorchRec's own way broadcasts too, but keeps an error to that rank.
+        body = self.context.share(self.context.first("planning the tables", search))
+        assert body is not None
+        return Plan.from_dict(body).torchrec()
 
     def forward(self, sparse: KeyedJaggedTensor) -> KeyedTensor:
         return self.collection(sparse)
@@ -201,42 +168,3 @@ def initial_block(seed: int, table: Table, block: int, std: float) -> torch.Tens
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     rows = min(INIT_BLOCK_ROWS, table.rows - block * INIT_BLOCK_ROWS)
     return torch.empty(rows, table.width).normal_(0.0, std, generator=generator)
-
-
-def choose_sharding(tables: Sequence[Table], world_size: int, config: DistConfig) -> dict[str, str]:
-    """Sharding kind of each table. ``auto`` splits by rows what would fill more than one rank's fair share."""
-    kinds = {}
-    fair = sum(t.rows * t.width for t in tables) / world_size
-    for t in tables:
-        kind = config.tables.get(t.name, config.sharding)
-        if kind == "auto":
-            kind = "row_wise" if t.rows * t.width > fair else "table_wise"
-        if kind == "row_wise" and (world_size == 1 or t.rows < ROWS_PER_RANK * world_size):
-            kind = "table_wise"
-        if kind == "column_wise" and (world_size == 1 or t.width // 4 < world_size):
-            kind = "table_wise"
-        if kind == "data_parallel" and world_size == 1:
-            kind = "table_wise"
-        kinds[t.name] = kind
-    return kinds
-
-
-def _generators(
-    tables: Sequence[Table], kinds: dict[str, str], world_size: int, kernel: str
-) -> dict[str, ParameterShardingGenerator]:
-    """Placement: whole tables go to the rank with the fewest bytes so far, largest first."""
-    load = [0] * world_size
-    per_table: dict[str, ParameterShardingGenerator] = {}
-    for t in sorted(tables, key=lambda t: (-t.rows * t.width, t.name)):
-        kind = kinds[t.name]
-        if kind == "table_wise":
-            rank = load.index(min(load))
-            load[rank] += t.rows * t.width
-            per_table[t.name] = table_wise(rank=rank, compute_kernel=kernel)
-        elif kind == "row_wise":
-            per_table[t.name] = row_wise(compute_kernel=kernel)
-        elif kind == "column_wise":
-            per_table[t.name] = column_wise(ranks=list(range(world_size)), compute_kernel=kernel)
-        else:
-            per_table[t.name] = data_parallel()
-    return per_table

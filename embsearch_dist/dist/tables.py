@@ -1,0 +1,155 @@
+"""What a table is, which kernel and optimizer it runs with, and the plan by hand.
+
+``dist.sharding: auto`` and the single kinds are placed here, without TorchRec's planner: it refuses
+row-wise sharding and dense kernels on CPU although both run there. :mod:`embsearch_dist.dist.planning`
+lifts that and places by predicted time. Both planners work on tables without storage.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim.optimizer import Optimizer
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, PoolingType
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.sharding_plan import (
+    ParameterShardingGenerator,
+    column_wise,
+    construct_module_sharding_plan,
+    data_parallel,
+    row_wise,
+    table_wise,
+)
+from torchrec.distributed.types import EmbeddingModuleShardingPlan
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+from embsearch_dist.config import DistConfig
+from embsearch_dist.errors import UserError
+
+ROWS_PER_RANK = 1024  # a table with fewer rows than this a rank gains nothing from being split by rows
+OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
+    "adam": (torch.optim.Adam, {}),
+    "adagrad": (torch.optim.Adagrad, {"eps": 1e-8}),
+    "rowwise_adagrad": (RowWiseAdagrad, {"eps": 1e-8}),
+    "sgd": (torch.optim.SGD, {}),
+}
+
+
+class Sharder(EmbeddingBagCollectionSharder):
+    """TorchRec's sharder without its CPU restriction: row-wise tables train on gloo too."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        types = super().sharding_types(compute_device_type)
+        return types + [t for t in ("row_wise", "table_row_wise", "grid_shard") if t not in types]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: ``rows`` x ``width`` (physical, a multiple of 4), looked up by the feature ``name``."""
+
+    name: str
+    rows: int
+    width: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the weights alone (float32)."""
+        return self.rows * self.width * 4
+
+
+def check_widths(tables: Sequence[Table]) -> None:
+    """FBGEMM refuses other widths too, but only on the rank that would hold the table."""
+    for t in tables:
+        if t.width % 4 or t.width <= 0:
+            raise UserError(f"table {t.name!r}: physical width {t.width} is not a positive multiple of 4")
+
+
+def runs_fused(optimizer: str, device: str) -> bool:
+    """Whether the optimizer runs inside backward. FBGEMM has no Adam for CPU, so there torch's own steps."""
+    return not (optimizer == "adam" and device == "cpu")
+
+
+def local_world_size(world_size: int) -> int:
+    """Ranks of this machine as the launcher says; all of them when it says nothing that could be."""
+    said = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return said if 0 < said <= world_size and world_size % said == 0 else world_size
+
+
+def make_collection(tables: Sequence[Table]) -> EmbeddingBagCollection:
+    """The tables as one module without storage."""
+    return EmbeddingBagCollection(
+        tables=[
+            EmbeddingBagConfig(
+                name=t.name,
+                embedding_dim=t.width,
+                num_embeddings=t.rows,
+                feature_names=[t.name],
+                pooling=PoolingType.SUM,
+            )
+            for t in tables
+        ],
+        device=torch.device("meta"),
+    )
+
+
+def choose_sharding(tables: Sequence[Table], world_size: int, config: DistConfig) -> dict[str, str]:
+    """Sharding kind of each table. ``auto`` splits by rows what would fill more than one rank's fair share."""
+    kinds = {}
+    fair = sum(t.rows * t.width for t in tables) / world_size
+    for t in tables:
+        kind = config.tables.get(t.name, config.sharding)
+        if kind == "auto":
+            kind = "row_wise" if t.rows * t.width > fair else "table_wise"
+        if kind == "row_wise" and (world_size == 1 or t.rows < ROWS_PER_RANK * world_size):
+            kind = "table_wise"
+        if kind == "column_wise" and (world_size == 1 or t.width // 4 < world_size or t.width % world_size):
+            kind = "table_wise"
+        if kind == "data_parallel" and world_size == 1:
+            kind = "table_wise"
+        kinds[t.name] = kind
+    return kinds
+
+
+def plan_by_hand(
+    collection: EmbeddingBagCollection,
+    tables: Sequence[Table],
+    kinds: dict[str, str],
+    world_size: int,
+    local_size: int,
+    device: str,
+    kernel: str,
+) -> EmbeddingModuleShardingPlan:
+    """The placement of the given kinds; every rank computes the same one from the same numbers."""
+    return construct_module_sharding_plan(
+        collection,
+        _generators(tables, kinds, world_size, kernel),
+        sharder=Sharder(),  # type: ignore[arg-type]
+        local_size=local_size,
+        world_size=world_size,
+        device_type=device,
+    )
+
+
+def _generators(
+    tables: Sequence[Table], kinds: dict[str, str], world_size: int, kernel: str
+) -> dict[str, ParameterShardingGenerator]:
+    """Placement: whole tables go to the rank with the fewest bytes so far, largest first."""
+    load = [0] * world_size
+    per_table: dict[str, ParameterShardingGenerator] = {}
+    for t in sorted(tables, key=lambda t: (-t.rows * t.width, t.name)):
+        kind = kinds[t.name]
+        if kind == "table_wise":
+            rank = load.index(min(load))
+            load[rank] += t.rows * t.width
+            per_table[t.name] = table_wise(rank=rank, compute_kernel=kernel)
+        elif kind == "row_wise":
+            per_table[t.name] = row_wise(compute_kernel=kernel)
+        elif kind == "column_wise":
+            per_table[t.name] = column_wise(ranks=list(range(world_size)), compute_kernel=kernel)
+        else:
+            per_table[t.name] = data_parallel()
+    return per_table

@@ -1,0 +1,99 @@
+"""Predict where tables would lie on any number of ranks, their bytes and the time of a step. Needs no GPU.
+
+    python launch/plan.py --world-size 64 --data PREPARED --allocation runs/my/allocation.json ues-32 ues-64
+    python launch/plan.py --world-size 16 --hbm-gb 80 --cardinalities user=5e7,item=2e6,age=8 --allocation ues-64
+    python launch/plan.py --world-size 8 --supernet --config configs/criteo/adass_deepfm.yaml
+    python launch/plan.py --world-size 2 --local-world-size 2 --device cpu --run runs/my --dist.sharding auto
+
+Allocations are compared with the first. The plan is that of TorchRec's planner (dist.sharding: planner);
+`--dist.sharding auto` and the other values show the plan a run with that setting makes by hand.
+
+Options: --world-size N [8], --local-world-size N of one machine [8, or all], --device cuda|cpu [cuda],
+--hbm-gb, --ddr-gb, --batch-size (rows a rank) and every other key as --dist.planner.KEY. The fields: --data
+(a prepared data set or a schema.json), --cardinalities NAME=ROWS,..., or data.path of --config or --run.
+The widths: --allocation FILE or ues-WIDTH, several allowed, or --supernet (with search.candidates). With
+--cardinalities an allocation found on other data gives its widths. --out DIR draws plan.png, --json FILE
+(- for the terminal) writes all figures.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from embsearch_dist.config import one_of, split_arguments
+from embsearch_dist.errors import UserError
+from launch.common import DEFAULT_CONFIG, known_options, read_config, run_main
+
+SHORT = {"hbm-gb": "hbm_gb", "ddr-gb": "ddr_gb", "batch-size": "batch_size"}
+OPTIONS = ["world-size", "local-world-size", "device", "data", "cardinalities", "config", "run", "supernet", "out"]
+
+
+def main(argv: Sequence[str]) -> None:
+    from embsearch_dist.dist.dry_run import Subject, make_plans, read_schema, read_subjects, supernet_subject
+    from embsearch_dist.dist.plan import Topology
+    from embsearch_dist.dist.plan_text import comparison, heading, plan_text, to_json
+
+    argv, allocations = take_words(argv, "--allocation")
+    plain, overrides = split_arguments(argv)
+    known_options(plain, [*OPTIONS, *SHORT, "json", "allocation"])
+    short = [f"dist.planner.{SHORT[k]}={v}" for k, v in plain.items() if k in SHORT]
+    file = Path(plain["run"]) / "config.yaml" if "run" in plain else plain.get("config", DEFAULT_CONFIG)
+    config = read_config(file, ["dist.sharding=planner", *short, *overrides])
+    device = plain.get("device", "cuda")
+    one_of("--device", device, ["cuda", "cpu"])
+    world = whole_number(plain, "world-size", 8)
+    topology = Topology(world, whole_number(plain, "local-world-size", min(8, world)), device, config.dist.planner)
+    schema = read_schema(plain.get("data", config.data.path), plain.get("cardinalities", ""))
+    subjects: list[Subject] = []
+    if "supernet" in plain:
+        subjects.append(supernet_subject(schema, config))
+    if allocations or not subjects:
+        found = [str(Path(plain["run"]) / "allocation.json")] if "run" in plain and not subjects else []
+        subjects += read_subjects(allocations or found, schema, any_data="cardinalities" in plain)
+    plans = make_plans(subjects, topology, config)
+    parameters = {s.name: s.parameters for s in subjects}
+    if plain.get("json") == "-":
+        print(json.dumps(to_json(plans, parameters), indent=2))
+    else:
+        print(heading(topology))
+        for name, plan in plans.items():
+            print(f"\n{plan_text(name, plan, parameters[name])}")
+        if len(plans) > 1:
+            print(f"\n{comparison(plans, parameters)}")
+        if "json" in plain:
+            Path(plain["json"]).write_text(json.dumps(to_json(plans, parameters), indent=2) + "\n")
+    if "out" in plain:
+        from embsearch_dist.dist.plan_picture import draw_plans  # matplotlib: only for a picture
+
+        print(draw_plans(plans, Path(plain["out"])), file=sys.stderr if plain.get("json") == "-" else sys.stdout)
+
+
+def take_words(argv: Sequence[str], option: str) -> tuple[list[str], list[str]]:
+    """(the other arguments, all words after ``option`` up to the next option)."""
+    rest: list[str] = []
+    found: list[str] = []
+    taking = False
+    for word in argv:
+        if word.startswith("--"):
+            taking = word.partition("=")[0] == option
+            found += [word.partition("=")[2]] if taking and "=" in word else []
+            rest += [] if taking else [word]
+        else:
+            (found if taking else rest).append(word)
+    return rest, found
+
+
+def whole_number(plain: dict[str, str], option: str, default: int) -> int:
+    text = plain.get(option, str(default))
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"--{option} {text}: expected a whole number above 0")
+    return int(text)
+
+
+if __name__ == "__main__":
+    run_main(main, __doc__)

@@ -1,0 +1,82 @@
+"""plan.py as a user starts it: the figures of a plan, the picture, and one line when nothing fits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from embsearch_dist.allocation import Allocation
+from embsearch_dist.config import PlannerConfig, load_config
+from embsearch_dist.dist.dry_run import allocation_subject, make_plans
+from embsearch_dist.dist.plan import Topology
+from embsearch_dist.dist.plan_text import to_json
+from embsearch_dist.errors import UserError
+from embsearch_dist.schema import Field, Schema
+from launch.plan import main, take_words
+from tests.factories import CONFIGS
+
+ROWS = {"user": 2_000_000, "item": 300_000, "hour": 24}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A schema alone: the dry run reads no rows."""
+    Schema("small", tuple(Field(n, r) for n, r in ROWS.items())).save(tmp_path / "data")
+    return tmp_path / "data"
+
+
+def test_a_dry_run_of_64_ranks_in_a_process_of_its_own(tmp_path: Path, data: Path, run_script: Callable) -> None:
+    schema = Schema.load(data)
+    widths = {"user": 8, "item": 32, "hour": 0}
+    allocation = Allocation(schema, widths, {"name": "adass"})
+    allocation.save(tmp_path / "a.json")
+    out, figures = tmp_path / "out", tmp_path / "plan.json"
+    words = ["--world-size", 64, "--hbm-gb", 16, "--data", data / "schema.json", "--out", out, "--json", figures]
+    # Another hash seed than here: the plan must not depend on it.
+    done = run_script("plan.py", *words, "--allocation", "ues-32", tmp_path / "a.json", env={"PYTHONHASHSEED": "1"})
+    assert done.stdout.startswith("64 rank(s) on 8 machines of 8, cuda: 16 GiB HBM a rank, 13.6 GiB of it for tables")
+    for line in ("ues-32: 73,600,768 parameters", "adass: 25,600,000 parameters", "predicted step", "most memory"):
+        assert line in done.stdout
+    assert done.stdout.splitlines()[-1] == str(out / "plan.png")
+    assert (out / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert "Traceback" not in done.stderr
+    subjects = [allocation_subject("ues-32", Allocation.uniform(schema, 32)), allocation_subject("adass", allocation)]
+    config = load_config(CONFIGS, None, ["dist.sharding=planner"], method="adass")
+    plans = make_plans(subjects, Topology(64, 8, "cuda", PlannerConfig(hbm_gb=16.0)), config)
+    expected = to_json(plans, {s.name: s.parameters for s in subjects})
+    assert json.loads(figures.read_text()) == json.loads(json.dumps(expected))
+
+
+def test_json_on_the_terminal_and_the_supernet(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--world-size", "4", "--device", "cpu", "--data", str(data), "--supernet", "--json", "-"]
+    main([*words, "--search.candidates", "[0, 16, 64]", "--dist.tables.user", "row_wise"])
+    body = json.loads(capsys.readouterr().out)
+    supernet = body["allocations"]["supernet"]
+    assert [(t["table"]["width"], t["kind"]) for t in supernet["tables"]][0] == (64, "row_wise")
+    assert supernet["bytes"]["weights"] == 64 * 4 * sum(ROWS.values())
+    assert body["topology"]["local_world_size"] == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--allocation", "ues-32", "--hbm-gb", "0.01"], "ues-32: no plan for 8 ranks .* table 'user'"),
+        (["--allocation", "ues-32", "--world-size", "10"], "10 ranks cannot be spread over machines of 8"),
+        (["--allocation", "ues-32", "--world-size", "some"], "--world-size some: expected a whole number"),
+        (["--allocation", "ues-32", "--dist.tables.usr", "row_wise"], "names 'usr', .*did you mean 'user'"),
+        (["--allocation", "nowhere.json"], "nowhere.json: no such file"),
+        (["--allocations", "ues-32"], "unknown option --allocations .did you mean 'allocation'"),
+        ([], "nothing to plan; give --allocation"),
+    ],
+)
+def test_bad_options(data: Path, words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        main(["--data", str(data), *words])
+
+
+def test_several_words_may_follow_an_option() -> None:
+    words = ["--a", "1", "--allocation", "x", "y", "--b", "--allocation=z"]
+    assert take_words(words, "--allocation") == (["--a", "1", "--b"], ["x", "y", "z"])
