@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -14,61 +14,42 @@ from embsearch_dist.errors import UserError
 from embsearch_dist.schema import SPLITS, Schema
 
 
-@dataclass
 class ShardWriter:
-    """Writes one split as ``part-NNNNN.parquet`` files with row groups of exactly one size (but the last)."""
+    """Writes one ``part-NNNNN.parquet`` with row groups of exactly one size (but the last).
 
-    directory: Path
-    schema: pa.Schema
-    row_group_rows: int
-    rows_per_shard: int
-    rows: int = 0
-    label_sum: float = 0.0
-    _pending: list[pl.DataFrame] = field(default_factory=list)
-    _pending_rows: int = 0
-    _file: pq.ParquetWriter | None = None
-    _file_rows: int = 0
-    _files: int = 0
+    The bytes depend on the rows alone, not on how they come in: they are gathered to whole row groups.
+    """
 
-    def __post_init__(self) -> None:
-        self.directory.mkdir()
+    def __init__(self, path: Path, schema: pa.Schema, row_group_rows: int) -> None:
+        self.schema, self.rows = schema, 0
+        self._group = [np.empty(row_group_rows, f.type.to_pandas_dtype()) for f in schema]
+        self._size, self._filled = row_group_rows, 0
+        # Checksums tell a damaged page from a whole one; statistics would never be read.
+        self._file = pq.ParquetWriter(path, schema, compression="lz4", write_statistics=False, write_page_checksum=True)
 
-    def write(self, frame: pl.DataFrame) -> None:
-        if frame.height == 0:
-            return
-        self.rows += frame.height
-        self.label_sum += float(frame["label"].sum())
-        self._pending.append(frame)
-        self._pending_rows += frame.height
-        size = self.row_group_rows
-        if self._pending_rows >= size:
-            whole = pl.concat(self._pending)
-            cut = whole.height // size * size
-            for start in range(0, cut, size):
-                self._group(whole.slice(start, size))
-            self._pending, self._pending_rows = [whole.slice(cut)], whole.height - cut
+    def write(self, columns: Sequence[np.ndarray]) -> None:
+        """Append rows; one array per column of the schema, all of one length."""
+        start, rows = 0, len(columns[0])
+        while start < rows:
+            n = min(rows - start, self._size - self._filled)
+            for group, column in zip(self._group, columns, strict=True):
+                group[self._filled : self._filled + n] = column[start : start + n]
+            start, self._filled = start + n, self._filled + n
+            if self._filled == self._size:
+                self._flush()
+        self.rows += rows
 
     def close(self) -> None:
-        if self._pending_rows:
-            self._group(pl.concat(self._pending))
-            self._pending, self._pending_rows = [], 0
-        if self._file is not None:
+        try:
+            if self._filled:
+                self._flush()
+        finally:
             self._file.close()
-            self._file = None
 
-    def _group(self, frame: pl.DataFrame) -> None:
-        if self._file is None:
-            path = self.directory / f"part-{self._files:05d}.parquet"
-            # Checksums tell a damaged page from a whole one; statistics would never be read.
-            self._file = pq.ParquetWriter(
-                path, self.schema, compression="lz4", write_statistics=False, write_page_checksum=True
-            )
-            self._files, self._file_rows = self._files + 1, 0
-        self._file.write_table(frame.rechunk().to_arrow().cast(self.schema), row_group_size=frame.height)
-        self._file_rows += frame.height
-        if self._file_rows >= self.rows_per_shard:
-            self._file.close()
-            self._file = None
+    def _flush(self) -> None:
+        arrays = [pa.array(group[: self._filled], f.type) for group, f in zip(self._group, self.schema)]
+        self._file.write_table(pa.Table.from_arrays(arrays, schema=self.schema), row_group_size=self._filled)
+        self._filled = 0
 
 
 @dataclass(frozen=True)

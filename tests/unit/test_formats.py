@@ -26,7 +26,10 @@ def write_table(folder: Path, text: str | bytes, source: str, name: str = "click
 
 
 def read_all(source: Path, format: str = "table") -> pl.DataFrame:
-    return pl.concat([c.frame for c in open_source(format, source).chunks()])
+    """All rows, bucketed columns as their categories."""
+    opened = open_source(format, source)
+    frame = pl.concat([c.frame for c in opened.chunks()])
+    return frame.with_columns(bucket(frame[c.name]).alias(c.name) for c in opened.columns if c.kind == "bucketed")
 
 
 SOURCE = """
@@ -202,6 +205,42 @@ def test_criteo_columns_and_its_unlabelled_test_file(data_dir: Path) -> None:
     assert "-2" in frame["I2"].unique()
     with pytest.raises(UserError, match=r"test_first_10000.txt, line 1: 39 columns \(separator: tab\), expected 40"):
         read_all(data_dir / "criteo" / "test_first_10000.txt", "criteo")
+
+
+def test_several_files_are_read_in_order_and_a_folder_by_name(tmp_path: Path) -> None:
+    for k in (0, 2, 10):
+        (tmp_path / f"part-{k}.txt").write_text("\t".join(["1", *[str(k)] * 39]) + "\n")
+    (tmp_path / "_SUCCESS").touch()
+    (tmp_path / "truth.json").write_text("{}")
+    numbers = lambda paths: [c.frame["C1"][0] for c in open_source("criteo", paths).chunks()]  # noqa: E731
+    assert numbers(tmp_path) == ["0", "2", "10"]
+    assert numbers([tmp_path / "part-10.txt", str(tmp_path / "part-0.txt")]) == ["10", "0"]
+    with pytest.raises(UserError, match=r"part-0.txt is named twice in --input"):
+        open_source("criteo", [tmp_path, tmp_path / "part-0.txt"])
+    with pytest.raises(UserError, match=r"format movielens_1m takes one --input, not 2"):
+        open_source("movielens_1m", [tmp_path, tmp_path])
+    (tmp_path / "train.txt").write_text("\t".join(["1", *["7"] * 39]) + "\n")
+    assert numbers(tmp_path) == ["7"], "the usual name stands alone"
+    (tmp_path / "part-2.txt").write_text((tmp_path / "part-2.txt").read_text() + "1\t2\n")
+    with pytest.raises(UserError, match=r"part-2.txt, line 2: 2 columns"):
+        numbers([tmp_path / "part-0.txt", tmp_path / "part-2.txt"])
+
+
+@pytest.mark.parametrize("block_bytes", [1, 5, 40, 1 << 20])
+@pytest.mark.parametrize("text", ["a\tb\n1\t2\n\u00fc\t4\n5\t6", "a\tb\r\n1\t2\r\n\u00fc\t4\r\n5\t6\r\n\r\n\n"])
+def test_files_cut_by_seeking_give_the_same_records_and_lines(tmp_path: Path, text: str, block_bytes: int) -> None:
+    path, layout = tmp_path / "t.tsv", Layout(("a", "b"), "\t", header=True)
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    found = list(read_blocks(path, layout, block_bytes))
+    assert pl.concat([parse(b, layout) for b in found]).rows() == [("1", "2"), ("\u00fc", "4"), ("5", "6")]
+    assert [b.line(k) for b in found for k in range(len(b.ends))] == [2, 3, 4]
+    packed = tmp_path / "t.tsv.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    streamed = [parse(b, layout) for b in read_blocks(packed, layout, block_bytes)]
+    assert pl.concat(streamed).rows() == [("1", "2"), ("\u00fc", "4"), ("5", "6")]
+    path.write_bytes(path.read_bytes().rstrip() + b"\n7\t\xff\n")
+    with pytest.raises(UserError, match=r"t.tsv, line 5: byte 0xff is not UTF-8"):
+        [parse(b, layout) for b in read_blocks(path, layout, block_bytes)]
 
 
 def test_avazu_hour_and_fields(data_dir: Path, tmp_path: Path) -> None:

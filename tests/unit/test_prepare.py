@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import subprocess
@@ -16,39 +15,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from embsearch_dist.data import prepare as module
+from embsearch_dist.data import splits, vocabulary
 from embsearch_dist.data.dataset import read_rows
 from embsearch_dist.data.formats import blocks
-from embsearch_dist.data.prepare import Options, prepare, random_split, summary, whole_directory
+from embsearch_dist.data.partial import MARK, whole_directory
+from embsearch_dist.data.prepare import Options, prepare, summary
+from embsearch_dist.data.splits import HOW_TO_SPLIT, random_split
 from embsearch_dist.data.vocabulary import load_values
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import SPLITS, Schema
-
-SOURCE = """
-files: [clicks.csv]
-label: click
-time: t
-fields: {user: categorical, price: bucketed, score: dense}
-"""
-
-
-def make_raw(folder: Path, rows: int = 1000, seed: int = 0) -> Path:
-    """A small click log whose times are in no order and have ties."""
-    rng = np.random.default_rng(seed)
-    lines = ["click,t,user,price,score"]
-    for _ in range(rows):
-        user = "" if rng.random() < 0.1 else f"u{int(rng.integers(8) ** 2)}"
-        price, t = rng.integers(0, 50), rng.integers(0, 40)
-        lines.append(f"{rng.integers(2)},{t},{user},{price},{rng.normal(5, 3):.3f}")
-    (folder / "clicks.csv").write_text("\n".join(lines) + "\n")
-    (folder / "source.yaml").write_text(SOURCE)
-    return folder / "source.yaml"
-
-
-def digest(directory: Path) -> dict[str, str]:
-    """Path -> hash of every file below a directory."""
-    files = sorted(p for p in directory.rglob("*") if p.is_file())
-    return {str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+from tests.raw_clicks import digest, make_raw
 
 
 def raw_rows(source: Path) -> list[list[str]]:
@@ -116,19 +92,56 @@ def test_layout_has_fixed_row_groups_and_narrow_types(tmp_path: Path) -> None:
     assert [(f.name, str(f.type)) for f in arrow] == [
         *(("label", "float"), ("user", "int32"), ("price", "int32"), ("score", "float"))
     ]
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*SPLITS, "vocabulary", "schema.json"])
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
+        [*SPLITS, "vocabulary", "schema.json", "manifest.json"]
+    )
     assert Schema.load(tmp_path / "out") == schema
 
 
 def test_neither_blocks_nor_shards_change_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_raw(tmp_path)
     whole = prepare("table", source, tmp_path / "whole", quiet=True)
-    monkeypatch.setattr(blocks.read_blocks, "__defaults__", (777,))
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 777)
     cut = prepare("table", source, tmp_path / "cut", row_group_rows=64, rows_per_shard=64, quiet=True)
     assert whole.fields == cut.fields and whole.rows == cut.rows
     for name in SPLITS:
         a, b = (read_rows(tmp_path / d, s, name) for d, s in (("whole", whole), ("cut", cut)))
         assert np.array_equal(a[0], b[0]) and np.array_equal(a[2], b[2]) and np.allclose(a[1], b[1], atol=1e-6)
+
+
+def test_limits_of_memory_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_raw(tmp_path)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1000)
+    for split in HOW_TO_SPLIT:
+        prepare("table", source, tmp_path / split, split=split, min_count=3, quiet=True)
+    monkeypatch.setattr(vocabulary, "PASS_VALUES", 50)
+    monkeypatch.setattr(vocabulary, "BATCH_VALUES", 10)
+    monkeypatch.setattr(splits, "TIMES_IN_MEMORY", 8)
+    for split in HOW_TO_SPLIT:
+        prepare("table", source, tmp_path / f"{split}-tight", split=split, min_count=3, quiet=True)
+        assert digest(tmp_path / f"{split}-tight") == digest(tmp_path / split)
+
+
+def test_the_row_at_a_rank_is_found_without_sorting(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Times:
+        def __init__(self, first_row: int, time: np.ndarray) -> None:
+            self.first_row, self.rows, self._time = first_row, len(time), time
+            self.times = (float(time.min()), float(time.max()))
+
+        def time(self) -> np.ndarray:
+            assert self.times[0] != self.times[1], "times that are all alike are not stored"
+            return self._time
+
+    rng = np.random.default_rng(0)
+    near = 1.4e15 + rng.integers(0, 50, 400)  # differ in their last bits only
+    time = np.concatenate([rng.normal(0, 1e3, 300), near, np.full(200, -0.0), rng.integers(-2, 3, 300), [1e300]])
+    parts = [Times(k, time[k : k + 100]) for k in range(0, len(time), 100)]
+    order = np.lexsort((np.arange(len(time)), time))
+    for limit in (1, 200, 1 << 20):
+        monkeypatch.setattr(splits, "TIMES_IN_MEMORY", limit)
+        for rank in (0, 1, 250, 480, 600, 900, len(time) - 1):
+            found = splits._at_rank(parts, rank)  # type: ignore[arg-type]
+            assert found == (time[order[rank]], order[rank])
 
 
 def test_two_runs_give_the_same_bytes_whatever_the_threads(tmp_path: Path, repo_root: Path) -> None:
@@ -141,7 +154,7 @@ def test_two_runs_give_the_same_bytes_whatever_the_threads(tmp_path: Path, repo_
             check=True,
         )
     assert digest(tmp_path / "1") == digest(tmp_path / "4")
-    assert len(digest(tmp_path / "1")) == 6
+    assert len(digest(tmp_path / "1")) == 7
 
 
 def test_an_error_in_the_last_row_leaves_nothing(tmp_path: Path) -> None:
@@ -158,7 +171,7 @@ def test_a_killed_prepare_is_not_taken_for_whole_and_does_not_block_the_next(tmp
     source = make_raw(tmp_path)
     partial = tmp_path / "out.partial"
     (partial / "train").mkdir(parents=True)
-    (partial / module.MARK).touch()
+    (partial / MARK).touch()
     with pytest.raises(UserError, match="not a prepared data set"):
         Schema.load(tmp_path / "out")
     prepare("table", source, tmp_path / "out", quiet=True)
@@ -169,11 +182,11 @@ def test_a_living_prepare_is_left_alone(tmp_path: Path) -> None:
     source = make_raw(tmp_path)
     partial = tmp_path / "out.partial"
     partial.mkdir()
-    with (partial / module.MARK).open("w") as mark:
+    with (partial / MARK).open("w") as mark:
         fcntl.flock(mark, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another prepare is at work there"):
             prepare("table", source, tmp_path / "out", quiet=True)
-    assert (partial / module.MARK).exists()
+    assert (partial / MARK).exists()
 
 
 def test_overwrite_replaces_only_prepared_data_and_only_when_done(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import polars as pl
 
-from embsearch_dist.data.formats.blocks import Layout, parse, read_blocks, read_header
+from embsearch_dist.data.formats.blocks import Block, Layout, parse, read_blocks, read_header
 from embsearch_dist.data.formats.columns import TIME, Chunk, Column, Rows, Source
 from embsearch_dist.errors import UserError
 
@@ -23,43 +25,65 @@ AVAZU_FIELDS = (
 AVAZU = Layout(("id", "click", *AVAZU_FIELDS), ",", header=True)
 
 
-def one_file(path: Path, usual: tuple[str, ...]) -> Path:
-    """``path`` itself, or the file of a usual name in the directory ``path``.
+TEXT = (".txt", ".tsv", ".csv", ".gz", "")
+
+
+def text_files(paths: Sequence[Path], usual: tuple[str, ...]) -> tuple[Path, ...]:
+    """The files that ``paths`` name, in that order: a file itself; of a directory the file with a usual
+    name, else all its text files in name order (numbers by value: part-2 before part-10).
 
     Raises:
-        UserError: nothing there, or no such file in the directory.
+        UserError: nothing there, no text file in a directory, or a file named twice.
     """
-    if path.is_dir():
-        for name in usual:
-            if (path / name).is_file():
-                return path / name
-        raise UserError(f"{path}: none of {', '.join(usual)} in this directory. Give the file itself as --input")
-    if not path.exists():
-        raise UserError(f"{path}: no such file. Check --input")
-    return path
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            known = [path / name for name in usual if (path / name).is_file()][:1]
+            # Spark and the like leave marks whose names begin with _ or a dot.
+            every = [f for f in path.iterdir() if f.is_file() and f.suffix in TEXT and f.name[0] not in "._"]
+            found = known or sorted(every, key=_by_name)
+            if not found:
+                raise UserError(
+                    f"{path}: neither {', '.join(usual)} nor another text file in this directory. "
+                    "Give the files themselves as --input"
+                )
+            files += found
+        elif not path.exists():
+            raise UserError(f"{path}: no such file. Check --input")
+        else:
+            files.append(path)
+    places = [f.resolve() for f in files]
+    twice = next((f for f, place in zip(files, places) if places.count(place) > 1), None)
+    if twice is not None:
+        raise UserError(f"{twice} is named twice in --input. Remove one")
+    return tuple(files)
 
 
-def criteo(path: Path) -> Source:
+def _by_name(file: Path) -> list[tuple[int, str]]:
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"([0-9]+)", file.name)]
+
+
+def criteo(paths: Sequence[Path]) -> Source:
     """Criteo's train.txt: 39 fields, I1-I13 bucketed and C1-C26 as they are.
 
     The file has no time column but its rows are in time order, so a chronological split goes by row.
     The minimum count of 10 is that of iHAS and FuxiCTR for the whole 45.8M rows.
     """
-    file = one_file(path, ("train.txt", "train.txt.gz"))
+    files = text_files(paths, ("train.txt", "train.txt.gz"))
     columns = (*(Column(n, "bucketed") for n in CRITEO_NUMBERS), *(Column(n) for n in CRITEO_CATEGORIES))
 
-    def chunks() -> Iterator[Chunk]:
-        for block in read_blocks(file, CRITEO):
-            rows = Rows(parse(block, CRITEO), block.where)
-            series = [rows.convert(c, c.name) for c in columns]
-            # All times equal: ties go by row number.
-            time = pl.repeat(0.0, rows.frame.height, dtype=pl.Float64, eager=True).alias(TIME)
-            yield Chunk(pl.DataFrame([rows.label("label"), time, *series]), block.consumed)
+    def read(block: Block) -> pl.DataFrame:
+        rows = Rows(parse(block, CRITEO), block.where)
+        series = [rows.convert(c, c.name) for c in columns]
+        # All times equal: ties go by row number.
+        time = pl.repeat(0.0, rows.frame.height, dtype=pl.Float64, eager=True).alias(TIME)
+        return pl.DataFrame([rows.label("label"), time, *series])
 
-    return Source("criteo", columns, (file,), chunks, min_count=10, notes=("time order is row order",))
+    notes = ("time order is row order",)
+    return Source("criteo", columns, files, partial(_chunks, files, CRITEO, read), min_count=10, notes=notes)
 
 
-def avazu(path: Path) -> Source:
+def avazu(paths: Sequence[Path]) -> Source:
     """Avazu's train.csv: its 22 columns after ``click``, with ``hour`` as the hour of the day (0-23).
 
     ``id`` names the row and says nothing about it, so it is no field; the date in ``hour`` would be
@@ -67,25 +91,34 @@ def avazu(path: Path) -> Source:
     chronological split). The minimum count of 4 keeps most of the rare device values that FuxiCTR
     keeps with 2 at a fraction of the rows, where iHAS uses 10.
     """
-    file = one_file(path, ("train.csv", "train.csv.gz", "train.gz", "train"))
-    header = read_header(file, ",", "utf-8")
-    if header != AVAZU.columns:
-        odd = next((n for n in header if n not in AVAZU.columns), None)
-        what = f"column {odd!r} is not Avazu's" if odd else f"{len(header)} columns or another order"
-        raise UserError(f"{file}, line 1: {what}. Expected the header of Kaggle's train.csv: id,click,hour,C1,...,C21")
+    files = text_files(paths, ("train.csv", "train.csv.gz", "train.gz", "train"))
+    for file in files:
+        header = read_header(file, ",", "utf-8")
+        if header != AVAZU.columns:
+            odd = next((n for n in header if n not in AVAZU.columns), None)
+            what = f"column {odd!r} is not Avazu's" if odd else f"{len(header)} columns or another order"
+            raise UserError(
+                f"{file}, line 1: {what}. Expected the header of Kaggle's train.csv: id,click,hour,C1,...,C21"
+            )
     columns = tuple(Column(n) for n in AVAZU_FIELDS)
+    wanted = tuple(n for n in AVAZU.columns if n != "id")
 
-    def chunks() -> Iterator[Chunk]:
-        for block in read_blocks(file, AVAZU):
-            wanted = tuple(n for n in AVAZU.columns if n != "id")
-            rows = Rows(parse(block, AVAZU, wanted), block.where)
-            hour = rows.integer("hour")
-            bad = (hour % 100 > 23) | (hour < 0)
-            if bad.any():
-                row = int(bad.arg_max() or 0)
-                raise UserError(f"{rows.where(row)}, column 'hour': {hour[row]} is not YYMMDDHH. Fix that line")
-            series = [(hour % 100).cast(pl.String).alias("hour")]
-            series += [rows.convert(c, c.name) for c in columns[1:]]
-            yield Chunk(pl.DataFrame([rows.label("click"), hour.cast(pl.Float64).alias(TIME), *series]), block.consumed)
+    def read(block: Block) -> pl.DataFrame:
+        rows = Rows(parse(block, AVAZU, wanted), block.where)
+        hour = rows.integer("hour")
+        bad = (hour % 100 > 23) | (hour < 0)
+        if bad.any():
+            row = int(bad.arg_max() or 0)
+            raise UserError(f"{rows.where(row)}, column 'hour': {hour[row]} is not YYMMDDHH. Fix that line")
+        series = [(hour % 100).cast(pl.String).alias("hour")]
+        series += [rows.convert(c, c.name) for c in columns[1:]]
+        return pl.DataFrame([rows.label("click"), hour.cast(pl.Float64).alias(TIME), *series])
 
-    return Source("avazu", columns, (file,), chunks, min_count=4, notes=("hour is the hour of the day",))
+    notes = ("hour is the hour of the day",)
+    return Source("avazu", columns, files, partial(_chunks, files, AVAZU, read), min_count=4, notes=notes)
+
+
+def _chunks(files: Sequence[Path], layout: Layout, read: Callable[[Block], pl.DataFrame]) -> Iterator[Chunk]:
+    for file in files:
+        for block in read_blocks(file, layout):
+            yield Chunk(block.consumed, partial(read, block))

@@ -29,11 +29,24 @@ class Column:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some consecutive rows: every column of the source (string; float64 for dense ones; null = missing),
-    ``__label`` float32 and, where there is a time, ``__time`` float64. ``consumed``: bytes read for them."""
+    """Some consecutive rows, cut out of the input but not looked at yet.
 
-    frame: pl.DataFrame
+    Cutting costs little and goes through the input in order; reading is the work. So threads and ranks
+    share a data set by all cutting it alike and each reading some of the chunks.
+
+    Attributes:
+        consumed: bytes of the input that they take.
+        read: gives every column of the source (text; float64 for bucketed and dense ones; null =
+            missing), ``__label`` float32 and, where there is a time, ``__time`` float64.
+    """
+
     consumed: int
+    read: Callable[[], pl.DataFrame]
+
+    @property
+    def frame(self) -> pl.DataFrame:
+        """The rows, read now."""
+        return self.read()
 
 
 @dataclass(frozen=True)
@@ -44,10 +57,11 @@ class Source:
         dataset: its name.
         columns: fields and dense columns, in the order of the schema.
         files: every file read, for the size of the job and the record of where data came from.
-        chunks: starts reading from the beginning; rows always come in the same order.
+        chunks: starts from the beginning; the same rows always come in the same chunks and order.
         min_count: default for the fewest training rows a value needs to get an id of its own.
         no_time: why a chronological split is impossible; ``None`` when it is possible.
         notes: what was decided while opening, kept in the schema for people.
+        recipe: what else decides the rows (the text of a source file): another recipe, other data.
     """
 
     dataset: str
@@ -57,6 +71,7 @@ class Source:
     min_count: int = 1
     no_time: str | None = None
     notes: tuple[str, ...] = ()
+    recipe: str = ""
 
     @property
     def bytes(self) -> int:
@@ -129,11 +144,12 @@ class Rows:
         return text.set(text == "", None) if (text == "").any() else text
 
     def convert(self, column: Column, raw: str) -> pl.Series:
-        """The raw column as its kind demands, under the name of ``column``."""
-        if column.kind == "categorical":
-            return self.category(raw).alias(column.name)
-        number = self.number(raw)
-        return (bucket(number) if column.kind == "bucketed" else number).alias(column.name)
+        """The raw column as text or number, under the name of ``column``.
+
+        A bucketed one stays a number here: its few distinct numbers are cheaper to bucket than its rows.
+        """
+        read = self.category if column.kind == "categorical" else self.number
+        return read(raw).alias(column.name)
 
     def _refuse(self, bad: pl.Series, raw: pl.Series, column: str, wrong: str, fix: str) -> None:
         if bad.any():

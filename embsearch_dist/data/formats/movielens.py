@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import polars as pl
 
-from embsearch_dist.data.formats.blocks import Layout, parse, read_blocks
+from embsearch_dist.data.formats.blocks import Block, Layout, parse, read_blocks
 from embsearch_dist.data.formats.columns import TIME, Chunk, Column, Rows, Source
 from embsearch_dist.errors import UserError
 
@@ -73,24 +74,24 @@ def _source(
     timed = "timestamp" in layout.columns
     columns = tuple(Column(n) for n in (TIMED if timed else BASE))
 
+    def read(block: Block) -> pl.DataFrame:
+        rows = Rows(parse(block, layout), block.where)
+        _known(rows, "user_id", users, small[0])
+        _known(rows, "movie_id", movies, small[1])
+        frame = rows.frame.join(users, on="user_id", how="left", maintain_order="left")
+        frame = frame.join(movies, on="movie_id", how="left", maintain_order="left")
+        frame = frame.with_columns(rows.label("rating", LIKED_ABOVE))
+        if timed:
+            seconds = rows.integer("timestamp")
+            frame = frame.with_columns(seconds.alias("timestamp"), seconds.cast(pl.Float64).alias(TIME))
+            moment = pl.from_epoch("timestamp")
+            weekend = pl.when(moment.dt.weekday() >= 6).then(pl.lit("weekend")).otherwise(pl.lit("weekday"))
+            frame = frame.with_columns(weekend.alias("weekday"), moment.dt.hour().cast(pl.String).alias("hour_in_day"))
+        return frame.select("__label", *((TIME,) if timed else ()), *(c.name for c in columns))
+
     def chunks() -> Iterator[Chunk]:
         for block in read_blocks(ratings, layout):
-            rows = Rows(parse(block, layout), block.where)
-            _known(rows, "user_id", users, small[0])
-            _known(rows, "movie_id", movies, small[1])
-            frame = rows.frame.join(users, on="user_id", how="left", maintain_order="left")
-            frame = frame.join(movies, on="movie_id", how="left", maintain_order="left")
-            frame = frame.with_columns(rows.label("rating", LIKED_ABOVE))
-            if timed:
-                seconds = rows.integer("timestamp")
-                frame = frame.with_columns(seconds.alias("timestamp"), seconds.cast(pl.Float64).alias(TIME))
-                moment = pl.from_epoch("timestamp")
-                weekend = pl.when(moment.dt.weekday() >= 6).then(pl.lit("weekend")).otherwise(pl.lit("weekday"))
-                frame = frame.with_columns(
-                    weekend.alias("weekday"), moment.dt.hour().cast(pl.String).alias("hour_in_day")
-                )
-            kept = [c.name for c in columns]
-            yield Chunk(frame.select("__label", *((TIME,) if timed else ()), *kept), block.consumed)
+            yield Chunk(block.consumed, partial(read, block))
 
     files = (ratings, *(ratings.parent / n for n in small))
     no_time = None if timed else f"{ratings.name} has no timestamps; use --split random or the original ratings.dat"

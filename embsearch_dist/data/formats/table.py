@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from embsearch_dist.data.formats.blocks import Layout, parse, read_blocks, read_header
+from embsearch_dist.data.formats.blocks import Block, Layout, parse, read_blocks, read_header
 from embsearch_dist.data.formats.columns import KINDS, LABEL, TIME, Chunk, Column, Rows, Source, nearest
 from embsearch_dist.errors import UserError
 
@@ -65,33 +65,46 @@ def table(path: Path) -> Source:
     if spec.format == "parquet":
         for file in spec.files:
             _check_names(spec, file, _parquet_names(file))
-        read: Callable[[Path], Iterator[tuple[Rows, int]]] = lambda file: _parquet_rows(spec, file)  # noqa: E731
+        cut: Callable[[Path, int | None], Iterator[_Cut]] = lambda file, size: _parquet_rows(spec, file)  # noqa: E731
     else:
         layouts = {}
         for file in spec.files:
             header = read_header(file, spec.delimiter, spec.encoding)
             _check_names(spec, file, header)
             layouts[file] = Layout(header, spec.delimiter, header=True, quoted=True, encoding=spec.encoding)
-        read = lambda file: _text_rows(spec, file, layouts[file])  # noqa: E731
+        cut = lambda file, size: _text_rows(spec, file, layouts[file], size)  # noqa: E731
+
+    def read(clock: _Clock | None, rows: Callable[[], Rows]) -> pl.DataFrame:
+        found = rows()
+        series = [found.label(spec.label, spec.threshold)]
+        if clock is not None:
+            series.append(clock.read(found))
+        series += [found.convert(c, spec.raw[c.name]) for c in spec.columns]
+        return pl.DataFrame(series)
 
     def chunks() -> Iterator[Chunk]:
-        clock = _Clock(spec.time) if spec.time else None
+        # A small first block: whoever reads any chunk knows how the first rows of all write their time.
+        clock = _Clock(spec.time, next(cut(spec.files[0], 1 << 16))[1]()) if spec.time else None
         for file in spec.files:
-            for rows, consumed in read(file):
-                series = [rows.label(spec.label, spec.threshold)]
-                if clock is not None:
-                    series.append(clock.read(rows))
-                series += [rows.convert(c, spec.raw[c.name]) for c in spec.columns]
-                yield Chunk(pl.DataFrame(series), consumed)
+            for consumed, rows in cut(file, None):
+                yield Chunk(consumed, partial(read, clock, rows))
 
     no_time = None if spec.time else f"{path} names no time column; add `time: COLUMN` or use --split random"
     notes = () if spec.threshold is None else (f"label is {spec.label} > {spec.threshold:g}",)
-    return Source(spec.name, spec.columns, spec.files, chunks, spec.min_count, no_time, notes)
+    recipe = path.read_text(encoding="utf-8")
+    return Source(spec.name, spec.columns, spec.files, chunks, spec.min_count, no_time, notes, recipe)
 
 
-def _text_rows(spec: TableSource, file: Path, layout: Layout) -> Iterator[tuple[Rows, int]]:
-    for block in read_blocks(file, layout):
-        yield Rows(parse(block, layout, spec.wanted), block.where), block.consumed
+# Bytes of the file, and the rows of them when asked for.
+_Cut = tuple[int, Callable[[], Rows]]
+
+
+def _text_rows(spec: TableSource, file: Path, layout: Layout, block_bytes: int | None) -> Iterator[_Cut]:
+    def rows(block: Block) -> Rows:
+        return Rows(parse(block, layout, spec.wanted), block.where)
+
+    for block in read_blocks(file, layout, block_bytes):
+        yield block.consumed, partial(rows, block)
 
 
 def _parquet_names(file: Path) -> tuple[str, ...]:
@@ -101,7 +114,7 @@ def _parquet_names(file: Path) -> tuple[str, ...]:
         raise UserError(f"{file}: cannot be read as Parquet ({_one_line(e)}). Write the file again") from e
 
 
-def _parquet_rows(spec: TableSource, file: Path) -> Iterator[tuple[Rows, int]]:
+def _parquet_rows(spec: TableSource, file: Path) -> Iterator[_Cut]:
     try:
         with pq.ParquetFile(file) as parquet:
             total = parquet.metadata.num_rows
@@ -109,11 +122,15 @@ def _parquet_rows(spec: TableSource, file: Path) -> Iterator[tuple[Rows, int]]:
                 raise UserError(f"{file}: the file has no rows. Give a file with at least one")
             size, first = file.stat().st_size, 0
             for batch in parquet.iter_batches(PARQUET_ROWS, columns=list(spec.wanted)):
-                frame = pl.DataFrame(pl.from_arrow(pa.Table.from_batches([batch])))
-                yield Rows(frame, partial(_parquet_where, file, first)), size * batch.num_rows // total
+                rows = partial(_from_arrow, batch, partial(_parquet_where, file, first))
+                yield size * batch.num_rows // total, rows
                 first += batch.num_rows
     except (pa.ArrowException, OSError) as e:
         raise UserError(f"{file}: cannot be read as Parquet ({_one_line(e)}). Write the file again") from e
+
+
+def _from_arrow(batch: pa.RecordBatch, where: Callable[[int], str]) -> Rows:
+    return Rows(pl.DataFrame(pl.from_arrow(pa.Table.from_batches([batch]))), where)
 
 
 def _parquet_where(file: Path, first: int, row: int) -> str:
@@ -139,18 +156,17 @@ class _Clock:
     last bits go, and rows that then tie keep their order in the file.
     """
 
-    def __init__(self, column: str) -> None:
+    def __init__(self, column: str, first: Rows) -> None:
         self.column = column
-        self.how = ""
+        raw = first.frame[column].head(1)
+        number = not raw.cast(pl.Float64, strict=False).null_count() if raw.dtype == pl.String else True
+        self.how = "number" if number else "date"
 
     def read(self, rows: Rows) -> pl.Series:
         raw = rows.frame[self.column]
         if raw.dtype.is_temporal():
             time = raw.cast(pl.Datetime("us"), strict=False).cast(pl.Int64)
         else:
-            if not self.how:
-                first = raw.head(1).cast(pl.Float64, strict=False)
-                self.how = "date" if raw.dtype == pl.String and first.null_count() else "number"
             time = self._date(raw) if self.how == "date" else raw.cast(pl.Float64, strict=False)
         time = time.cast(pl.Float64).fill_nan(None)
         if time.null_count():

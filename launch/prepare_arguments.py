@@ -1,0 +1,73 @@
+"""The command line of ``prepare.py``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from embsearch_dist.data import synthetic
+from embsearch_dist.data.formats import FORMATS
+from embsearch_dist.data.prepare import HOW_TO_SPLIT, ROW_GROUP_ROWS, ROWS_PER_SHARD
+from embsearch_dist.errors import UserError
+
+OPTIONS = ("split", "seed", "min_count", "rows_per_shard", "row_group_rows", "overwrite", "quiet")
+
+
+def parser(document: str | None) -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--format", choices=[*FORMATS, "synthetic"])
+    p.add_argument(
+        "--input",
+        type=Path,
+        nargs="+",
+        help="raw file or directory, for criteo and avazu also several, in the order of their rows; "
+        "for table the YAML source file",
+    )
+    p.add_argument("--out", type=Path, help="directory to make")
+    p.add_argument(
+        "--verify", type=Path, metavar="PREPARED", help="instead: compare all files with PREPARED/manifest.json"
+    )
+    p.add_argument("--rows", type=int, help=f"synthetic only: rows to make (default {synthetic.ROWS:,})")
+    p.add_argument(
+        "--split",
+        choices=HOW_TO_SPLIT,
+        default="random",
+        help="random: by a seeded hash of the row number; time: oldest 80%% train, newest 10%% test (default random)",
+    )
+    p.add_argument("--seed", type=int, default=0, help="of the random split, and of synthetic data (default 0)")
+    p.add_argument(
+        "--min-count",
+        type=int,
+        metavar="N",
+        help="training rows a value needs for an id of its own; rarer ones share id 0 "
+        "(default: criteo 10, avazu 4, movielens 1, table: its source file, else 1)",
+    )
+    p.add_argument("--rows-per-shard", type=int, default=ROWS_PER_SHARD, metavar="N", help="default %(default)s")
+    p.add_argument(
+        "--row-group-rows",
+        type=int,
+        default=ROW_GROUP_ROWS,
+        metavar="N",
+        help="rows read and shuffled as one piece in training (default %(default)s)",
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace an earlier prepared data set in --out")
+    p.add_argument("--quiet", action="store_true", help="no progress and no summary")
+    return p
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise ``UserError`` for arguments that are missing or do not go together."""
+    if args.verify is not None:
+        if any(x is not None for x in (args.format, args.input, args.out)):
+            raise UserError("--verify only looks at PREPARED. Leave out --format, --input and --out")
+        return
+    for name in ("format", "out"):
+        if getattr(args, name) is None:
+            raise UserError(f"--{name} is missing. See --help")
+    if args.format == "synthetic":
+        if args.input is not None:
+            raise UserError("--format synthetic makes its own data. Leave out --input")
+    elif args.rows is not None:
+        raise UserError(f"--rows is for --format synthetic; {args.format} takes all rows. Leave it out")
+    elif args.input is None:
+        raise UserError(f"--format {args.format} needs --input. See --help for what it should be")
