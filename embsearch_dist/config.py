@@ -116,6 +116,11 @@ class OptimConfig:
             require(getattr(self, key) >= 0, f"optim.{key}", f"must be >= 0, got {getattr(self, key)}")
 
 
+# Keys of TrainConfig that say how a run is kept safe and not what it computes: they may change between two
+# starts of one run.
+SAFETY_KEYS = ("save_every", "keep_checkpoints", "async_save", "on_save_error", "skip_bad_batches")
+
+
 @dataclass
 class TrainConfig:
     """One training run: how long, how it stops, when it is evaluated."""
@@ -129,12 +134,22 @@ class TrainConfig:
     patience: int = option(2, "stop after this many evaluations without a better metric; 0 = never")
     lr_cut: float = option(1.0, "factor on the learning rates after each evaluation without a better metric")
     log_every: int = option(100, "steps between two lines of the log")
+    save_every: int = option(0, "steps between two checkpoints; 0 = only at evaluations")
+    keep_checkpoints: int = option(2, "how many of the last checkpoints stay, beside the best one; at least 2")
+    async_save: bool = option(False, "write checkpoints while training goes on; takes memory for a copy of the model")
+    on_save_error: str = option("continue", "continue | stop: what to do when a checkpoint cannot be written")
+    skip_bad_batches: int = option(0, "skip so many batches in all whose loss or gradient is not finite, then stop")
 
     def check(self, prefix: str = "train") -> None:
         for key in ("batch_size", "eval_batch_size", "epochs", "evals_per_epoch", "log_every"):
             require(getattr(self, key) >= 1, f"{prefix}.{key}", f"must be at least 1, got {getattr(self, key)}")
         one_of(f"{prefix}.metric", self.metric, ["auc", "logloss"])
         require(0 < self.lr_cut <= 1, f"{prefix}.lr_cut", f"must be in (0, 1], got {self.lr_cut}")
+        kept = self.keep_checkpoints
+        require(kept >= 2, f"{prefix}.keep_checkpoints", f"must be at least 2, so that one may be damaged, got {kept}")
+        one_of(f"{prefix}.on_save_error", self.on_save_error, ["continue", "stop"])
+        for key in ("save_every", "skip_bad_batches"):
+            require(getattr(self, key) >= 0, f"{prefix}.{key}", f"must be >= 0, got {getattr(self, key)}")
 
 
 @dataclass

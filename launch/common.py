@@ -7,12 +7,14 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from embsearch_dist.config import Config, describe, load_config, nearest
+from embsearch_dist.config import SAFETY_KEYS, Config, describe, load_config, nearest
 from embsearch_dist.dist.context import Context, group_was_opened
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods import METHODS
 from embsearch_dist.schema import Schema
+from embsearch_dist.train import signals
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = ROOT / "configs" / "synthetic" / "adass_deepfm.yaml"
@@ -20,12 +22,13 @@ CONFIGS = {name: method.config for name, method in METHODS.items()}
 
 
 def run_main(main: Callable[[Sequence[str]], None], document: str | None) -> None:
-    """Run an entry script: ``--help``, one-line errors with exit code 2, 130 on Ctrl-C."""
+    """Run an entry script: ``--help``, one-line errors with exit code 2, 130 on Ctrl-C, 75 on a scheduler's signal."""
     argv = sys.argv[1:]
     if "--help" in argv or "-h" in argv:
         print((document or "").strip())
         print(f"\nEvery config key, as --section.key VALUE [default]:\n{describe(CONFIGS)}")
         return
+    signals.catch()
     try:
         main(argv)
     except UserError as e:
@@ -33,6 +36,10 @@ def run_main(main: Callable[[Sequence[str]], None], document: str | None) -> Non
         if os.environ.get("RANK", "0") == "0" or (group_was_opened() and not e.everywhere):
             print(f"error: {e}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except signals.StoppedBySignal as e:
+        if os.environ.get("RANK", "0") == "0":
+            print(e, file=sys.stderr, flush=True)
+        sys.exit(signals.EXIT_CODE)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has seen enough
     except KeyboardInterrupt:
@@ -51,6 +58,13 @@ def known_options(plain: dict[str, str], known: Sequence[str]) -> None:
 
 def read_config(file: str | Path | None, overrides: Sequence[str]) -> Config:
     return load_config(CONFIGS, file, overrides)
+
+
+def lasting(config: Config) -> dict[str, Any]:
+    """All that one training must keep from start to start."""
+    found = config.to_dict()
+    found["train"] = {k: v for k, v in found["train"].items() if k not in SAFETY_KEYS}
+    return found
 
 
 def open_data(config: Config, context: Context) -> Schema:

@@ -32,7 +32,7 @@ from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import Run
 from embsearch_dist.schema import Schema, write_json
 from embsearch_dist.train.retrain import evaluate_model, retrain
-from launch.common import DEFAULT_CONFIG, known_options, open_data, open_run_directory, read_config, run_main
+from launch.common import DEFAULT_CONFIG, known_options, lasting, open_data, open_run_directory, read_config, run_main
 
 
 def main(argv: Sequence[str]) -> None:
@@ -73,7 +73,8 @@ def open_own(config: Config, schema: Schema, allocation: Allocation, directory: 
     old = directory / "allocation.json"
     if old.exists() and not config.run.overwrite:
         same = Allocation.load(old, schema).widths == allocation.widths
-        if not same or (directory / "config.yaml").read_text() != config.to_yaml():
+        # Read as a config: one of an older version lacks keys that have been added since.
+        if not same or lasting(read_config(directory / "config.yaml", [])) != lasting(config):
             raise UserError(f"{directory} holds another training; give --name, or --run.overwrite true to replace it")
     open_run_directory(config, schema, directory)
     allocation.save(old)

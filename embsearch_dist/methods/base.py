@@ -100,7 +100,15 @@ def read_mark(run: Run, stage: Stage) -> dict[str, Any] | None:
 
 
 def run_stages(method: Method, run: Run) -> None:
-    """Run what is not done yet; call :func:`check_stages` first."""
+    """Run what is not done yet.
+
+    Everything is checked once more first: a caller that has opened the run directory meanwhile, or has
+    forgotten :func:`check_stages`, must not train over a stage made with other settings.
+
+    Raises:
+        UserError: what :func:`check_stages` finds.
+    """
+    check_stages(method, run)
     for stage in method.stages():
         mark = run.dir / "stages" / f"{stage.name}.json"
         inputs, old = flatten(stage.inputs(run)), read_mark(run, stage)

@@ -1,21 +1,24 @@
 """Checkpoints: DCP for tensors, JSON for the rest, a manifest of checksums written last.
 
-Layout: ``<root>/step-N/{data/*, state.json, manifest.json}``. A directory without a whole manifest does
-not count. The checksums are verified before anything is read: DCP's own metadata is a pickle, and DCP
-notices neither flipped bits nor a missing optimizer state.
+Layout: ``<root>/step-N/{data/*, state.json, manifest.json}``. A save writes into ``step-N.partial`` and
+renames it when the manifest is there; what is to go is renamed to ``.old`` first. So a directory
+``step-N`` is whole unless something outside this program damaged it, and that the checksums tell before
+anything is read. A damaged one is set aside as ``step-N.damaged`` when training goes on from an older one.
 """
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim.optimizer import Optimizer
 
@@ -23,6 +26,24 @@ from embsearch_dist.dist.context import Context
 from embsearch_dist.errors import UserError
 from embsearch_dist.models.ctr import CTRModel
 from embsearch_dist.schema import read_json, write_json
+from embsearch_dist.train import manifest
+from embsearch_dist.train.faults import Faults
+from embsearch_dist.train.manifest import verify
+from embsearch_dist.train.tensors import copies, local_bytes, tensors_of
+
+__all__ = ["Checkpointer", "SaveError", "verify"]
+
+SPARE_MEMORY = 1.5  # a save in the background wants this many times its copy to be free
+
+
+class SaveError(UserError):
+    """A checkpoint could not be written; the ones before are as they were. All ranks raise it alike."""
+
+    everywhere = True
+
+    def __init__(self, step: int, text: str) -> None:
+        super().__init__(text)
+        self.step = step
 
 
 class Checkpointer:
@@ -32,35 +53,162 @@ class Checkpointer:
     """
 
     def __init__(
-        self, root: Path, model: CTRModel, head_optimizer: Optimizer | None, context: Context, keep: int = 2
+        self,
+        root: Path,
+        model: CTRModel,
+        head_optimizer: Optimizer | None,
+        context: Context,
+        keep: int = 2,
+        *,
+        schema: str = "",
+        settings: dict[str, Any] | None = None,
+        faults: Faults | None = None,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """``head_optimizer``: None for a model that is only read; nothing can be saved then."""
+        """
+        Args:
+            head_optimizer: None for a model that is only read; nothing can be saved then.
+            schema, settings: what the manifest records and compares, see ``manifest.facts_of``.
+            say: shows a line to the user.
+        """
         self.root, self.model, self.optimizer, self.context, self.keep = root, model, head_optimizer, context, keep
+        self.schema, self.settings, self.faults, self.say = schema, settings or {}, faults, say
+        self._thread: threading.Thread | None = None
+        self._step = 0
+        self._failure: BaseException | None = None
+        self._group: dist.ProcessGroup | None = None
+        self._told = False
 
-    def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write ``step-N``; it counts from the moment its manifest is there."""
-        final = self.root / f"step-{step}"
-        partial = self.root / f"step-{step}.partial"
-        self.context.first("clearing a half-written checkpoint", lambda: _remove(partial))
-        writer = dcp.FileSystemWriter(partial / "data", sync_files=False)
-        dcp.save(self._tensors(), storage_writer=writer, process_group=self.context.group)
-        self.context.first("writing a checkpoint", lambda: self._seal(partial, final, state))
+    def save(self, step: int, state: dict[str, Any], best: bool = False, background: bool = False) -> Path:
+        """Write ``step-N``; it counts from the moment it has its name.
+
+        Args:
+            best: mark it as the best one.
+            background: copy the tensors and return; a thread writes, hashes and seals. Call ``wait``
+                before: what went wrong with an earlier save is told there.
+
+        Raises:
+            SaveError: it could not be written; nothing of it is left, and older checkpoints are as they were.
+        """
+        self.wait()
+        final, partial = self.root / f"step-{step}", self.root / f"step-{step}.partial"
+        self._step = step
+        self._together(step, lambda: self._begin(partial) if self.context.rank == 0 else None)
+        tensors = self._tensors()
+        if background and self._may_copy(tensors):
+            if self._group is None:
+                # Its collectives run beside those of training, so they need a group of their own.
+                self._group = dist.new_group(backend="gloo")
+            tensors, state = copies(tensors, self._group), copy.deepcopy(state)
+            arguments = (tensors, state, partial, final, best)
+            self._thread = threading.Thread(target=self._work, args=arguments, name="checkpoint", daemon=True)
+            self._thread.start()
+            return final
+        try:
+            self._write(tensors, partial, self.context.group)
+        except CheckpointException as e:  # DCP tells all ranks
+            self._fail(step, _reasons(e), e)
+        self._together(step, lambda: self._seal(partial, final, state, best))
         return final
 
-    def _seal(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
+    def wait(self) -> int | None:
+        """Wait for a save in the background, on all ranks; its step if there was one.
+
+        Raises:
+            SaveError: it failed, on whatever rank.
+        """
+        if self._thread is None:
+            return None
+        self._thread.join()
+        self._thread = None
+
+        def outcome() -> None:
+            failure, self._failure = self._failure, None
+            if failure is not None:
+                raise UserError(_text(failure)) from failure
+
+        self._together(self._step, outcome)
+        return self._step
+
+    def close(self, seconds: float = 10) -> None:
+        """Give a save in the background time to end when this process must leave; tells nothing."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+            self._thread = None
+
+    def _work(self, tensors: Any, state: dict[str, Any], partial: Path, final: Path, best: bool) -> None:
+        try:
+            self._write(tensors, partial, self._group)
+            self._seal(partial, final, state, best)
+        except BaseException as e:  # told by wait()
+            self._failure = e
+
+    def _may_copy(self, tensors: Any) -> bool:
+        """Whether every rank has the memory for a copy; without it a save must not run beside training."""
+        need = local_bytes(tensors)
+        local = self.context.world_size  # at most so many ranks share this machine's memory
+        lacking = psutil.virtual_memory().available < need * SPARE_MEMORY * local
+        some = float(self.context.sum(torch.tensor([float(lacking)], device=self.context.device))) > 0
+        if some and not self._told:
+            self._told = True
+            self.say(
+                f"checkpoints are written while training waits: a copy of {need / 1e6:,.0f} MB per rank does not fit "
+                "into the free memory (train.async_save)"
+            )
+        return not some
+
+    def _begin(self, partial: Path) -> None:
+        for leftover in [partial, *self.root.glob("step-*.old")]:
+            _remove(leftover)
+        self._fault("begin")
+
+    def _write(self, tensors: Any, partial: Path, group: Any) -> None:
+        writer = dcp.FileSystemWriter(partial / "data", sync_files=False)
+        dcp.save(tensors, storage_writer=writer, process_group=group)
+
+    def _seal(self, partial: Path, final: Path, state: dict[str, Any], best: bool) -> None:
+        """What comes after the tensors: rank 0 does it, the others only have their faults."""
+        self._fault("data")
+        if self.context.rank != 0:
+            return
         write_json(partial / "state.json", state)
-        files = sorted(p for p in partial.rglob("*") if p.is_file())
-        manifest = {
-            "world_size": self.context.world_size,
-            "files": {str(p.relative_to(partial)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files},
-        }
-        write_json(partial / "manifest.json", manifest)
+        self._fault("state")
+        manifest.write_manifest(partial, self._facts(self._step))
+        self._fault("manifest")
         _remove(final)
         partial.rename(final)
-        best = self.best()
+        self._fault("rename")
+        marked = self.best()
         for old in self.steps()[: -self.keep]:
-            if old != best:
+            if old != marked:
                 _remove(self.root / f"step-{old}")
+        self._fault("prune")
+        if best:
+            write_json(self.root / "best.json", {"step": self._step})
+
+    def _fault(self, point: str) -> None:
+        if self.faults is not None:
+            self.faults.in_save(point, self._step)
+
+    def _together(self, step: int, part: Callable[[], None]) -> None:
+        """Run a part of a save without collectives; where it fails, all ranks raise ``SaveError``."""
+        try:
+            with self.context.together("writing a checkpoint"):
+                try:
+                    part()
+                except Exception as e:
+                    raise UserError(_text(e)) from e
+        except UserError as e:
+            self._fail(step, str(e), e)
+
+    def _fail(self, step: int, reason: str, cause: BaseException) -> None:
+        if self.context.rank == 0:
+            shutil.rmtree(self.root / f"step-{step}.partial", ignore_errors=True)  # it may hold what the disk lacks
+        kept = self.steps()
+        last = f"the last whole one is {self.root}/step-{kept[-1]}" if kept else "there is none yet"
+        free = shutil.disk_usage(_existing(self.root)).free
+        text = f"checkpoint {self.root}/step-{step} could not be written: {reason}"
+        raise SaveError(step, f"{text} ({free / 1e6:,.0f} MB are free there); {last}") from cause
 
     def mark_best(self, step: int) -> None:
         """Remember ``step`` as the best checkpoint; it is kept."""
@@ -71,129 +219,128 @@ class Checkpointer:
         return int(read_json(path)["step"]) if path.exists() else None
 
     def steps(self) -> list[int]:
-        """Steps of whole checkpoints, ascending."""
-        found = []
-        for path in self.root.glob("step-*/manifest.json"):
-            number = path.parent.name.removeprefix("step-")
-            if number.isdigit():
-                found.append(int(number))
-        return sorted(found)
+        """Steps of checkpoints that have a manifest, ascending."""
+        return [n for n in self._numbers() if (self.root / f"step-{n}" / manifest.NAME).exists()]
 
-    def load(self, step: int, optimizers: bool = True) -> dict[str, Any]:
+    def newest(self) -> int | None:
+        """Step of the newest checkpoint, whole or not."""
+        return max(self._numbers(), default=None)
+
+    def _numbers(self) -> list[int]:
+        names = [p.name.removeprefix("step-") for p in self.root.glob("step-*")]
+        return sorted(int(n) for n in names if n.isdigit())
+
+    def newest_whole(self) -> int | None:
+        """Step of the newest checkpoint that is whole to the byte, on every rank; None where nothing was saved.
+
+        Newer ones that are damaged are named and set aside.
+
+        Raises:
+            UserError: there are checkpoints, and none of them is whole.
+        """
+        found: dict[str, Any] = self.context.share(self.context.first("checking the checkpoints", self._look) or {})
+        for problem in found["problems"]:
+            self.say(f"{problem}; set aside as {found['names'].pop(0)}, going back to the checkpoint before")
+        return found["step"]
+
+    def _look(self) -> dict[str, Any]:
+        problems: list[str] = []
+        damaged: list[Path] = []
+        for number in reversed(self._numbers()):
+            path = self.root / f"step-{number}"
+            try:
+                verify(path)
+            except UserError as e:
+                problems.append(str(e))
+                damaged.append(path)
+                continue
+            aside = [p.with_name(f"{p.name}.damaged") for p in damaged]
+            for old, new in zip(damaged, aside, strict=True):
+                _remove(new)
+                old.rename(new)
+            return {"step": number, "problems": problems, "names": [p.name for p in aside]}
+        if problems:
+            raise UserError(
+                f"no whole checkpoint is left under {self.root}: {problems[0]}. Restore it from a copy, or delete "
+                f"{self.root} to train from the beginning"
+            )
+        return {"step": None, "problems": [], "names": []}
+
+    def is_whole(self, step: int) -> bool:
+        """Whether ``step-N`` is there and undamaged; the same answer on every rank."""
+
+        def look() -> bool:
+            try:
+                verify(self.root / f"step-{step}")
+            except UserError:
+                return False
+            return True
+
+        return bool(self.context.share(self.context.first("checking a checkpoint", look)))
+
+    def load(self, step: int, optimizers: bool = True, checked: bool = False) -> dict[str, Any]:
         """Restore ``step-N``; returns the JSON state.
 
         Args:
             optimizers: their state too. Without it, any number of ranks and any sharding will do.
+            checked: its bytes were compared with the manifest just now.
 
         Raises:
-            UserError: a file is missing, truncated or differs from its checksum (named), or the
-                checkpoint lacks state that this run's optimizers need.
+            UserError: a file is missing, truncated or differs from its checksum (named), the checkpoint
+                was made for something else, or it lacks state that this run's optimizers need.
         """
         directory = self.root / f"step-{step}"
-        self.context.first("checking a checkpoint", lambda: verify(directory))
+        if not checked:
+            self.context.first("checking a checkpoint", lambda: verify(directory))
+        old, new = manifest.read_manifest(directory), self._facts(step)
+        manifest.check_facts(directory, old, new, exact=optimizers)
+        other = "" if manifest.same_spread(old, new) else f" (made with {manifest.spread(old)})"
         tensors = self._tensors(optimizers)
         reader = dcp.FileSystemReader(directory / "data")
         try:
             dcp.load(tensors, storage_reader=reader, process_group=self.context.group)
-        except CheckpointException as e:
-            ranks = read_json(directory / "manifest.json")["world_size"]
-            reasons = "; ".join(sorted({str(f[0]) for f in e.failures.values()}))
+        except (CheckpointException, ValueError) as e:
             raise UserError(
-                f"checkpoint {directory} of {ranks} rank(s) does not fit this run of {self.context.world_size}: "
-                f"{reasons}. Continue with the number of ranks, sharding and optimizer it was made with"
+                f"checkpoint {directory} of {old['world_size']} rank(s) does not fit this run of "
+                f"{manifest.spread(new)}{other}: {_reasons(e)}. Continue with the number of ranks, sharding and "
+                "optimizer it was made with"
             ) from e
         self.model.bare_head.load_state_dict(tensors["head"])
+        if other and optimizers:
+            self.say(f"{directory} goes on with {manifest.spread(new)}{other}: sums may differ in the last digits")
         return read_json(directory / "state.json")
 
+    def _facts(self, step: int) -> dict[str, Any]:
+        return manifest.facts_of(step, self.context.world_size, self.model.sharded.kinds, self.schema, self.settings)
+
     def _tensors(self, optimizers: bool = True) -> dict[str, Any]:
-        """Everything that is a tensor, as views of live storage wherever DCP loads in place."""
-        tables = self.model.sharded
-        tensors: dict[str, Any] = {
-            "tables": dict(tables.collection.state_dict()),
-            "head": {k: v.detach() for k, v in self.model.bare_head.state_dict().items()},
-        }
-        if not optimizers:
-            return tensors
-        assert self.optimizer is not None, "without the head's optimizer only the weights can be loaded"
-        tensors["head_optimizer"] = dict(_adam_state(self.optimizer, dict(self.model.bare_head.named_parameters())))
-        fused: dict[str, Any] = {}
-        for parameter, values in tables.collection.fused_optimizer.state_dict()["state"].items():
-            for key, value in values.items():
-                if isinstance(value, ShardedTensor | torch.Tensor):
-                    fused[f"{parameter}/{key}"] = value
-        own = {} if tables.torch_optimizer is None else dict(_table_state(tables, self.context))
-        # DCP takes an empty group for a value, which only rank 0 would write and every rank would look for.
-        return tensors | {k: v for k, v in {"fused_optimizer": fused, "torch_optimizer": own}.items() if v}
+        return tensors_of(self.model, self.optimizer, self.context, optimizers)
 
 
-def verify(directory: Path) -> None:
-    """Compare every file of a checkpoint with its manifest.
-
-    Raises:
-        UserError: naming the first file that is missing, has another size or another checksum.
-    """
-    manifest = directory / "manifest.json"
-    if not manifest.exists():
-        raise UserError(f"{directory} is not a whole checkpoint: manifest.json is missing")
-    for name, entry in read_json(manifest)["files"].items():
-        path = directory / name
-        if not path.exists():
-            raise UserError(f"checkpoint file {path} is missing; delete {directory} to go back to the one before")
-        if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
-            raise UserError(
-                f"checkpoint file {path} is damaged (its checksum differs from the manifest); "
-                f"delete {directory} to go back to the one before"
-            )
+def _reasons(error: BaseException) -> str:
+    if not isinstance(error, CheckpointException):
+        return _text(error)
+    return "; ".join(sorted({_text(failure[0]) for failure in error.failures.values()}))
 
 
-def _adam_state(optimizer: Optimizer, named: dict[str, torch.nn.Parameter]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Optimizer state by parameter name. It is created first where it does not exist yet: loading
-    into an optimizer that has never stepped would silently drop it."""
-    for name, parameter in named.items():
-        for key, value in _ensure_state(optimizer, parameter).items():
-            if isinstance(value, torch.Tensor):
-                yield f"{name}/{key}", value
+def _text(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        return _reasons(error)
+    return str(error) if isinstance(error, UserError | OSError | ValueError) else f"{error!r}".split("\\n")[0]
 
 
-def _ensure_state(optimizer: Optimizer, parameter: torch.nn.Parameter) -> dict[str, Any]:
-    state = optimizer.state[parameter]
-    if not state and isinstance(optimizer, torch.optim.Adam):
-        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)  # where fused Adam keeps it
-        state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
-        state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
-    return state
-
-
-def _table_state(tables: Any, context: Context) -> Iterator[tuple[str, Any]]:
-    """State of tables whose optimizer runs outside backward, sharded like the tables themselves.
-
-    What belongs to no shard (the step count, the state of a replicated table) is the same on every rank
-    that has it, so its name does not depend on the rank.
-    """
-    weights = tables.collection.state_dict()
-    for name, parameter in tables.collection.named_parameters():
-        key = name if name in weights else name.replace("module.", "")
-        weight = weights.get(key)
-        if isinstance(weight, ShardedTensor) and not weight.local_shards():
-            continue  # the table lives on other ranks; here stands an empty parameter
-        if parameter not in tables.torch_optimizer.state and not isinstance(tables.torch_optimizer, torch.optim.Adam):
-            continue
-        for field, value in _ensure_state(tables.torch_optimizer, parameter).items():
-            if not isinstance(value, torch.Tensor):
-                continue
-            if isinstance(weight, ShardedTensor) and value.dim() == 2:
-                shards = [Shard(value.detach(), s.metadata) for s in weight.local_shards()]
-                value = ShardedTensor._init_from_local_shards_and_global_metadata(
-                    shards, weight.metadata(), process_group=context.group
-                )
-            yield f"{key}/{field}", value
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
 
 
 def _remove(path: Path) -> None:
+    """Delete a directory; it loses its name first, so that a kill halfway leaves nothing that looks whole."""
     if path.exists():
-        shutil.rmtree(path)
+        gone = path if path.suffix in (".old", ".partial") else path.with_name(f"{path.name}.old")
+        if gone != path:
+            if gone.exists():
+                shutil.rmtree(gone)
+            path.rename(gone)
+        shutil.rmtree(gone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
 from pathlib import Path
@@ -32,6 +33,8 @@ class SubnetTask:
     def __init__(self, config: Config, allocation: Allocation, context: Context) -> None:
         self.model = SubnetModel(config, allocation, context)
         self.l2 = config.optim.embedding_l2
+        model = {f"model.{k}": v for k, v in dataclasses.asdict(config.model).items()}
+        self.settings = {**model, "widths": allocation.widths}
 
     def loss(self, batch: Batch, step: int) -> torch.Tensor:
         logits, pooled = self.model(batch)
@@ -44,6 +47,9 @@ class SubnetTask:
         return self.model(batch)[0]
 
     def after_step(self, step: int, monitor: Monitor) -> None:
+        pass
+
+    def after_skip(self) -> None:
         pass
 
     def state(self) -> dict[str, Any]:
@@ -87,7 +93,8 @@ def load_best(config: Config, allocation: Allocation, context: Context, director
         UserError: there is no finished training, or a checkpoint is damaged.
     """
     task = SubnetTask(config, allocation, context)
-    checkpointer = Checkpointer(directory / "checkpoints" / STAGE, task.model, None, context)
+    root, schema = directory / "checkpoints" / STAGE, allocation.schema.fingerprint
+    checkpointer = Checkpointer(root, task.model, None, context, schema=schema)
     best = checkpointer.best()
     if best is None:
         raise UserError(f"{directory} holds no trained model; train it first: python launch/retrain.py --help")

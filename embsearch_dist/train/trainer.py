@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import resource
 import sys
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
 from embsearch_dist.config import OptimConfig, TrainConfig
 from embsearch_dist.data.batch import Batch
@@ -19,9 +19,13 @@ from embsearch_dist.data.dataset import BatchStream
 from embsearch_dist.dist.context import Context
 from embsearch_dist.errors import UserError
 from embsearch_dist.models.ctr import CTRModel
-from embsearch_dist.train.checkpoint import Checkpointer
+from embsearch_dist.train import faults, signals
+from embsearch_dist.train.checkpoint import Checkpointer, SaveError
+from embsearch_dist.train.guard import Gate, Verdict, agree
 from embsearch_dist.train.metrics import evaluate
 from embsearch_dist.train.monitor import Monitor
+
+SAVE_FAILURES = 3  # so many checkpoints in a row may fail before training stops: nothing would be left of it
 
 
 class Task(Protocol):
@@ -31,6 +35,10 @@ class Task(Protocol):
     def model(self) -> CTRModel:
         """Tables and head."""
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What model and training depend on, flat and JSON-able; a checkpoint made with others is refused."""
+
     def loss(self, batch: Batch, step: int) -> torch.Tensor:
         """Mean loss of this rank's batch; ``step`` counts the steps already done."""
 
@@ -39,6 +47,9 @@ class Task(Protocol):
 
     def after_step(self, step: int, monitor: Monitor) -> None:
         """Called once the parameters are updated; ``step`` counts this one too."""
+
+    def after_skip(self) -> None:
+        """Called instead when the batch was skipped: drop what ``loss`` has noted of it."""
 
     def state(self) -> dict[str, Any]:
         """JSON-able state beside the parameters (samplers, counters)."""
@@ -60,6 +71,10 @@ class Progress:
     lr_factor: float = 1.0
     stopped: str = ""
     seconds: float = 0.0
+    skipped: int = 0  # batches without an update, because something was not finite
+    evaluate: bool = False  # an evaluation is due that a signal came before
+    loss_sum: float = 0.0  # since the last line of the log
+    loss_count: int = 0
 
 
 class Trainer:
@@ -69,8 +84,9 @@ class Trainer:
     Continues from the last whole checkpoint under ``root`` if there is one.
 
     Raises:
-        UserError: loss not finite on some rank. It is found before backward, hence before any fused
-            optimizer has written to a table.
+        UserError: loss or gradient not finite on some rank (found before any weight is written), or
+            checkpoints that can be neither read nor, several times in a row, written.
+        StoppedBySignal: all ranks have saved after the same step.
     """
 
     def __init__(
@@ -86,47 +102,99 @@ class Trainer:
     ) -> None:
         self.task, self.config, self.training, self.validation = task, config, training, validation
         self.context, self.monitor = context, monitor
-        head = task.model.bare_head.parameters()
-        self.optimizer = torch.optim.Adam(head, lr=optim.dense_lr, weight_decay=optim.weight_decay, fused=True)
-        self.checkpointer = Checkpointer(root, task.model, self.optimizer, context)
+        self.faults = faults.from_environment(context.rank, monitor.stage)
+        self._head = list(task.model.bare_head.parameters())
+        self.optimizer = torch.optim.Adam(self._head, lr=optim.dense_lr, weight_decay=optim.weight_decay, fused=True)
+        settings = {f"optim.{k}": v for k, v in dataclasses.asdict(optim).items()} | task.settings
+        settings |= {"batch_size": training.global_batch, "run.seed": training.seed}
+        self.checkpointer = Checkpointer(
+            root,
+            task.model,
+            self.optimizer,
+            context,
+            config.keep_checkpoints,
+            schema=training.schema.fingerprint,
+            settings=settings | {"data.window_rows": training.window_rows},
+            faults=self.faults,
+            say=monitor.say,
+        )
         self.progress = Progress()
         self.total = training.batches_per_epoch * config.epochs
         if config.steps:
             self.total = min(self.total, config.steps)
         parts, per_epoch = config.evals_per_epoch, training.batches_per_epoch
         self.eval_batches = {math.ceil(per_epoch * (k + 1) / parts) for k in range(parts)}
+        self._failures = 0  # saves in a row
+        self._best_before: tuple[float | None, int] = (None, 0)
 
     def fit(self) -> Progress:
         """Train to the end (or from where it stopped); the model holds the last weights afterwards."""
-        self._resume()
+        with signals.noted() as self._asked, Gate(self.task.model.sharded) as self._gate:
+            try:
+                self._resume()
+                self._train()
+            finally:
+                self.checkpointer.close()
+            # A signal that came in the last step has not been heard by the others yet.
+            asked = torch.tensor([float(bool(self._asked.name))], device=self.context.device)
+            if float(self.context.sum(asked)):
+                self._leave()
+        return self.progress
+
+    def _train(self) -> None:
         p = self.progress
-        loss_sum = torch.zeros((), dtype=torch.float64)
+        if p.evaluate:
+            self._evaluate_and_save()
         logged = (p.step, time.monotonic())
         with self.monitor.progress(self.total, "steps", initial=p.step) as bar:
             while p.step < self.total and not p.stopped:
                 for batch in self.training.epoch(p.epoch, start_batch=p.batch):
                     started = time.monotonic()
                     self.task.model.train()
-                    loss = self._step(batch.to(self.context.device))
+                    verdict = self._step(batch.to(self.context.device))
                     p.step, p.batch = p.step + 1, batch.position.batch
                     p.seconds += time.monotonic() - started
-                    loss_sum += loss
-                    bar.update(1, loss=loss)
-                    self.task.after_step(p.step, self.monitor)
+                    if verdict.what:
+                        bar.update(1)
+                        self.task.after_skip()
+                    else:
+                        p.loss_sum, p.loss_count = p.loss_sum + verdict.loss, p.loss_count + 1
+                        bar.update(1, loss=verdict.loss)
+                        self.task.after_step(p.step, self.monitor)
                     if p.step % self.config.log_every == 0:
                         now = time.monotonic()
                         rate = (p.step - logged[0]) * self.config.batch_size / (now - logged[1])
-                        self._log(float(loss_sum) / (p.step - logged[0]), rate)
-                        loss_sum.zero_()
+                        self._log(p.loss_sum / p.loss_count if p.loss_count else math.nan, rate)
+                        p.loss_sum, p.loss_count = 0.0, 0
                         logged = (p.step, now)
-                    if p.batch in self.eval_batches or p.step >= self.total:
-                        paused = time.monotonic()
-                        self._evaluate_and_save()
-                        logged = (logged[0], logged[1] + time.monotonic() - paused)
+                    if self.faults is not None:
+                        self.faults.at_step(p.step)
+                    paused = time.monotonic()
+                    self._pause(verdict.stop)
+                    logged = (logged[0], logged[1] + time.monotonic() - paused)
                     if p.stopped or p.step >= self.total:
                         break
                 p.epoch, p.batch = p.epoch + 1, 0
-        return p
+
+    def _pause(self, stop: bool) -> None:
+        """What is due between two steps: evaluate, save, leave."""
+        p = self.progress
+        p.evaluate = p.batch in self.eval_batches or p.step >= self.total
+        if stop:
+            # Evaluating may take longer than a scheduler waits: that is left to the continued run.
+            self._save(must=True)
+            self._leave()
+        if p.evaluate:
+            self._evaluate_and_save()
+        elif self.config.save_every and p.step % self.config.save_every == 0:
+            self._save()
+
+    def _leave(self) -> None:
+        name, step = self._asked.name or "a signal to another rank", self.progress.step
+        raise signals.StoppedBySignal(
+            f"stopped by {name} after step {step}; {self.checkpointer.root}/step-{step} is whole, "
+            "give the same command again to continue"
+        )
 
     def restore_best(self) -> None:
         """Put the weights of the best checkpoint back into the model."""
@@ -135,62 +203,75 @@ class Trainer:
             self.task.load_state(self.checkpointer.load(best, optimizers=False)["task"])
 
     def _resume(self) -> None:
-        steps = self.checkpointer.steps()
-        if not steps:
+        step = self.checkpointer.newest_whole()
+        if step is None:
             self.monitor.resume_at(0)
             return
-        state = self.checkpointer.load(steps[-1])
-        self.progress = Progress(**state["progress"])
+        state = self.checkpointer.load(step, checked=True)
+        self.progress = p = Progress(**state["progress"])
         self.task.load_state(state["task"])
-        self._scale_lr(self.progress.lr_factor)
-        if self.progress.best_step in steps or self.validation is None:
-            # A kill between saving a checkpoint and marking it as the best leaves the old mark.
-            self.checkpointer.mark_best(self.progress.best_step or steps[-1])
-        self.monitor.resume_at(self.progress.step)
-        self.monitor.say(f"continuing from {self.checkpointer.root / f'step-{steps[-1]}'}")
-        p = self.progress
-        if p.batch >= self.training.batches_per_epoch:
+        self._scale_lr(p.lr_factor)
+        self._resume_best(step)
+        self.monitor.resume_at(p.step)
+        self.monitor.say(f"continuing from {self.checkpointer.root / f'step-{step}'}")
+        if p.batch >= self.training.batches_per_epoch and not p.evaluate:
             p.epoch, p.batch = p.epoch + 1, 0
 
-    def _step(self, batch: Batch) -> float:
-        # Dropout of a step depends on the step alone, so that a continued run draws what the unbroken one did.
-        torch.manual_seed((self.training.seed * 1_000_003 + self.progress.step) * 1021 + self.context.rank)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.task.model.sharded.zero_grad()
-        loss = self.task.loss(batch, self.progress.step)
-        mean = self._agree_on_loss(loss, batch)
-        loss.backward()
-        self.optimizer.step()
-        self.task.model.sharded.step()
-        return mean
+    def _resume_best(self, step: int) -> None:
+        """Mark the best checkpoint again: a kill between a save and its mark, or damage, leaves a wrong one."""
+        p = self.progress
+        over = p.step >= self.total or bool(p.stopped)
+        if p.best_step and p.best_step != step and not self.checkpointer.is_whole(p.best_step):
+            kept = "the last one counts as the best" if over else "the best of the evaluations to come counts"
+            self.monitor.say(f"the best checkpoint, step-{p.best_step}, is gone or damaged; {kept}")
+            p.best, p.best_step = None, 0
+        if p.best_step or over:
+            self.checkpointer.mark_best(p.best_step or step)
 
-    def _agree_on_loss(self, loss: torch.Tensor, batch: Batch) -> float:
-        """Mean loss over ranks; every rank stops when one of them is not finite."""
-        value = loss.detach()
-        world, rank = self.context.world_size, self.context.rank
-        if world == 1:
-            mean, bad = float(value), []
-            if not math.isfinite(mean):
-                bad = [0]
-        else:
-            report = torch.zeros(1 + world, dtype=torch.float64, device=value.device)
-            finite = bool(torch.isfinite(value))
-            report[0] = value.double() if finite else 0.0
-            report[1 + rank] = 0.0 if finite else 1.0
-            dist.all_reduce(report)
-            mean = float(report[0]) / world
-            bad = torch.nonzero(report[1:]).flatten().tolist()
-        if bad:
-            kept, at = self.checkpointer.steps(), batch.position
-            last = f"the last checkpoint is {self.checkpointer.root}/step-{kept[-1]}" if kept else "no checkpoint yet"
-            error = UserError(
-                f"loss is not finite at step {self.progress.step} on rank {bad[0]} "
-                f"(epoch {at.epoch}, batch {at.batch - 1}): stopped before any table was written; {last}. "
-                "Lower --optim.embedding_lr and --optim.dense_lr, or look at the dense columns of that batch"
-            )
-            error.everywhere = True
-            raise error
-        return mean
+    def _step(self, batch: Batch) -> Verdict:
+        # Dropout of a step depends on the step alone, so that a continued run draws what the unbroken one did.
+        step, model = self.progress.step, self.task.model
+        torch.manual_seed((self.training.seed * 1_000_003 + step) * 1021 + self.context.rank)
+        self.optimizer.zero_grad(set_to_none=True)
+        model.sharded.zero_grad()
+        buffers = {}
+        if self.config.skip_bad_batches:  # running statistics have seen the batch before anybody knows it is bad
+            buffers = {b: b.clone() for b in model.bare_head.buffers()}
+        loss = self.task.loss(batch, step)
+        if self.faults is not None:
+            loss = self.faults.loss(loss, step)
+        loss.backward()
+        gradients, asked = self._gate.gradients(), bool(self._asked.name)
+        verdict = agree(self.context, loss, gradients, self._head, asked)
+        if verdict.what:
+            self._gate.clear()
+            self._skip_or_stop(verdict, batch)
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
+            return verdict
+        self._gate.pass_on()
+        self.optimizer.step()
+        model.sharded.step()
+        return verdict
+
+    def _skip_or_stop(self, verdict: Verdict, batch: Batch) -> None:
+        """Count a batch as skipped on all ranks, or raise on all ranks."""
+        p, at, limit = self.progress, batch.position, self.config.skip_bad_batches
+        where = f"on rank {verdict.rank} (epoch {at.epoch}, batch {at.batch - 1})"
+        text = f"{verdict.what} is not finite at step {p.step} {where}"
+        if p.skipped < limit:
+            p.skipped += 1
+            self.monitor.say(f"{text}: batch skipped, {p.skipped} of at most {limit}")
+            return
+        kept = self.checkpointer.steps()
+        last = f"the last checkpoint is {self.checkpointer.root}/step-{kept[-1]}" if kept else "no checkpoint yet"
+        before = f"; {p.skipped} batches were skipped before (skip_bad_batches)" if limit else ""
+        error = UserError(
+            f"{text}: stopped before any table was written; {last}{before}. "
+            "Lower --optim.embedding_lr and --optim.dense_lr, or look at the dense columns of that batch"
+        )
+        error.everywhere = True
+        raise error
 
     def _log(self, loss: float, rate: float) -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -214,6 +295,7 @@ class Trainer:
             value = sign * metrics[self.config.metric]
             better = p.best is None or value > p.best
             if better:
+                self._best_before = (p.best, p.best_step)
                 p.best, p.best_step, p.bad_evals = value, p.step, 0
             else:
                 p.bad_evals += 1
@@ -227,9 +309,37 @@ class Trainer:
                 f"epoch {self._epochs():g}  step {p.step}  validation auc {metrics['auc']:.5f}  "
                 f"logloss {metrics['logloss']:.5f}{mark}"
             )
-        self.checkpointer.save(p.step, {"progress": vars(p), "task": self.task.state()})
-        if self.validation is None or p.best_step == p.step:
-            self.checkpointer.mark_best(p.step)
+        p.evaluate = False
+        over = p.step >= self.total or bool(p.stopped)
+        self._save(best=self.validation is None or p.best_step == p.step, must=over)
+
+    def _save(self, best: bool = False, must: bool = False) -> None:
+        """Write a checkpoint; ``must``: the run ends here, so it has to be on disk, and in time."""
+        p = self.progress
+        try:
+            if self.checkpointer.wait() is not None:
+                self._failures = 0
+        except SaveError as e:
+            self._not_saved(e, must=False)
+        background = self.config.async_save and not must
+        try:
+            self.checkpointer.save(p.step, {"progress": vars(p), "task": self.task.state()}, best, background)
+        except SaveError as e:
+            self._not_saved(e, must)
+        else:
+            self._failures = 0 if not background else self._failures
+
+    def _not_saved(self, error: SaveError, must: bool) -> None:
+        """Go on without that checkpoint, unless it was needed or too many are missing by now."""
+        p = self.progress
+        self._failures += 1
+        if p.best_step == error.step:  # what was never saved cannot be the best
+            p.best, p.best_step = self._best_before
+        again = "Free or enlarge the disk, then give the same command again"
+        if must or self.config.on_save_error == "stop" or self._failures >= SAVE_FAILURES:
+            failed = f" ({self._failures} in a row)" if self._failures > 1 else ""
+            raise SaveError(error.step, f"{error}{failed}. {again}") from error
+        self.monitor.say(f"{error}. Training goes on; after {SAVE_FAILURES} such failures in a row it stops")
 
     def _scale_lr(self, factor: float) -> None:
         for group in self.optimizer.param_groups:

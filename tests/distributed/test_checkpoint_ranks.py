@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,14 @@ def fit_many(rank: int, world_size: int, data: str, directory: str, stop_at: int
 def folder(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
     """Under ``broken``, two ranks were stopped two steps past the checkpoint of step 4, and went on."""
     folder = tmp_path_factory.mktemp("ranks")
-    run_ranks(fit_many, 2, folder, data, str(folder / "broken"), 6)
+    run_ranks(fit_many, 2, folder, data, str(folder / "broken"), 6, timeout=280)
     return folder
 
 
 @pytest.fixture(scope="module")
 def results(folder: Path, data: str) -> tuple[list[Any], list[Any]]:
-    unbroken = run_ranks(fit_many, 2, folder, data, str(folder / "unbroken"), 0)
-    continued = run_ranks(fit_many, 2, folder, data, str(folder / "broken"), 0)
+    unbroken = run_ranks(fit_many, 2, folder, data, str(folder / "unbroken"), 0, timeout=280)
+    continued = run_ranks(fit_many, 2, folder, data, str(folder / "broken"), 0, timeout=280)
     return unbroken, continued
 
 
@@ -117,13 +118,81 @@ def go_on(rank: int, world_size: int, data: str, directory: str, overrides: list
     return "no error"
 
 
-@pytest.mark.parametrize("case", [0, 1, 2])
-def test_one_rank_goes_on_with_what_two_began(
-    results: tuple[list[Any], list[Any]], folder: Path, tmp_path: Path, data: str, case: int
-) -> None:
-    directory = folder / "unbroken" / str(case)
-    assert run_ranks(go_on, 1, tmp_path, data, str(directory), CASES[case]) == ["no error"]
-    assert len(recorded(directory, STAGE, "loss")) == 12
+Job = tuple[str, str, int, list[str]]
+
+
+def go_on_elsewhere(rank: int, world_size: int, data: str, folder: str, jobs: list[Job]) -> list[Any]:
+    """Per job (run to copy, name, steps, overrides): how it ended, and the losses of all its steps."""
+    found = []
+    for source, name, steps, overrides in jobs:
+        directory = f"{folder}/{name}"
+        if rank == 0:
+            shutil.copytree(source, directory)
+        rank_context(rank, world_size).share(None)
+        message = go_on(rank, world_size, data, directory, [*overrides, f"train.steps={steps}"])
+        found.append([message, recorded(directory, STAGE, "loss") if rank == 0 else []])
+    return found
+
+
+# What each case is continued as on two ranks; False: its state cannot be spread anew.
+OTHERS = [
+    (0, "row_wise", True),
+    (1, "table_wise", True),
+    (3, "row_wise", True),
+    (4, "row_wise", True),
+    (4, "data_parallel", False),
+    (5, "table_wise", True),
+    (5, "column_wise", False),
+    (7, "table_wise", False),
+    (8, "data_parallel", True),
+]
+DOWN = {i: i != 7 for i in range(len(CASES))}  # case 7: replicated tables with a fused optimizer elsewhere
+
+
+@pytest.fixture(scope="module")
+def elsewhere(results: tuple[list[Any], list[Any]], folder: Path, data: str) -> dict[str, Any]:
+    """Two ranks made 10 steps. ``same`` two go on; ``down`` one does, then ``up`` two; ``to-KIND`` other sharding."""
+    begun = [str(folder / "unbroken" / str(i)) for i in range(len(CASES))]
+    target = str(folder / "elsewhere")
+    jobs: list[Job] = [(begun[i], f"down-{i}", 12, CASES[i]) for i in DOWN]
+    found = dict(zip([j[1] for j in jobs], run_ranks(go_on_elsewhere, 1, folder, data, target, jobs)[0], strict=True))
+    jobs = [(begun[i], f"same-{i}", 14, CASES[i]) for i in DOWN]
+    jobs += [(f"{target}/down-{i}", f"up-{i}", 14, CASES[i]) for i, good in DOWN.items() if good]
+    jobs += [(begun[i], f"{i}-to-{kind}", 14, [*CASES[i], f"dist.sharding={kind}"]) for i, kind, _ in OTHERS]
+    two = run_ranks(go_on_elsewhere, 2, folder, data, target, jobs, timeout=280)
+    for (_, name, _, _), first, second in zip(jobs, *two, strict=True):
+        assert first[0].split(":")[0] == second[0].split(":")[0], name  # both ranks end alike
+        found[name] = first
+    return found
+
+
+@pytest.mark.parametrize("case", [i for i, good in DOWN.items() if good])
+def test_another_number_of_ranks_goes_on_where_it_was(elsewhere: dict[str, Any], case: int) -> None:
+    """Down to one rank and up again to two: a lost optimizer state would show in the first step."""
+    (same, expected), (down, fewer), (up, again) = (elsewhere[f"{name}-{case}"] for name in ("same", "down", "up"))
+    assert same == down == up == "no error"
+    assert (len(fewer), len(again)) == (12, 14)
+    assert fewer == pytest.approx(expected[:12], rel=1e-5)
+    assert again == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("case", "kind"), [(i, kind) for i, kind, good in OTHERS if good])
+def test_another_sharding_goes_on_where_it_was(elsewhere: dict[str, Any], case: int, kind: str) -> None:
+    message, losses = elsewhere[f"{case}-to-{kind}"]
+    assert message == "no error"
+    assert len(losses) == 14
+    assert losses == pytest.approx(elsewhere[f"same-{case}"][1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", [f"down-{i}" for i, good in DOWN.items() if not good] + [f"{i}-to-{k}" for i, k, good in OTHERS if not good]
+)
+def test_a_state_that_cannot_be_spread_anew_is_refused(elsewhere: dict[str, Any], name: str) -> None:
+    message, losses = elsewhere[name]
+    assert "does not fit this run of " in message
+    assert "(made with 2 rank(s), " in message
+    assert message.endswith("Continue with the number of ranks, sharding and optimizer it was made with")
+    assert len(losses) == 10  # and nothing was trained
 
 
 def test_state_that_does_not_fit_is_refused_on_every_rank(
@@ -138,15 +207,16 @@ def damage(rank: int, world_size: int, data: str, directory: str) -> str:
     return go_on(rank, world_size, data, directory, CASES[1])
 
 
-def test_a_damaged_checkpoint_is_refused_on_every_rank(
+def test_when_every_checkpoint_is_damaged_every_rank_says_so(
     results: tuple[list[Any], list[Any]], folder: Path, tmp_path: Path, data: str
 ) -> None:
     root = folder / "broken" / "1" / "checkpoints" / STAGE
-    path = next((root / "step-10" / "data").glob("__1_*"))  # rank 1's file
-    body = bytearray(path.read_bytes())
-    body[len(body) // 2] ^= 255
-    path.write_bytes(body)
+    for path in root.glob("step-*/data/__1_*"):  # rank 1's files
+        body = bytearray(path.read_bytes())
+        body[len(body) // 2] ^= 255
+        path.write_bytes(body)
     first, second = run_ranks(damage, 2, tmp_path, data, str(folder / "broken" / "1"))
-    assert f"checkpoint file {path} is damaged" in first
-    assert "rank 0 failed while checking a checkpoint" in second
-    assert str(path) in second
+    newest = next((root / "step-10" / "data").glob("__1_*"))
+    assert f"no whole checkpoint is left under {root}: checkpoint file {newest} is damaged" in first
+    assert "rank 0 failed while checking the checkpoints" in second
+    assert str(newest) in second

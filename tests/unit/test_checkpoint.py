@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,17 +16,19 @@ import torch
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
 from embsearch_dist.models.ctr import SubnetModel
-from embsearch_dist.train.checkpoint import Checkpointer, verify
+from embsearch_dist.schema import read_json, write_json
+from embsearch_dist.train.checkpoint import Checkpointer, SaveError, verify
+from embsearch_dist.train.faults import SAVE_POINTS, Faults, parse
 from tests.factories import one_rank, random_batch, small_config, small_schema, whole_tables
 
 SCHEMA = small_schema(20, 9)
 
 
-def checkpointer(root: Path, *overrides: str, seed: int = 0) -> Checkpointer:
+def checkpointer(root: Path, *overrides: str, seed: int = 0, **options: Any) -> Checkpointer:
     config = small_config("no-data", root, f"run.seed={seed}", *overrides)
     model = SubnetModel(config, Allocation(SCHEMA, {"f0": 6, "f1": 2}), one_rank())
     optimizer = torch.optim.Adam(model.bare_head.parameters(), lr=0.01)
-    return Checkpointer(root, model, optimizer, one_rank())
+    return Checkpointer(root, model, optimizer, one_rank(), **options)
 
 
 def step(checkpoints: Checkpointer) -> None:
@@ -51,6 +56,28 @@ def saved(tmp_path: Path) -> Checkpointer:
     return checkpoints
 
 
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What :func:`saved` leaves, made once; to be copied."""
+    checkpoints = checkpointer(tmp_path_factory.mktemp("twice") / "ck")
+    for number in (1, 2):
+        step(checkpoints)
+        checkpoints.save(number, {"number": number})
+    return checkpoints.root
+
+
+@pytest.fixture
+def folder(twice: Path, tmp_path: Path) -> Path:
+    """A copy of ``step-1`` and ``step-2`` to damage."""
+    return Path(shutil.copytree(twice, tmp_path / "folder"))
+
+
+def reader(root: Path, said: list[str] | None = None) -> Checkpointer:
+    """One that only looks at files; it needs no model for that."""
+    say = (lambda text: None) if said is None else said.append
+    return Checkpointer(root, None, None, one_rank(), say=say)  # type: ignore[arg-type]
+
+
 def test_a_checkpoint_restores_weights_optimizers_and_state(saved: Checkpointer) -> None:
     at_two = weights(saved)
     step(saved)
@@ -74,21 +101,27 @@ def test_another_optimizer_than_the_checkpoints_is_refused(saved: Checkpointer) 
         fresh.load(2)
 
 
-@pytest.mark.parametrize("name", ["state.json", "data/.metadata", "data/__0_0.distcp"])
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-def test_damage_is_named_and_nothing_is_loaded(saved: Checkpointer, name: str, damage: str) -> None:
-    path = saved.root / "step-2" / name
+def damage(path: Path, how: str) -> None:
     body = bytearray(path.read_bytes())
-    if damage == "flip":
+    if how == "flip":
         body[len(body) // 2] ^= 1
         path.write_bytes(body)
-    elif damage == "cut":
-        path.write_bytes(body[:-1])
+    elif how == "cut":
+        path.write_bytes(body[:-3])
     else:
         path.unlink()
+
+
+DAMAGES = pytest.mark.parametrize("how", ["flip", "cut", "remove"])
+
+
+@pytest.mark.parametrize("name", ["state.json", "data/.metadata", "data/__0_0.distcp"])
+@DAMAGES
+def test_damage_is_named_and_nothing_is_loaded(saved: Checkpointer, name: str, how: str) -> None:
+    damage(saved.root / "step-2" / name, how)
     fresh = checkpointer(saved.root, seed=7)
     before = weights(fresh)
-    problem = "missing" if damage == "remove" else "damaged"
+    problem = "missing" if how == "remove" else "damaged"
     with pytest.raises(UserError, match=f"checkpoint file .*step-2/{name} is {problem}"):
         fresh.load(2)
     assert all(torch.equal(v, before[k]) for k, v in weights(fresh).items())
@@ -178,3 +211,152 @@ def test_a_broken_state_is_found_before_the_tables_are_touched(
     assert called == []
     saved.load(1)
     assert called == ["load"]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "data/.metadata", "data/__0_0.distcp"])
+@DAMAGES
+def test_the_newest_whole_checkpoint_is_found_and_damage_set_aside(folder: Path, name: str, how: str) -> None:
+    damage(folder / "step-2" / name, how)
+    said: list[str] = []
+    assert reader(folder, said).newest_whole() == 1
+    assert len(said) == 1
+    assert f"step-2/{name} is" in said[0] or "step-2 is not a whole checkpoint: manifest.json is missing" in said[0]
+    assert said[0].endswith("set aside as step-2.damaged, going back to the checkpoint before")
+    assert reader(folder).newest() == 1
+    assert (folder / "step-2.damaged").is_dir()
+
+
+def test_an_error_only_when_no_whole_checkpoint_is_left(folder: Path) -> None:
+    for number in (1, 2):
+        damage(folder / f"step-{number}" / "state.json", "flip")
+    with pytest.raises(UserError, match="no whole checkpoint is left under .*step-2/state.json is damaged.*delete"):
+        reader(folder).newest_whole()
+    assert reader(folder).steps() == [1, 2]  # nothing was moved
+    assert reader(folder / "nothing").newest_whole() is None
+
+
+def test_any_flipped_byte_of_the_manifest_is_found(folder: Path) -> None:
+    path = folder / "step-2" / "manifest.json"
+    whole = path.read_bytes()
+    for place in range(len(whole) - 1):  # the last one is the end of the line
+        body = bytearray(whole)
+        body[place] ^= 1
+        path.write_bytes(body)
+        if json.loads(whole) == _or_none(body):
+            continue  # another kind of white space
+        with pytest.raises(UserError, match="step-2"):
+            verify(folder / "step-2")
+
+
+def _or_none(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except ValueError:
+        return None
+
+
+IDENTITY = {"schema": "abc", "settings": {"optim.embedding": "adam", "batch_size": 256}}
+
+
+def test_the_manifest_says_what_the_checkpoint_was_made_for(tmp_path: Path) -> None:
+    checkpointer(tmp_path, **IDENTITY).save(7, {})
+    body = read_json(tmp_path / "step-7" / "manifest.json")
+    assert (body["step"], body["world_size"], body["schema"]) == (7, 1, "abc")
+    assert body["sharding"] == {"f0": "table_wise", "f1": "table_wise"}
+    assert body["settings"] == IDENTITY["settings"]
+    assert len(body["config"]) == 16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": "xyz"}, r"another schema \(abc, now xyz\); set --data.path"),
+        (
+            {"settings": {"optim.embedding": "sgd", "batch_size": 256}},
+            "optim.embedding was 'adam', now 'sgd'. Put them",
+        ),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_refused_by_what_differs(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    checkpointer(tmp_path, **IDENTITY).save(7, {})
+    with pytest.raises(UserError, match=message):
+        checkpointer(tmp_path, **(IDENTITY | change)).load(7)
+
+
+def test_a_renamed_checkpoint_is_refused(folder: Path) -> None:
+    (folder / "step-2").rename(folder / "step-20")
+    with pytest.raises(UserError, match="step-20 is of step 2.*its name step-2"):
+        checkpointer(folder).load(20)
+
+
+def test_a_manifest_of_an_older_version_still_loads(folder: Path) -> None:
+    path = folder / "step-2" / "manifest.json"
+    write_json(path, {k: v for k, v in read_json(path).items() if k in ("world_size", "files")})
+    assert checkpointer(folder, **IDENTITY).load(2) == {"number": 2}
+
+
+@pytest.mark.parametrize("point", SAVE_POINTS[:4])
+@pytest.mark.parametrize("background", [False, True])
+def test_a_full_disk_leaves_the_old_checkpoints_and_no_half_one(
+    saved: Checkpointer, point: str, background: bool
+) -> None:
+    saved.faults = Faults(parse(f"raise error=ENOSPC save={point}"), 0, "")
+    with pytest.raises(SaveError, match=r"step-3 could not be written: .*No space left.*MB are free.*step-2") as caught:
+        saved.save(3, {"number": 3}, background=background)
+        saved.wait()
+    assert caught.value.step == 3
+    assert sorted(p.name for p in saved.root.iterdir()) == ["step-1", "step-2"]
+    saved.save(4, {"number": 4}, background=background)  # there is room again
+    saved.wait()
+    assert saved.steps() == [2, 4]
+
+
+def test_a_write_that_the_system_refuses_is_told(saved: Checkpointer) -> None:
+    """A real one: no file of this process may grow beyond 1000 bytes."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old[1]))
+    try:
+        with pytest.raises(SaveError, match="step-3 could not be written"):
+            saved.save(3, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert sorted(p.name for p in saved.root.iterdir()) == ["step-1", "step-2"]
+    assert saved.load(2) == {"number": 2}
+
+
+def test_a_save_in_the_background_holds_what_was_there_when_it_began(
+    saved: Checkpointer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = threading.Event()
+    write = Checkpointer._write
+    monkeypatch.setattr(Checkpointer, "_write", lambda *a: (go.wait(30), write(*a))[1])
+    step(saved)
+    at_three, state = weights(saved), {"list": [3]}
+    saved.save(3, state, best=True, background=True)
+    step(saved)
+    state["list"].append(4)
+    assert saved.steps() == [1, 2]
+    go.set()
+    assert saved.wait() == 3
+    assert saved.best() == 3
+    fresh = checkpointer(saved.root, seed=7)
+    assert fresh.load(3) == {"list": [3]}
+    assert all(torch.equal(v, at_three[k]) for k, v in weights(fresh).items())
+    step(fresh)
+    assert all(torch.equal(v, weights(saved)[k]) for k, v in weights(fresh).items())
+
+
+def test_without_memory_for_a_copy_training_waits(saved: Checkpointer, monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=1000))
+    said: list[str] = []
+    saved.say = said.append
+    for number in (3, 4):
+        saved.save(number, {}, background=True)
+        assert saved.newest() == number
+    assert len(said) == 1
+    assert "does not fit into the free memory" in said[0]

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 
 from embsearch_dist.allocation import Allocation
+from embsearch_dist.config import SAFETY_KEYS
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.base import Method, Run, Stage, check_stages, flatten, run_stages
@@ -71,6 +72,14 @@ def test_stages_run_in_order_and_once(two: Run, capsys: pytest.CaptureFixture[st
     assert Recorded.log == ["recorded", "repeated"]
     assert "stage recorded: done before, skipped" in capsys.readouterr().out
     assert read_json(two.dir / "stages" / "recorded.json") == {"state": "done", "inputs": {"a.b": 1, "a.c": [1, 2]}}
+
+
+def test_changed_settings_are_refused_without_a_check_before(two: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_stages(Two(), two)
+    monkeypatch.setattr(Recorded, "settings", {"a": {"b": 2, "c": [1, 2]}})
+    with pytest.raises(UserError, match="stage 'recorded' made with other settings"):
+        run_stages(Two(), two)
+    assert Recorded.log == ["recorded", "repeated"]
 
 
 def test_a_stage_that_failed_is_run_again(two: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,8 +208,24 @@ def test_a_damaged_supernet_is_refused_by_file(data: Path, searched: Path, tmp_p
     body = bytearray(path.read_bytes())
     body[100] ^= 1
     path.write_bytes(body)
-    with pytest.raises(UserError, match="__0_0.distcp is damaged"):
+    with pytest.raises(UserError, match=r"__0_0.distcp is damaged.* delete .*stages/supernet.json and give") as caught:
         search(data, tmp_path / "run", "search.budget=10%")
+    # An older checkpoint must not pass for the finished supernet.
+    (path.parents[1] / "manifest.json").unlink()
+    with pytest.raises(UserError, match="step-24 is not a whole checkpoint"):
+        search(data, tmp_path / "run", "search.budget=10%")
+    assert str(tmp_path / "run" / "stages" / "supernet.json") in str(caught.value)
+    (tmp_path / "run" / "stages" / "supernet.json").unlink()
+    mended = search(data, tmp_path / "run")
+    assert mended == Allocation.load(searched / "allocations" / "adass.json", mended.schema)
+
+
+def test_keys_that_only_keep_a_run_safe_may_change(data: Path, searched: Path, tmp_path: Path) -> None:
+    shutil.copytree(searched, tmp_path / "run")
+    before = supernet_files(tmp_path / "run")
+    assert not any(key in (searched / "stages" / "supernet.json").read_text() for key in SAFETY_KEYS)
+    search(data, tmp_path / "run", "search.supernet.save_every=3", "search.supernet.skip_bad_batches=1")
+    assert supernet_files(tmp_path / "run") == before
 
 
 def test_an_impossible_budget_is_refused_before_the_supernet_is_trained(data: Path, tmp_path: Path) -> None:

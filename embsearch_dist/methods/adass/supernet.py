@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from embsearch_dist.config import SAFETY_KEYS
 from embsearch_dist.data.batch import Batch
 from embsearch_dist.dist.statistics import column_sums
+from embsearch_dist.errors import UserError
 from embsearch_dist.methods.adass.config import AdassConfig
 from embsearch_dist.methods.adass.sampling import Sampler, candidate_variance
 from embsearch_dist.methods.base import Run, Stage
@@ -33,6 +36,10 @@ class SupernetTask:
         warmup = int(search.sampling.warmup * total_steps)
         self.sampler = Sampler(search.sampling, run.schema, search.candidates, run.config.run.seed, warmup)
         self.l2 = run.config.optim.embedding_l2
+        model = {f"model.{k}": v for k, v in dataclasses.asdict(run.config.model).items()}
+        sampling = {f"search.sampling.{k}": v for k, v in dataclasses.asdict(search.sampling).items()}
+        own = {"search.candidates": list(search.candidates), "search.scheme": search.scheme}
+        self.settings = model | own | sampling
         self.picture_every = max(search.sampling.update_every, total_steps // HEATMAPS)
         self._pictured = 0
         self._gradient: torch.Tensor | None = None
@@ -87,6 +94,9 @@ class SupernetTask:
             monitor.heatmap(step, "P_E", p_e.numpy(), self.names, columns)
             monitor.heatmap(step, "P_F", p_f[None].numpy(), ["keep"], self.names)
 
+    def after_skip(self) -> None:
+        self._gradient = self._size = None
+
     def state(self) -> dict[str, Any]:
         return {"sampler": self.sampler.state(), "pictured": self._pictured}
 
@@ -112,7 +122,7 @@ class SupernetStage(Stage):
             "search.candidates": search.candidates,
             "search.scheme": search.scheme,
             "search.sampling": search.sampling,
-            "search.supernet": search.supernet,
+            "search.supernet": {k: v for k, v in vars(search.supernet).items() if k not in SAFETY_KEYS},
         }
 
     def run(self, run: Run) -> None:
@@ -137,10 +147,22 @@ def load_supernet(run: Run) -> SupernetTask:
     """The finished supernet of a run directory, frozen: its last weights.
 
     Raises:
-        UserError: through the checkpointer, when a file is missing or damaged.
+        UserError: they are missing or damaged. An older checkpoint would be another supernet, so none is taken.
     """
     task = SupernetTask(run)
-    checkpointer = Checkpointer(checkpoint_root(run), task.model, None, run.context)
-    task.load_state(checkpointer.load(checkpointer.steps()[-1], optimizers=False)["task"])
+    root, schema = checkpoint_root(run), run.schema.fingerprint
+    checkpointer = Checkpointer(root, task.model, None, run.context, schema=schema)
+    last = checkpointer.newest()
+    mark = run.dir / "stages" / f"{SupernetStage.name}.json"
+    mend = f"To train on from the last whole checkpoint, delete {mark} and give the command again"
+    if last is None:
+        raise UserError(f"{root} holds no checkpoint of the supernet. {mend}")
+    try:
+        state = checkpointer.load(last, optimizers=False)
+    except UserError as e:
+        told = UserError(f"{e}. {mend}")
+        told.everywhere = e.everywhere
+        raise told from e
+    task.load_state(state["task"])
     task.model.eval()
     return task

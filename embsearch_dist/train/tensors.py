@@ -1,0 +1,110 @@
+"""Everything of a training that is a tensor, under names that depend neither on rank nor on sharding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.distributed._shard.metadata import ShardMetadata
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata
+from torch.optim.optimizer import Optimizer
+
+from embsearch_dist.dist.context import Context
+from embsearch_dist.models.ctr import CTRModel
+
+
+def tensors_of(model: CTRModel, optimizer: Optimizer | None, context: Context, optimizers: bool) -> dict[str, Any]:
+    """Tables, head and the state of their optimizers, as views of live storage wherever DCP loads in place."""
+    tables = model.sharded
+    tensors: dict[str, Any] = {
+        "tables": dict(tables.collection.state_dict()),
+        "head": {k: v.detach() for k, v in model.bare_head.state_dict().items()},
+    }
+    if not optimizers:
+        return tensors
+    assert optimizer is not None, "without the head's optimizer only the weights can be loaded"
+    tensors["head_optimizer"] = dict(_adam_state(optimizer, dict(model.bare_head.named_parameters())))
+    fused: dict[str, Any] = {}
+    for parameter, values in tables.collection.fused_optimizer.state_dict()["state"].items():
+        for key, value in values.items():
+            if isinstance(value, ShardedTensor | torch.Tensor):
+                fused[f"{parameter}/{key}"] = value
+    own = {} if tables.torch_optimizer is None else dict(_table_state(tables, context))
+    # DCP takes an empty group for a value, which only rank 0 would write and every rank would look for.
+    return tensors | {k: v for k, v in {"fused_optimizer": fused, "torch_optimizer": own}.items() if v}
+
+
+def copies(tensors: Any, group: Any) -> Any:
+    """The same tensors in memory of their own, on the CPU, so that training may go on while they are written."""
+    if isinstance(tensors, dict):
+        return {k: copies(v, group) for k, v in tensors.items()}
+    if not isinstance(tensors, ShardedTensor):
+        return tensors.detach().to("cpu", copy=True)
+    whole = tensors.metadata()
+    parts = [ShardMetadata(m.shard_offsets, m.shard_sizes, _on_cpu(m)) for m in whole.shards_metadata]
+    moved = {tuple(p.shard_offsets): p for p in parts}
+    shards = [
+        Shard(s.tensor.detach().to("cpu", copy=True).contiguous(), moved[tuple(s.metadata.shard_offsets)])
+        for s in tensors.local_shards()
+    ]
+    metadata = ShardedTensorMetadata(parts, whole.size, whole.tensor_properties)
+    return ShardedTensor._init_from_local_shards_and_global_metadata(shards, metadata, process_group=group)
+
+
+def local_bytes(tensors: Any) -> int:
+    """Memory that :func:`copies` takes on this rank."""
+    if isinstance(tensors, dict):
+        return sum(local_bytes(v) for v in tensors.values())
+    if isinstance(tensors, ShardedTensor):
+        return sum(s.tensor.nbytes for s in tensors.local_shards())
+    return tensors.nbytes
+
+
+def _on_cpu(part: ShardMetadata) -> str:
+    assert part.placement is not None
+    return f"rank:{part.placement.rank()}/cpu"  # type: ignore[union-attr]
+
+
+def _adam_state(optimizer: Optimizer, named: dict[str, torch.nn.Parameter]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Optimizer state by parameter name. It is created first where it does not exist yet: loading
+    into an optimizer that has never stepped would silently drop it."""
+    for name, parameter in named.items():
+        for key, value in _ensure_state(optimizer, parameter).items():
+            if isinstance(value, torch.Tensor):
+                yield f"{name}/{key}", value
+
+
+def _ensure_state(optimizer: Optimizer, parameter: torch.nn.Parameter) -> dict[str, Any]:
+    state = optimizer.state[parameter]
+    if not state and isinstance(optimizer, torch.optim.Adam):
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)  # where fused Adam keeps it
+        state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
+        state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
+    return state
+
+
+def _table_state(tables: Any, context: Context) -> Iterator[tuple[str, Any]]:
+    """State of tables whose optimizer runs outside backward, sharded like the tables themselves.
+
+    What belongs to no shard (the step count, the state of a replicated table) is the same on every rank
+    that has it, so its name does not depend on the rank.
+    """
+    weights = tables.collection.state_dict()
+    for name, parameter in tables.collection.named_parameters():
+        key = name if name in weights else name.replace("module.", "")
+        weight = weights.get(key)
+        if isinstance(weight, ShardedTensor) and not weight.local_shards():
+            continue  # the table lives on other ranks; here stands an empty parameter
+        if parameter not in tables.torch_optimizer.state and not isinstance(tables.torch_optimizer, torch.optim.Adam):
+            continue
+        for field, value in _ensure_state(tables.torch_optimizer, parameter).items():
+            if not isinstance(value, torch.Tensor):
+                continue
+            if isinstance(weight, ShardedTensor) and value.dim() == 2:
+                shards = [Shard(value.detach(), s.metadata) for s in weight.local_shards()]
+                value = ShardedTensor._init_from_local_shards_and_global_metadata(
+                    shards, weight.metadata(), process_group=context.group
+                )
+            yield f"{key}/{field}", value
