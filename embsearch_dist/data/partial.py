@@ -39,10 +39,12 @@ def whole_directory(
         if team.rank == 0:
             _check_target(out, overwrite)
             lock = _open(partial, job, quiet)
+            if team.size > 1:
+                # Shared by all ranks, so that a new start finds the last survivor of a killed one.
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         team.share("directory", lambda: True)
-        # Shared by all ranks, so that a new start finds the last survivor of a killed one.
-        lock = lock if lock >= 0 else os.open(partial / MARK, os.O_RDWR)
-        if team.size > 1:
+        if team.rank > 0:
+            lock = os.open(partial / MARK, os.O_RDWR)
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         yield partial
         team.barrier("written")
