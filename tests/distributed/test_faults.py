@@ -197,6 +197,7 @@ def kill_in_saves(rank: int, world_size: int, data: str, folder: str) -> dict[st
     return found
 
 
+@pytest.mark.slow
 def test_a_kill_in_any_phase_of_a_save_continues_bitwise(tmp_path: Path, data: str) -> None:
     found = run_ranks(kill_in_saves, 1, tmp_path, data, str(tmp_path), init=False, timeout=280)[0]
     unbroken = found.pop("unbroken")[1]

@@ -42,6 +42,7 @@ def config(tmp_path: Path) -> Path:
     return write_config(tmp_path / "tiny.yaml")
 
 
+@pytest.mark.slow
 def test_a_search_told_to_end_saves_and_a_killed_retraining_goes_on(
     data: Path, config: Path, tmp_path: Path, run_script: Callable
 ) -> None:
