@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import expit
 
+from embsearch_dist.data.hashing import GOLDEN, mix
 from embsearch_dist.errors import UserError
 
 # Rows of the Kaggle file: at this row number drift has gone once through.
@@ -167,19 +168,8 @@ PAIRS = (
 RANKS = {c.name: int(c.slope != 0) for c in NUMBERS} | {c.name: 0 for c in CATEGORIES}
 RANKS |= {name: p.rank for p in PAIRS for name in (p.left, p.right)}
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _TURN = 0.6180339887498949  # multiples of it fill [0, 1) evenly: when each slot changes hands
 Columns = dict[str, np.ndarray]
-
-
-def _mix(z: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser, in place: 64 bits that look independent for any two inputs."""
-    z ^= z >> np.uint64(30)
-    z *= np.uint64(0xBF58476D1CE4E5B9)
-    z ^= z >> np.uint64(27)
-    z *= np.uint64(0x94D049BB133111EB)
-    z ^= z >> np.uint64(31)
-    return z
 
 
 def value_names(field: int, index: np.ndarray) -> np.ndarray:
@@ -239,14 +229,14 @@ class CriteoLike:
 
     def draw(self, rows: np.ndarray) -> Drawn:
         """The rows of these numbers (``[N]`` uint64, in any order)."""
-        base = (rows + np.uint64(1)) * _GOLDEN
+        base = (rows + np.uint64(1)) * GOLDEN
         time = rows / REFERENCE_ROWS
-        blanks = {group: _mix(base + key) < np.uint64(int(group[0] * 2**64)) for group, key in self._blank.items()}
+        blanks = {group: mix(base + key) < np.uint64(int(group[0] * 2**64)) for group, key in self._blank.items()}
         missing = {name: blanks[group] for name, group in self._group.items()}
-        numbers = {c.name: _number(c, _mix(base + self._cell[c.name])) for c in NUMBERS}
-        values = {c.name: _value_index(c, _mix(base + self._cell[c.name]), time) for c in CATEGORIES}
+        numbers = {c.name: _number(c, mix(base + self._cell[c.name])) for c in NUMBERS}
+        values = {c.name: _value_index(c, mix(base + self._cell[c.name]), time) for c in CATEGORIES}
         logit = self._logit(numbers, values, missing, time)
-        uniform = (_mix(base + self._label) >> np.uint64(11)) * 2.0**-53
+        uniform = (mix(base + self._label) >> np.uint64(11)) * 2.0**-53
         return Drawn(uniform < expit(logit), numbers, values, missing, logit)
 
     def _logit(self, numbers: Columns, values: Columns, missing: Columns, time: np.ndarray) -> np.ndarray:
@@ -261,7 +251,7 @@ class CriteoLike:
         bits = {}
         for c in CATEGORIES:
             if RANKS[c.name]:
-                bits[c.name] = _mix(values[c.name] * _GOLDEN + self._latent[c.name])
+                bits[c.name] = mix(values[c.name] * GOLDEN + self._latent[c.name])
             if c.main:
                 # 16 further signs summed: nearly normal. The first 32 bits are for the interactions.
                 ones = np.bitwise_count(bits[c.name] >> np.uint64(48))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from embsearch_dist.data.hashing import GOLDEN, mix
 from embsearch_dist.data.staging import Part
 from embsearch_dist.data.team import Team
 
@@ -20,10 +21,7 @@ def random_split(row: np.ndarray, seed: int) -> np.ndarray:
     """
     start = np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]
     with np.errstate(over="ignore"):
-        z = start + (row.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z = z ^ (z >> np.uint64(31))
+        z = mix(start + (row.astype(np.uint64) + np.uint64(1)) * GOLDEN)
     tenth = (z % np.uint64(10)).astype(np.uint8)
     return np.maximum(tenth, 7) - np.uint8(7)
 

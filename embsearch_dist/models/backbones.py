@@ -78,10 +78,6 @@ class Backbone(nn.Module):
         linear = dense @ self.linear.weight[0, start:] + self.linear.bias
         return linear, dense @ self.first.weight[:, start:].T + self.first.bias if self.deep else dense[:, :0]
 
-    def finish(self, logit: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-        """Summed linear and pair terms ``[N]`` and first-layer terms -> logits ``[N]``. Overwrites ``first``."""
-        return logit + self.rest(first).squeeze(1) if self.deep else logit
-
 
 def make_backbone(
     kind: str, fields: int, width: int, dense: int, hidden: Sequence[int], dropout: float = 0.0

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from embsearch_dist.config import fingerprint
+from embsearch_dist.data.scratch import digest
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import read_json, write_json
 
@@ -22,7 +23,7 @@ NAME = "manifest.json"
 def write_manifest(directory: Path, facts: dict[str, Any]) -> None:
     """Describe every file of ``directory``; ``facts`` is what else the manifest says."""
     files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != NAME)
-    listed = {str(p.relative_to(directory)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+    listed = {str(p.relative_to(directory)): digest(p) for p in files}
     body = {**facts, "files": listed}
     write_json(directory / NAME, {**body, "sha256": _seal(body)})
 
@@ -58,7 +59,7 @@ def verify(directory: Path) -> dict[str, Any]:
         size = path.stat().st_size
         if size != entry["bytes"]:
             raise UserError(f"checkpoint file {path} is damaged (it has {size} bytes, not {entry['bytes']})")
-        if _sha256(path) != entry["sha256"]:
+        if digest(path)["sha256"] != entry["sha256"]:
             raise UserError(f"checkpoint file {path} is damaged (its checksum differs from the manifest)")
     return manifest
 
@@ -133,8 +134,3 @@ def same_spread(old: dict[str, Any], new: dict[str, Any]) -> bool:
 
 def _seal(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

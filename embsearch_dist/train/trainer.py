@@ -326,8 +326,9 @@ class Trainer:
             self.checkpointer.save(p.step, {"progress": vars(p), "task": self.task.state()}, best, background)
         except SaveError as e:
             self._not_saved(e, must)
-        else:
-            self._failures = 0 if not background else self._failures
+            return
+        if not background:
+            self._failures = 0
 
     def _not_saved(self, error: SaveError, must: bool) -> None:
         """Go on without that checkpoint, unless it was needed or too many are missing by now."""

@@ -32,7 +32,7 @@ def sum_of_terms(model: Backbone, u: torch.Tensor, x: torch.Tensor) -> torch.Ten
         logit, first = logit + part[0], first + part[1]
     if model.fm:
         logit = logit + model.pair_terms(u).triu(1).sum((1, 2))
-    return model.finish(logit, first)
+    return logit + model.rest(first).squeeze(1) if model.deep else logit
 
 
 @pytest.mark.parametrize("dense", [0, 3])

@@ -27,7 +27,6 @@ from embsearch_dist.train.metrics import binned_auc, score
 CHUNK_ROWS = 128  # the terms of a chunk of rows stay in cache while all candidates of a pass use them
 CHUNKS_PER_SLAB = 32  # of rows whose terms are made at a time
 CANDIDATES_PER_PASS = 64
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class SubnetScorer:
@@ -44,7 +43,7 @@ class SubnetScorer:
             batches: this rank's share of the sample; all ranks hold equally many batches.
             precision: of the MLP's sums, ``float32`` or ``bfloat16``; linear and FM parts are always float32.
         """
-        self.context, self.dtype = context, DTYPES[precision]
+        self.context, self.dtype = context, getattr(torch, precision)
         head = model.bare_head
         unify, self.backbone = head.unify, head.backbone
         assert isinstance(unify, SupernetUnify)
@@ -216,5 +215,5 @@ def sample_rows(
     """Rows of the sample: as wanted, unless their terms would take more than ``cache_mb`` MiB."""
     pairs, _ = pair_offsets(fields, candidates, backbone.fm)
     blocks = fields * candidates + 1
-    row = 4 * (blocks + len(pairs)) + DTYPES[precision].itemsize * blocks * backbone.first_width
+    row = 4 * (blocks + len(pairs)) + getattr(torch, precision).itemsize * blocks * backbone.first_width
     return max(1, min(rows, wanted, (cache_mb << 20) // row))
