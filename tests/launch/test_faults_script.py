@@ -90,7 +90,7 @@ def finish(process: subprocess.Popen[str], timeout: float = 150) -> str:
 
 def wait_for_checkpoint(process: subprocess.Popen[str], run: Path) -> None:
     deadline = time.monotonic() + 120
-    while not list((run / "checkpoints" / "supernet").glob("step-*/manifest.json")):
+    while not list((run / "checkpoints" / "supernet").glob("step-*[0-9]/manifest.json")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
         time.sleep(0.01)
 
