@@ -14,6 +14,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.nn import functional
+
+from embsearch_dist.models.dense import Linear, fm, linear
 
 
 class Backbone(nn.Module):
@@ -25,33 +28,53 @@ class Backbone(nn.Module):
         dense: number of dense columns; they join the linear part and the MLP.
         fm: add the second-order term ``sum_{f<g} <u_f, u_g>`` (DeepFM, FM).
         hidden: hidden layers of the MLP; empty = no MLP (FM).
+        precision: ``float32``, or ``bfloat16`` for the products of the MLP's hidden layers. What is added up to
+            the logit is float32 in either case, and so are all weights.
     """
 
     def __init__(
-        self, fields: int, width: int, dense: int, fm: bool, hidden: Sequence[int], dropout: float = 0.0
+        self,
+        fields: int,
+        width: int,
+        dense: int,
+        fm: bool,
+        hidden: Sequence[int],
+        dropout: float = 0.0,
+        precision: str = "float32",
     ) -> None:
         super().__init__()
+        self.precision = getattr(torch, precision)
         self.fields, self.width, self.fm, self.deep = fields, width, fm, bool(hidden)
         inputs = fields * width + dense
         self.linear = nn.Linear(inputs, 1)
         if hidden:
-            self.first = nn.Linear(inputs, hidden[0])
-            layers: list[nn.Module] = [nn.ReLU(inplace=True), nn.Dropout(dropout)]
+            self.first = Linear(inputs, hidden[0])
+            layers: list[nn.Module] = [nn.ReLU(), nn.Dropout(dropout)]
             for a, b in zip(hidden, hidden[1:], strict=False):
-                layers += [nn.Linear(a, b), nn.ReLU(inplace=True), nn.Dropout(dropout)]
-            self.rest = nn.Sequential(*layers, nn.Linear(hidden[-1], 1))
+                layers += [Linear(a, b), nn.ReLU(), nn.Dropout(dropout)]
+            self.rest = nn.Sequential(*layers, Linear(hidden[-1], 1))
 
     def forward(self, u: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
         """``u [B, F, d]``, ``dense [B, n_dense]`` -> logits ``[B]``."""
         x = u.reshape(len(u), -1)
         if dense.shape[1]:
             x = torch.cat([x, dense], 1)
-        logit = self.linear(x).squeeze(1)
-        if self.fm:
-            logit = logit + 0.5 * (u.sum(1).square().sum(1) - u.square().sum((1, 2)))
-        if self.deep:
-            logit = logit + self.rest(self.first(x)).squeeze(1)
-        return logit
+        if self.deep and self.precision is torch.bfloat16:
+            with torch.autocast(u.device.type, self.precision):
+                hidden = self.rest[:-1](self.first(x))
+            logit = self.linear(x) + self.rest[-1](hidden.float())
+        elif self.deep:
+            # One product for both: the inputs are wide, and each more would read and, in backward, write them again.
+            # Rows of zeros fill it up to whole vectors: 257 outputs take up to three times as long as 272.
+            fill = -(self.first_width + 1) % 16
+            weight = functional.pad(torch.cat([self.first.weight, self.linear.weight]), (0, 0, 0, fill))
+            bias = functional.pad(torch.cat([self.first.bias, self.linear.bias]), (0, fill))
+            hidden, logit, _ = linear(x, weight, bias).split([self.first_width, 1, fill], 1)
+            logit = logit + self.rest(hidden)
+        else:
+            logit = self.linear(x)
+        logit = logit.squeeze(1)
+        return logit + fm(u) if self.fm else logit
 
     @property
     def first_width(self) -> int:
@@ -80,13 +103,18 @@ class Backbone(nn.Module):
 
 
 def make_backbone(
-    kind: str, fields: int, width: int, dense: int, hidden: Sequence[int], dropout: float = 0.0
+    kind: str,
+    fields: int,
+    width: int,
+    dense: int,
+    hidden: Sequence[int],
+    dropout: float = 0.0,
+    precision: str = "float32",
 ) -> Backbone:
     """Build ``wide_deep`` (Cheng et al. 2016), ``deepfm`` (Guo et al. 2017) or ``fm`` (Rendle 2010).
 
     The wide part is linear in the unified embeddings: a linear part over raw ids would keep a
     full-width path for a field that the search has dropped.
     """
-    return Backbone(
-        fields, width, dense, fm=kind in ("deepfm", "fm"), hidden=[] if kind == "fm" else hidden, dropout=dropout
-    )
+    fm = kind in ("deepfm", "fm")
+    return Backbone(fields, width, dense, fm, [] if kind == "fm" else hidden, dropout, precision)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import Config
@@ -17,6 +16,7 @@ from embsearch_dist.dist.context import Context
 from embsearch_dist.dist.sharding import ShardedTables
 from embsearch_dist.models.backbones import Backbone, make_backbone
 from embsearch_dist.models.embeddings import MaxTables, MixedTables
+from embsearch_dist.models.pooled import Pooled
 from embsearch_dist.models.unify import MixedUnify, NoUnify, SupernetUnify
 from embsearch_dist.schema import Schema
 
@@ -68,37 +68,29 @@ class SubnetModel(CTRModel):
         super().__init__()
         m, seed = config.model, config.run.seed
         self.tables = MixedTables(allocation, context, config.dist, config.optim, seed, m.init_std)
-        groups = [(w, len(names)) for w, names in self.tables.groups]
-        stored = [n for _, names in self.tables.groups for n in names]
-        order = [stored.index(n) for n in allocation.kept]
+        widths = self.tables.widths
         with seeded(seed):
             unify: nn.Module
-            if m.unify == "mixed" and len(groups) == 1:
-                unify, width = NoUnify(), groups[0][0]
+            if m.unify == "mixed" and len(set(widths)) == 1:
+                unify, width = NoUnify(), widths[0]
             else:
-                unify = MixedUnify(groups, order, m.unified_width, m.norm, m.gain, context.world_size > 1)
+                unify = MixedUnify(widths, m.unified_width, m.norm, m.gain, context.world_size > 1)
                 width = m.unified_width
             n_dense = len(allocation.schema.dense)
-            backbone = make_backbone(m.backbone, len(allocation.kept), width, n_dense, m.hidden, m.dropout)
+            backbone = make_backbone(m.backbone, len(widths), width, n_dense, m.hidden, m.dropout, m.precision)
         self.head = self._wrap(Head(unify, backbone), context)
 
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Logits ``[B]`` and the pooled embeddings per width (for L2)."""
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, Pooled]:
+        """Logits ``[B]`` and the pooled embeddings (for L2)."""
         pooled = self.tables(batch.sparse)
         return self.head(batch.dense, pooled), pooled
 
     def flops_per_sample(self) -> float:
-        """Multiply-adds times two of the head's forward pass for one row (look-ups have none)."""
-        head, rows = self.bare_head, 64
-        device = next(head.parameters()).device
-        groups = [torch.zeros(len(names), rows, w, device=device) for w, names in self.tables.groups]
-        n_dense = head.backbone.linear.in_features - head.backbone.fields * head.backbone.width
-        training = head.training
-        head.eval()
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            head(torch.zeros(rows, n_dense, device=device), groups)
-        head.train(training)
-        return counter.get_total_flops() / rows
+        """Multiply-adds times two of the products in the head's forward pass for one row (look-ups have none)."""
+        head = self.bare_head
+        layers = sum(m.in_features * m.out_features for m in head.modules() if isinstance(m, nn.Linear))
+        unify = sum(self.tables.widths) * head.backbone.width if isinstance(head.unify, MixedUnify) else 0
+        return 2.0 * (layers + unify)
 
 
 class SupernetModel(CTRModel):
@@ -123,11 +115,12 @@ class SupernetModel(CTRModel):
             synchronise = context.world_size > 1 and same_subnet
             fields = len(schema.fields)
             unify = SupernetUnify(fields, self.tables.mask.cpu(), m.unified_width, m.norm, m.gain, synchronise)
-            backbone = make_backbone(m.backbone, fields, m.unified_width, len(schema.dense), m.hidden, m.dropout)
+            width, n_dense = m.unified_width, len(schema.dense)
+            backbone = make_backbone(m.backbone, fields, width, n_dense, m.hidden, m.dropout, m.precision)
         self.head = self._wrap(Head(unify, backbone), context)
 
-    def forward(self, batch: Batch, choice: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits ``[B]`` of the subnet ``choice [F]``, ``keep [F]``, and pooled rows ``[F, B, table width]``."""
+    def forward(self, batch: Batch, choice: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, Pooled]:
+        """Logits ``[B]`` of the subnet ``choice [F]``, ``keep [F]``, and the pooled rows of the max-tables."""
         pooled = self.tables(batch.sparse)
         return self.head(batch.dense, pooled, choice, keep), pooled
 

@@ -6,29 +6,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torchrec import KeyedJaggedTensor, KeyedTensor
+from torchrec import KeyedJaggedTensor
 
 from embsearch_dist.allocation import Allocation, physical_width
 from embsearch_dist.config import DistConfig, OptimConfig
 from embsearch_dist.dist.context import Context
 from embsearch_dist.dist.sharding import ShardedTables, Table
 from embsearch_dist.errors import UserError
+from embsearch_dist.models.pooled import Pooled
 from embsearch_dist.schema import Schema
 
 SCHEMES = ("shared", "independent")
-
-
-def stack_fields(pooled: KeyedTensor, names: Sequence[str], width: int) -> torch.Tensor:
-    """Gather fields of one physical width from a KeyedTensor by name: ``[len(names), B, width]``.
-
-    The key order of a KeyedTensor depends on the sharding plan. One view serves when the plan kept
-    the order; otherwise the columns are picked by name.
-    """
-    values = pooled.values()
-    if pooled.keys() == list(names):
-        return values.view(values.shape[0], len(names), width).transpose(0, 1)
-    parts = pooled.to_dict()
-    return torch.stack([parts[n] for n in names])
 
 
 class MaxTables(nn.Module):
@@ -67,16 +55,13 @@ class MaxTables(nn.Module):
         tables = [Table(f.name, f.cardinality, self.width) for f in schema.fields]
         self.sharded = ShardedTables(tables, context, dist, optim, seed, init_std)
 
-    def forward(self, sparse: KeyedJaggedTensor) -> torch.Tensor:
-        """Pooled max-table rows ``[F, B, width]``, fields in schema order, nothing masked yet."""
-        return stack_fields(self.sharded(sparse), self.names, self.width)
+    def forward(self, sparse: KeyedJaggedTensor) -> Pooled:
+        """Pooled max-table rows, all columns of all fields, nothing masked yet."""
+        return Pooled.of(self.sharded(sparse), self.names, [self.width] * len(self.names))
 
 
 class MixedTables(nn.Module):
-    """One table per kept field, each at its own width, as an allocation says.
-
-    ``groups`` lists (nominal width, field names) in ascending width.
-    """
+    """One table per kept field, each at its own width, as an allocation says."""
 
     def __init__(
         self,
@@ -88,20 +73,16 @@ class MixedTables(nn.Module):
         init_std: float,
     ) -> None:
         super().__init__()
-        kept = {n: allocation.widths[n] for n in allocation.kept}
-        self.groups = [(w, [n for n in kept if kept[n] == w]) for w in sorted(set(kept.values()))]
-        rows = {f.name: f.cardinality for f in allocation.schema.fields}
-        tables = [Table(n, rows[n], physical_width(w)) for w, names in self.groups for n in names]
+        self.names = list(allocation.kept)
+        self.widths = [allocation.widths[n] for n in self.names]
+        fields = {f.name: f for f in allocation.schema.fields}
+        by_width = sorted(zip(self.widths, self.names, strict=True), key=lambda pair: pair[0])
+        tables = [Table(n, fields[n].cardinality, physical_width(w)) for w, n in by_width]
         self.sharded = ShardedTables(tables, context, dist, optim, seed, init_std)
 
-    def forward(self, sparse: KeyedJaggedTensor) -> list[torch.Tensor]:
-        """Per group ``[fields of the group, B, nominal width]``."""
-        pooled = self.sharded(sparse)
-        if len(self.groups) == 1:
-            width, names = self.groups[0]
-            return [stack_fields(pooled, names, physical_width(width))[..., :width]]
-        parts = pooled.to_dict()
-        return [torch.stack([parts[n] for n in names])[..., :width] for width, names in self.groups]
+    def forward(self, sparse: KeyedJaggedTensor) -> Pooled:
+        """Pooled embeddings of the kept fields at their nominal widths."""
+        return Pooled.of(self.sharded(sparse), self.names, self.widths)
 
 
 def check_candidates(candidates: Sequence[int], key: str = "search.candidates") -> list[int]:

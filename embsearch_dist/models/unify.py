@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from embsearch_dist.models.norm import UnifyNorm
+from embsearch_dist.models.pooled import Pooled, Span, field_linear
 
 
 def initial_map(width: int, common: int) -> torch.Tensor:
@@ -34,10 +35,9 @@ def initial_bias(candidates: int, width: int, norm: str) -> nn.Parameter:
 class SupernetUnify(nn.Module):
     """T candidate maps over the columns of a max-table, chosen per field at every step.
 
-    The weight of candidate j is stored at the full table width with zero rows outside its columns.
-    Multiplying by it reads just those columns, and the gradient of all others is exactly zero: no mask
-    is ever multiplied into ``[F, B, width]`` activations and no column is sliced (slicing per field is
-    10 to 27 times slower in backward).
+    The weight of candidate j is stored at the full table width with zero rows outside its columns, and the
+    gradient of all other columns is exactly zero. On CPU only the candidate's columns are read (what a step
+    costs follows the widths it drew). On a GPU one batched product over the full width needs fewer launches.
     """
 
     def __init__(self, fields: int, mask: torch.Tensor, width: int, norm: str, gain: float, synchronise: bool) -> None:
@@ -45,6 +45,8 @@ class SupernetUnify(nn.Module):
         super().__init__()
         self.register_buffer("mask", mask.clone(), persistent=False)
         self.mask: torch.Tensor
+        # First column and number of columns of each candidate: they are neighbours.
+        self.columns = [(int(m.argmax()), int(m.sum())) for m in mask]
         candidates, columns = mask.shape
         weight = torch.zeros(candidates, columns, width)
         for j in range(candidates):
@@ -61,47 +63,57 @@ class SupernetUnify(nn.Module):
         weight = (self.weight * self.mask[..., None])[choice]
         return torch.baddbmm(self.bias[choice][:, None], x, weight)
 
-    def forward(self, x: torch.Tensor, choice: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-        """One subnet: ``choice [F]`` int64 and ``keep [F]`` bool -> ``[B, F, d_f]``; dropped fields are zero."""
+    def in_place(self, x: Pooled, choice: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        """As :meth:`linear`, from columns where they lie -> ``[B, F, d_f]``; zero for fields that are not kept."""
+        spans: list[Span | None] = []
+        for start, j, kept in zip(x.starts, choice.tolist(), keep.tolist(), strict=True):
+            first, count = self.columns[j]
+            spans.append(Span(start + first, j, first, count) if kept and count else None)
+        return field_linear(x.values, spans, self.weight.unbind(0), self.bias)
+
+    def forward(self, x: Pooled | torch.Tensor, choice: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        """One subnet: ``choice [F]`` int64 and ``keep [F]`` bool -> ``[B, F, d_f]``; dropped fields are zero.
+
+        ``x``: the pooled max-tables, or ``[F, B, table width]``.
+        """
         keep = keep & self.present[choice]
-        u = self.norm(self.linear(x, choice), choice, keep)
+        if isinstance(x, Pooled) and x.values.device.type == "cpu":
+            u = self.in_place(x, choice, keep)
+            if self.norm.kind == "none":
+                return u
+            u = self.norm(u.transpose(0, 1), choice, keep)
+        else:
+            u = self.norm(self.linear(x.stack() if isinstance(x, Pooled) else x, choice), choice, keep)
         return u * keep.to(u.dtype)[:, None]
 
 
 class MixedUnify(nn.Module):
     """One map per width of an allocation; each field keeps its own for good."""
 
-    def __init__(
-        self,
-        groups: Sequence[tuple[int, int]],
-        order: Sequence[int],
-        width: int,
-        norm: str,
-        gain: float,
-        synchronise: bool,
-    ) -> None:
-        """``groups``: (nominal width, number of fields); ``order[k]``: place of schema field k among the groups."""
+    def __init__(self, widths: Sequence[int], width: int, norm: str, gain: float, synchronise: bool) -> None:
+        """``widths``: nominal width of each kept field, in schema order."""
         super().__init__()
-        self.weights = nn.ParameterList(nn.Parameter(initial_map(w, width)) for w, _ in groups)
-        self.bias = initial_bias(len(groups), width, norm)
-        choice = [g for g, (_, n) in enumerate(groups) for _ in range(n)]
-        self.register_buffer("choice", torch.tensor(choice)[list(order)], persistent=False)
+        self.groups = sorted(set(widths))
+        self.weights = nn.ParameterList(nn.Parameter(initial_map(w, width)) for w in self.groups)
+        self.bias = initial_bias(len(self.groups), width, norm)
+        self.register_buffer("choice", torch.tensor([self.groups.index(w) for w in widths]), persistent=False)
         self.choice: torch.Tensor
-        self.register_buffer("order", torch.tensor(list(order)), persistent=False)
-        self.order: torch.Tensor
-        self.sorted = list(order) == sorted(order)
-        self.norm = UnifyNorm(len(choice), len(groups), width, norm, gain, synchronise)
+        self.norm = UnifyNorm(len(widths), len(self.groups), width, norm, gain, synchronise)
 
-    def forward(self, groups: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Per width ``[fields, B, w]`` -> ``[B, F, d_f]``, kept fields in schema order."""
-        parts = [x @ w + b for x, w, b in zip(groups, self.weights, self.bias, strict=True)]
-        u = torch.cat(parts)
-        return self.norm(u if self.sorted else u[self.order], self.choice)
+    def forward(self, x: Pooled) -> torch.Tensor:
+        """Pooled embeddings -> ``[B, F, d_f]``, kept fields in schema order."""
+        if x.values.device.type == "cpu":
+            spans = [Span(s, self.groups.index(w), 0, w) for s, w in zip(x.starts, x.widths, strict=True)]
+            return self.norm(field_linear(x.values, spans, list(self.weights), self.bias).transpose(0, 1), self.choice)
+        # On a GPU a product per width, not per field: fewer launches.
+        fields = [[f for f, w in enumerate(x.widths) if w == group] for group in self.groups]
+        parts = [x.stack(f) @ w + b for f, w, b in zip(fields, self.weights, self.bias, strict=True)]
+        back = torch.tensor([f for group in fields for f in group], device=x.values.device).argsort()
+        return self.norm(torch.cat(parts)[back], self.choice)
 
 
 class NoUnify(nn.Module):
     """All widths equal: the embeddings go to the backbone as they are."""
 
-    def forward(self, groups: Sequence[torch.Tensor]) -> torch.Tensor:
-        (only,) = groups
-        return only.transpose(0, 1)
+    def forward(self, x: Pooled) -> torch.Tensor:
+        return x.stack().transpose(0, 1)

@@ -40,7 +40,7 @@ class SubnetTask:
         logits, pooled = self.model(batch)
         loss = binary_cross_entropy_with_logits(logits, batch.label)
         if self.l2:
-            loss = loss + self.l2 * torch.stack([g.square().sum() for g in pooled]).sum() / batch.size
+            loss = loss + self.l2 * torch.stack([g.square().sum() for g in pooled.used()]).sum() / batch.size
         return loss
 
     def predict(self, batch: Batch) -> torch.Tensor:

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
-from torchrec import KeyedTensor
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import DistConfig, OptimConfig
 from embsearch_dist.errors import UserError
 from embsearch_dist.models.ctr import SubnetModel, SupernetModel
-from embsearch_dist.models.embeddings import MaxTables, MixedTables, check_candidates, stack_fields
+from embsearch_dist.models.embeddings import MaxTables, MixedTables, check_candidates
 from tests.factories import ids_of, one_rank, random_batch, small_config, small_schema, whole_tables
 
 SCHEMA = small_schema(11, 7, 5, 3)
@@ -50,7 +49,7 @@ def test_a_look_up_returns_the_rows_of_each_field_in_schema_order() -> None:
     tables, batch = max_tables("shared"), random_batch(SCHEMA)
     values, ids = whole_tables(tables.sharded), ids_of(batch, SCHEMA)
     expected = torch.stack([values[n][ids[n]] for n in SCHEMA.names])
-    assert torch.equal(tables(batch.sparse), expected)
+    assert torch.equal(tables(batch.sparse).stack(), expected)
 
 
 @pytest.mark.parametrize("scheme", ["shared", "independent"])
@@ -122,7 +121,7 @@ def test_a_retrained_model_equals_its_plain_torch_twin(widths: tuple[int, ...], 
     model, allocation = mixed(widths, f"model.norm={norm}")
     batch = random_batch(SCHEMA)
     ids, tables, unify = ids_of(batch, SCHEMA), whole_tables(model.sharded), model.bare_head.unify
-    of_width = {w: i for i, (w, _) in enumerate(model.tables.groups)}
+    of_width = {w: i for i, w in enumerate(unify.groups)}
     leaves = {n: tables[n].clone().requires_grad_() for n in allocation.kept}
     parts = []
     for name in allocation.kept:
@@ -164,23 +163,16 @@ def test_equal_widths_may_skip_the_transform() -> None:
     assert mixed((4, 4, 8, 4), "model.unify=mixed")[0].bare_head.backbone.width == 8
 
 
-def test_the_key_order_of_pooled_embeddings_does_not_matter() -> None:
-    values = torch.randn(5, 12)
-    ordered = stack_fields(KeyedTensor(["a", "b", "c"], [4, 4, 4], values), ["a", "b", "c"], 4)
-    shuffled = KeyedTensor(["c", "a", "b"], [4, 4, 4], torch.cat([values[:, 8:], values[:, :8]], 1))
-    assert torch.equal(stack_fields(shuffled, ["a", "b", "c"], 4), ordered)
-    assert torch.equal(ordered[1], values[:, 4:8])
-
-
 def test_the_key_order_of_a_batch_does_not_matter_to_mixed_tables() -> None:
     allocation = Allocation(SCHEMA, {"f0": 6, "f1": 2, "f2": 6, "f3": 3})
     tables = MixedTables(allocation, one_rank(), DistConfig(), OptimConfig(), 0, 0.1)
-    assert tables.groups == [(2, ["f1"]), (3, ["f3"]), (6, ["f0", "f2"])]
+    assert [t.width for t in tables.sharded.tables.values()] == [4, 4, 8, 8]  # narrow ones first
     batch, whole = random_batch(SCHEMA), whole_tables(tables.sharded)
     ids = ids_of(batch, SCHEMA)
-    for (width, names), pooled in zip(tables.groups, tables(batch.sparse), strict=True):
-        expected = torch.stack([whole[n][ids[n], :width] for n in names])
-        assert torch.equal(pooled, expected)
+    pooled = tables(batch.sparse)
+    assert pooled.widths == (6, 2, 6, 3)
+    for f, (name, width) in enumerate(allocation.widths.items()):
+        assert torch.equal(pooled.stack([f])[0], whole[name][ids[name], :width])
 
 
 def test_the_flops_of_a_model_count_its_matrix_products() -> None:

@@ -47,7 +47,7 @@ def use_statistics_of(model: SupernetModel, batches: list[Batch]) -> None:
     """Make the running statistics those of the sample, as the scorer takes them."""
     unify = model.bare_head.unify
     with torch.no_grad():
-        pooled = torch.cat([model.tables(b.sparse) for b in batches], 1)
+        pooled = torch.cat([model.tables(b.sparse).stack() for b in batches], 1)
         for j in range(len(CANDIDATES)):
             u = unify.linear(pooled, torch.full((3,), j))
             unify.norm.mean[:, j] = u.mean(1)

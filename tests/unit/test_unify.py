@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from embsearch_dist.models.norm import UnifyNorm
+from embsearch_dist.models.pooled import Pooled
 from embsearch_dist.models.unify import MixedUnify, NoUnify, SupernetUnify, initial_map
 
 FIELDS, ROWS, WIDTH = 4, 20, 6
@@ -134,17 +135,42 @@ def test_supernet_weights_are_zero_outside_a_candidates_columns() -> None:
 
 
 def test_mixed_unify_puts_fields_back_into_schema_order() -> None:
-    # Schema order is wide, narrow, wide: groups hold narrow first.
-    unify = MixedUnify([(2, 1), (3, 2)], [1, 0, 2], 3, "none", 0.1, False)
-    narrow, wide = torch.randn(1, 4, 2), torch.randn(2, 4, 3)
-    out = unify([narrow, wide])
+    # Schema order is wide, narrow, wide; the tables lie narrow first, and the narrow one is padded to 4 columns.
+    unify = MixedUnify([3, 2, 3], 3, "none", 0.1, False)
+    values = torch.randn(4, 10)
+    out = unify(Pooled(values, (4, 0, 7), (3, 2, 3)))
     assert out.shape == (4, 3, 3)
-    torch.testing.assert_close(out[:, 0], wide[0] @ unify.weights[1])
-    torch.testing.assert_close(out[:, 1], narrow[0] @ unify.weights[0])
-    torch.testing.assert_close(out[:, 2], wide[1] @ unify.weights[1])
+    torch.testing.assert_close(out[:, 0], values[:, 4:7] @ unify.weights[1])
+    torch.testing.assert_close(out[:, 1], values[:, 0:2] @ unify.weights[0])
+    torch.testing.assert_close(out[:, 2], values[:, 7:10] @ unify.weights[1])
     assert unify.choice.tolist() == [1, 0, 1]
 
 
 def test_no_unify_passes_the_embeddings_on() -> None:
-    x = torch.randn(3, 4, 5)
-    assert torch.equal(NoUnify()([x]), x.transpose(0, 1))
+    x = torch.randn(4, 15)
+    assert torch.equal(NoUnify()(Pooled(x, (0, 5, 10), (5, 5, 5))), x.view(4, 3, 5))
+    assert torch.equal(NoUnify()(Pooled(x, (5, 10, 0), (5, 5, 5))), x.view(4, 3, 5)[:, [1, 2, 0]])
+
+
+@pytest.mark.parametrize("norm", ["none", "field", "width"])
+@pytest.mark.parametrize("starts", [(0, 4, 8), (8, 0, 4)])
+def test_reading_columns_in_place_equals_the_batched_product(norm: str, starts: tuple[int, ...]) -> None:
+    mask = torch.tensor([[0.0] * 4, [1, 1, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0]])
+    unify = SupernetUnify(3, mask, 5, norm, 0.1, False)
+    with torch.no_grad():
+        for p in unify.parameters():
+            p.normal_()
+    choice, keep = torch.tensor([1, 3, 2]), torch.tensor([True, True, False])
+    found = []
+    for batched in (False, True):
+        values = torch.randn(6, 12, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        x = Pooled(values, starts, (4, 4, 4))
+        unify.zero_grad()
+        u = unify(x.stack() if batched else x, choice, keep)
+        (u * torch.arange(1, u.numel() + 1).view(u.shape)).sum().backward()
+        found.append([u.detach(), values.grad, *(p.grad for p in unify.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) >= 4
+    assert not found[0][0][:, 2].any()
+    for a, b in zip(*found, strict=True):
+        assert a is not None
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

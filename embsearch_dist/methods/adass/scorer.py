@@ -51,7 +51,7 @@ class SubnetScorer:
         self.archive: dict[tuple[int, ...], dict[str, float]] = {}
         model.eval()
         with torch.no_grad():
-            pooled = torch.cat([model.tables(b.to(context.device).sparse) for b in batches], 1)
+            pooled = torch.cat([model.tables(b.to(context.device).sparse).stack() for b in batches], 1)
             dense = torch.cat([b.dense.to(context.device) for b in batches])
             self.labels = context.gather(torch.cat([b.label.to(context.device) for b in batches])).cpu()
             self.rows = pooled.shape[1]

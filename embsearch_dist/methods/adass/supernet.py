@@ -17,6 +17,7 @@ from embsearch_dist.methods.adass.config import AdassConfig
 from embsearch_dist.methods.adass.sampling import Sampler, candidate_variance
 from embsearch_dist.methods.base import Run, Stage
 from embsearch_dist.models.ctr import SupernetModel
+from embsearch_dist.models.pooled import Pooled
 from embsearch_dist.train.checkpoint import Checkpointer
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.trainer import Trainer
@@ -55,24 +56,24 @@ class SupernetTask:
         loss = binary_cross_entropy_with_logits(logits, batch.label)
         if self.l2:
             active = self.model.tables.mask[choice] * keep[:, None]
-            loss = loss + self.l2 * (pooled.square().sum(1) * active).sum() / batch.size
+            loss = loss + self.l2 * (pooled.stack().square().sum(1) * active).sum() / batch.size
         if self.sampler.due(step):
             self._watch(pooled, choice, keep)
         return loss
 
-    def _watch(self, pooled: torch.Tensor, choice: torch.Tensor, keep: torch.Tensor) -> None:
+    def _watch(self, pooled: Pooled, choice: torch.Tensor, keep: torch.Tensor) -> None:
         """Take the mean magnitudes that Eq. 6 needs from this batch: of E now, of dL/dE in backward."""
         active = self.model.tables.mask[choice]
         columns = active.sum(1).clamp(min=1)
-        self._size = (pooled.detach().abs().mean(1) * active).sum(1) / columns
+        self._size = (pooled.stack(values=pooled.values.detach()).abs().mean(1) * active).sum(1) / columns
 
         def hook(gradient: torch.Tensor) -> None:
-            per_field = (gradient.abs().mean(1) * active).sum(1) / columns
+            per_field = (pooled.stack(values=gradient).abs().mean(1) * active).sum(1) / columns
             # A dropped field has no gradient; counting it as zero would keep it dropped.
             mean = per_field[keep].mean()
             self._gradient = torch.where(keep, per_field, mean)
 
-        pooled.register_hook(hook)
+        pooled.values.register_hook(hook)
 
     def predict(self, batch: Batch) -> torch.Tensor:
         """Logits of the widest subnet: one curve to watch; the search scores the others."""

@@ -1,0 +1,122 @@
+"""Pooled embeddings of a batch as TorchRec leaves them, and the linear maps that read them in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torchrec import KeyedTensor
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """All fields of a batch side by side, in whatever order the sharding plan has put them.
+
+    Attributes:
+        values: ``[B, C]``.
+        starts: first column of each field, fields in schema order.
+        widths: columns of each field that count; a table may be padded to a wider physical width.
+    """
+
+    values: torch.Tensor
+    starts: tuple[int, ...]
+    widths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, pooled: KeyedTensor, names: Sequence[str], widths: Sequence[int]) -> Pooled:
+        """The fields ``names``, found by name: the key order of a KeyedTensor depends on the plan."""
+        offsets = dict(zip(pooled.keys(), pooled.offset_per_key(), strict=False))
+        return cls(pooled.values(), tuple(offsets[n] for n in names), tuple(widths))
+
+    def used(self) -> list[torch.Tensor]:
+        """Views ``[B, n]`` of all columns that count, as few as possible."""
+        runs: list[list[int]] = []
+        for start, width in sorted(zip(self.starts, self.widths, strict=True)):
+            if runs and runs[-1][1] == start:
+                runs[-1][1] += width
+            else:
+                runs.append([start, start + width])
+        return [self.values[:, start:stop] for start, stop in runs]
+
+    def stack(self, fields: Sequence[int] | None = None, values: torch.Tensor | None = None) -> torch.Tensor:
+        """Fields of one width as ``[n, B, width]``: a view where they lie in order without padding, else a copy.
+
+        Args:
+            fields: which, all by default.
+            values: another tensor of the same layout, such as the gradient of ``values``.
+        """
+        values = self.values if values is None else values
+        chosen = range(len(self.starts)) if fields is None else fields
+        starts, width = [self.starts[f] for f in chosen], self.widths[chosen[0]]
+        if all(b - a == width for a, b in zip(starts, starts[1:], strict=False)):
+            whole = values[:, starts[0] : starts[0] + width * len(starts)]
+            return whole.unflatten(1, (len(starts), width)).transpose(0, 1)
+        return torch.stack([values[:, s : s + width] for s in starts])
+
+
+@dataclass(frozen=True)
+class Span:
+    """Which columns a map reads and which rows of its weight it uses."""
+
+    column: int
+    map: int
+    row: int
+    width: int
+
+
+class _FieldLinear(torch.autograd.Function):
+    """See :func:`field_linear`. Each product reads and writes its columns in place; autograd over slices would
+    fill a whole zero matrix for every field in backward, and batched products copy both operands."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: torch.Tensor, spans: Sequence[Span | None], bias: torch.Tensor, *weights: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.spans = spans
+        ctx.save_for_backward(values, *weights)
+        ctx.bias_shape = bias.shape
+        out = values.new_empty(len(values), len(spans), bias.shape[1])
+        for f, s in enumerate(spans):
+            if s is None:
+                out[:, f].zero_()
+            else:
+                part, weight = values[:, s.column : s.column + s.width], weights[s.map][s.row : s.row + s.width]
+                torch.addmm(bias[s.map], part, weight, out=out[:, f])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        values, *weights = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        to_values = torch.zeros_like(values) if ctx.needs_input_grad[0] else None
+        to_weights = [torch.zeros_like(w) for w in weights]
+        to_bias = values.new_zeros(ctx.bias_shape)
+        sums = gradient.sum(0)
+        for f, s in enumerate(ctx.spans):
+            if s is None:
+                continue
+            columns, rows = slice(s.column, s.column + s.width), slice(s.row, s.row + s.width)
+            if to_values is not None:
+                torch.mm(gradient[:, f], weights[s.map][rows].T, out=to_values[:, columns])
+            to_weights[s.map][rows].addmm_(values[:, columns].T, gradient[:, f])
+            to_bias[s.map] += sums[f]
+        return to_values, None, to_bias if ctx.needs_input_grad[2] else None, *to_weights
+
+
+def field_linear(
+    values: torch.Tensor, spans: Sequence[Span | None], weights: Sequence[torch.Tensor], bias: torch.Tensor
+) -> torch.Tensor:
+    """A linear map per field over its own columns, maps shared by fields.
+
+    Args:
+        values: ``[B, C]``.
+        spans: one per field; None gives zeros.
+        weights: per map ``[rows, d]``.
+        bias: ``[maps, d]``.
+
+    Returns:
+        ``[B, fields, d]``, contiguous.
+    """
+    return _FieldLinear.apply(values, tuple(spans), bias, *weights)  # type: ignore[no-any-return]

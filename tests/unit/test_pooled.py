@@ -1,0 +1,66 @@
+"""Pooled embeddings where they lie, and the maps that read them there, against slices and autograd."""
+
+from __future__ import annotations
+
+import torch
+from torchrec import KeyedTensor
+
+from embsearch_dist.models.pooled import Pooled, Span, field_linear
+
+
+def test_fields_are_found_by_name_whatever_the_key_order() -> None:
+    values = torch.randn(5, 12)
+    ordered = Pooled.of(KeyedTensor(["a", "b", "c"], [4, 4, 4], values), ["a", "b", "c"], [4, 4, 4])
+    shuffled = KeyedTensor(["c", "a", "b"], [4, 4, 4], torch.cat([values[:, 8:], values[:, :8]], 1))
+    assert torch.equal(Pooled.of(shuffled, ["a", "b", "c"], [4, 4, 4]).stack(), ordered.stack())
+    assert torch.equal(ordered.stack()[1], values[:, 4:8])
+    assert torch.equal(ordered.stack(values=2 * values), 2 * ordered.stack())
+
+
+def test_a_stack_is_a_view_where_it_can_be_one() -> None:
+    values = torch.randn(5, 12)
+    inside = Pooled(values, (4, 8), (4, 4)).stack()
+    assert inside.data_ptr() == values[:, 4:].data_ptr() and inside.shape == (2, 5, 4)
+    padded = Pooled(values, (0, 4, 8), (3, 3, 3))
+    assert torch.equal(padded.stack()[2], values[:, 8:11])
+    mixed = Pooled(values, (0, 2, 6), (2, 4, 2))
+    assert torch.equal(mixed.stack([0, 2]), torch.stack([values[:, :2], values[:, 6:8]]))
+
+
+def test_used_columns_leave_padding_out() -> None:
+    values = torch.arange(12.0).repeat(2, 1)
+    whole = Pooled(values, (8, 0, 4), (4, 4, 4)).used()
+    assert len(whole) == 1 and torch.equal(whole[0], values)
+    parts = Pooled(values, (8, 0, 4), (4, 2, 4)).used()
+    assert [p[0].tolist() for p in parts] == [[0.0, 1.0], list(map(float, range(4, 12)))]
+
+
+def test_the_maps_equal_slices_under_autograd() -> None:
+    generator = torch.Generator().manual_seed(0)
+    spans = [Span(6, 0, 0, 2), None, Span(0, 1, 1, 3), Span(3, 1, 0, 3)]
+
+    def leaves() -> list[torch.Tensor]:
+        generator.manual_seed(1)
+        shapes = [(7, 9), (2, 5), (2, 4), (4, 4)]
+        shapes[1] = (2, 4)
+        return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+    values, bias, *weights = leaves()
+    out = field_linear(values, spans, weights, bias)
+    plain_values, plain_bias, *plain = leaves()
+    parts = []
+    for s in spans:
+        if s is None:
+            parts.append(torch.zeros(7, 4))
+        else:
+            x = plain_values[:, s.column : s.column + s.width]
+            parts.append(x @ plain[s.map][s.row : s.row + s.width] + plain_bias[s.map])
+    expected = torch.stack(parts, 1)
+    assert out.is_contiguous()
+    torch.testing.assert_close(out, expected)
+    weight = torch.randn(expected.shape, generator=generator)
+    (out * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for a, b in zip([values, bias, *weights], [plain_values, plain_bias, *plain], strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    assert values.grad is not None and not values.grad[:, 8].any()  # no map reads it
