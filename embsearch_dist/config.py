@@ -70,10 +70,12 @@ class DataConfig:
     make: str = option("", "'synthetic' = make planted click logs at data.path when nothing is there yet")
     rows: int = option(200_000, "rows of the synthetic click logs")
     window_rows: int = option(1 << 20, "rows that are shuffled together in memory")
+    skip_unreadable: int = option(0, "leave out up to so many row groups that cannot be read; 0 = stop at the first")
 
     def check(self) -> None:
         one_of("data.make", self.make, ["", "synthetic"])
         require(self.window_rows > 0, "data.window_rows", "must be above 0")
+        require(self.skip_unreadable >= 0, "data.skip_unreadable", f"must be >= 0, got {self.skip_unreadable}")
 
 
 @dataclass

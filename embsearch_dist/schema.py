@@ -5,6 +5,9 @@ A prepared data set is a directory::
     schema.json              this file, written last: without it the directory does not count
     vocabulary/<field>.parquet   value, id, count
     train/ validation/ test/     part-00000.parquet ...; columns: label, every field, every dense column
+
+Every row has a bag of ids in every field: of most fields exactly one id, of a list any number of them, also
+none. The embeddings of a bag are pooled to one.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from pathlib import Path
 from embsearch_dist.errors import UserError
 
 SPLITS = ("train", "validation", "test")
+POOLINGS = ("sum", "mean")
+LIST_KEYS = ("pooling", "weighted", "mean_length")
 FORMAT = 1
 
 
@@ -24,16 +29,44 @@ FORMAT = 1
 class Field:
     """One categorical (or bucketed numeric) column.
 
-    ``cardinality`` counts the ids, id 0 (missing, rare or unseen) included, so valid ids are
-    ``0 <= id < cardinality``.
+    Attributes:
+        name: of its column in the shards, its table and its key in a batch.
+        cardinality: number of ids, id 0 (rare or unseen, and missing where a row has exactly one id)
+            included: valid ids are ``0 <= id < cardinality``.
+        pooling: how the embeddings of a list become one, ``sum`` or ``mean`` (none: zeros); empty: every row
+            has exactly one id.
+        weighted: every id of the list comes with a weight, by which its embedding is multiplied (``sum`` only).
+        mean_length: ids a row has on average in the training split; how much is looked up, for planning.
     """
 
     name: str
     cardinality: int
+    pooling: str = ""
+    weighted: bool = False
+    mean_length: float = 1.0
 
     def __post_init__(self) -> None:
         if self.cardinality < 1:
             raise UserError(f"field {self.name!r}: cardinality must be at least 1, got {self.cardinality}")
+        if self.pooling not in ("", *POOLINGS):
+            raise UserError(f"field {self.name!r}: pooling {self.pooling!r} is none of {', '.join(POOLINGS)}")
+        if self.weighted and self.pooling != "sum":
+            raise UserError(f"field {self.name!r}: weights need pooling sum, not {self.pooling or 'a single id'!r}")
+
+    @property
+    def is_list(self) -> bool:
+        """Whether a row may have any number of ids, not exactly one."""
+        return bool(self.pooling)
+
+    @property
+    def weights_column(self) -> str:
+        """Column of a weighted list's weights in the shards; no field can have this name."""
+        return f"{self.name} weights"
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON; a field of one id a row is its name and cardinality, as before there were lists."""
+        body = asdict(self)
+        return body if self.is_list else {key: body[key] for key in ("name", "cardinality")}
 
 
 @dataclass(frozen=True)
@@ -73,12 +106,14 @@ class Schema:
     @property
     def fingerprint(self) -> str:
         """Short hash of the fields and cardinalities: two data sets with the same one fit the same tables."""
-        text = json.dumps([[f.name, f.cardinality] for f in self.fields] + [list(self.dense)])
+        fields = [[f.name, f.cardinality, *([f.pooling, f.weighted] if f.is_list else [])] for f in self.fields]
+        text = json.dumps([*fields, list(self.dense)])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def save(self, directory: Path) -> None:
         """Write ``schema.json`` into ``directory`` in one step, so that a reader never sees half of it."""
         body = {"format": FORMAT, "fingerprint": self.fingerprint, **asdict(self)}
+        body["fields"] = [f.to_dict() for f in self.fields]
         write_json(Path(directory) / "schema.json", body)
 
     @classmethod
@@ -98,13 +133,17 @@ class Schema:
         try:
             return cls(
                 dataset=body["dataset"],
-                fields=tuple(Field(f["name"], f["cardinality"]) for f in body["fields"]),
+                fields=tuple(_field(f) for f in body["fields"]),
                 dense=tuple(body["dense"]),
                 rows=dict(body["rows"]),
                 provenance=dict(body["provenance"]),
             )
         except (KeyError, TypeError) as e:
             raise UserError(f"{path}: not a schema of format {FORMAT} ({e}); prepare the data again") from e
+
+
+def _field(body: dict) -> Field:
+    return Field(body["name"], body["cardinality"], **{key: body[key] for key in LIST_KEYS if key in body})
 
 
 def write_json(path: Path, body: object) -> None:

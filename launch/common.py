@@ -64,6 +64,7 @@ def lasting(config: Config) -> dict[str, Any]:
     """All that one training must keep from start to start."""
     found = config.to_dict()
     found["train"] = {k: v for k, v in found["train"].items() if k not in SAFETY_KEYS}
+    found["data"] = {k: v for k, v in found["data"].items() if k != "skip_unreadable"}
     return found
 
 

@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 
 from embsearch_dist.data import synthetic
-from embsearch_dist.data.formats import FORMATS
+from embsearch_dist.data.formats import FORMATS, GENRES
 from embsearch_dist.data.prepare import HOW_TO_SPLIT, ROW_GROUP_ROWS, ROWS_PER_SHARD
 from embsearch_dist.errors import UserError
 
-OPTIONS = ("split", "seed", "min_count", "rows_per_shard", "row_group_rows", "overwrite", "quiet")
+OPTIONS = ("split", "seed", "min_count", "rows_per_shard", "row_group_rows", "overwrite", "quiet", "genres")
 
 
 def parser(document: str | None) -> argparse.ArgumentParser:
@@ -42,6 +42,12 @@ def parser(document: str | None) -> argparse.ArgumentParser:
         help="training rows a value needs for an id of its own; rarer ones share id 0 "
         "(default: criteo 10, avazu 4, movielens 1, table: its source file, else 1)",
     )
+    p.add_argument(
+        "--genres",
+        choices=GENRES,
+        default="one",
+        help="MovieLens only: the genres of a movie as one value, their combination, or as a list (default one)",
+    )
     p.add_argument("--rows-per-shard", type=int, default=ROWS_PER_SHARD, metavar="N", help="default %(default)s")
     p.add_argument(
         "--row-group-rows",
@@ -65,6 +71,8 @@ def check(args: argparse.Namespace) -> None:
         if getattr(args, name) is None:
             raise UserError(f"--{name} is missing. See --help")
     if args.format == "synthetic":
+        if args.genres != "one":
+            raise UserError("--genres is for MovieLens. Leave it out")
         if args.input is not None:
             raise UserError("--format synthetic makes its own data. Leave out --input")
     elif args.rows is not None:

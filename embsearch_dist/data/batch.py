@@ -26,7 +26,8 @@ class Batch:
 
     Attributes:
         dense: ``[B, n_dense]`` float32 (``n_dense`` may be 0).
-        sparse: one key per field, in schema order; ids int32, each ``0 <= id < cardinality``.
+        sparse: one key per field, in schema order; ids int32, each ``0 <= id < cardinality``, one for each sample
+            or of a list any number. Weights (float32) if any field is weighted; those of the others are ones.
         label: ``[B]`` float32, 0 or 1.
         position: see :class:`Position`.
     """

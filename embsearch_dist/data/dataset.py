@@ -7,17 +7,19 @@ windows. Rank ``r`` takes its contiguous slice of every global batch.
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from embsearch_dist.data.bags import offsets_of
 from embsearch_dist.data.batch import Batch, Position
-from embsearch_dist.data.shards import RowGroup, Rows, Shards
+from embsearch_dist.data.shards import LeftOut, RowGroup, Rows, Shards
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Schema
 
@@ -37,20 +39,24 @@ def read_rows(
     prepared_dir: Path | str, schema: Schema, split: str, limit: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A whole split, or its first ``limit`` rows, in stored order: ids ``[F, N]`` int32, dense
-    ``[N, n_dense]`` float32, label ``[N]`` float32. Raises what :meth:`Shards.read` raises."""
+    ``[N, n_dense]`` float32, label ``[N]`` float32. Raises what :meth:`Shards.read` raises, and for list fields."""
+    lists = [f.name for f in schema.fields if f.is_list]
+    if lists:
+        raise UserError(f"field {lists[0]!r} has no single id a row. Read such data with Shards.read or BatchStream")
     shards = Shards(prepared_dir, schema, split)
     rows = shards.read(shards.groups, limit)
     return torch.from_numpy(rows.ids), torch.from_numpy(rows.dense), torch.from_numpy(rows.label)
 
 
 class BatchMaker:
-    """Turns rows into a :class:`Batch`; lengths and offsets of ones are built once per batch size.
+    """Turns rows into a :class:`Batch`; without lists, lengths and offsets are built once per batch size.
 
     With lengths, offsets and the per-key sums given, TorchRec computes nothing and never syncs.
     """
 
     def __init__(self, schema: Schema) -> None:
         self.keys = schema.names
+        self.fields = schema.fields
         self._ones: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def sparse(self, ids: torch.Tensor) -> KeyedJaggedTensor:
@@ -73,9 +79,35 @@ class BatchMaker:
             offset_per_key=[size * i for i in range(n_fields + 1)],
         )
 
+    def jagged(self, rows: Rows) -> KeyedJaggedTensor:
+        """Rows with list fields. If any field is weighted, all are: TorchRec knows no weights of some."""
+        size, single, several = len(rows), iter(rows.ids), iter(rows.bags)
+        lengths = np.ones((len(self.fields), size), np.int32)
+        ids: list[np.ndarray] = []
+        weights: list[np.ndarray] | None = [] if any(f.weighted for f in self.fields) else None
+        for field, own in zip(self.fields, lengths, strict=True):
+            bags = next(several) if field.is_list else None
+            if bags is not None:
+                own[:] = bags.lengths
+            ids.append(next(single) if bags is None else bags.ids)
+            if weights is not None:
+                given = None if bags is None else bags.weights
+                weights.append(np.ones(len(ids[-1]), np.float32) if given is None else given)
+        counts = [len(x) for x in ids]
+        return KeyedJaggedTensor(
+            keys=self.keys,
+            values=torch.from_numpy(np.concatenate(ids)),
+            weights=torch.from_numpy(np.concatenate(weights)) if weights is not None else None,
+            lengths=torch.from_numpy(lengths.reshape(-1)),
+            offsets=torch.from_numpy(offsets_of(lengths.reshape(-1)).astype(np.int32)),
+            stride=size,
+            length_per_key=counts,
+            offset_per_key=list(itertools.accumulate(counts, initial=0)),
+        )
+
     def __call__(self, rows: Rows, position: Position) -> Batch:
-        ids, label = torch.from_numpy(rows.ids), torch.from_numpy(rows.label)
-        return Batch(torch.from_numpy(rows.dense), self.sparse(ids), label, position)
+        sparse = self.jagged(rows) if rows.bags else self.sparse(torch.from_numpy(rows.ids))
+        return Batch(torch.from_numpy(rows.dense), sparse, torch.from_numpy(rows.label), position)
 
 
 class BatchStream:
@@ -97,6 +129,7 @@ class BatchStream:
         window_rows: rows held and shuffled at a time. It is part of the order: keep it to resume.
         prefetch: batches read ahead by a thread; 0 reads in the caller.
         start: where :meth:`epoch` begins in that epoch when it is not told.
+        left_out: row groups that cannot be read: they are no part of the order. The same on every rank.
 
     Raises:
         UserError: nonsensical sizes, more ranks than rows, and whatever :class:`Shards` finds.
@@ -115,6 +148,7 @@ class BatchStream:
         window_rows: int = WINDOW_ROWS,
         prefetch: int = 2,
         start: Position | None = None,
+        left_out: Sequence[LeftOut] = (),
     ) -> None:
         if world_size < 1 or not 0 <= rank < world_size:
             raise UserError(f"rank {rank} of {world_size} ranks does not exist. Ranks count from 0")
@@ -122,7 +156,7 @@ class BatchStream:
             raise UserError(f"a global batch of {global_batch} is too small for {world_size} ranks. Raise it")
         if window_rows < 1 or prefetch < 0 or seed < 0:
             raise UserError(f"window_rows {window_rows}, prefetch {prefetch}, seed {seed}: too small. Raise them")
-        self.shards = Shards(prepared_dir, schema, split)
+        self.shards = Shards(prepared_dir, schema, split, left_out)
         if self.shards.rows < world_size:
             raise UserError(
                 f"split {split!r} has {self.shards.rows} rows for {world_size} ranks. Use fewer ranks or more data"
@@ -130,13 +164,19 @@ class BatchStream:
         self.schema, self.global_batch, self.rank, self.world_size = schema, global_batch, rank, world_size
         self.shuffle, self.seed, self.window_rows, self.prefetch = shuffle, seed, window_rows, prefetch
         self.start = start
+        self.left_out = tuple(left_out)
         self._make = BatchMaker(schema)
         self._kept: Rows | None = None
 
     @property
     def rows(self) -> int:
-        """Rows of the split, over all ranks."""
+        """Rows of the split that are read, over all ranks."""
         return self.shards.rows
+
+    @property
+    def rows_left_out(self) -> int:
+        """Rows of the split that are not read, because they cannot be."""
+        return max(0, self.schema.rows.get(self.shards.split, self.rows) - self.rows)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -154,6 +194,9 @@ class BatchStream:
         """
         if start_batch is None:
             start_batch = self.start.batch if self.start is not None and self.start.epoch == epoch else 0
+        if self.left_out:
+            # The epoch may have become shorter since the position was saved; then it is over.
+            start_batch = min(start_batch, self.batches_per_epoch)
         if epoch < 0 or not 0 <= start_batch <= self.batches_per_epoch:
             raise UserError(
                 f"cannot start at epoch {epoch}, batch {start_batch}: an epoch has {self.batches_per_epoch} batches. "
@@ -211,6 +254,7 @@ class BatchStream:
                     batch += 1
                     yield self._make(Rows.join(parts), Position(epoch, batch))
                     parts = []
+                del rows  # so that two windows are never held at once
             window_start = window_stop
 
     def _bounds(self, batch: int) -> tuple[int, int]:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from embsearch_dist.data.bags import Bags, offsets_of
 from embsearch_dist.data.progress import Progress, on_threads
 from embsearch_dist.data.scratch import digest, is_whole, load_record, save_record, temporary
-from embsearch_dist.data.shards import ShardWriter
+from embsearch_dist.data.shards import ShardWriter, column_types
 from embsearch_dist.data.staging import Part
 from embsearch_dist.data.team import Team
 from embsearch_dist.data.vocabulary import Ids
 from embsearch_dist.errors import UserError
-from embsearch_dist.schema import SPLITS
+from embsearch_dist.schema import SPLITS, Field
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,12 @@ class Encoder:
         parts: Sequence[Part],
         counts: np.ndarray,
         ids: Ids,
-        fields: Sequence[str],
+        fields: Sequence[Field],
         scale: dict[str, tuple[float, float]],
     ) -> None:
         self.parts, self.counts, self.ids, self.fields, self.scale = parts, counts, ids, fields, scale
-        types = [("label", pa.float32()), *((n, pa.int32()) for n in fields), *((n, pa.float32()) for n in scale)]
-        self.schema = pa.schema([pa.field(n, t, nullable=False) for n, t in types])
+        types = column_types(fields, list(scale))
+        self.schema = pa.schema([pa.field(n, t, nullable=False) for n, t in types.items()])
 
     def write(self, shard: Shard, path: Path, row_group_rows: int, bar: Progress) -> int:
         """Write one shard; gives the sum of its labels."""
@@ -107,19 +108,26 @@ class Encoder:
                 begin = int(ends[i] - self.counts[i, k])
                 rows = np.flatnonzero(self.parts[i].split() == k)[max(shard.start - begin, 0) : shard.stop - begin]
                 columns = self._columns(i, rows)
-                labels += int(columns[0].sum(dtype=np.float64))
+                label = columns[0]
+                assert isinstance(label, np.ndarray)
+                labels += int(label.sum(dtype=np.float64))
                 writer.write(columns)
                 bar.add(len(rows))
         finally:
             writer.close()
         return labels
 
-    def _columns(self, i: int, rows: np.ndarray) -> list[np.ndarray]:
+    def _columns(self, i: int, rows: np.ndarray) -> list[np.ndarray | Bags]:
         part = self.parts[i]
-        columns = [part.label().take(rows).astype(np.float32)]
-        for name in self.fields:
+        columns: list[np.ndarray | Bags] = [part.label().take(rows).astype(np.float32)]
+        for name in (field.name for field in self.fields):
             # mode="clip" leaves out a check of bounds that codes cannot leave.
-            columns.append(self.ids.of(name, i).take(part.codes(name).take(rows), mode="clip"))
+            codes, ids, lengths = part.codes(name), self.ids.of(name, i), part.lengths(name)
+            if lengths is None:
+                columns.append(ids.take(codes.take(rows), mode="clip"))
+            else:
+                bags = Bags(codes, offsets_of(lengths), part.weights(name)).take(rows)
+                columns.append(replace(bags, ids=ids.take(bags.ids, mode="clip")))
         for name, (mean, std) in self.scale.items():
             x = part.dense(name).take(rows)
             # A missing value sits at the mean; a constant column carries nothing and becomes zeros.

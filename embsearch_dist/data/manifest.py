@@ -90,3 +90,17 @@ def size_of(directory: Path) -> int:
         return sum(entry["bytes"] for entry in read_json(directory / MANIFEST)["files"])
     except (UserError, KeyError, TypeError):
         return 0
+
+
+def shards_of(directory: Path | str, split: str) -> tuple[dict[str, dict], int]:
+    """What the manifest says of the shards of a split: file name -> rows, bytes, sha256; and rows of a row group.
+
+    Nothing and 0 when there is no manifest, or none that can be read.
+    """
+    try:
+        body = read_json(Path(directory) / MANIFEST)
+        files = {entry["name"]: _entry(entry) for entry in body["files"]}
+        inside = {name.split("/")[1]: entry for name, entry in files.items() if name.split("/")[0] == split}
+        return inside, int(body["options"]["row_group_rows"])
+    except (UserError, OSError, UnicodeDecodeError, KeyError, TypeError, ValueError):
+        return {}, 0

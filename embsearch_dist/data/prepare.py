@@ -24,10 +24,11 @@ import pyarrow as pa
 from embsearch_dist.data import manifest
 from embsearch_dist.data.encode import Encoder, Shard, cut, encode, scales
 from embsearch_dist.data.formats import Source, blocks, open_source
+from embsearch_dist.data.formats.columns import Bag
 from embsearch_dist.data.partial import whole_directory
 from embsearch_dist.data.progress import Progress
 from embsearch_dist.data.splits import HOW_TO_SPLIT, split_parts
-from embsearch_dist.data.staging import stage
+from embsearch_dist.data.staging import Part, stage
 from embsearch_dist.data.team import Team
 from embsearch_dist.data.vocabulary import VOCABULARY, Ids, build_all
 from embsearch_dist.errors import UserError
@@ -53,6 +54,7 @@ class Options:
         row_group_rows: rows of one row group: the unit in which training reads.
         overwrite: replace an earlier prepared data set.
         quiet: no progress.
+        genres: of MovieLens: ``one`` value for the combination of a movie's genres, or a ``list`` of them.
     """
 
     split: str = "random"
@@ -62,6 +64,7 @@ class Options:
     row_group_rows: int = ROW_GROUP_ROWS
     overwrite: bool = False
     quiet: bool = False
+    genres: str = "one"
 
     def __post_init__(self) -> None:
         if self.split not in HOW_TO_SPLIT:
@@ -95,7 +98,7 @@ def prepare(
     team = team or Team()
     with team.together():
         checked = Options(**options)  # type: ignore[arg-type]
-        source = open_source(format, input)
+        source = open_source(format, input, checked.genres)
         inside = [f for f in source.files if f.resolve().is_relative_to(Path(out).resolve())]
         if inside:
             raise UserError(f"{inside[0]} lies in {out}, which would be replaced. Give another --out")
@@ -154,13 +157,15 @@ def prepare_into(directory: Path, source: Source, options: Options, team: Team |
     told = _told(source, options)
     min_count = options.min_count or source.min_count
     books = build_all(parts, fields, directory / VOCABULARY, folder, min_count, team, options.quiet)
+    bags = {c.name: c.bag for c in source.columns if c.bag is not None}
+    known = tuple(_field(name, book, bags.get(name)) for name, book in zip(fields, books, strict=True))
     scale = team.share("scales", lambda: scales(parts, dense))
-    encoder = Encoder(parts, counts, Ids(parts, fields, folder), fields, scale)
+    encoder = Encoder(parts, counts, Ids(parts, fields, folder), known, scale)
     shards = cut(rows, options.rows_per_shard, options.row_group_rows)
     done = encode(encoder, shards, directory, folder, options.row_group_rows, team, options.quiet)
     schema = Schema(
         dataset=source.dataset,
-        fields=tuple(Field(name, book["cardinality"]) for name, book in zip(fields, books, strict=True)),
+        fields=known,
         dense=tuple(dense),
         rows=rows,
         provenance={
@@ -173,6 +178,7 @@ def prepare_into(directory: Path, source: Source, options: Options, team: Team |
             "label_mean": _label_means(shards, done, rows),
             "fields": {
                 name: {key: book[key] for key in ("distinct", "rare_share", "missing_share")}
+                | ({} if name not in bags else _list_provenance(parts, name, bags[name]))
                 for name, book in zip(fields, books, strict=True)
             },
             "dense": {n: {"mean": m, "std": s} for n, (m, s) in scale.items()},
@@ -186,6 +192,17 @@ def prepare_into(directory: Path, source: Source, options: Options, team: Team |
         schema.save(directory)
         shutil.rmtree(folder)
     return schema
+
+
+def _field(name: str, book: dict, bag: Bag | None) -> Field:
+    if bag is None:
+        return Field(name, book["cardinality"])
+    return Field(name, book["cardinality"], bag.pooling, bag.weighted, book["mean_length"])
+
+
+def _list_provenance(parts: Sequence[Part], name: str, bag: Bag) -> dict[str, int]:
+    """How many values of a row are kept, and the rows, of all splits, that have more."""
+    return {"max_length": bag.max_length, "shortened_rows": sum(part.shortened(name) for part in parts)}
 
 
 def _finished(directory: Path) -> bool:
@@ -221,6 +238,11 @@ def summary(schema: Schema) -> str:
             f"{s['rare_share']:>7.2%} {s['missing_share']:>7.2%}"
         )
     lines += [f"{n:<{width}} {'dense':>12}" for n in schema.dense]
+    for f in schema.fields:
+        if f.is_list:
+            s, how = seen[f.name], "weighted sum" if f.weighted else f.pooling
+            cut = f", {s['shortened_rows']:,} rows cut to {s['max_length']}" if s["shortened_rows"] else ""
+            lines.append(f"{f.name:<{width}} list: {f.mean_length:.4g} values a training row, {how}{cut}")
     means = schema.provenance["label_mean"]
     assert isinstance(means, dict)
     lines.append(f"{'split':<{width}} {'rows':>12} {'label mean':>12}")

@@ -58,6 +58,10 @@ class Arrays:
     path: Path
     record: dict
 
+    def get(self, name: str) -> np.ndarray | None:
+        """An array, if there is one of that name."""
+        return self[name] if name in self.record["arrays"] else None
+
     def __getitem__(self, name: str) -> np.ndarray:
         return self.slice(name, 0, self.record["arrays"][name][2])
 

@@ -3,8 +3,10 @@
 A part holds, for every field, the distinct values of its rows and for each row the number of its value
 (0: blank, k: the k-th value). So each cell is hashed once. All that follows looks at the values of a part,
 which are few, and at integers: counting adds up how often each number occurs, encoding replaces numbers.
+A list field has the numbers of all its values, row after row, and how many each row has.
 
-    stage/part-00000.arrays   label, numbers and values of each field, dense columns, time
+    stage/part-00000.arrays   label, numbers and values of each field, dense columns, time; of lists the lengths
+                              and the weights
     stage/part-00000.json     its size, SHA-256 and layout; written after it
     stage/part-00000.split    uint8 split of each row, once that is known
     stage/all.json            written when the last part is there
@@ -61,8 +63,20 @@ class Part:
         return self.arrays[LABEL]
 
     def codes(self, field: str) -> np.ndarray:
-        """``[N]`` unsigned: the number of each row's value."""
+        """``[N]`` unsigned: the number of each row's value; of a list ``[E]``, one for each of its values."""
         return self.arrays[f"codes {field}"]
+
+    def lengths(self, field: str) -> np.ndarray | None:
+        """``[N]`` unsigned: how many of ``codes`` are each row's, ``None`` when each has exactly one."""
+        return self.arrays.get(f"lengths {field}")
+
+    def weights(self, field: str) -> np.ndarray | None:
+        """``[E]`` float32: the weight of each of ``codes``, if they have any."""
+        return self.arrays.get(f"weights {field}")
+
+    def shortened(self, field: str) -> int:
+        """Rows of a list that had more values than are kept."""
+        return int(self.arrays.record["shortened"][field])
 
     def n_values(self, field: str) -> int:
         return int(self.arrays.record["arrays"][f"ends {field}"][2])
@@ -158,18 +172,19 @@ class _Cutter:
             self.bar.add(chunk.consumed, found=True)
             return 0
         frame = chunk.frame
-        arrays, times = _arrays(frame, self.source.columns, self.timed)
-        record = write_arrays(_path(self.folder, k, "arrays"), arrays)
-        save_record(_path(self.folder, k, "json"), {"rows": frame.height, "times": times, **record})
+        arrays, times, shortened = _arrays(frame, self.source.columns, self.timed)
+        written = write_arrays(_path(self.folder, k, "arrays"), arrays)
+        record = {"rows": frame.height, "times": times, "shortened": shortened, **written}
+        save_record(_path(self.folder, k, "json"), record)
         return chunk.consumed
 
 
 def _arrays(
     frame: pl.DataFrame, columns: tuple[Column, ...], timed: bool
-) -> tuple[dict[str, np.ndarray], tuple[float, float] | None]:
-    """What to keep of some rows, and the range of their times."""
+) -> tuple[dict[str, np.ndarray], tuple[float, float] | None, dict[str, int]]:
+    """What to keep of some rows, the range of their times, and how many rows of each list were shortened."""
     arrays: dict[str, np.ndarray] = {LABEL: frame[LABEL].to_numpy().astype(np.uint8)}
-    times = None
+    times, shortened = None, {}
     if timed:
         time = frame[TIME].to_numpy()
         times = (float(time.min()), float(time.max()))
@@ -180,6 +195,12 @@ def _arrays(
         if column.kind == "dense":
             arrays[f"dense {column.name}"] = series.fill_null(float("nan")).to_numpy()
             continue
+        if column.bag is not None:
+            series, lengths, shortened[column.name] = _first(series, column.bag.max_length)
+            arrays[f"lengths {column.name}"] = lengths.astype(np.min_scalar_type(column.bag.max_length))
+            if column.bag.weighted:
+                arrays[f"weights {column.name}"] = series.struct.field("weight").to_numpy()
+                series = series.struct.field("value")
         codes, values = _numbered(series)
         if column.kind == "bucketed":
             # Several numbers fall into one bucket, so the buckets are numbered once more.
@@ -191,7 +212,18 @@ def _arrays(
         arrays[f"codes {column.name}"] = codes.astype(np.min_scalar_type(len(text)))
         arrays[f"ends {column.name}"] = ends.astype(np.uint32)
         arrays[f"text {column.name}"] = np.frombuffer(data or b"", np.uint8)[: int(ends[-1]) if len(ends) else 0]
-    return arrays, times
+    return arrays, times, shortened
+
+
+def _first(series: pl.Series, most: int) -> tuple[pl.Series, np.ndarray, int]:
+    """The elements of lists, at most the first ``most`` of each, ``[N]`` how many that are, and the rows cut."""
+    lengths = series.list.len().to_numpy().astype(np.int64)
+    elements = series.filter(pl.Series(lengths > 0)).explode()
+    cut = int((lengths > most).sum())
+    if cut:
+        place = np.arange(len(elements)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        elements, lengths = elements.filter(pl.Series(place < most)), np.minimum(lengths, most)
+    return elements, lengths, cut
 
 
 def _numbered(series: pl.Series) -> tuple[np.ndarray, pa.Array]:

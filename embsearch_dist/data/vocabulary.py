@@ -34,9 +34,10 @@ class Vocabulary:
     Attributes:
         name: the field.
         values: values with an id of their own; the id of ``values[k]`` is ``k + 1``.
-        counts: training rows of each value.
+        counts: how often each value occurs in the training rows.
         rows: training rows in all.
-        missing: training rows where the field is blank.
+        missing: training rows without a value.
+        seen: values in the training rows, of which a row of a list may have several.
         distinct: distinct values in the training rows, before the minimum count.
     """
 
@@ -45,6 +46,7 @@ class Vocabulary:
     counts: pl.Series
     rows: int
     missing: int
+    seen: int
     distinct: int
 
     @property
@@ -53,8 +55,11 @@ class Vocabulary:
 
     @property
     def rare_share(self) -> float:
-        """Share of training rows whose value is there but too rare for an id."""
-        return (self.rows - self.missing - int(self.counts.sum())) / max(self.rows, 1)
+        """Share of the training rows' cells whose value is there but too rare for an id.
+
+        Every value of a list is a cell, and a row without one is a cell.
+        """
+        return (self.seen - int(self.counts.sum())) / max(self.seen + self.missing, 1)
 
     @property
     def missing_share(self) -> float:
@@ -89,25 +94,27 @@ def build(parts: Sequence[Part], name: str, min_count: int, tick: Callable[[int]
     """
     passes = -(-sum(part.n_values(name) for part in parts) // PASS_VALUES) or 1
     kept: list[pl.DataFrame] = []
-    rows = missing = distinct = 0
+    rows = missing = seen = distinct = 0
     for k in range(passes):
         frames = []
         for part in parts:
-            codes = part.codes(name)
-            counts = np.bincount(codes[part.split() == 0], minlength=part.n_values(name) + 1)
+            train, lengths = part.split() == 0, part.lengths(name)
+            of_train = train if lengths is None else np.repeat(train, lengths)
+            counts = np.bincount(part.codes(name)[of_train], minlength=part.n_values(name) + 1)
             frame = pl.DataFrame([part.values(name).alias("value"), pl.Series("count", counts[1:])])
             mine = pl.col("count") > 0
             if passes > 1:
                 mine &= pl.col("value").hash() % passes == k
             frames.append(frame.filter(mine))
             if k == 0:
-                rows, missing = rows + int(counts.sum()), missing + int(counts[0])
+                rows, seen = rows + int(train.sum()), seen + int(counts[1:].sum())
+                missing += int(counts[0] if lengths is None else (lengths[train] == 0).sum())
             tick(part.n_values(name) if k == 0 else 0)
         counted = pl.concat(frames).group_by("value").agg(pl.col("count").sum())
         distinct += counted.height
         kept.append(counted.filter(pl.col("count") >= min_count))
     book = pl.concat(kept).sort(["count", "value"], descending=[True, False])
-    return Vocabulary(name, book["value"].rechunk(), book["count"].rechunk(), rows, missing, distinct)
+    return Vocabulary(name, book["value"].rechunk(), book["count"].rechunk(), rows, missing, seen, distinct)
 
 
 def _ids(parts: Sequence[Part], book: Vocabulary, tick: Callable[[int], None]) -> np.ndarray:
@@ -159,6 +166,7 @@ def build_all(
             "distinct": book.distinct,
             "rare_share": round(book.rare_share, 6),
             "missing_share": round(book.missing_share, 6),
+            "mean_length": round(book.seen / max(book.rows, 1), 4),
             "file": {"rows": book.cardinality - 1, **digest(target)},
             "ids": write_arrays(ids, {"ids": _ids(parts, book, bar.add)}),
         }

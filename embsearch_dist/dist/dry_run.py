@@ -98,7 +98,7 @@ def _read_allocation(path: str, schema: Schema, any_data: bool) -> Allocation:
 def allocation_subject(name: str, allocation: Allocation) -> Subject:
     """The tables that retraining this allocation makes; a dropped field has none."""
     fields = [(f, physical_width(allocation.widths[f.name])) for f in allocation.schema.fields]
-    tables = [Table(f.name, f.cardinality, width) for f, width in fields if width]
+    tables = [Table.of(f, width) for f, width in fields if width]
     return Subject(name, tables, allocation.total("parameters"))
 
 
@@ -109,5 +109,5 @@ def supernet_subject(schema: Schema, config: Config) -> Subject:
         raise UserError(f"--supernet: method {config.method!r} has no supernet (no search.candidates)")
     independent = getattr(config.search, "scheme", "shared") == "independent"
     width = sum(candidates) if independent else max(candidates)
-    tables = [Table(f.name, f.cardinality, physical_width(width)) for f in schema.fields]
+    tables = [Table.of(f, physical_width(width)) for f in schema.fields]
     return Subject("supernet", tables, width * sum(schema.cardinalities))

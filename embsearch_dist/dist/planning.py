@@ -198,7 +198,9 @@ def _search(
         # The columns of a grid are spread over machines, its rows over the ranks of each.
         parts = topology.world_size // topology.local_world_size if "grid_shard" in kinds else topology.world_size
         width = column_shard(t.width, parts, topology.planner.column_width)
-        constraints[t.name] = ParameterConstraints(sharding_types=kinds, min_partition=width)
+        constraints[t.name] = ParameterConstraints(
+            sharding_types=kinds, min_partition=width, pooling_factors=[t.length]
+        )
     machines = topology.torchrec()
     sharder = PlanningSharder(runs_fused(optimizer, topology.device), topology.planner.offload)
     estimators = [EmbeddingPerfEstimator(machines, constraints), StorageEstimator(machines, optimizer)]
@@ -256,6 +258,7 @@ def _by_hand(
         "fused" if fused else "dense",
     )
     options = []
+    lengths = {t.name: t.length for t in tables}
     sharder = PlanningSharder(fused, offload=False)
     parameters = sharder.shardable_parameters(collection)
     for name, sharding in plan.items():
@@ -270,7 +273,7 @@ def _by_hand(
                 name=name,
                 tensor=parameter,
                 module=("", collection),
-                input_lengths=[1.0],
+                input_lengths=[lengths[name]],
                 batch_size=topology.planner.batch_size,
                 sharding_type=sharding.sharding_type,
                 partition_by=get_partition_by_type(sharding.sharding_type),

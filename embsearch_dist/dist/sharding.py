@@ -29,6 +29,7 @@ from embsearch_dist.dist.tables import (
     OPTIMIZERS,
     Table,
     choose_sharding,
+    divide_means,
     local_world_size,
     make_collection,
     plan_by_hand,
@@ -55,7 +56,8 @@ class ShardedTables(nn.Module):
 
     Initial values depend on seed, table and row alone, so that every world size and every sharding
     starts equal. ``forward`` maps a KeyedJaggedTensor with batch size B to a KeyedTensor ``[B, sum of widths]``
-    whose key order depends on the plan: read it by name.
+    whose key order depends on the plan: read it by name. Each value is the sum (or mean, as the table says)
+    of the rows that the sample looks up in that table, zeros if those are none.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class ShardedTables(nn.Module):
         check_same_tables(tables, context)
         unknown = sorted(set(dist.tables) - {t.name for t in tables})
         self.tables = {t.name: t for t in tables}
+        self.means = any(t.mean for t in tables)
         self.context = context
         self.fused = runs_fused(optim.embedding, context.device.type)
         if unknown and context.rank == 0:
@@ -110,7 +113,8 @@ class ShardedTables(nn.Module):
         return Plan.from_dict(body).torchrec()
 
     def forward(self, sparse: KeyedJaggedTensor) -> KeyedTensor:
-        return self.collection(sparse)
+        pooled = self.collection(sparse)
+        return divide_means(pooled, sparse, self.tables) if self.means else pooled
 
     def local_shards(self) -> Iterator[LocalShard]:
         """Every part of a table on this rank, tables in their given order."""

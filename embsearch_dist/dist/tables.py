@@ -8,13 +8,13 @@ lifts that and places by predicted time. Both planners work on tables without st
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.optim.optimizer import Optimizer
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, PoolingType
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor, PoolingType
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.sharding_plan import (
     ParameterShardingGenerator,
@@ -29,6 +29,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from embsearch_dist.config import DistConfig
 from embsearch_dist.errors import UserError
+from embsearch_dist.schema import Field
 
 ROWS_PER_RANK = 1024  # a table with fewer rows than this a rank gains nothing from being split by rows
 OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
@@ -49,11 +50,25 @@ class Sharder(EmbeddingBagCollectionSharder):
 
 @dataclass(frozen=True)
 class Table:
-    """One table: ``rows`` x ``width`` (physical, a multiple of 4), looked up by the feature ``name``."""
+    """One table: ``rows`` x ``width`` (physical, a multiple of 4), looked up by the feature ``name``.
+
+    Attributes:
+        mean: the rows that a sample looks up are averaged, not added.
+        weighted: each comes with a weight.
+        length: how many that are on average, for planning.
+    """
 
     name: str
     rows: int
     width: int
+    mean: bool = False
+    weighted: bool = False
+    length: float = 1.0
+
+    @classmethod
+    def of(cls, field: Field, width: int) -> Table:
+        """The table of a field at a physical width."""
+        return cls(field.name, field.cardinality, width, field.pooling == "mean", field.weighted, field.mean_length)
 
     @property
     def bytes(self) -> int:
@@ -80,7 +95,11 @@ def local_world_size(world_size: int) -> int:
 
 
 def make_collection(tables: Sequence[Table]) -> EmbeddingBagCollection:
-    """The tables as one module without storage."""
+    """The tables as one module without storage.
+
+    Every table adds, also one that is to average: see :func:`divide_means`. One weighted table makes all of
+    them want weights, which cost memory and traffic.
+    """
     return EmbeddingBagCollection(
         tables=[
             EmbeddingBagConfig(
@@ -92,8 +111,24 @@ def make_collection(tables: Sequence[Table]) -> EmbeddingBagCollection:
             )
             for t in tables
         ],
+        is_weighted=any(t.weighted for t in tables),
         device=torch.device("meta"),
     )
+
+
+def divide_means(pooled: KeyedTensor, sparse: KeyedJaggedTensor, tables: Mapping[str, Table]) -> KeyedTensor:
+    """Sums ``[B, sum of widths]`` -> the same with the columns of averaging tables divided by their bags' lengths.
+
+    TorchRec's own mean pooling depends on the sharding: behind row-wise tables it divides the columns of *all*
+    tables, by the length plus 1e-6. Here a mean is the same everywhere, that of no rows is zero, and the columns
+    of the other tables keep their bits (they are divided by one).
+    """
+    keys, values = sparse.keys(), pooled.values()
+    lengths = sparse.lengths().view(len(keys), -1).clamp(min=1).to(values.dtype)
+    one = torch.ones_like(lengths[0])
+    each = [lengths[keys.index(name)] if tables[name].mean else one for name in pooled.keys()]
+    divisor = torch.cat([x[:, None].expand(-1, w) for x, w in zip(each, pooled.length_per_key(), strict=True)], 1)
+    return KeyedTensor(pooled.keys(), pooled.length_per_key(), values / divisor)
 
 
 def choose_sharding(tables: Sequence[Table], world_size: int, config: DistConfig) -> dict[str, str]:

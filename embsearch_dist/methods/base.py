@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from embsearch_dist.config import Config
 from embsearch_dist.data.dataset import BatchStream
 from embsearch_dist.dist.context import Context
+from embsearch_dist.dist.same_data import agree_on_left_out, check_same, seen_in_schema, seen_in_shards
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Schema, read_json, write_json
 
@@ -33,21 +34,32 @@ class Run:
         return Path(self.config.run.dir)
 
     def stream(self, split: str, batch_size: int, shuffle: bool, seed: int | None = None) -> BatchStream:
-        """Batches of a split for this rank; opening it fails on all ranks or on none."""
-        config, context = self.config, self.context
+        """Batches of a split for this rank; opening it fails on all ranks or on none.
+
+        Raises:
+            UserError: the split cannot be read (but for ``data.skip_unreadable`` row groups), or ranks see
+                different data.
+        """
+        data, context = self.config.data, self.context
+        check_same(context, data.path, seen_in_schema(self.schema))
+        left_out = agree_on_left_out(
+            context, data.path, self.schema, split, data.skip_unreadable, self.dir, training=shuffle
+        )
         with context.together(f"opening the {split} split"):
-            return BatchStream(
-                config.data.path,
+            stream = BatchStream(
+                data.path,
                 self.schema,
                 split,
                 global_batch=batch_size,
                 rank=context.rank,
                 world_size=context.world_size,
                 shuffle=shuffle,
-                seed=config.run.seed if seed is None else seed,
-                window_rows=config.data.window_rows,
+                seed=self.config.run.seed if seed is None else seed,
+                window_rows=data.window_rows,
+                left_out=left_out,
             )
-        raise AssertionError("unreachable")
+        check_same(context, data.path, seen_in_shards(stream.shards))
+        return stream
 
 
 class Stage(ABC):

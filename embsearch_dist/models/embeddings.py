@@ -52,7 +52,7 @@ class MaxTables(nn.Module):
             mask[j, start:stop] = 1
         self.register_buffer("mask", mask.to(context.device), persistent=False)
         self.mask: torch.Tensor
-        tables = [Table(f.name, f.cardinality, self.width) for f in schema.fields]
+        tables = [Table.of(f, self.width) for f in schema.fields]
         self.sharded = ShardedTables(tables, context, dist, optim, seed, init_std)
 
     def forward(self, sparse: KeyedJaggedTensor) -> Pooled:
@@ -77,7 +77,7 @@ class MixedTables(nn.Module):
         self.widths = [allocation.widths[n] for n in self.names]
         fields = {f.name: f for f in allocation.schema.fields}
         by_width = sorted(zip(self.widths, self.names, strict=True), key=lambda pair: pair[0])
-        tables = [Table(n, fields[n].cardinality, physical_width(w)) for w, n in by_width]
+        tables = [Table.of(fields[n], physical_width(w)) for w, n in by_width]
         self.sharded = ShardedTables(tables, context, dist, optim, seed, init_std)
 
     def forward(self, sparse: KeyedJaggedTensor) -> Pooled:

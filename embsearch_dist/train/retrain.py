@@ -82,6 +82,7 @@ def retrain(
         progress = trainer.fit()
         trainer.restore_best()
         write = {"seconds": progress.seconds, "steps": progress.step, "best_step": progress.best_step}
+        write |= _left_out(training)
         context.first("writing training.json", lambda: write_json(directory / "training.json", write))
     return task
 
@@ -133,4 +134,10 @@ def evaluate_model(
         "inference_rows_per_s": metrics["rows"] / seconds,
         "widths": allocation.widths,
         "backbone": config.model.backbone,
+        **_left_out(stream),
     }
+
+
+def _left_out(stream: BatchStream) -> dict[str, int]:
+    """For the record of a result: how many rows it has not seen; nothing when it has seen all."""
+    return {"rows_left_out": stream.rows_left_out} if stream.left_out else {}

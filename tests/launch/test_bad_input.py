@@ -168,6 +168,28 @@ def test_more_ranks_than_rows(damaged: Path, config: Path, tmp_path: Path) -> No
     assert not (tmp_path / "run" / "allocation.json").exists()
 
 
+def test_a_damaged_row_group_stops_a_search_or_is_left_out_when_told(
+    damaged: Path, config: Path, tmp_path: Path, run_script: Callable
+) -> None:
+    path, run = damaged / "train" / "part-00000.parquet", tmp_path / "run"
+    column = pq.read_metadata(path).row_group(3).column(2)
+    whole = bytearray(path.read_bytes())
+    middle = column.data_page_offset + column.total_compressed_size // 2
+    whole[middle] ^= 0xFF
+    path.write_bytes(whole)
+    where = command_line(damaged, run)
+    done = run_script("search.py", "--config", config, *where, check=False)
+    assert_refused(done, f"{path}, row group 3: cannot be read")
+    assert not (run / "allocation.json").exists()
+    # The same command with leave to skip goes on in the same run directory.
+    done = run_script("search.py", "--config", config, *where, "--data.skip_unreadable", 1)
+    rows = Schema.load(damaged).rows["train"]
+    assert f"left out because it cannot be read: 1 row group, 500 of {rows:,} rows" in done.stdout
+    assert "  train/part-00000.parquet, row group 3: cannot be read (" in done.stdout
+    assert (run / "allocation.json").exists()
+    assert [e["group"] for e in read_json(run / "unreadable.json")["splits"]["train"]] == [3]
+
+
 def test_a_broken_shard_ends_all_ranks(damaged: Path, config: Path, tmp_path: Path) -> None:
     path = damaged / "train" / "part-00000.parquet"
     path.write_bytes(path.read_bytes()[:-200])

@@ -263,12 +263,15 @@ def test_script_prints_the_error_alone_and_exits_2(
 def test_example_source_file_is_valid_and_complete(repo_root: Path, tmp_path: Path) -> None:
     text = (repo_root / "configs" / "sources" / "example.yaml").read_text()
     (tmp_path / "example.yaml").write_text(text)
-    header = "clicked,shown_at,user,item,price,position,Ad.Text (en)\n"
-    rows = "".join(f"{i % 2},2014-10-{1 + i // 10:02d},u{i % 5},i{i % 7},{i},{i % 3},hi {i % 2}\n" for i in range(100))
+    header = "clicked,shown_at,user,item,price,position,tags,liked,Ad.Text (en)\n"
+    cells = [(i % 2, 1 + i // 10, i % 5, i % 7, i, i % 3, i % 4, i % 9, i / 8, i % 2) for i in range(100)]
+    line = "%d,2014-10-%02d,u%d,i%d,%d,%d,t%d|t8,i%d:%g|i1:2,hi %d\n"
+    rows = "".join(line % row for row in cells)
     for name in ("clicks_1.csv", "clicks_2.csv"):
         (tmp_path / name).write_text(header + rows)
     schema = prepare("table", tmp_path / "example.yaml", tmp_path / "out", split="time", quiet=True)
-    assert schema.dataset == "my_clicks" and schema.names == ["user", "item", "price", "ad_text"]
+    assert schema.dataset == "my_clicks" and schema.names == ["user", "item", "price", "tags", "liked", "ad_text"]
+    assert [(f.pooling, f.weighted) for f in schema.fields[3:5]] == [("mean", False), ("sum", True)]
     assert schema.dense == ("position",) and schema.rows == {"train": 160, "validation": 20, "test": 20}
 
 

@@ -36,6 +36,37 @@ def test_the_fingerprint_covers_what_tables_depend_on_and_nothing_else() -> None
     assert schema(dense=()).fingerprint != one
 
 
+def test_lists_come_back_from_the_file_and_change_the_fingerprint(tmp_path: Path) -> None:
+    user, item = Field("user", 10), Field("item", 7)
+    kinds = [item, Field("item", 7, "sum"), Field("item", 7, "mean"), Field("item", 7, "sum", weighted=True)]
+    assert len({schema(fields=(user, kind)).fingerprint for kind in kinds}) == 4
+    longer = Field("item", 7, "sum", mean_length=3.5)
+    assert schema(fields=(user, longer)).fingerprint == schema(fields=(user, kinds[1])).fingerprint
+    original = schema(fields=(user, Field("item", 7, "sum", True, 2.25)))
+    original.save(tmp_path)
+    assert Schema.load(tmp_path) == original
+
+
+def test_a_schema_without_lists_is_written_and_hashed_as_before_there_were_any(tmp_path: Path) -> None:
+    assert schema().fingerprint == "2b2884a7424a4cf2"
+    schema().save(tmp_path)
+    fields = json.loads((tmp_path / "schema.json").read_text())["fields"]
+    assert fields == [{"name": "user", "cardinality": 10}, {"name": "item", "cardinality": 7}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("max",), "pooling 'max' is none of sum, mean"),
+        (("mean", True), "weights need pooling sum, not 'mean'"),
+        (("", True), "weights need pooling sum"),
+    ],
+)
+def test_an_impossible_list_is_refused_by_name(arguments: tuple, message: str) -> None:
+    with pytest.raises(UserError, match=f"'user': {message}"):
+        Field("user", 10, *arguments)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

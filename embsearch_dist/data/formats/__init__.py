@@ -16,12 +16,16 @@ ONE: dict[str, Callable[[Path], Source]] = {
     "table": table.table,
 }
 FORMATS = (*SEVERAL, *ONE)
+LISTS = {"movielens_1m": movielens.movielens_1m, "movielens_100k": movielens.movielens_100k}
+GENRES = ("one", "list")
 
-__all__ = ["FORMATS", "LABEL", "TIME", "Column", "Chunk", "Source", "nearest", "open_source"]
+__all__ = ["FORMATS", "GENRES", "LABEL", "TIME", "Column", "Chunk", "Source", "nearest", "open_source"]
 
 
-def open_source(name: str, paths: Path | str | Sequence[Path | str]) -> Source:
+def open_source(name: str, paths: Path | str | Sequence[Path | str], genres: str = "one") -> Source:
     """Open raw data of a named format for reading; criteo and avazu take several files or folders.
+
+    ``genres``: what MovieLens's column of that name becomes, ``one`` value a movie or a ``list``.
 
     Raises:
         UserError: unknown format, or whatever the reader finds wrong with the files.
@@ -29,10 +33,14 @@ def open_source(name: str, paths: Path | str | Sequence[Path | str]) -> Source:
     several = [Path(paths)] if isinstance(paths, Path | str) else [Path(p) for p in paths]
     if not several:
         raise UserError("no input was named. Give a file or folder")
+    if genres not in GENRES:
+        raise UserError(f"--genres {genres!r} is none of {', '.join(GENRES)}. Write one of them")
+    if genres == "list" and name in FORMATS and name not in LISTS:
+        raise UserError(f"--genres list is for {' and '.join(LISTS)}, not for {name}. Leave it out")
     if name in SEVERAL:
         return SEVERAL[name](several)
     if name not in ONE:
         raise UserError(f"unknown format {name!r}. {nearest(name, FORMATS)}")
     if len(several) > 1:
         raise UserError(f"format {name} takes one --input, not {len(several)}. A table's source file lists its files")
-    return ONE[name](several[0])
+    return LISTS[name](several[0], True) if genres == "list" else ONE[name](several[0])

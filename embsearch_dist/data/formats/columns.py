@@ -7,24 +7,51 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import polars as pl
+import pyarrow as pa
 
 from embsearch_dist.errors import UserError
 
 LABEL, TIME = "__label", "__time"
-KINDS = ("categorical", "bucketed", "dense")
+KINDS = ("categorical", "list", "bucketed", "dense")
+MAX_LENGTH = 100
+
+
+@dataclass(frozen=True)
+class Bag:
+    """How a cell of a list column holds its values, and what is done with them.
+
+    Attributes:
+        pooling: how their embeddings become one; see :class:`embsearch_dist.schema.Field`.
+        max_length: the first so many values of a row are kept.
+        separator: between the values of a text cell.
+        weight_separator: between a value and its weight (``a:0.5``), where they share a cell; else empty.
+        weights: column of the weights, where they have one; else empty.
+    """
+
+    pooling: str = "sum"
+    max_length: int = MAX_LENGTH
+    separator: str = "|"
+    weight_separator: str = ""
+    weights: str = ""
+
+    @property
+    def weighted(self) -> bool:
+        return bool(self.weights or self.weight_separator)
 
 
 @dataclass(frozen=True)
 class Column:
     """One column of the prepared data.
 
-    ``kind``: ``categorical`` (any text), ``bucketed`` (a number, turned into a category by
-    :func:`bucket`) or ``dense`` (a number that stays one).
+    ``kind``: ``categorical`` (any text), ``list`` (any number of texts, with a ``bag``), ``bucketed`` (a number,
+    turned into a category by :func:`bucket`) or ``dense`` (a number that stays one).
     """
 
     name: str
     kind: str = "categorical"
+    bag: Bag | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +64,8 @@ class Chunk:
     Attributes:
         consumed: bytes of the input that they take.
         read: gives every column of the source (text; float64 for bucketed and dense ones; null =
-            missing), ``__label`` float32 and, where there is a time, ``__time`` float64.
+            missing; lists as :meth:`Rows.bag` gives them), ``__label`` float32 and, where there is a time,
+            ``__time`` float64.
     """
 
     consumed: int
@@ -116,12 +144,81 @@ class Rows:
             self._refuse(bad, raw, column, "not a finite number", "Write a number or leave it blank")
         return number
 
+    def bag(self, column: str, bag: Bag) -> pl.Series:
+        """The column as lists of text or, with weights, of ``{value: text, weight: float32}``; never null.
+
+        A text cell is cut at the separator, a list is one already. Blank values are left out, with their
+        weights; a blank cell is an empty list. Nothing is cut to ``max_length`` yet.
+
+        Raises:
+            UserError: a cell that is no list, a weight that is missing, negative or no number, another
+                number of weights than of values.
+        """
+        values, lengths = self._elements(column, bag)
+        row = np.repeat(np.arange(len(lengths)), lengths)
+        weights = None
+        if bag.weights:
+            weights, others = self._elements(bag.weights, bag)
+            if (differ := lengths != others).any():
+                i = int(differ.argmax())
+                raise UserError(
+                    f"{self.where(i)}, column {column!r}: {lengths[i]} values but {others[i]} weights in column "
+                    f"{bag.weights!r}. Write one weight for each value"
+                )
+        elif bag.weight_separator:
+            # The last separator counts: a value may hold others.
+            mark, whole = f"\\x{ord(bag.weight_separator):02x}", self._text(values, column)
+            weights = whole.str.extract(f"(?s){mark}([^{mark}]*)$")
+            values = whole.str.extract(f"(?s)^(.*){mark}").fill_null(whole)
+        values = self._text(values, column)
+        kept = values.is_not_null()
+        counts = np.bincount(row[kept.to_numpy()], minlength=len(lengths))
+        parts = pl.DataFrame({"value": values})
+        if weights is not None:
+            parts = parts.with_columns(weight=self._weights(weights, kept, row, column))
+        kept_parts = parts.filter(kept)
+        content = (kept_parts.to_struct() if bag.weighted else kept_parts["value"]).rechunk().to_arrow()
+        offsets = pa.array(np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]))
+        return pl.Series(column, pa.LargeListArray.from_arrays(offsets, content))
+
+    def _elements(self, column: str, bag: Bag) -> tuple[pl.Series, np.ndarray]:
+        """The elements of a list column, row after row, and how many each row has (``[N]`` int64)."""
+        raw = self.frame[column]
+        if raw.dtype in (pl.String, pl.Categorical, pl.Enum):
+            raw = raw.cast(pl.String)
+            raw = raw.set(raw == "", None).str.split(bag.separator)
+        elif raw.dtype == pl.Null:
+            raw = raw.cast(pl.List(pl.String))
+        elif raw.dtype == pl.Array:
+            raw = raw.arr.to_list()
+        if raw.dtype != pl.List:
+            raise UserError(f"{self.where(0)}, column {column!r}: type {raw.dtype} is no list. Make it one, or text")
+        lengths = raw.list.len().fill_null(0).to_numpy().astype(np.int64)
+        return raw.filter(pl.Series(lengths > 0)).explode(), lengths
+
+    def _weights(self, raw: pl.Series, kept: pl.Series, row: np.ndarray, column: str) -> pl.Series:
+        """``[E]`` float32 weights of the kept values; ``row`` tells where each stands."""
+        number = self._as_float(raw, column).cast(pl.Float32, strict=False)
+        good = (number.is_finite() & (number >= 0)).fill_null(False)
+        bad = kept & ~good
+        if bad.any():
+            i = int(bad.arg_max() or 0)
+            shown = "there is none" if raw[i] is None or raw[i] == "" else repr(raw[i])
+            raise UserError(
+                f"{self.where(int(row[i]))}, column {column!r}: the weight of a value must be a number from 0 on: "
+                f"{shown}. Write one for each value"
+            )
+        return number
+
     def _numbers(self, column: str) -> tuple[pl.Series, pl.Series]:
         """The raw cells and the float64 they spell, null where they spell none."""
         raw = self.frame[column]
+        return raw, self._as_float(raw, column)
+
+    def _as_float(self, raw: pl.Series, column: str) -> pl.Series:
         if not (raw.dtype.is_numeric() or raw.dtype in (pl.String, pl.Boolean, pl.Null)):
             raise UserError(f"{self.where(0)}, column {column!r}: type {raw.dtype} is no number. Make it one")
-        return raw, raw.cast(pl.Float64, strict=False)
+        return raw.cast(pl.Float64, strict=False)
 
     def integer(self, column: str) -> pl.Series:
         """The column as int64, without blanks.
@@ -136,7 +233,9 @@ class Rows:
 
     def category(self, column: str) -> pl.Series:
         """The column as text; an empty cell is null."""
-        raw = self.frame[column]
+        return self._text(self.frame[column], column)
+
+    def _text(self, raw: pl.Series, column: str) -> pl.Series:
         if raw.dtype.is_nested() or raw.dtype in (pl.Binary, pl.Object):
             raise UserError(f"{self.where(0)}, column {column!r}: type {raw.dtype} is no category. Make it text")
         # Whole numbers with blanks often arrive as floats; their NaN is a blank.
@@ -144,10 +243,12 @@ class Rows:
         return text.set(text == "", None) if (text == "").any() else text
 
     def convert(self, column: Column, raw: str) -> pl.Series:
-        """The raw column as text or number, under the name of ``column``.
+        """The raw column as text, list or number, under the name of ``column``.
 
         A bucketed one stays a number here: its few distinct numbers are cheaper to bucket than its rows.
         """
+        if column.bag is not None:
+            return self.bag(raw, column.bag).alias(column.name)
         read = self.category if column.kind == "categorical" else self.number
         return read(raw).alias(column.name)
 

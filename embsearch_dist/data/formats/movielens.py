@@ -9,12 +9,14 @@ from pathlib import Path
 import polars as pl
 
 from embsearch_dist.data.formats.blocks import Block, Layout, parse, read_blocks
-from embsearch_dist.data.formats.columns import TIME, Chunk, Column, Rows, Source
+from embsearch_dist.data.formats.columns import TIME, Bag, Chunk, Column, Rows, Source
 from embsearch_dist.errors import UserError
 
 LIKED_ABOVE = 3
 BASE = ("user_id", "gender", "age", "occupation", "zip", "movie_id", "year", "genres")
 TIMED = (*BASE, "weekday", "hour_in_day")
+# One to six of eighteen: their mean is as large for a movie of many genres as for one of few.
+GENRES = Bag(pooling="mean", separator="|")
 
 RATINGS_1M = ("ratings.dat", "ratings_no_timestamp.dat.gz", "ratings_first_50440.dat")
 GENRES_100K = (
@@ -25,12 +27,12 @@ GENRES_100K = (
 YEAR = r"\((\d{4})\)\s*$"
 
 
-def movielens_1m(path: Path) -> Source:
+def movielens_1m(path: Path, genres_as_list: bool = False) -> Source:
     """MovieLens 1M: a directory with users.dat, movies.dat and ratings (or the ratings file itself).
 
     Fields: user_id, gender, age, occupation, zip, movie_id, year (of the title), genres (the whole
-    string is one value); where ratings carry a timestamp also weekday (``weekend`` or ``weekday``) and
-    hour_in_day, both in UTC. Label: rating > 3.
+    string is one value, unless it is to be a list); where ratings carry a timestamp also weekday
+    (``weekend`` or ``weekday``) and hour_in_day, both in UTC. Label: rating > 3.
     """
     ratings = path if path.is_file() else _first(path, RATINGS_1M)
     timed = not ratings.name.startswith("ratings_no_timestamp")
@@ -43,10 +45,10 @@ def movielens_1m(path: Path) -> Source:
         ratings.parent / "movies.dat", Layout(("movie_id", "title", "genres"), "::", encoding="latin-1")
     ).select("movie_id", pl.col("title").str.extract(YEAR).alias("year"), "genres")
     layout = Layout(names, "::", encoding="latin-1")
-    return _source("movielens_1m", ratings, layout, users, movies, ("users.dat", "movies.dat"))
+    return _source("movielens_1m", ratings, layout, users, movies, ("users.dat", "movies.dat"), genres_as_list)
 
 
-def movielens_100k(path: Path) -> Source:
+def movielens_100k(path: Path, genres_as_list: bool = False) -> Source:
     """MovieLens 100K: a directory with u.data, u.user and u.item. Fields and label as for 1M, timed."""
     ratings = path if path.is_file() else _first(path, ("u.data",))
     users = _small(
@@ -65,14 +67,21 @@ def movielens_100k(path: Path) -> Source:
         pl.concat_str(flags, separator="|", ignore_nulls=True).alias("genres"),
     )
     layout = Layout(("user_id", "movie_id", "rating", "timestamp"), "\t", encoding="latin-1")
-    return _source("movielens_100k", ratings, layout, users, movies, ("u.user", "u.item"))
+    return _source("movielens_100k", ratings, layout, users, movies, ("u.user", "u.item"), genres_as_list)
 
 
 def _source(
-    dataset: str, ratings: Path, layout: Layout, users: pl.DataFrame, movies: pl.DataFrame, small: tuple[str, str]
+    dataset: str,
+    ratings: Path,
+    layout: Layout,
+    users: pl.DataFrame,
+    movies: pl.DataFrame,
+    small: tuple[str, str],
+    genres_as_list: bool,
 ) -> Source:
     timed = "timestamp" in layout.columns
-    columns = tuple(Column(n) for n in (TIMED if timed else BASE))
+    lists = {"genres": Column("genres", "list", GENRES)} if genres_as_list else {}
+    columns = tuple(lists.get(n, Column(n)) for n in (TIMED if timed else BASE))
 
     def read(block: Block) -> pl.DataFrame:
         rows = Rows(parse(block, layout), block.where)
@@ -87,6 +96,8 @@ def _source(
             moment = pl.from_epoch("timestamp")
             weekend = pl.when(moment.dt.weekday() >= 6).then(pl.lit("weekend")).otherwise(pl.lit("weekday"))
             frame = frame.with_columns(weekend.alias("weekday"), moment.dt.hour().cast(pl.String).alias("hour_in_day"))
+        for name, column in lists.items():
+            frame = frame.with_columns(Rows(frame, block.where).convert(column, name))
         return frame.select("__label", *((TIME,) if timed else ()), *(c.name for c in columns))
 
     def chunks() -> Iterator[Chunk]:
@@ -95,7 +106,8 @@ def _source(
 
     files = (ratings, *(ratings.parent / n for n in small))
     no_time = None if timed else f"{ratings.name} has no timestamps; use --split random or the original ratings.dat"
-    return Source(dataset, columns, files, chunks, no_time=no_time, notes=(f"label is rating > {LIKED_ABOVE}",))
+    notes = (f"label is rating > {LIKED_ABOVE}", *(f"{name} is a list" for name in lists))
+    return Source(dataset, columns, files, chunks, no_time=no_time, notes=notes)
 
 
 def _first(directory: Path, names: tuple[str, ...]) -> Path:

@@ -15,12 +15,15 @@ import pyarrow.parquet as pq
 import yaml
 
 from embsearch_dist.data.formats.blocks import Block, Layout, parse, read_blocks, read_header
-from embsearch_dist.data.formats.columns import KINDS, LABEL, TIME, Chunk, Column, Rows, Source, nearest
+from embsearch_dist.data.formats.columns import KINDS, LABEL, TIME, Bag, Chunk, Column, Rows, Source, nearest
 from embsearch_dist.errors import UserError
+from embsearch_dist.schema import POOLINGS
 
 KEYS = ("name", "files", "format", "delimiter", "encoding", "label", "time", "fields", "min_count")
 LABEL_KEYS = ("column", "threshold")
-FIELD_KEYS = ("column", "kind")
+LIST_KEYS = ("pooling", "max_length", "separator", "weight_separator", "weights")
+FIELD_KEYS = ("column", "kind", *LIST_KEYS)
+LONGEST = 10_000
 SUFFIXES = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".txt": "tsv", ".parquet": "parquet", ".pq": "parquet"}
 # Field names become file names (vocabulary), table names and parameter names (which may hold no dot).
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
@@ -47,7 +50,8 @@ class TableSource:
     @property
     def wanted(self) -> tuple[str, ...]:
         """The columns to read from the files."""
-        every = [self.label, *([self.time] if self.time else []), *self.raw.values()]
+        weights = [c.bag.weights for c in self.columns if c.bag is not None and c.bag.weights]
+        every = [self.label, *([self.time] if self.time else []), *self.raw.values(), *weights]
         return tuple(dict.fromkeys(every))
 
 
@@ -144,6 +148,7 @@ def _one_line(e: Exception) -> str:
 def _check_names(spec: TableSource, file: Path, names: tuple[str, ...]) -> None:
     uses = [("label", spec.label), *((("time", spec.time),) if spec.time else ())]
     uses += [(f"field {name!r}", raw) for name, raw in spec.raw.items()]
+    uses += [(f"field {c.name!r}: weights", c.bag.weights) for c in spec.columns if c.bag is not None and c.bag.weights]
     for use, column in uses:
         if column not in names:
             raise UserError(f"{spec.path}: {use}: {file.name} has no column {column!r}. {nearest(column, names)}")
@@ -313,7 +318,35 @@ def _fields(path: Path, body: object, label: str) -> tuple[tuple[Column, ...], d
         raw[name] = str(spec.get("column", name))
         if raw[name] == label:
             raise UserError(f"{path}: field {name!r} is the label column {label!r} itself. Remove it from fields")
-        columns.append(Column(name, kind))
+        columns.append(Column(name, kind, _bag(f"{path}: field {name!r}", spec, label)))
     if all(c.kind == "dense" for c in columns):
         raise UserError(f"{path}: fields has no categorical or bucketed one; at least one is needed")
     return tuple(columns), raw
+
+
+def _bag(where: str, spec: dict, label: str) -> Bag | None:
+    """The keys of a list field, checked; ``None`` for a field of another kind."""
+    given = {k: spec[k] for k in LIST_KEYS if k in spec}
+    if spec.get("kind") != "list":
+        if given:
+            raise UserError(f"{where}: {next(iter(given))} is for lists. Write `kind: list`, or remove it")
+        return None
+    bag = Bag(**given)
+    most = bag.max_length
+    if not isinstance(most, int) or isinstance(most, bool) or not 1 <= most <= LONGEST:
+        raise UserError(f"{where}: max_length must be a whole number from 1 to {LONGEST}, got {most!r}")
+    if bag.pooling not in POOLINGS:
+        raise UserError(f"{where}: pooling must be {' or '.join(POOLINGS)}, got {bag.pooling!r}")
+    for key in ("separator", *(("weight_separator",) if "weight_separator" in given else ())):
+        mark = getattr(bag, key)
+        if not isinstance(mark, str) or len(mark) != 1 or not mark.isascii():
+            raise UserError(f"{where}: {key} must be one ASCII character, got {mark!r}")
+    if bag.separator == bag.weight_separator:
+        raise UserError(f"{where}: separator and weight_separator are both {bag.separator!r}. Make them differ")
+    if "weights" in given and (not isinstance(bag.weights, str) or bag.weights in ("", label)):
+        raise UserError(f"{where}: weights must be the column that holds them, got {bag.weights!r}")
+    if bag.weights and bag.weight_separator:
+        raise UserError(f"{where}: weights stand in column {bag.weights!r} or behind weight_separator. Remove one key")
+    if bag.weighted and bag.pooling != "sum":
+        raise UserError(f"{where}: weights need `pooling: sum`, not {bag.pooling}. Remove the weights or the pooling")
+    return bag
