@@ -40,20 +40,15 @@ class Pooled:
                 runs.append([start, start + width])
         return [self.values[:, start:stop] for start, stop in runs]
 
-    def stack(self, fields: Sequence[int] | None = None, values: torch.Tensor | None = None) -> torch.Tensor:
-        """Fields of one width as ``[n, B, width]``: a view where they lie in order without padding, else a copy.
-
-        Args:
-            fields: which, all by default.
-            values: another tensor of the same layout, such as the gradient of ``values``.
-        """
-        values = self.values if values is None else values
+    def stack(self, fields: Sequence[int] | None = None) -> torch.Tensor:
+        """Fields of one width (all by default) as ``[n, B, width]``: a view where they lie in order without
+        padding, else a copy."""
         chosen = range(len(self.starts)) if fields is None else fields
         starts, width = [self.starts[f] for f in chosen], self.widths[chosen[0]]
         if all(b - a == width for a, b in zip(starts, starts[1:], strict=False)):
-            whole = values[:, starts[0] : starts[0] + width * len(starts)]
+            whole = self.values[:, starts[0] : starts[0] + width * len(starts)]
             return whole.unflatten(1, (len(starts), width)).transpose(0, 1)
-        return torch.stack([values[:, s : s + width] for s in starts])
+        return torch.stack([self.values[:, s : s + width] for s in starts])
 
 
 @dataclass(frozen=True)

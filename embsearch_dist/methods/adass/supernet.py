@@ -65,10 +65,12 @@ class SupernetTask:
         """Take the mean magnitudes that Eq. 6 needs from this batch: of E now, of dL/dE in backward."""
         active = self.model.tables.mask[choice]
         columns = active.sum(1).clamp(min=1)
-        self._size = (pooled.stack(values=pooled.values.detach()).abs().mean(1) * active).sum(1) / columns
+        self._size = (pooled.stack().detach().abs().mean(1) * active).sum(1) / columns
+
+        starts, widths = pooled.starts, pooled.widths  # a hook that held the values would keep them for ever
 
         def hook(gradient: torch.Tensor) -> None:
-            per_field = (pooled.stack(values=gradient).abs().mean(1) * active).sum(1) / columns
+            per_field = (Pooled(gradient, starts, widths).stack().abs().mean(1) * active).sum(1) / columns
             # A dropped field has no gradient; counting it as zero would keep it dropped.
             mean = per_field[keep].mean()
             self._gradient = torch.where(keep, per_field, mean)
