@@ -124,8 +124,9 @@ def sides_of(what: str, rows: int, peer: str) -> Sides:
     ours = {"kind": "ues", "rows": rows, "overrides": FUSED}
     if what == "size":
         coarse = {"embsearch_dist, bfloat16": ours | {"overrides": COARSE}}
-        other = {"pytorch-fm, Adam": {"kind": "torchfm", "rows": rows, "path": [peer]}} if peer else {}
-        return other | {"embsearch_dist": ours} | coarse
+        theirs = {"kind": "torchfm", "rows": rows, "path": [peer]}
+        other = {"pytorch-fm": theirs | {"malloc": False}, "pytorch-fm, our malloc settings": theirs}
+        return (other if peer else {}) | {"embsearch_dist": ours} | coarse
     if what == "ranks":
         two = {"2 ranks, batch 4096 each": ours | {"ranks": 2, "batch": 8192}}
         two["2 ranks, batch 2048 each"] = ours | {"ranks": 2}

@@ -48,7 +48,24 @@ class Pooled:
         if all(b - a == width for a, b in zip(starts, starts[1:], strict=False)):
             whole = self.values[:, starts[0] : starts[0] + width * len(starts)]
             return whole.unflatten(1, (len(starts), width)).transpose(0, 1)
-        return torch.stack([self.values[:, s : s + width] for s in starts])
+        return _Arrange.apply(self.values, starts, width).transpose(0, 1)  # type: ignore[no-any-return]
+
+
+class _Arrange(torch.autograd.Function):
+    """Columns ``[starts[k], starts[k] + width)`` of ``[B, C]`` -> ``[B, n, width]``. Slices under autograd would make
+    a whole zero matrix each in backward: 60 ms of a step of 160 with 39 fields."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, starts: Sequence[int], width: int) -> torch.Tensor:
+        ctx.starts, ctx.width, ctx.columns = starts, width, values.shape[1]
+        return torch.cat([values[:, s : s + width] for s in starts], 1).unflatten(1, (len(starts), width))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        out = gradients[0].new_zeros(len(gradients[0]), ctx.columns)
+        for k, s in enumerate(ctx.starts):
+            out[:, s : s + ctx.width] = gradients[0][:, k]
+        return out, None, None
 
 
 @dataclass(frozen=True)

@@ -47,5 +47,6 @@ def test_a_peer_and_two_table_sizes(tmp_path: Path) -> None:
     package.mkdir(parents=True)
     (package / "dfm.py").write_text(PEER)
     out = run("size", "--peer", tmp_path, "--rows", "3000", "6000", "--rounds", "1", "--steps", "2")
-    assert out.count("| pytorch-fm, Adam |") == 2 and out.count("| embsearch_dist |") == 2
+    assert out.count("| pytorch-fm |") == 2 and out.count("| pytorch-fm, our malloc settings |") == 2
+    assert out.count("| embsearch_dist |") == 2
     assert "size: 6,000 rows in all tables" in out

@@ -26,6 +26,17 @@ def test_a_stack_is_a_view_where_it_can_be_one() -> None:
     assert torch.equal(mixed.stack([0, 2]), torch.stack([values[:, :2], values[:, 6:8]]))
 
 
+def test_gradients_of_a_stack_go_back_to_their_columns() -> None:
+    for starts, width in (((8, 0, 4), 4), ((0, 4, 8), 3), ((4, 8), 4)):
+        values = torch.randn(5, 12).requires_grad_()
+        pooled = Pooled(values, starts, (width,) * len(starts))
+        weight = torch.randn(len(starts), 5, width)
+        (found,) = torch.autograd.grad((pooled.stack() * weight).sum(), values)
+        parts = torch.stack([values[:, s : s + width] for s in starts])
+        (expected,) = torch.autograd.grad((parts * weight).sum(), values)
+        assert torch.equal(pooled.stack(), parts) and torch.equal(found, expected)
+
+
 def test_used_columns_leave_padding_out() -> None:
     values = torch.arange(12.0).repeat(2, 1)
     whole = Pooled(values, (8, 0, 4), (4, 4, 4)).used()
