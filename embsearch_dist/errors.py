@@ -9,6 +9,9 @@ class UserError(Exception):
 
     Attributes:
         everywhere: all ranks raise this or a telling of it, so rank 0 alone needs to print it.
+        repeats: the same start would end in it again. False when it tells of another rank's error of
+            another kind, which may have been a passing one.
     """
 
     everywhere = False
+    repeats = True

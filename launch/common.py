@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from embsearch_dist.config import SAFETY_KEYS, Config, describe, load_config, nearest
 from embsearch_dist.dist.context import Context, group_was_opened
+from embsearch_dist.dist.environment import end_restarts
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods import METHODS
 from embsearch_dist.schema import Schema
@@ -30,21 +32,36 @@ def run_main(main: Callable[[Sequence[str]], None], document: str | None) -> Non
         return
     signals.catch()
     try:
+        _run(main, argv)
+    except signals.StoppedBySignal as e:
+        if os.environ.get("RANK", "0") == "0":
+            print(e, file=sys.stderr, flush=True)
+        _end_restarts()
+        sys.exit(signals.EXIT_CODE)
+
+
+def _run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
+    """Everything but a signal, which may also come while an error is told."""
+    try:
         main(argv)
     except UserError as e:
         # One voice is enough when all ranks fail alike.
         if os.environ.get("RANK", "0") == "0" or (group_was_opened() and not e.everywhere):
             print(f"error: {e}", file=sys.stderr, flush=True)
+        if e.repeats and (e.everywhere or not group_was_opened()):
+            _end_restarts()
         sys.exit(2)
-    except signals.StoppedBySignal as e:
-        if os.environ.get("RANK", "0") == "0":
-            print(e, file=sys.stderr, flush=True)
-        sys.exit(signals.EXIT_CODE)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has seen enough
     except KeyboardInterrupt:
         print("interrupted; start the same command again to continue", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def _end_restarts() -> None:
+    """What ends all ranks would end them again, or they were told to end. SIGTERM is what torchrun itself ends with."""
+    if signal.SIGTERM not in signals.received:
+        end_restarts()
 
 
 def known_options(plain: dict[str, str], known: Sequence[str]) -> None:

@@ -18,25 +18,27 @@ def prepare(
     format: str,
     out: str,
     input: str = "",
+    j: str = "1x1",
     cpu: int = 0,
     memMB: int = 0,
     h: Optional[str] = None,
     name: str = "/",
 ) -> specs.AppDef:
-    """Turn raw click logs into a schema and Parquet shards.
+    """Turn raw click logs into a schema and Parquet shards; several processes share the work.
 
     Args:
-        overrides: further arguments of launch/prepare.py, after `--`
-        format: criteo, avazu, movielens, kddcup, csv, parquet or synthetic
+        overrides: after `--`: further raw files, then further arguments of launch/prepare.py
+        format: criteo, avazu, movielens_1m, movielens_100k, table or synthetic
         out: folder to write
-        input: raw file or folder; none for synthetic
-        cpu: cores; 0 leaves it to the scheduler
-        memMB: memory in MB; 0 leaves it to the scheduler
+        input: raw file or folder; for table the YAML source file; none for synthetic
+        j: [NODESx]PROCESSES_PER_NODE
+        cpu: cores per node; 0 leaves it to the scheduler
+        memMB: memory per node in MB; 0 leaves it to the scheduler
         h: a named resource, instead of cpu and memMB
         name: EXPERIMENT/RUN, either part may be left out
     """
     words = ["--format", format, "--out", out, *(["--input", input] if input else []), *overrides]
-    return ddp(*words, script="prepare.py", j="1x1", cpu=cpu, memMB=memMB, h=h, name=name)
+    return ddp(*words, script="prepare.py", j=j, cpu=cpu, memMB=memMB, h=h, name=name)
 
 
 def search(

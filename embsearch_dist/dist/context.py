@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from embsearch_dist.config import DistConfig, RunConfig
-from embsearch_dist.dist.environment import available_cores
+from embsearch_dist.dist.environment import available_cores, store_of_attempt
 from embsearch_dist.errors import UserError
 
 T = TypeVar("T")
@@ -54,12 +54,15 @@ class Context:
         except Exception as e:  # every kind: the other ranks must hear of it before this one leaves
             error = e
         if self.world_size > 1:
-            text = None if error is None else f"{error}" if isinstance(error, UserError) else f"{error!r}"
-            texts: list[str | None] = [None] * self.world_size
-            dist.all_gather_object(texts, text)
-            failed = [(r, t) for r, t in enumerate(texts) if t is not None]
+            mendable = isinstance(error, UserError)
+            told = None if error is None else (f"{error}" if mendable else f"{error!r}", mendable)
+            all_told: list[tuple[str, bool] | None] = [None] * self.world_size
+            dist.all_gather_object(all_told, told)
+            failed = [(r, *t) for r, t in enumerate(all_told) if t is not None]
             if failed and error is None:
-                error = UserError(f"rank {failed[0][0]} failed while {doing}: {failed[0][1]}")
+                rank, text, mendable = failed[0]
+                error = UserError(f"rank {rank} failed while {doing}: {text}")
+                error.repeats = mendable
         if error is not None:
             if isinstance(error, UserError):
                 error.everywhere = True
@@ -130,7 +133,11 @@ def start(run: RunConfig, config: DistConfig) -> Iterator[Context]:
     timeout = datetime.timedelta(seconds=config.timeout_s)
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     if world_size > 1 or "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        store = store_of_attempt(timeout)
+        if store is None:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     global _opened

@@ -2,14 +2,23 @@
 
 Used by the TorchX components for their workers and, through
 :func:`reexec_with_tuned_environment`, by scripts started with plain ``python``. A variable that the
-user has set is never changed. Imports nothing but the standard library: it runs before torch loads.
+user has set is never changed. Also what torchrun's variables tell its ranks about restarts. Imports nothing
+but the standard library: it runs before torch loads.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 TUNED = "EMBSEARCH_TUNED"
 """``0`` (set by the user) switches re-execution off; ``1`` tells the second start that it is one."""
@@ -86,3 +95,53 @@ def reexec_with_tuned_environment() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **missing, TUNED: "1"})
+
+
+def attempt(environment: Mapping[str, str] = os.environ) -> int:
+    """How often torchrun has started the ranks again so far (``--max-restarts``); 0 without torchrun."""
+    return int(environment.get("TORCHELASTIC_RESTART_COUNT") or 0)
+
+
+def store_of_attempt(timeout: timedelta) -> Store | None:
+    """Where ranks that were started again can meet; None where torch's own way is right.
+
+    Without ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE`` torchrun serves one store to all attempts
+    (https://github.com/pytorch/pytorch/issues/135712), so they read the addresses of dead ranks in it. An
+    attempt's own prefix hides them.
+    """
+    if not attempt() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    import torch.distributed as dist
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, int(os.environ["WORLD_SIZE"]), is_master=False, timeout=timeout)
+    return dist.PrefixStore(f"attempt-{attempt()}", store)
+
+
+def end_restarts(patience_s: float = 5) -> None:
+    """Keep torchrun from starting the ranks again, for an end that would only repeat; call it on all ranks, then exit.
+
+    No exit code does that: torchrun answers every failure alike while it has restarts left. SIGTERM ends it. One
+    rank of a machine sends it, because a second one would interrupt torchrun while it waits for the others. These
+    stay until torchrun passes the signal on (at most ``patience_s``), or it would answer their end first.
+    """
+    parent = os.getppid()
+    if attempt() >= int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) or not _is_torchrun(parent):
+        return
+    told: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    if os.environ.get("LOCAL_RANK") == "0":
+        os.kill(parent, signal.SIGTERM)
+        return
+    deadline = time.monotonic() + patience_s
+    while not told and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def _is_torchrun(pid: int) -> bool:
+    """Whether it is a process of torchrun's, and not of somebody who uses torch's launcher as a library."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # not Linux
+        return False
+    return b"torchrun" in command or b"torch.distributed.run" in command

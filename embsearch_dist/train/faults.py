@@ -9,8 +9,10 @@ the faults would be. The variable is a list of rules, separated by ``;``::
     nan at=gradient step=12                 the loss is fine, what comes back from it is NaN
     term step=7 (usr1, int)                 the signal that a scheduler sends
     raise step=3 error=ENOSPC save=data     an OSError with that errno; without ``error`` a RuntimeError
+    kill rank=1 step=5 attempt=0            only in the first start of the ranks, not in those of --max-restarts
 
-``rank``, ``stage`` and ``step`` left out mean any. A rule fires once in each process, ``times=N`` N times.
+``rank``, ``stage``, ``step`` and ``attempt`` left out mean any. A rule fires once in each process, ``times=N`` N
+times. Ranks that torchrun starts again are new processes, and may do the same step again.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from dataclasses import dataclass
 import torch
 
 from embsearch_dist.config import nearest
+from embsearch_dist.dist.environment import attempt
 from embsearch_dist.errors import UserError
 
 VARIABLE = "EMBSEARCH_FAULTS"
@@ -31,7 +34,8 @@ VARIABLE = "EMBSEARCH_FAULTS"
 SAVE_POINTS = ("begin", "data", "state", "manifest", "rename", "prune")
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "int": signal.SIGINT}
 ACTIONS = (*SIGNALS, "nan", "inf", "raise")
-KEYS = ("rank", "step", "stage", "save", "at", "error", "times")
+KEYS = ("rank", "step", "stage", "save", "at", "error", "times", "attempt")
+NUMBERS = ("rank", "step", "times", "attempt")
 PLACES = ("loss", "gradient")
 
 
@@ -47,6 +51,7 @@ class Rule:
     at: str = "loss"
     error: str | None = None
     times: int = 1
+    attempt: int | None = None
 
     def due(self, rank: int, stage: str, save: str | None, step: int) -> bool:
         """Whether it happens here and now; then one of its ``times`` is used up."""
@@ -104,7 +109,10 @@ def from_environment(rank: int, stage: str, environment: Mapping[str, str] = os.
         UserError: the variable holds something else than rules; it is the same on all ranks.
     """
     text = environment.get(VARIABLE, "")
-    return Faults(parse(text), rank, stage) if text.strip() else None
+    if not text.strip():
+        return None
+    now = attempt(environment)
+    return Faults([rule for rule in parse(text) if rule.attempt in (None, now)], rank, stage)
 
 
 def parse(text: str) -> list[Rule]:
@@ -121,7 +129,7 @@ def _rule(words: list[str]) -> Rule:
         _known(whole, "key", key, KEYS)
         if not equals or not value:
             raise UserError(f"{VARIABLE}: {word!r} in {whole!r} has no value; write {key}=VALUE")
-        if key in ("rank", "step", "times"):
+        if key in NUMBERS:
             if not value.isdigit():
                 raise UserError(f"{VARIABLE}: {word!r} in {whole!r} is not a number >= 0; write e.g. {key}=3")
             setattr(rule, key, int(value))

@@ -30,9 +30,12 @@ class Asked:
 
 
 _listening: Asked | None = None
+received: set[int] = set()
+"""The signals of ``SIGNALS`` that have come so far."""
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
+    received.add(number)
     name = signal.Signals(number).name
     if _listening is None:
         raise StoppedBySignal(f"stopped by {name}; give the same command again to continue")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,20 +15,8 @@ import pytest
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.schema import Schema, read_json, write_json
-from tests.factories import command_line, prepared, small_schema, write_config
-
-ROOT = Path(__file__).resolve().parents[2]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepared(tmp_path_factory)
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    return write_config(tmp_path / "tiny.yaml")
+from tests.factories import command_line, small_schema
+from tests.launch.processes import LAUNCH, TORCHRUN, finish
 
 
 @pytest.fixture
@@ -138,34 +124,31 @@ def test_a_run_directory_that_is_not_ours_is_never_deleted(
     assert (precious / "thesis.tex").read_text() == "years of work"
 
 
-def torchrun(config: Path, data: Path, run: Path) -> tuple[subprocess.CompletedProcess[str], float]:
-    script = [str(ROOT / "launch" / "search.py"), "--config", str(config), *command_line(data, run)]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    begin = time.monotonic()
-    command = [*TORCHRUN, "--nproc-per-node", "2", "--", *script]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-    return done, time.monotonic() - begin
+@pytest.fixture
+def refused_on_ranks(config: Path, tmp_path: Path, start: Callable) -> Callable[..., None]:
+    """``refused_on_ranks(data, *parts)``: two ranks end soon, with one message and no allocation."""
+
+    def run(data: Path, *parts: str) -> None:
+        begin, run = time.monotonic(), tmp_path / "run"
+        words = ["--config", config, *command_line(data, run)]
+        told = finish(start(*TORCHRUN, "--", LAUNCH / "search.py", *words), code=None, timeout=120)
+        assert time.monotonic() - begin < 90
+        errors = [line for line in told.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, told
+        assert 'search.py", line' not in told  # torchrun itself ends in a traceback of its own; the script must not
+        for part in parts:
+            assert part in errors[0]
+        assert not (run / "allocation.json").exists()
+
+    return run
 
 
-def assert_refused_on_ranks(done: subprocess.CompletedProcess[str], *parts: str) -> None:
-    """torchrun itself ends in a traceback of its own; the script must not."""
-    assert done.returncode != 0
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, done.stderr
-    assert 'search.py", line' not in done.stderr
-    for part in parts:
-        assert part in errors[0]
-
-
-def test_more_ranks_than_rows(damaged: Path, config: Path, tmp_path: Path) -> None:
+def test_more_ranks_than_rows(damaged: Path, refused_on_ranks: Callable) -> None:
     rewrite(damaged / "validation" / "part-00000.parquet", lambda f: f.head(1))
     body = read_json(damaged / "schema.json")
     body["rows"]["validation"] = 1
     write_json(damaged / "schema.json", body)
-    done, seconds = torchrun(config, damaged, tmp_path / "run")
-    assert_refused_on_ranks(done, "split 'validation' has 1 rows for 2 ranks")
-    assert seconds < 90
-    assert not (tmp_path / "run" / "allocation.json").exists()
+    refused_on_ranks(damaged, "split 'validation' has 1 rows for 2 ranks")
 
 
 def test_a_damaged_row_group_stops_a_search_or_is_left_out_when_told(
@@ -190,10 +173,7 @@ def test_a_damaged_row_group_stops_a_search_or_is_left_out_when_told(
     assert [e["group"] for e in read_json(run / "unreadable.json")["splits"]["train"]] == [3]
 
 
-def test_a_broken_shard_ends_all_ranks(damaged: Path, config: Path, tmp_path: Path) -> None:
+def test_a_broken_shard_ends_all_ranks(damaged: Path, refused_on_ranks: Callable) -> None:
     path = damaged / "train" / "part-00000.parquet"
     path.write_bytes(path.read_bytes()[:-200])
-    done, seconds = torchrun(config, damaged, tmp_path / "run")
-    assert_refused_on_ranks(done, str(path))
-    assert seconds < 90
-    assert not (tmp_path / "run" / "allocation.json").exists()
+    refused_on_ranks(damaged, str(path))

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,24 +18,12 @@ from embsearch_dist.schema import Schema
 from embsearch_dist.train.faults import SAVE_POINTS, VARIABLE
 from embsearch_dist.train.manifest import verify
 from tests.distributed.test_faults import fit, import_once, in_fork
-from tests.factories import command_line, one_rank, open_run, prepared, recorded, small_config, write_config
+from tests.factories import command_line, one_rank, open_run, recorded, small_config
+from tests.launch.processes import DIST_DDP, LAUNCH, TORCHRUN, finish, wait_for_checkpoint
 from tests.ranks import run_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
-TORCHX = [sys.executable, "-c", "import sys; from torchx.cli.main import main; sys.exit(main())"]
 # Long enough that it is still training when it is told to end.
 LONG = ["search.supernet.epochs=200", "search.supernet.save_every=5"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepared(tmp_path_factory)
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    return write_config(tmp_path / "tiny.yaml")
 
 
 @pytest.mark.slow
@@ -72,55 +56,35 @@ def test_a_search_told_to_end_saves_and_a_killed_retraining_goes_on(
     assert recorded(run / "retrain" / "ues-8", "retrain", "step", None) == list(range(1, 25))
 
 
-def start(words: list[str], faults: str = "") -> subprocess.Popen[str]:
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", VARIABLE: faults}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(words, cwd=ROOT, env=env, text=True, start_new_session=True, **pipes)  # type: ignore[call-overload, no-any-return]
-
-
-def finish(process: subprocess.Popen[str], timeout: float = 150) -> str:
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-        pytest.fail(f"not done after {timeout} s\n{out}\n{err}")
-    return out + err
-
-
-def wait_for_checkpoint(process: subprocess.Popen[str], run: Path) -> None:
-    deadline = time.monotonic() + 120
-    while not list((run / "checkpoints" / "supernet").glob("step-*[0-9]/manifest.json")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-        time.sleep(0.01)
-
-
 def newest(run: Path) -> Path:
     return max((run / "checkpoints" / "supernet").glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
 
 
-def test_torchrun_told_to_end_leaves_a_whole_checkpoint_of_one_step(data: Path, config: Path, tmp_path: Path) -> None:
+def test_torchrun_told_to_end_leaves_a_whole_checkpoint_of_one_step(
+    data: Path, config: Path, tmp_path: Path, start: Callable
+) -> None:
+    """Also when it may start the ranks again: this end is none to be repeated."""
     run = tmp_path / "run"
-    script = str(ROOT / "launch" / "search.py")
-    process = start([*TORCHRUN, script, "--config", str(config), *command_line(data, run, *LONG)])
+    words = ["--config", config, *command_line(data, run, *LONG)]
+    process = start(*TORCHRUN, "--max-restarts", 2, "--", LAUNCH / "search.py", *words)
     wait_for_checkpoint(process, run)
     process.send_signal(signal.SIGTERM)  # as a scheduler does; torchrun passes it on to the ranks
-    told = finish(process)
-    assert process.returncode != 0
+    told = finish(process, code=None)
     assert f"stopped by SIGTERM after step {newest(run).name.removeprefix('step-')}; " in told
     assert told.count("give the same command again") == 1
     verify(newest(run))
 
 
 @pytest.mark.slow
-def test_torchx_told_to_end_goes_on(data: Path, config: Path, tmp_path: Path) -> None:
+def test_torchx_told_to_end_goes_on(data: Path, config: Path, tmp_path: Path, start: Callable) -> None:
     pytest.importorskip("torchx")
     run = tmp_path / "run"
-    words = [*TORCHX, "run", "dist.ddp", "-j", "1x2", "search.py", "--config", str(config), *command_line(data, run)]
-    told = finish(start(words, "usr1 rank=1 step=8 stage=supernet"))
-    assert "stopped by a signal to another rank after step 9" in told
+    # The ranks may be started again, but not by themselves: they were told to end.
+    words = [*DIST_DDP, "--max_restarts", 1, "search.py", "--config", config, *command_line(data, run)]
+    told = finish(start(*words, **{VARIABLE: "usr1 rank=1 step=8 stage=supernet"}), code=None)
+    assert "stopped by a signal to another rank after step 9" in told and "continuing from" not in told
     verify(newest(run))
-    told = finish(start(words))
+    told = finish(start(*words))
     assert "continuing from" in told
     assert len(recorded(run, "supernet", "loss")) == 24
 

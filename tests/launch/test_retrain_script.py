@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,16 +10,10 @@ import pytest
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.schema import Schema
-from tests.factories import prepared, recorded, write_config
+from tests.factories import recorded, write_config
+from tests.launch.processes import LAUNCH, TORCHRUN, finish
 
-ROOT = Path(__file__).resolve().parents[2]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
 WIDTHS = {"left": 4, "big": 2, "right": 8, "idle": 0}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepared(tmp_path_factory)
 
 
 @pytest.fixture
@@ -37,12 +28,6 @@ def run(data: Path, tmp_path: Path) -> Path:
     schema.save(directory)
     Allocation(schema, WIDTHS, {"method": "adass", "name": "adass"}).save(directory / "allocation.json")
     return directory
-
-
-def torchrun(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [*TORCHRUN, "--nproc-per-node", "2", "--", *map(str, words)]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=150)
 
 
 def test_retrain_evaluate_report(run: Path, run_script: Callable) -> None:
@@ -88,9 +73,8 @@ def test_the_same_training_continues_and_another_one_is_refused(run: Path, run_s
     assert "mine-seed5: test auc" in seeded.stdout
 
 
-def test_two_ranks_under_torchrun_get_what_one_gets(run: Path, run_script: Callable) -> None:
-    done = torchrun("launch/retrain.py", "--run", run, "--train.epochs", "1", "--name", "two")
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_two_ranks_under_torchrun_get_what_one_gets(run: Path, run_script: Callable, start: Callable) -> None:
+    finish(start(*TORCHRUN, "--", LAUNCH / "retrain.py", "--run", run, "--train.epochs", 1, "--name", "two"))
     run_script("retrain.py", "--run", run, "--train.epochs", 1, "--name", "one")
     results = [json.loads((run / "retrain" / n / "evaluation.json").read_text()) for n in ("one", "two")]
     assert results[1]["auc"] == pytest.approx(results[0]["auc"], abs=1e-3)

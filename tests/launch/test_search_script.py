@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,40 +14,11 @@ import pytest
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.schema import Schema
-from tests.factories import command_line, prepared, recorded, write_config
+from tests.factories import command_line, recorded
+from tests.launch.processes import DIST_DDP, LAUNCH, finish, wait_for_checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
-TORCHX = [sys.executable, "-c", "import sys; from torchx.cli.main import main; sys.exit(main())"]
 # Eighteen checkpoints, so that a kill lands between two of them.
 SLOW = ["search.supernet.epochs=3", "search.supernet.evals_per_epoch=6"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepared(tmp_path_factory)
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    return write_config(tmp_path / "tiny.yaml")
-
-
-def start(words: list[str], cwd: Path = ROOT) -> subprocess.Popen[str]:
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        words, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-
-
-def finish(process: subprocess.Popen[str], timeout: float = 150) -> tuple[str, str]:
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-        pytest.fail(f"not done after {timeout} s\n{out}\n{err}")
-    assert process.returncode == 0, f"{out}\n{err}"
-    return out, err
 
 
 def widths(run: Path) -> dict[str, int]:
@@ -88,23 +57,20 @@ def test_a_search_writes_all_a_person_needs(data: Path, config: Path, tmp_path: 
     assert "stage supernet: done before, skipped" in kept.stdout
 
 
-def test_a_killed_search_goes_on_and_ends_like_an_unbroken_one(data: Path, config: Path, tmp_path: Path) -> None:
-    script = [sys.executable, str(ROOT / "launch" / "search.py"), "--config", str(config)]
+def test_a_killed_search_goes_on_and_ends_like_an_unbroken_one(
+    data: Path, config: Path, tmp_path: Path, start: Callable
+) -> None:
+    script = [sys.executable, LAUNCH / "search.py", "--config", config]
     killed, unbroken = tmp_path / "killed", tmp_path / "unbroken"
-    process = start([*script, *command_line(data, killed, *SLOW)])
-    deadline = time.monotonic() + 120
-    while not list((killed / "checkpoints" / "supernet").glob("step-*[0-9]/manifest.json")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-        time.sleep(0.002)
+    process = start(*script, *command_line(data, killed, *SLOW))
+    wait_for_checkpoint(process, killed)
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    finish(process, code=-signal.SIGKILL)
     assert json.loads((killed / "stages" / "supernet.json").read_text())["state"] == "running"
     assert not (killed / "allocation.json").exists()
 
-    whole = start([*script, *command_line(data, unbroken, *SLOW)])
-    out, _ = finish(start([*script, *command_line(data, killed, *SLOW)]))
-    assert "continuing from" in out
+    whole = start(*script, *command_line(data, unbroken, *SLOW))
+    assert "continuing from" in finish(start(*script, *command_line(data, killed, *SLOW)))
     finish(whole)
     assert widths(killed) == widths(unbroken)
     assert recorded(killed, "supernet", "loss") == recorded(unbroken, "supernet", "loss")
@@ -113,16 +79,11 @@ def test_a_killed_search_goes_on_and_ends_like_an_unbroken_one(data: Path, confi
         assert point[0][name] == point[1][name]
 
 
-def test_torchx_runs_the_search_on_two_ranks(data: Path, config: Path, tmp_path: Path) -> None:
+def test_torchx_runs_the_search_on_two_ranks(data: Path, config: Path, tmp_path: Path, start: Callable) -> None:
     pytest.importorskip("torchx")
-    from importlib.metadata import entry_points
-
-    if not any(ep.value == "launch.dist" for ep in entry_points(group="torchx.components")):
-        pytest.skip("dist.ddp is not registered: install this repository with pip install -e .")
     run = tmp_path / "run"
-    words = ["run", "dist.ddp", "-j", "1x2", "search.py", "--config", str(config), *command_line(data, run)]
-    out, err = finish(start([*TORCHX, *words]))
-    assert "2 rank(s) on cpu" in out + err
+    told = finish(start(*DIST_DDP, "search.py", "--config", config, *command_line(data, run)))
+    assert "2 rank(s) on cpu" in told
     assert set(widths(run)) == {"left", "big", "right", "idle"}
     assert len(recorded(run, "supernet", "loss")) == 24
 

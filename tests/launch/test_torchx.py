@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.metadata import entry_points
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,9 +20,9 @@ from torchx.specs.builders import materialize_appdef
 from torchx.specs.file_linter import validate
 from torchx.specs.finder import ComponentValidationException
 
+from embsearch_dist.data.formats import FORMATS
 from launch import components, dist
-
-TORCHX = [sys.executable, "-c", "import sys; from torchx.cli.main import main; sys.exit(main())"]
+from tests.launch.processes import DIST_DDP, finish
 
 WORKER = """
 import json, os, signal, sys, time
@@ -149,8 +149,9 @@ def test_scripts_of_this_repository_need_no_folder(
 
 @pytest.mark.usefixtures("plain_machine")
 def test_components_are_valid_and_call_the_scripts() -> None:
+    raw = ["--format", "criteo", "--out", "o", "--input", "day_0", "-j", "1x4", "--", "day_1", "--split", "time"]
     calls = {
-        components.prepare: (["--format", "criteo", "--out", "o", "--input", "i"], "--format criteo --out o --input i"),
+        components.prepare: (raw, "--format criteo --out o --input day_0 day_1 --split time"),
         components.search: (["--config", "c.yaml", "--", "--seed", "1"], "--config c.yaml --seed 1"),
         components.retrain: (["--run", "r", "--allocation", "ues-32"], "--run r --allocation ues-32"),
         components.evaluate: (["--run", "r"], "--run r"),
@@ -159,46 +160,27 @@ def test_components_are_valid_and_call_the_scripts() -> None:
         assert validate(components.__file__, component.__name__) == []
         app = materialize_appdef(component, words)
         assert app.roles[0].args[1].endswith(f"-- launch/{component.__name__}.py {expected}")
+        assert f"--nproc-per-node {4 if '1x4' in words else 1} " in app.roles[0].args[1]
     assert validate(dist.__file__, "ddp") == []
+
+
+def test_the_help_of_prepare_names_the_formats_there_are() -> None:
+    words = str(components.prepare.__doc__).partition("format: ")[2].partition("\n")[0]
+    assert words.replace(" or ", ", ").split(", ") == [*FORMATS, "synthetic"]
 
 
 # ---- real jobs ----
 
 
 @pytest.fixture
-def job(tmp_path: Path, repo_root: Path):
-    """Start `torchx run dist.ddp -j 1x2 ... worker.py`; whatever it leaves behind is killed afterwards."""
+def job(tmp_path: Path, start: Callable) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start `torchx run dist.ddp -j 1x2 ... worker.py`; ranks whose launcher has left them are killed afterwards."""
     (tmp_path / "worker.py").write_text(WORKER)
-    (tmp_path / ".torchxconfig").write_text((repo_root / ".torchxconfig").read_text())
-    paths = [str(repo_root)]
-    if not any(ep.value == "launch.dist" for ep in entry_points(group="torchx.components")):
-        # Not installed in this environment: metadata on the path registers the component just as well.
-        info = tmp_path / "site" / "embsearch_dist-0.dist-info"
-        info.mkdir(parents=True)
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: embsearch_dist\nVersion: 0\n")
-        (info / "entry_points.txt").write_text("[torchx.components]\ndist = launch.dist\n")
-        paths.append(str(info.parent))
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HOME": str(tmp_path)}
-    started: list[subprocess.Popen[str]] = []
 
-    def start(behaviour: str, *rest: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-        words = ["run", "dist.ddp", "-j", "1x2", *options, "worker.py", str(tmp_path), behaviour, *rest]
-        process = subprocess.Popen(
-            [*TORCHX, *words],
-            cwd=tmp_path,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        started.append(process)
-        return process
+    def run(behaviour: str, *rest: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        return start(*DIST_DDP, *options, "worker.py", tmp_path, behaviour, *rest)
 
-    yield start
-    for process in started:
-        if process.poll() is None:
-            process.kill()
+    yield run
     for report in reports(tmp_path):
         if alive(report["pid"]):
             os.kill(report["pid"], signal.SIGKILL)
@@ -224,9 +206,7 @@ def wait_for_workers(folder: Path, process: subprocess.Popen[str]) -> list[int]:
 
 
 def test_a_job_runs_on_two_ranks(job, tmp_path: Path) -> None:
-    process = job("work", "--config", "c.yaml", "--log", "a b", "--run", "$HOME")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    output = finish(job("work", "--config", "c.yaml", "--log", "a b", "--run", "$HOME"))
     assert "hello from rank 0" in output and "hello from rank 1" in output
     first, second = reports(tmp_path)
     # --log and --run are abbreviations of torchrun's own options, and must not reach it
@@ -242,17 +222,14 @@ def test_a_failing_rank_ends_the_job(job, tmp_path: Path) -> None:
     process = job("fail")
     pids = wait_for_workers(tmp_path, process)
     begin = time.monotonic()
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode != 0
+    output = finish(process, code=None, timeout=60)
     assert "rank 1 gives up" in output
     assert time.monotonic() - begin < 20
     assert not any(alive(pid) for pid in pids)
 
 
 def test_a_failed_attempt_is_repeated(job, tmp_path: Path) -> None:
-    process = job("fail-once", options=("--max_restarts", "1"))
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    finish(job("fail-once", options=("--max_restarts", "1")))
     assert (tmp_path / "rank0-attempt1.json").exists() and (tmp_path / "rank1-attempt1.json").exists()
 
 
@@ -263,7 +240,6 @@ def test_interrupt_ends_all_ranks(job, tmp_path: Path) -> None:
     time.sleep(0.5)  # until rank 1 ignores the signal
     begin = time.monotonic()
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode != 0, output
+    finish(process, code=None, timeout=60)
     assert time.monotonic() - begin < 20
     assert not any(alive(pid) for pid in pids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import signal
 
@@ -36,6 +37,7 @@ def test_a_text_becomes_rules() -> None:
         ("kill save=manifesto", r"unknown point of a save 'manifesto'.*did you mean 'manifest'"),
         ("nan save=data", "a save has no loss"),
         ("nan at=head", "unknown place 'head'"),
+        ("kill attempt=first", "'attempt=first' in 'kill attempt=first' is not a number"),
         ("raise error=EFULL", "'EFULL' in 'raise error=EFULL' is no errno"),
     ],
 )
@@ -53,6 +55,17 @@ def test_a_rule_strikes_at_its_rank_stage_and_step_once() -> None:
     with pytest.raises(RuntimeError, match="injected by EMBSEARCH_FAULTS"):
         faults.at_step(4)
     faults.at_step(4)
+
+
+def test_a_rule_may_be_for_one_start_of_the_ranks() -> None:
+    """A step that is done again after a restart of torchrun's must not be hit again."""
+    text = "raise step=4 attempt=1"
+    for restarts, strikes in ((None, False), ("0", False), ("1", True), ("2", False)):
+        started = {} if restarts is None else {"TORCHELASTIC_RESTART_COUNT": restarts}
+        faults = from_environment(0, "fit", {"EMBSEARCH_FAULTS": text} | started)
+        assert faults is not None
+        with pytest.raises(RuntimeError) if strikes else contextlib.nullcontext():
+            faults.at_step(4)
 
 
 def test_a_rule_for_a_save_strikes_at_its_point_so_often() -> None:
