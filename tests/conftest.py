@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.ranks import run_ranks
+from tests.scripts import fork_script, read, start_script
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("unit", "distributed", "launch", "gpu")
@@ -51,13 +50,16 @@ def data_dir() -> Path:
 
 
 @pytest.fixture
-def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """``run_script("search.py", *args, timeout=120, check=True, env=None, cwd=None)``.
+def run_script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``run_script("search.py", *args, timeout=120, check=True, env=None, cwd=None, fresh=False)``.
 
     Runs ``launch/<script>`` in a process of its own and returns it with ``stdout`` and ``stderr``.
     With ``check``, a non-zero exit fails the test and shows both. On a timeout the script and all
-    its children are killed.
+    its children are killed. The process is a fork of one that has torch loaded, unless ``fresh``: then it is
+    started as from a shell.
     """
+
+    printed = tmp_path_factory.mktemp("script")
 
     def run(
         script: str,
@@ -66,29 +68,16 @@ def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
         check: bool = True,
         env: dict[str, str] | None = None,
         cwd: Path | None = None,
+        fresh: bool = False,
     ) -> subprocess.CompletedProcess[str]:
         path = ROOT / "launch" / Path(script).name
-        command = [sys.executable, str(path), *map(str, args)]
         full_env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        process = subprocess.Popen(
-            command,
-            cwd=cwd or ROOT,
-            env=full_env | (env or {}),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            out, err = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            out, err = process.communicate()
-            pytest.fail(f"{script} not done after {timeout} s\n--- stdout\n{out}\n--- stderr\n{err}")
-        if check and process.returncode != 0:
-            pytest.fail(f"{script} exited with {process.returncode}\n--- stdout\n{out}\n--- stderr\n{err}")
-        return subprocess.CompletedProcess(command, process.returncode, out, err)
+        start = start_script if fresh else fork_script
+        done = start(path, [*map(str, args)], cwd or ROOT, full_env | (env or {}), timeout, printed)
+        if done is None or (check and done.returncode != 0):
+            ended = f"not done after {timeout} s" if done is None else f"exited with {done.returncode}"
+            pytest.fail(f"{script} {ended}\n--- stdout\n{read(printed, 'out')}\n--- stderr\n{read(printed, 'err')}")
+        return done
 
     return run
 

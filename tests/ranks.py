@@ -33,8 +33,8 @@ GRACE_S = 3.0
 
 # Importing torch and TorchRec costs each new process seconds. The fork server imports them once a
 # session, before any thread exists, and every rank is a fork of it.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "torchrec", "torchrec.distributed"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "torchrec", "torchrec.distributed"])
 
 
 def run_ranks(
@@ -68,7 +68,7 @@ def run_ranks(
         for rank in range(world_size):
             rank_env = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             inputs = (fn, rank, world_size, str(folder), args, rank_env, timeout, init)
-            process = _context.Process(target=_rank_main, args=inputs, name=f"rank{rank}", daemon=True)
+            process = CONTEXT.Process(target=_rank_main, args=inputs, name=f"rank{rank}", daemon=True)
             process.start()
             processes.append(process)
     try:

@@ -15,3 +15,5 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
     # FBGEMM's dense look-up has its backward; it is only registered under another key (tests compare it with torch's).
     warnings.filterwarnings("ignore", message="fbgemm::dense_embedding_codegen_lookup_function", category=UserWarning)
+    # DDP's new options cannot say yet what broadcast_buffers=False says: nothing is exchanged, not even at the start.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)

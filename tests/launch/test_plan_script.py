@@ -36,7 +36,9 @@ def test_a_dry_run_of_64_ranks_in_a_process_of_its_own(tmp_path: Path, data: Pat
     out, figures = tmp_path / "out", tmp_path / "plan.json"
     words = ["--world-size", 64, "--hbm-gb", 16, "--data", data / "schema.json", "--out", out, "--json", figures]
     # Another hash seed than here: the plan must not depend on it.
-    done = run_script("plan.py", *words, "--allocation", "ues-32", tmp_path / "a.json", env={"PYTHONHASHSEED": "1"})
+    done = run_script(
+        "plan.py", *words, "--allocation", "ues-32", tmp_path / "a.json", env={"PYTHONHASHSEED": "1"}, fresh=True
+    )
     assert done.stdout.startswith("64 rank(s) on 8 machines of 8, cuda: 16 GiB HBM a rank, 13.6 GiB of it for tables")
     for line in ("ues-32: 73,600,768 parameters", "adass: 25,600,000 parameters", "predicted step", "most memory"):
         assert line in done.stdout
