@@ -98,18 +98,26 @@ class MixedUnify(nn.Module):
         self.bias = initial_bias(len(self.groups), width, norm)
         self.register_buffer("choice", torch.tensor([self.groups.index(w) for w in widths]), persistent=False)
         self.choice: torch.Tensor
+        self.fields = [[f for f, w in enumerate(widths) if w == group] for group in self.groups]
+        order = torch.tensor([f for group in self.fields for f in group]).argsort()
+        self.register_buffer("order", order, persistent=False)
+        self.order: torch.Tensor
         self.norm = UnifyNorm(len(widths), len(self.groups), width, norm, gain, synchronise)
+
+    def in_place(self, x: Pooled) -> torch.Tensor:
+        """The maps, from columns where they lie -> ``[B, F, d_f]``."""
+        spans = [Span(s, self.groups.index(w), 0, w) for s, w in zip(x.starts, x.widths, strict=True)]
+        return field_linear(x.values, spans, list(self.weights), self.bias)
+
+    def batched(self, x: Pooled) -> torch.Tensor:
+        """The same with a product per width, not per field: fewer launches on a GPU."""
+        parts = [x.stack(f) @ w + b for f, w, b in zip(self.fields, self.weights, self.bias, strict=True)]
+        return torch.cat(parts)[self.order].transpose(0, 1)
 
     def forward(self, x: Pooled) -> torch.Tensor:
         """Pooled embeddings -> ``[B, F, d_f]``, kept fields in schema order."""
-        if x.values.device.type == "cpu":
-            spans = [Span(s, self.groups.index(w), 0, w) for s, w in zip(x.starts, x.widths, strict=True)]
-            return self.norm(field_linear(x.values, spans, list(self.weights), self.bias).transpose(0, 1), self.choice)
-        # On a GPU a product per width, not per field: fewer launches.
-        fields = [[f for f, w in enumerate(x.widths) if w == group] for group in self.groups]
-        parts = [x.stack(f) @ w + b for f, w, b in zip(fields, self.weights, self.bias, strict=True)]
-        back = torch.tensor([f for group in fields for f in group], device=x.values.device).argsort()
-        return self.norm(torch.cat(parts)[back], self.choice)
+        u = self.in_place(x) if x.values.device.type == "cpu" else self.batched(x)
+        return self.norm(u.transpose(0, 1), self.choice)
 
 
 class NoUnify(nn.Module):

@@ -144,6 +144,7 @@ def test_mixed_unify_puts_fields_back_into_schema_order() -> None:
     torch.testing.assert_close(out[:, 1], values[:, 0:2] @ unify.weights[0])
     torch.testing.assert_close(out[:, 2], values[:, 7:10] @ unify.weights[1])
     assert unify.choice.tolist() == [1, 0, 1]
+    torch.testing.assert_close(unify.batched(Pooled(values, (4, 0, 7), (3, 2, 3))), out)  # what a GPU does
 
 
 def test_no_unify_passes_the_embeddings_on() -> None:
