@@ -21,6 +21,9 @@ from embsearch_dist.dist.context import Context
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.base import Run
 from embsearch_dist.schema import Field, Schema
+from embsearch_dist.train.metrics import evaluate
+from embsearch_dist.train.monitor import Monitor
+from embsearch_dist.train.trainer import Trainer
 
 # On tensors this small a second thread only waits, and on a busy machine it waits long.
 torch.set_num_threads(1)
@@ -75,6 +78,17 @@ def make_data(folder: Path, rows: int = ROWS) -> Path:
     fields = "left: categorical, big: categorical, right: categorical, idle: categorical, x: dense"
     (folder / "clicks.yaml").write_text(f"name: tiny\nfiles: clicks.csv\nlabel: click\nfields: {{{fields}}}\n")
     prepare("table", folder / "clicks.yaml", folder / "out", quiet=True, row_group_rows=500)
+    return folder / "out"
+
+
+def prepared_rows(folder: Path, lines: Sequence[str], field: str) -> Path:
+    """Rows ``label,time,FIELD,x`` split by time, in row groups of 64 and files of 256 rows.
+
+    Of 1000 rows 800 are for training, in four files of 4, 4, 4 and 1 row groups, and 100 each for the others, in 2.
+    """
+    (folder / "r.csv").write_text(f"y,t,{field},x\n" + "\n".join(lines) + "\n")
+    (folder / "r.yaml").write_text(f"files: r.csv\nlabel: y\ntime: t\nfields: {{{field}: categorical, x: dense}}\n")
+    prepare("table", folder / "r.yaml", folder / "out", split="time", row_group_rows=64, rows_per_shard=256, quiet=True)
     return folder / "out"
 
 
@@ -144,6 +158,18 @@ def streams(run: Run) -> tuple[BatchStream, BatchStream]:
         run.stream("train", train.batch_size, shuffle=True),
         run.stream("validation", train.eval_batch_size, shuffle=False),
     )
+
+
+def train_and_measure(run: Run, task: Any, directory: str) -> dict[str, Any]:
+    """Train a task as ``fit``; validation metrics, a figure of every table, and how each is sharded."""
+    config = run.config
+    with Monitor(directory, "fit", run.context.rank, quiet=True) as monitor:
+        root = Path(directory, "checkpoints", "fit")
+        Trainer(task, config.train, config.optim, *streams(run), run.context, monitor, root).fit()
+    task.model.eval()
+    metrics = evaluate(task.predict, streams(run)[1].epoch(0), run.context)
+    digest = {n: float(t.double().square().sum()) for n, t in whole_tables(task.model.sharded).items()}
+    return {"metrics": metrics, "tables": digest, "kinds": task.model.sharded.kinds}
 
 
 def recorded(run_dir: Path | str, stage: str, key: str, split: str | None = None) -> list[float]:

@@ -56,9 +56,7 @@ class Context:
         if self.world_size > 1:
             mendable = isinstance(error, UserError)
             told = None if error is None else (f"{error}" if mendable else f"{error!r}", mendable)
-            all_told: list[tuple[str, bool] | None] = [None] * self.world_size
-            dist.all_gather_object(all_told, told)
-            failed = [(r, *t) for r, t in enumerate(all_told) if t is not None]
+            failed = [(r, *t) for r, t in enumerate(self.every(told)) if t is not None]
             if failed and error is None:
                 rank, text, mendable = failed[0]
                 error = UserError(f"rank {rank} failed while {doing}: {text}")
@@ -83,6 +81,14 @@ class Context:
         box: list[Any] = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def every(self, value: T) -> list[T]:
+        """A value of every rank, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place."""

@@ -10,9 +10,7 @@ import dataclasses
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch.distributed as dist
+from typing import Any
 
 from embsearch_dist.config import fingerprint
 from embsearch_dist.data.manifest import shards_of
@@ -24,7 +22,6 @@ from embsearch_dist.schema import Schema, read_json, write_json
 
 RECORD = "unreadable.json"
 SHOWN = 3
-T = TypeVar("T")
 
 
 def check_same(context: Context, prepared_dir: Path | str, seen: dict[str, str]) -> None:
@@ -33,10 +30,10 @@ def check_same(context: Context, prepared_dir: Path | str, seen: dict[str, str])
     Raises:
         UserError: names the first rank that differs from rank 0, and what differs.
     """
-    digests = _gather(context, fingerprint(seen))
+    digests = context.every(fingerprint(seen))
     if len(set(digests)) == 1:
         return
-    every = _gather(context, (f"{socket.gethostname()}, {prepared_dir}", seen))
+    every = context.every((f"{socket.gethostname()}, {prepared_dir}", seen))
     rank = next(r for r, digest in enumerate(digests) if digest != digests[0])
     (_, ours), (where, theirs) = every[0], every[rank]
     keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
@@ -121,7 +118,7 @@ def _find(context: Context, prepared_dir: Path | str, schema: Schema, split: str
     folder = Path(prepared_dir) / split
     host = socket.gethostname()
     place = [host, *_identity(folder, context.rank)]
-    places = _gather(context, place)
+    places = context.every(place)
     mates = [r for r, other in enumerate(places) if other == place]
     from embsearch_dist.data.progress import Progress  # it needs polars, which a training does not
 
@@ -135,7 +132,7 @@ def _find(context: Context, prepared_dir: Path | str, schema: Schema, split: str
         if len(mates) < len(places):
             where = f" on {host} in {prepared_dir}"
             found = [dataclasses.replace(entry, why=entry.why + where) for entry in found]
-    every = _gather(context, ([dataclasses.asdict(entry) for entry in found], changed))
+    every = context.every(([dataclasses.asdict(entry) for entry in found], changed))
     lists = [[LeftOut(**entry) for entry in entries] for entries, _ in every]
     return merge(*lists), sorted({name for _, names in every for name in names})
 
@@ -199,15 +196,6 @@ def _settle(
     if not record["foreign"]:
         splits = record["splits"] | {split: [dataclasses.asdict(entry) for entry in both]}
         write_json(run_dir / RECORD, {"data": record["data"], "splits": splits})
-
-
-def _gather(context: Context, value: T) -> list[T]:
-    """A value of every rank, on every rank."""
-    if context.world_size == 1:
-        return [value]
-    values: list[Any] = [None] * context.world_size
-    dist.all_gather_object(values, value)
-    return values
 
 
 def _everywhere(text: str) -> UserError:

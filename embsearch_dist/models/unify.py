@@ -64,11 +64,13 @@ class SupernetUnify(nn.Module):
         return torch.baddbmm(self.bias[choice][:, None], x, weight)
 
     def in_place(self, x: Pooled, choice: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-        """As :meth:`linear`, from columns where they lie -> ``[B, F, d_f]``; zero for fields that are not kept."""
+        """As :meth:`linear`, from columns where they lie -> ``[B, F, d_f]``; zero for fields that are not kept.
+
+        A field of a candidate without columns must not be kept."""
         spans: list[Span | None] = []
         for start, j, kept in zip(x.starts, choice.tolist(), keep.tolist(), strict=True):
             first, count = self.columns[j]
-            spans.append(Span(start + first, j, first, count) if kept and count else None)
+            spans.append(Span(start + first, j, first, count) if kept else None)
         return field_linear(x.values, spans, self.weight.unbind(0), self.bias)
 
     def forward(self, x: Pooled | torch.Tensor, choice: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:

@@ -18,11 +18,9 @@ from embsearch_dist.dist.sharding import ShardedTables
 from embsearch_dist.dist.tables import Table
 from embsearch_dist.methods.adass.searching import make_scorer
 from embsearch_dist.methods.adass.supernet import SupernetTask
-from embsearch_dist.train.metrics import evaluate
-from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.retrain import SubnetTask
-from embsearch_dist.train.trainer import Task, Trainer
-from tests.factories import open_run, rank_context, recorded, small_config, streams, whole_tables
+from embsearch_dist.train.trainer import Task
+from tests.factories import open_run, rank_context, recorded, small_config, train_and_measure, whole_tables
 from tests.ranks import run_ranks
 from tests.raw_clicks import OPTIONS, digest
 from tests.raw_lists import list_schema, make_lists, plain_pooled, prepared_lists, random_lists
@@ -81,13 +79,7 @@ def train(rank: int, world_size: int, data: str, directory: str, kind: str, *ove
     run = open_run(config, rank_context(rank, world_size))
     allocation = Allocation(run.schema, {"user": 0, "tags": 6, "likes": 8, "big": 8})
     task: Task = SupernetTask(run) if kind == "supernet" else SubnetTask(config, allocation, run.context)
-    with Monitor(directory, "fit", rank, quiet=True) as monitor:
-        root = Path(directory, "checkpoints", "fit")
-        Trainer(task, config.train, config.optim, *streams(run), run.context, monitor, root).fit()
-    task.model.eval()
-    metrics = evaluate(task.predict, streams(run)[1].epoch(0), run.context)
-    digest = {n: float(t.double().square().sum()) for n, t in whole_tables(task.model.sharded).items()}
-    return {"metrics": metrics, "tables": digest, "kinds": task.model.sharded.kinds}
+    return train_and_measure(run, task, directory)
 
 
 def train_many(rank: int, world_size: int, data: str, directory: str, cases: list[list[str]]) -> list[dict[str, Any]]:

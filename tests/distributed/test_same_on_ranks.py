@@ -14,9 +14,8 @@ from embsearch_dist.methods.adass.searching import make_scorer
 from embsearch_dist.methods.adass.supernet import SupernetTask
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.metrics import evaluate
-from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.retrain import SubnetTask
-from embsearch_dist.train.trainer import Task, Trainer
+from embsearch_dist.train.trainer import Task
 from tests.factories import (
     open_run,
     prepared,
@@ -25,8 +24,7 @@ from tests.factories import (
     recorded,
     small_config,
     small_schema,
-    streams,
-    whole_tables,
+    train_and_measure,
 )
 from tests.ranks import run_ranks
 
@@ -59,15 +57,9 @@ def train(rank: int, world_size: int, data: str, directory: str, kind: str, *ove
         task = SupernetTask(run)
     else:
         task = SubnetTask(config, Allocation.uniform(run.schema, 8), run.context)
-    with Monitor(directory, "fit", rank, quiet=True) as monitor:
-        root = Path(directory, "checkpoints", "fit")
-        Trainer(task, config.train, config.optim, *streams(run), run.context, monitor, root).fit()
-    task.model.eval()
-    metrics = evaluate(task.predict, streams(run)[1].epoch(0), run.context)
-    digest = {n: float(t.double().square().sum()) for n, t in whole_tables(task.model.sharded).items()}
+    found = train_and_measure(run, task, directory)
     head = {n: float(p.double().square().sum()) for n, p in task.model.bare_head.named_parameters()}
-    kinds = task.model.sharded.kinds
-    return {"metrics": metrics, "tables": digest, "head": head, "state": task.state(), "kinds": kinds}
+    return {**found, "head": head, "state": task.state()}
 
 
 def train_many(rank: int, world_size: int, data: str, directory: str, cases: list[list[str]]) -> list[dict[str, Any]]:

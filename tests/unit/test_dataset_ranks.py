@@ -9,8 +9,8 @@ import pytest
 
 from embsearch_dist.data.batch import Batch
 from embsearch_dist.data.dataset import BatchStream
-from embsearch_dist.data.prepare import prepare
 from embsearch_dist.schema import Schema
+from tests.factories import prepared_rows
 
 ROWS = 1000
 WORLDS = (1, 2, 3, 4)
@@ -21,10 +21,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """800 training, 100 validation and 100 test rows; dense ``x`` tells any two rows apart."""
     folder = tmp_path_factory.mktemp("rows")
     lines = [f"{i * 7 % 2},{i},{i % 13},{i}" for i in range(ROWS)]
-    (folder / "r.csv").write_text("y,t,n,x\n" + "\n".join(lines) + "\n")
-    (folder / "r.yaml").write_text("files: r.csv\nlabel: y\ntime: t\nfields: {n: categorical, x: dense}\n")
-    prepare("table", folder / "r.yaml", folder / "out", split="time", row_group_rows=64, rows_per_shard=256, quiet=True)
-    return folder / "out"
+    return prepared_rows(folder, lines, "n")
 
 
 def cells(batch: Batch) -> np.ndarray:

@@ -16,7 +16,6 @@ from embsearch_dist.data import unreadable
 from embsearch_dist.data.batch import Batch
 from embsearch_dist.data.dataset import BatchStream, read_rows
 from embsearch_dist.data.manifest import MANIFEST
-from embsearch_dist.data.prepare import prepare
 from embsearch_dist.data.shards import LeftOut
 from embsearch_dist.dist.same_data import RECORD
 from embsearch_dist.errors import UserError
@@ -25,7 +24,7 @@ from embsearch_dist.schema import Schema, read_json, write_json
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.retrain import SubnetTask
 from embsearch_dist.train.trainer import Progress, Trainer
-from tests.factories import CONFIGS, one_rank, open_run, small_config
+from tests.factories import CONFIGS, one_rank, open_run, prepared_rows, small_config
 
 ROWS = 1000
 DAMAGED = ("part-00001.parquet", 2)
@@ -36,10 +35,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """800 training rows in four files of 4, 4, 4 and 1 row groups of 64; 100 validation and test rows, in 2 each."""
     folder = tmp_path_factory.mktemp("rows")
     lines = [f"{i * 7 % 2},{i},k{i},{i / 10}" for i in range(ROWS)]
-    (folder / "r.csv").write_text("y,t,key,x\n" + "\n".join(lines) + "\n")
-    (folder / "r.yaml").write_text("files: r.csv\nlabel: y\ntime: t\nfields: {key: categorical, x: dense}\n")
-    prepare("table", folder / "r.yaml", folder / "out", split="time", row_group_rows=64, rows_per_shard=256, quiet=True)
-    return folder / "out"
+    return prepared_rows(folder, lines, "key")
 
 
 @pytest.fixture
