@@ -1,7 +1,7 @@
 """Environment variables that must be set before a process starts, each with its reason, in one place.
 
 Used by the TorchX components for their workers and, through
-:func:`reexec_with_tuned_environment`, by scripts started with plain ``python``. A variable that the
+:func:`reexec_with_tuned_environment`, by scripts started with plain ``python`` or ``torchrun``. A variable that the
 user has set is never changed. Also what torchrun's variables tell its ranks about restarts. Imports nothing
 but the standard library: it runs before torch loads.
 """
@@ -83,13 +83,13 @@ def reexec_with_tuned_environment() -> None:
     """Start this script over, once, with :func:`tuned_environment` set; call it before importing torch.
 
     glibc reads its tunables when a process starts, so setting them here would come too late. Does
-    nothing under torchrun (the launcher has set them), on a second start, with ``EMBSEARCH_TUNED``
-    set by the user, when nothing is missing, and outside Linux. Interpreter flags and arguments stay.
-    Only for the ``__main__`` of a script: it replaces the calling process.
+    nothing on a second start, with ``EMBSEARCH_TUNED`` set by the user, when nothing is missing (our
+    launchers have set it all), and outside Linux. Interpreter flags, arguments and the process's number stay,
+    so torchrun does not notice. Only for the ``__main__`` of a script: it replaces the calling process.
     """
-    if "RANK" in os.environ or TUNED in os.environ or not sys.platform.startswith("linux"):
+    if TUNED in os.environ or not sys.platform.startswith("linux"):
         return
-    missing = tuned_environment(ranks=1, cores=available_cores(), base=os.environ)
+    missing = tuned_environment(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), available_cores(), os.environ)
     if not missing:
         return
     sys.stdout.flush()

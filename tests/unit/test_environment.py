@@ -82,9 +82,14 @@ def test_a_script_restarts_once_with_its_arguments_and_flags(tmp_path: Path, rep
     assert seen["heavy"] == []  # else the restart would load torch twice
 
 
-@pytest.mark.parametrize(
-    "env", [{"EMBSEARCH_TUNED": "0"}, {"RANK": "0"}, {"GLIBC_TUNABLES": "", "OMP_NUM_THREADS": "1"}]
-)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only done on Linux")
+def test_ranks_of_plain_torchrun_restart_too(tmp_path: Path, repo_root: Path) -> None:
+    many = str(4 * available_cores())
+    starts, seen = run_script(tmp_path, repo_root, RANK="1", LOCAL_WORLD_SIZE=many)
+    assert (starts, seen["GLIBC_TUNABLES"], seen["OMP_NUM_THREADS"]) == (2, GLIBC_TUNABLES, "1")
+
+
+@pytest.mark.parametrize("env", [{"EMBSEARCH_TUNED": "0"}, {"RANK": "0", "GLIBC_TUNABLES": "", "OMP_NUM_THREADS": "1"}])
 def test_no_restart(tmp_path: Path, repo_root: Path, env: dict[str, str]) -> None:
     starts, seen = run_script(tmp_path, repo_root, **env)
     assert starts == 1
