@@ -1,6 +1,7 @@
 """Turn raw click logs into a prepared data set.
 
     python launch/prepare.py --format synthetic --rows 200000 --out PREPARED
+    python launch/prepare.py --format populations --rows 400000 --out PREPARED
     python launch/prepare.py --format movielens_1m --input ml-1m/ --out PREPARED
     python launch/prepare.py --format criteo --input train.txt --out PREPARED --split time
     python launch/prepare.py --format criteo --input day_0.gz day_1.gz day_2.gz --out PREPARED
@@ -11,9 +12,11 @@
 Formats: criteo and avazu read Kaggle's train file (or several: their rows in the order given, those of a
 directory in the order of the names), movielens_1m and movielens_100k the directory of the archive, table
 your own CSV, TSV or Parquet through a YAML source file (copy configs/sources/example.yaml), synthetic makes
-a data set whose best embedding widths are known. PREPARED gets schema.json, manifest.json, vocabulary/ and
-the Parquet shards of train/, validation/ and test/ (8:1:1); it appears only when it is whole. Interrupted or
-killed, the same command continues; several processes share the work and give the same bytes.
+a data set whose best embedding widths are known, populations one of two hidden populations whose clicks depend
+on different fields, with the best widths for each (truth.json) and the population of every row (populations/).
+PREPARED gets schema.json, manifest.json, vocabulary/ and the Parquet shards of train/, validation/ and test/
+(8:1:1); it appears only when it is whole. Interrupted or killed, the same command continues; several processes
+share the work and give the same bytes.
 """
 
 from __future__ import annotations
@@ -34,13 +37,13 @@ if "RANK" in os.environ:  # polars counts when it is imported, and would give ev
     cores = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     os.environ.setdefault("POLARS_MAX_THREADS", str(max(1, cores)))
 
-from embsearch_dist.data import manifest, synthetic
+from embsearch_dist.data import manifest
 from embsearch_dist.data.prepare import prepare, summary
 from embsearch_dist.data.progress import Progress
 from embsearch_dist.data.team import Team, from_environment
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Schema
-from launch.prepare_arguments import OPTIONS, check, parser
+from launch.prepare_arguments import MADE, OPTIONS, check, parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,12 +73,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, team: Team) -> Schema:
     options = {name: getattr(args, name) for name in OPTIONS}
-    if args.format != "synthetic":
+    if args.format not in MADE:
         return prepare(args.format, args.input, args.out, team=team, **options)
     with team.together():  # small: one process makes it while the others wait
         if team.rank == 0:
-            synthetic.make_synthetic(args.out, args.rows or synthetic.ROWS, **options)
-        team.barrier("synthetic")
+            make, rows = MADE[args.format]
+            make(args.out, rows if args.rows is None else args.rows, **options)
+        team.barrier(args.format)
         return Schema.load(args.out)
 
 

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
-from embsearch_dist.data import synthetic
+from embsearch_dist.data import populations, synthetic
 from embsearch_dist.data.formats import FORMATS, GENRES
 from embsearch_dist.data.prepare import HOW_TO_SPLIT, ROW_GROUP_ROWS, ROWS_PER_SHARD
 from embsearch_dist.errors import UserError
+from embsearch_dist.schema import Schema
 
+# Formats that need no input: how each is made, and the rows it has by default.
+MADE: dict[str, tuple[Callable[..., Schema], int]] = {
+    "synthetic": (synthetic.make_synthetic, synthetic.ROWS),
+    "populations": (populations.make_populations, populations.ROWS),
+}
+MADE_NAMES = " and ".join(MADE)
 OPTIONS = ("split", "seed", "min_count", "rows_per_shard", "row_group_rows", "overwrite", "quiet", "genres")
 
 
 def parser(document: str | None) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--format", choices=[*FORMATS, "synthetic"])
+    p.add_argument("--format", choices=[*FORMATS, *MADE])
     p.add_argument(
         "--input",
         type=Path,
@@ -27,14 +35,15 @@ def parser(document: str | None) -> argparse.ArgumentParser:
     p.add_argument(
         "--verify", type=Path, metavar="PREPARED", help="instead: compare all files with PREPARED/manifest.json"
     )
-    p.add_argument("--rows", type=int, help=f"synthetic only: rows to make (default {synthetic.ROWS:,})")
+    default = ", ".join(f"{name} {rows:,}" for name, (_, rows) in MADE.items())
+    p.add_argument("--rows", type=int, help=f"{MADE_NAMES} only: rows to make (default: {default})")
     p.add_argument(
         "--split",
         choices=HOW_TO_SPLIT,
         default="random",
         help="random: by a seeded hash of the row number; time: oldest 80%% train, newest 10%% test (default random)",
     )
-    p.add_argument("--seed", type=int, default=0, help="of the random split, and of synthetic data (default 0)")
+    p.add_argument("--seed", type=int, default=0, help=f"of the random split, and of {MADE_NAMES} data (default 0)")
     p.add_argument(
         "--min-count",
         type=int,
@@ -70,12 +79,12 @@ def check(args: argparse.Namespace) -> None:
     for name in ("format", "out"):
         if getattr(args, name) is None:
             raise UserError(f"--{name} is missing. See --help")
-    if args.format == "synthetic":
+    if args.format in MADE:
         if args.genres != "one":
             raise UserError("--genres is for MovieLens. Leave it out")
         if args.input is not None:
-            raise UserError("--format synthetic makes its own data. Leave out --input")
+            raise UserError(f"--format {args.format} makes its own data. Leave out --input")
     elif args.rows is not None:
-        raise UserError(f"--rows is for --format synthetic; {args.format} takes all rows. Leave it out")
+        raise UserError(f"--rows is for --format {MADE_NAMES}; {args.format} takes all rows. Leave it out")
     elif args.input is None:
         raise UserError(f"--format {args.format} needs --input. See --help for what it should be")

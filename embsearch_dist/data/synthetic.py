@@ -8,7 +8,7 @@ effect, and no embedding narrower than r holds all of it. Fields of rank 0 never
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -94,15 +94,15 @@ class Clicks:
             for side, n in zip("ab", pair.values, strict=True):
                 if n <= pair.rank:
                     raise UserError(f"a field of {n} values cannot have rank {pair.rank}. Give it more values")
-                self.fields.append(_FieldPlan(f"p{p}_{side}", _zipf(n, plan.zipf, rng), pair.rank))
-                sides.append(_directions(self.fields[-1].frequency, pair.rank, rng))
+                self.fields.append(_FieldPlan(f"p{p}_{side}", zipf(n, plan.zipf, rng), pair.rank))
+                sides.append(directions(self.fields[-1].frequency, pair.rank, rng))
             self.tables.append(sides[0] @ sides[1].T * (pair.variance / pair.rank) ** 0.5)
         for i, n in enumerate(plan.idle):
-            self.fields.append(_FieldPlan(f"idle{i}", _zipf(n, plan.zipf, rng), 0))
+            self.fields.append(_FieldPlan(f"idle{i}", zipf(n, plan.zipf, rng), 0))
         self.main = {}
         for name in plan.main_effects:
             frequency = next(f for f in self.fields if f.name == name).frequency
-            self.main[name] = _directions(frequency, 1, rng)[:, 0] * plan.main_variance**0.5
+            self.main[name] = directions(frequency, 1, rng)[:, 0] * plan.main_variance**0.5
 
     def chunks(self, rows: int) -> Iterator[tuple[pl.DataFrame, np.ndarray]]:
         """Frames of at most ``CHUNK_ROWS`` rows (column ``click`` and one per field, value numbers) with the
@@ -112,8 +112,7 @@ class Clicks:
             rng = np.random.default_rng(np.random.SeedSequence([self.seed, 1, i]))
             drawn = {}
             for f in self.fields:
-                edges = np.cumsum(f.frequency)
-                drawn[f.name] = np.searchsorted(edges / edges[-1], rng.random(n), side="right").astype(np.int32)
+                drawn[f.name] = draw(f.frequency, n, rng)
             logit = np.full(n, self.plan.intercept)
             for p, table in enumerate(self.tables):
                 logit += table[drawn[f"p{p}_a"], drawn[f"p{p}_b"]]
@@ -125,13 +124,19 @@ class Clicks:
             yield pl.DataFrame({"click": click.astype(np.int8)} | {name: drawn[name] for name in order}), logit
 
 
-def _zipf(n: int, exponent: float, rng: np.random.Generator) -> np.ndarray:
+def zipf(n: int, exponent: float, rng: np.random.Generator) -> np.ndarray:
     """``[n]`` frequencies, in no order."""
     weight = np.arange(1, n + 1) ** -exponent
     return rng.permutation(weight / weight.sum())
 
 
-def _directions(frequency: np.ndarray, rank: int, rng: np.random.Generator) -> np.ndarray:
+def draw(frequency: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """``[n]`` int32 value numbers, each drawn with its frequency."""
+    edges = np.cumsum(frequency)
+    return np.searchsorted(edges / edges[-1], rng.random(n), side="right").astype(np.int32)
+
+
+def directions(frequency: np.ndarray, rank: int, rng: np.random.Generator) -> np.ndarray:
     """``[n, rank]``: columns of mean zero, orthonormal under ``frequency``."""
     raw = rng.standard_normal((len(frequency), rank))
     raw -= frequency @ raw
@@ -139,7 +144,7 @@ def _directions(frequency: np.ndarray, rank: int, rng: np.random.Generator) -> n
     return np.linalg.qr(raw * root)[0] / root
 
 
-class _Bayes:
+class Bayes:
     """AUC and logloss that the true probabilities themselves reach, in expectation over the labels."""
 
     def __init__(self) -> None:
@@ -164,6 +169,20 @@ class _Bayes:
         return self.loss / self.rows
 
 
+def write_raw(source: Path, name: str, frames: Iterable[pl.DataFrame]) -> list[str]:
+    """Write frames (column ``click``, then one per field) to ``clicks.csv`` in a new folder, and the YAML source
+    file of them beside it; gives the names of the fields."""
+    source.parent.mkdir()
+    names: list[str] = []
+    with source.with_name("clicks.csv").open("wb") as file:
+        for frame in frames:
+            frame.write_csv(file, include_header=not names)
+            names = frame.columns[1:]
+    head = [f"name: {name}", "files: [clicks.csv]", "label: click", "fields:"]
+    source.write_text("\n".join([*head, *(f"  {n}: categorical" for n in names)]) + "\n")
+    return names
+
+
 def make_synthetic(
     prepared_dir: Path | str, rows: int = ROWS, seed: int = 0, plan: Plan = DEFAULT, **options: object
 ) -> Schema:
@@ -180,18 +199,16 @@ def make_synthetic(
         raise UserError(f"--rows must be at least 100, got {rows}. Give more")
     checked = Options(seed=seed, **options)  # type: ignore[arg-type]
     clicks = Clicks(plan, seed)
-    bayes = _Bayes()
+    bayes = Bayes()
     with whole_directory(Path(prepared_dir), checked.overwrite) as partial:
-        raw = partial / "raw"
-        raw.mkdir()
-        names: list[str] = []
-        with (raw / "clicks.csv").open("wb") as file:
+
+        def frames() -> Iterator[pl.DataFrame]:
             for frame, logit in clicks.chunks(rows):
-                frame.write_csv(file, include_header=not names)
-                names = frame.columns[1:]
                 bayes.add(logit)
-        source = ["name: synthetic", "files: [clicks.csv]", "label: click", "fields:"]
-        (raw / "source.yaml").write_text("\n".join([*source, *(f"  {n}: categorical" for n in names)]) + "\n")
+                yield frame
+
+        source = partial / "raw" / "source.yaml"
+        names = write_raw(source, "synthetic", frames())
         ranks = {f.name: f.rank for f in clicks.fields}
         truth = {
             "rank": {name: ranks[name] for name in names},
@@ -202,4 +219,4 @@ def make_synthetic(
             "plan": asdict(plan),
         }
         write_json(partial / TRUTH, truth)
-        return prepare_into(partial, open_source("table", raw / "source.yaml"), checked)
+        return prepare_into(partial, open_source("table", source), checked)
