@@ -82,7 +82,7 @@ class DataConfig:
 class ModelConfig:
     """The backbone behind the embeddings and the transform in front of it."""
 
-    backbone: str = option("deepfm", "wide_deep | deepfm | fm")
+    backbone: str = option("deepfm", "wide_deep | deepfm | fm | mlp")
     hidden: list[int] = option([128, 64], "widths of the MLP's hidden layers (the output unit is added)")
     dropout: float = option(0.0, "dropout after each hidden layer")
     precision: str = option("float32", "float32 | bfloat16: products of the MLP; bfloat16 where hardware has it")
@@ -93,10 +93,11 @@ class ModelConfig:
     init_std: float = option(0.01, "standard deviation of the initial embedding values")
 
     def check(self) -> None:
-        one_of("model.backbone", self.backbone, ["wide_deep", "deepfm", "fm"])
+        one_of("model.backbone", self.backbone, ["wide_deep", "deepfm", "fm", "mlp"])
         one_of("model.unify", self.unify, ["always", "mixed"])
         one_of("model.norm", self.norm, ["field", "width", "none"])
         one_of("model.precision", self.precision, ["float32", "bfloat16"])
+        require(self.backbone != "mlp" or bool(self.hidden), "model.hidden", "an mlp needs at least one hidden layer")
         require(0 <= self.dropout < 1, "model.dropout", f"must be in [0, 1), got {self.dropout}")
         require(self.unified_width > 0, "model.unified_width", "must be above 0")
         require(all(h > 0 for h in self.hidden), "model.hidden", f"every width must be above 0, got {self.hidden}")

@@ -111,10 +111,16 @@ def make_backbone(
     dropout: float = 0.0,
     precision: str = "float32",
 ) -> Backbone:
-    """Build ``wide_deep`` (Cheng et al. 2016), ``deepfm`` (Guo et al. 2017) or ``fm`` (Rendle 2010).
+    """Build ``wide_deep`` (Cheng et al. 2016), ``deepfm`` (Guo et al. 2017), ``fm`` (Rendle 2010) or ``mlp``.
 
     The wide part is linear in the unified embeddings: a linear part over raw ids would keep a
     full-width path for a field that the search has dropped.
     """
     fm = kind in ("deepfm", "fm")
-    return Backbone(fields, width, dense, fm, [] if kind == "fm" else hidden, dropout, precision)
+    found = Backbone(fields, width, dense, fm, [] if kind == "fm" else hidden, dropout, precision)
+    if kind == "mlp":
+        # The linear part stays, at zero, so that all backbones have the same terms; in the first product it is one
+        # output of several hundred.
+        for p in found.linear.parameters():
+            p.requires_grad_(False).zero_()
+    return found

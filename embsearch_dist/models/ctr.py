@@ -38,17 +38,27 @@ class CTRModel(nn.Module):
     tables: MaxTables | MixedTables
     head: nn.Module
 
-    def _wrap(self, head: Head, context: Context) -> nn.Module:
-        head = head.to(context.device)
-        if context.world_size == 1:
-            return head
+    def _wrap(self, module: nn.Module, context: Context) -> nn.Module:
+        module = module.to(context.device)
+        if context.world_size == 1 or not any(p.requires_grad for p in module.parameters()):
+            return module
         # Running statistics are equal on all ranks already (UnifyNorm reduces them).
-        return DistributedDataParallel(head, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     @property
     def bare_head(self) -> Head:
         """The head without DDP around it."""
-        return self.head.module if isinstance(self.head, DistributedDataParallel) else self.head  # type: ignore[return-value]
+        return bare(self.head)  # type: ignore[return-value]
+
+    @property
+    def replicated(self) -> nn.Module:
+        """Everything that is alike on all ranks, without DDP around it: what a checkpoint holds beside the tables."""
+        return self.bare_head
+
+    @property
+    def outer_parameters(self) -> list[nn.Parameter]:
+        """Of the replicated parameters, those that held-out rows train and nothing else (bi-level training)."""
+        return []
 
     @property
     def sharded(self) -> ShardedTables:
@@ -123,6 +133,11 @@ class SupernetModel(CTRModel):
         """Logits ``[B]`` of the subnet ``choice [F]``, ``keep [F]``, and the pooled rows of the max-tables."""
         pooled = self.tables(batch.sparse)
         return self.head(batch.dense, pooled, choice, keep), pooled
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """A module without DDP around it."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
 
 
 class seeded:

@@ -305,7 +305,7 @@ class Checkpointer:
                 f"{manifest.spread(new)}{other}: {_reasons(e)}. Continue with the number of ranks, sharding and "
                 "optimizer it was made with"
             ) from e
-        self.model.bare_head.load_state_dict(tensors["head"])
+        self.model.replicated.load_state_dict(tensors["head"])
         if other and optimizers:
             self.say(f"{directory} goes on with {manifest.spread(new)}{other}: sums may differ in the last digits")
         return read_json(directory / "state.json")

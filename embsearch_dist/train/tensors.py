@@ -20,12 +20,12 @@ def tensors_of(model: CTRModel, optimizer: Optimizer | None, context: Context, o
     tables = model.sharded
     tensors: dict[str, Any] = {
         "tables": dict(tables.collection.state_dict()),
-        "head": {k: v.detach() for k, v in model.bare_head.state_dict().items()},
+        "head": {k: v.detach() for k, v in model.replicated.state_dict().items()},
     }
     if not optimizers:
         return tensors
     assert optimizer is not None, "without the head's optimizer only the weights can be loaded"
-    tensors["head_optimizer"] = dict(_adam_state(optimizer, dict(model.bare_head.named_parameters())))
+    tensors["head_optimizer"] = dict(_adam_state(optimizer, dict(model.replicated.named_parameters())))
     fused: dict[str, Any] = {}
     for parameter, values in tables.collection.fused_optimizer.state_dict()["state"].items():
         for key, value in values.items():

@@ -9,7 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, cast
 
 import torch
 
@@ -18,44 +18,15 @@ from embsearch_dist.data.batch import Batch
 from embsearch_dist.data.dataset import BatchStream
 from embsearch_dist.dist.context import Context
 from embsearch_dist.errors import UserError
-from embsearch_dist.models.ctr import CTRModel
 from embsearch_dist.train import faults, signals
+from embsearch_dist.train.bilevel import BilevelTask, frozen
 from embsearch_dist.train.checkpoint import Checkpointer, SaveError
 from embsearch_dist.train.guard import Gate, Verdict, agree
 from embsearch_dist.train.metrics import evaluate
 from embsearch_dist.train.monitor import Monitor
+from embsearch_dist.train.task import Task
 
 SAVE_FAILURES = 3  # so many checkpoints in a row may fail before training stops: nothing would be left of it
-
-
-class Task(Protocol):
-    """What is trained. The trainer knows nothing else of a method."""
-
-    @property
-    def model(self) -> CTRModel:
-        """Tables and head."""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What model and training depend on, flat and JSON-able; a checkpoint made with others is refused."""
-
-    def loss(self, batch: Batch, step: int) -> torch.Tensor:
-        """Mean loss of this rank's batch; ``step`` counts the steps already done."""
-
-    def predict(self, batch: Batch) -> torch.Tensor:
-        """Logits ``[B]`` in evaluation mode."""
-
-    def after_step(self, step: int, monitor: Monitor) -> None:
-        """Called once the parameters are updated; ``step`` counts this one too."""
-
-    def after_skip(self) -> None:
-        """Called instead when the batch was skipped: drop what ``loss`` has noted of it."""
-
-    def state(self) -> dict[str, Any]:
-        """JSON-able state beside the parameters (samplers, counters)."""
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what ``state`` gave."""
 
 
 @dataclass
@@ -104,7 +75,12 @@ class Trainer:
         self.context, self.monitor = context, monitor
         self.faults = faults.from_environment(context.rank, monitor.stage)
         self._head = list(task.model.bare_head.parameters())
-        self.optimizer = torch.optim.Adam(self._head, lr=optim.dense_lr, weight_decay=optim.weight_decay, fused=True)
+        self._outer = list(task.model.outer_parameters)
+        groups: list[dict[str, Any]] = [{"params": self._head}]
+        if self._outer:
+            # One optimizer for both: what has no gradient in a step is left as it is, moments included.
+            groups.append({"params": self._outer, "lr": cast(BilevelTask, task).outer_lr})
+        self.optimizer = torch.optim.Adam(groups, lr=optim.dense_lr, weight_decay=optim.weight_decay, fused=True)
         settings = {f"optim.{k}": v for k, v in dataclasses.asdict(optim).items()} | task.settings
         settings |= {"batch_size": training.global_batch, "run.seed": training.seed}
         self.checkpointer = Checkpointer(
@@ -160,6 +136,7 @@ class Trainer:
                     else:
                         p.loss_sum, p.loss_count = p.loss_sum + verdict.loss, p.loss_count + 1
                         bar.update(1, loss=verdict.loss)
+                        self._outer_step()
                         self.task.after_step(p.step, self.monitor)
                     if p.step % self.config.log_every == 0:
                         now = time.monotonic()
@@ -236,7 +213,7 @@ class Trainer:
         model.sharded.zero_grad()
         buffers = {}
         if self.config.skip_bad_batches:  # running statistics have seen the batch before anybody knows it is bad
-            buffers = {b: b.clone() for b in model.bare_head.buffers()}
+            buffers = {b: b.clone() for b in model.replicated.buffers()}
         loss = self.task.loss(batch, step)
         if self.faults is not None:
             loss = self.faults.loss(loss, step)
@@ -253,6 +230,29 @@ class Trainer:
         self.optimizer.step()
         model.sharded.step()
         return verdict
+
+    def _outer_step(self) -> None:
+        """Train the outer parameters, and them alone, on held-out rows, if the task says that it is time."""
+        if not self._outer:
+            return
+        step, task = self.progress.step, cast(BilevelTask, self.task)
+        torch.manual_seed((self.training.seed * 1_000_003 + step) * 1021 + self.context.rank + 509)
+        with frozen(self._head):
+            loss = task.outer_loss(step)
+            if loss is None:
+                return
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        verdict = agree(self.context, loss, [], self._outer, False)
+        if verdict.what:
+            error = UserError(
+                f"held-out {verdict.what} is not finite after step {step} on rank {verdict.rank}: stopped before any "
+                "selector was written. Lower its learning rate, or look at the dense columns of the validation split"
+            )
+            error.everywhere = True
+            raise error
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _skip_or_stop(self, verdict: Verdict, batch: Batch) -> None:
         """Count a batch as skipped on all ranks, or raise on all ranks."""
@@ -293,8 +293,11 @@ class Trainer:
             self.monitor.scalars(p.step, metrics, split="validation", epoch=self._epochs())
             sign = 1 if self.config.metric == "auc" else -1
             value = sign * metrics[self.config.metric]
+            early = bool(self._outer) and p.step <= cast(BilevelTask, self.task).warmup
             better = p.best is None or value > p.best
-            if better:
+            if early:
+                better = False
+            elif better:
                 self._best_before = (p.best, p.best_step)
                 p.best, p.best_step, p.bad_evals = value, p.step, 0
             else:
@@ -304,7 +307,7 @@ class Trainer:
                 elif self.config.lr_cut < 1:
                     p.lr_factor *= self.config.lr_cut
                     self._scale_lr(self.config.lr_cut)
-            mark = " (best)" if better else ""
+            mark = " (best)" if better else " (nothing is selected yet)" if early else ""
             self.monitor.say(
                 f"epoch {self._epochs():g}  step {p.step}  validation auc {metrics['auc']:.5f}  "
                 f"logloss {metrics['logloss']:.5f}{mark}"

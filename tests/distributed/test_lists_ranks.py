@@ -19,7 +19,7 @@ from embsearch_dist.dist.tables import Table
 from embsearch_dist.methods.adass.searching import make_scorer
 from embsearch_dist.methods.adass.supernet import SupernetTask
 from embsearch_dist.train.retrain import SubnetTask
-from embsearch_dist.train.trainer import Task
+from embsearch_dist.train.task import Task
 from tests.factories import open_run, rank_context, recorded, small_config, train_and_measure, whole_tables
 from tests.ranks import run_ranks
 from tests.raw_clicks import OPTIONS, digest

@@ -15,7 +15,7 @@ from embsearch_dist.methods.adass.supernet import SupernetTask
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.metrics import evaluate
 from embsearch_dist.train.retrain import SubnetTask
-from embsearch_dist.train.trainer import Task
+from embsearch_dist.train.task import Task
 from tests.factories import (
     open_run,
     prepared,
