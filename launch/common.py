@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import re
 import shutil
 import signal
 import sys
@@ -10,11 +12,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import SAFETY_KEYS, Config, describe, load_config, nearest
 from embsearch_dist.dist.context import Context, group_was_opened
 from embsearch_dist.dist.environment import end_restarts
 from embsearch_dist.errors import UserError
+from embsearch_dist.grouped import GROUPS, GroupedAllocation
 from embsearch_dist.methods import METHODS
+from embsearch_dist.methods.base import Run
+from embsearch_dist.methods.ihas.router import ROUTER
 from embsearch_dist.schema import Schema
 from embsearch_dist.train import signals
 
@@ -101,6 +107,23 @@ def open_data(config: Config, context: Context) -> Schema:
     raise AssertionError("unreachable")
 
 
+def open_search(directory: Path, config: Config, schema: Schema, context: Context) -> Run:
+    """The search of groups that ``directory`` belongs to: its run directory, or that of one of its retrainings.
+
+    The settings are those of the search; where the data lie and how tables are spread is as ``config`` says.
+    """
+    with context.together("looking for the search"):
+        places = [directory, *directory.parents, *directory.resolve().parents]
+        home = next((p for p in places if (p / ROUTER).exists() and (p / "config.yaml").exists()), None)
+        if home is None:
+            raise UserError(f"{directory} belongs to no search of groups: no directory above it has {ROUTER}")
+        found = read_config(home / "config.yaml", [])
+        found.run.dir, found.run.overwrite = str(home), False
+        found.data, found.dist = copy.copy(config.data), copy.copy(config.dist)
+        return Run(found, schema, context)
+    raise AssertionError("unreachable")
+
+
 def open_run_directory(config: Config, schema: Schema, directory: Path) -> None:
     """Make (or empty, when told) the run directory and leave config and schema in it. Rank 0 calls this."""
     if config.run.overwrite and directory.exists():
@@ -112,3 +135,37 @@ def open_run_directory(config: Config, schema: Schema, directory: Path) -> None:
     truth = Path(config.data.path) / "truth.json"
     if truth.exists():
         shutil.copy(truth, directory / "truth.json")
+
+
+def open_retraining(config: Config, schema: Schema, found: Allocation | GroupedAllocation, directory: Path) -> None:
+    """The sub-run's directory; a training of another allocation or config under that name is an error."""
+    kinds: dict[str, type[Allocation | GroupedAllocation]] = {"allocation.json": Allocation, GROUPS: GroupedAllocation}
+    for file, kind in kinds.items():
+        if (directory / file).exists() and not config.run.overwrite:
+            same = isinstance(found, kind) and _widths(kind.load(directory / file, schema)) == _widths(found)
+            # Read as a config: one of an older version lacks keys that have been added since.
+            if not same or lasting(read_config(directory / "config.yaml", [])) != lasting(config):
+                raise UserError(
+                    f"{directory} holds another training; give --name, or --run.overwrite true to replace it"
+                )
+    open_run_directory(config, schema, directory)
+    found.save(directory / ("allocation.json" if isinstance(found, Allocation) else GROUPS))
+
+
+def _widths(found: Allocation | GroupedAllocation) -> list[dict[str, int]]:
+    return [a.widths for a in (found.allocations if isinstance(found, GroupedAllocation) else [found])]
+
+
+def read_result(text: str, run_dir: Path, schema: Schema) -> tuple[str, Allocation | GroupedAllocation]:
+    """(default name, result) from ``ues-WIDTH``, a file, or the run's own result, which may be groups."""
+    uniform = re.fullmatch(r"ues-(\d+)", text)
+    if uniform:
+        return text, Allocation.uniform(schema, int(uniform.group(1)))
+    if not text and (run_dir / GROUPS).exists():
+        grouped = GroupedAllocation.load(run_dir / GROUPS, schema)
+        return str(grouped.provenance.get("name", "groups")), grouped
+    path = Path(text) if text else run_dir / "allocation.json"
+    if not path.exists():
+        raise UserError(f"no allocation at {path}; search first, or give --allocation FILE or --allocation ues-32")
+    allocation = Allocation.load(path, schema)
+    return str(allocation.provenance.get("name", path.stem if text else "found")), allocation

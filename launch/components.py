@@ -28,9 +28,9 @@ def prepare(
 
     Args:
         overrides: after `--`: further raw files, then further arguments of launch/prepare.py
-        format: criteo, avazu, movielens_1m, movielens_100k, table or synthetic
+        format: criteo, avazu, movielens_1m, movielens_100k, table, synthetic or populations
         out: folder to write
-        input: raw file or folder; for table the YAML source file; none for synthetic
+        input: raw file or folder; for table the YAML source file; none for synthetic and populations
         j: [NODESx]PROCESSES_PER_NODE
         cpu: cores per node; 0 leaves it to the scheduler
         memMB: memory per node in MB; 0 leaves it to the scheduler

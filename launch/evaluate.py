@@ -2,10 +2,13 @@
 
     python launch/evaluate.py --run runs/synthetic_adass_deepfm/retrain/adass
     python launch/evaluate.py --run runs/synthetic_adass_deepfm/retrain/adass --split validation
+    python launch/evaluate.py --run runs/my/retrain/ihas --router fields       models of groups, the cheap router
     torchrun --standalone --nproc-per-node 2 -- launch/evaluate.py --run runs/synthetic_adass_deepfm/retrain/adass
 
-Options: --run DIR (a directory that retrain.py wrote), --split test|validation|train, --section.key VALUE.
-Prints the figures as JSON and leaves them in DIR/evaluation.json (test) or DIR/evaluation-SPLIT.json.
+Options: --run DIR (a directory that retrain.py wrote), --split test|validation|train, --section.key VALUE; for models
+of groups --router centres|fields: the search's own (default) or one that looks at a few raw fields.
+Prints the figures as JSON and leaves them in DIR/evaluation.json, -SPLIT and -fields in its name where they are not
+of the test split or the default router.
 """
 
 from __future__ import annotations
@@ -19,36 +22,59 @@ if __name__ == "__main__":
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import one_of, split_arguments
 from embsearch_dist.dist.context import start
 from embsearch_dist.errors import UserError
+from embsearch_dist.grouped import GROUPS, GroupedAllocation
 from embsearch_dist.methods.base import Run
+from embsearch_dist.methods.ihas.retraining import evaluate_groups, evaluation_file, load_groups
+from embsearch_dist.methods.ihas.routed import ROUTERS
 from embsearch_dist.schema import SPLITS, write_json
 from embsearch_dist.train.retrain import evaluate_model, load_best
-from launch.common import known_options, open_data, read_config, run_main
+from launch.common import known_options, open_data, open_search, read_config, run_main
 
 
 def main(argv: Sequence[str]) -> None:
     plain, overrides = split_arguments(argv)
-    known_options(plain, ["run", "split"])
-    directory, split = Path(plain.get("run", "")), plain.get("split", "test")
+    known_options(plain, ["run", "split", "router"])
+    directory, split, router = Path(plain.get("run", "")), plain.get("split", "test"), plain.get("router", ROUTERS[0])
     one_of("--split", split, SPLITS)
-    if not (directory / "allocation.json").exists() or not (directory / "config.yaml").exists():
+    one_of("--router", router, ROUTERS)
+    grouped = (directory / GROUPS).exists() and (directory / "group-0").exists()
+    if not (grouped or (directory / "allocation.json").exists()) or not (directory / "config.yaml").exists():
         raise UserError(f"--run {directory}: not a directory of retrain.py (allocation.json or config.yaml is missing)")
+    if "router" in plain and not grouped:
+        raise UserError(f"--router {router}: {directory} holds one model, not models of groups. Leave it out")
     config = read_config(directory / "config.yaml", overrides)
     with start(config.run, config.dist) as context:
-        schema = open_data(config, context)
-        with context.together("reading the allocation"):
-            allocation = Allocation.load(directory / "allocation.json", schema)
-        stream = Run(config, schema, context).stream(split, config.train.eval_batch_size, shuffle=False)
-        task = load_best(config, allocation, context, directory)
-        result = evaluate_model(task, stream, split, context, config, directory.name, allocation)
-        target = directory / ("evaluation.json" if split == "test" else f"evaluation-{split}.json")
-        context.first("writing the evaluation", lambda: write_json(target, result))
+        run = Run(config, open_data(config, context), context)
+        result = routed(run, directory, split, router) if grouped else single(run, directory, split)
         if context.rank == 0:
             print(json.dumps(result, indent=2))
+
+
+def single(run: Run, directory: Path, split: str) -> dict[str, Any]:
+    config, context = run.config, run.context
+    with context.together("reading the allocation"):
+        allocation = Allocation.load(directory / "allocation.json", run.schema)
+    stream = run.stream(split, config.train.eval_batch_size, shuffle=False)
+    task = load_best(config, allocation, context, directory)
+    result = evaluate_model(task, stream, split, context, config, directory.name, allocation)
+    target = evaluation_file(directory, split)
+    context.first("writing the evaluation", lambda: write_json(target, result))
+    return result
+
+
+def routed(run: Run, directory: Path, split: str, router: str) -> dict[str, Any]:
+    config, context = run.config, run.context
+    with context.together("reading the groups"):
+        grouped = GroupedAllocation.load(directory / GROUPS, run.schema)
+    search = open_search(directory, config, run.schema, context)
+    models = load_groups(config, grouped, context, directory)
+    return evaluate_groups(search, config, grouped, directory, models, split, router)
 
 
 if __name__ == "__main__":

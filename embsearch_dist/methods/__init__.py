@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from embsearch_dist.methods.adafs.method import AdaFS
 from embsearch_dist.methods.adass.method import AdaSS
 from embsearch_dist.methods.base import Method
+from embsearch_dist.methods.ihas.method import IHAS
 from embsearch_dist.methods.ues import UES
 
-METHODS: dict[str, type[Method]] = {"adass": AdaSS, "ues": UES}
+METHODS: dict[str, type[Method]] = {"adafs": AdaFS, "adass": AdaSS, "ihas": IHAS, "ues": UES}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,15 @@ def retrain(
     context: Context,
     directory: Path,
     quiet: bool = False,
+    begin: Callable[[SubnetTask], None] = lambda task: None,
 ) -> SubnetTask:
-    """Train to the early stop and return the task with its best weights; continues if it was stopped."""
+    """Train to the early stop and return the task with its best weights; continues if it was stopped.
+
+    ``begin`` may set initial values; a checkpoint that is there replaces them.
+    """
     torch.manual_seed(config.run.seed)  # dropout
     task = SubnetTask(config, allocation, context)
+    begin(task)
     with Monitor(directory, STAGE, context.rank, quiet) as monitor:
         monitor.say(
             f"retrain: {len(allocation.kept)} fields, {allocation.total('parameters'):,} embedding parameters, "
@@ -82,7 +88,7 @@ def retrain(
         progress = trainer.fit()
         trainer.restore_best()
         write = {"seconds": progress.seconds, "steps": progress.step, "best_step": progress.best_step}
-        write |= _left_out(training)
+        write |= rows_left_out(training)
         context.first("writing training.json", lambda: write_json(directory / "training.json", write))
     return task
 
@@ -114,14 +120,14 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Exact AUC and logloss over all ranks, with every size and cost beside them.
 
-    ``name`` is that of the sub-run's directory; its ``-seedN`` is dropped, so that seeds are averaged.
+    ``name`` is that of the sub-run's directory.
     """
     task.model.eval()
     started = time.monotonic()
     metrics = evaluate(task.predict, stream.epoch(0), context)
     seconds = time.monotonic() - started
     return {
-        "name": re.sub(r"-seed\d+$", "", name),
+        "name": result_name(name),
         "seed": config.run.seed,
         "split": split,
         "rows": int(metrics["rows"]),
@@ -134,10 +140,15 @@ def evaluate_model(
         "inference_rows_per_s": metrics["rows"] / seconds,
         "widths": allocation.widths,
         "backbone": config.model.backbone,
-        **_left_out(stream),
+        **rows_left_out(stream),
     }
 
 
-def _left_out(stream: BatchStream) -> dict[str, int]:
+def result_name(name: str) -> str:
+    """The name of a sub-run's directory without its ``-seedN``, so that seeds are averaged."""
+    return re.sub(r"-seed\d+$", "", name)
+
+
+def rows_left_out(stream: BatchStream) -> dict[str, int]:
     """For the record of a result: how many rows it has not seen; nothing when it has seen all."""
     return {"rows_left_out": stream.rows_left_out} if stream.left_out else {}

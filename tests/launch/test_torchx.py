@@ -166,7 +166,7 @@ def test_components_are_valid_and_call_the_scripts() -> None:
 
 def test_the_help_of_prepare_names_the_formats_there_are() -> None:
     words = str(components.prepare.__doc__).partition("format: ")[2].partition("\n")[0]
-    assert words.replace(" or ", ", ").split(", ") == [*FORMATS, "synthetic"]
+    assert words.replace(" or ", ", ").split(", ") == [*FORMATS, "synthetic", "populations"]
 
 
 # ---- real jobs ----

@@ -1,0 +1,123 @@
+"""Bernoulli gates: which embedding columns a row uses (iHAS section 3.3)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from embsearch_dist.models.dense import Linear
+
+
+class BernoulliGates(nn.Module):
+    """``p = sigmoid(W e + b)``: for each row the probability that each of its C = N*d columns is open (section 3.3.1).
+
+    Args:
+        columns: C.
+        shared: one vector of probabilities for all rows (the ablation iHAS-4) instead of W.
+        bias: initial b; above 0 gates begin open.
+    """
+
+    def __init__(self, columns: int, shared: bool, bias: float) -> None:
+        super().__init__()
+        self.shared = shared
+        if shared:
+            self.bias = nn.Parameter(torch.full((columns,), bias))
+        else:
+            self.linear = Linear(columns, columns)
+            nn.init.constant_(self.linear.bias, bias)
+
+    def forward(self, e: torch.Tensor) -> torch.Tensor:
+        """Embeddings ``[B, C]`` -> logits of the probabilities ``[B, C]``."""
+        return self.bias.expand_as(e) if self.shared else self.linear(e)
+
+
+def straight_through(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Sampled masks ``[B, C]`` of zeros and ones whose gradient is that of the relaxed ones (Eq. 1 and 2).
+
+    The softmax over the two classes (log p + G, log(1-p) + G') is a sigmoid of the difference, and the difference of
+    two Gumbel variables is logistic: one random number per gate, not two.
+
+    Args:
+        uniform: ``[B, C]`` in (0, 1).
+    """
+    soft = torch.sigmoid((logits + torch.logit(uniform)) / temperature)
+    hard = (soft > 0.5).to(soft.dtype)
+    return hard + soft - soft.detach()
+
+
+def sampled(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The forward value of :func:`straight_through`, without the relaxation."""
+    return (uniform > torch.sigmoid(-logits)).to(logits.dtype)
+
+
+def regulariser(p: torch.Tensor, sparsity: float, polarization: float) -> torch.Tensor:
+    """Mean over rows and columns of ``sparsity * p - polarization * |p - mean_j p|`` (Eq. 5 is the sum, with 1 for the
+    second factor; as a mean its weight beside the loss depends neither on the batch nor on N*d)."""
+    value = sparsity * p.mean()
+    if polarization:
+        value = value - polarization * (p - p.mean(1, keepdim=True)).abs().mean()
+    return value
+
+
+def uniform_noise(seed: int, step: int, first: int, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """Numbers in (0, 1) for rows ``first, first + 1, ...`` of a global batch: the same for any number of ranks on CPU.
+
+    Philox is counter-based: a rank jumps to its rows. ``shape [B, C]``, C even. On a GPU each rank has a stream of
+    its own (making the numbers on the host would cost more than the rest of the step).
+    """
+    rows, columns = shape
+    if device.type == "cuda":
+        generator = torch.Generator(device).manual_seed((seed * 1_000_003 + step) * 1_000_033 + first)
+        return torch.rand(shape, generator=generator, device=device).clamp_(1e-7, 1 - 1e-7)
+    # 64 random bits make two numbers, and a step of the counter is four times 64 bits.
+    bits = np.random.Philox(key=np.array([seed, step], np.uint64))
+    start = first * columns // 2
+    bits.advance(start // 4)
+    words = bits.random_raw(start % 4 + (rows * columns + 1) // 2)[start % 4 :]
+    # Halves of a signed number: torch has no kernels for unsigned ones.
+    halves = torch.from_numpy(words.view(np.int32))[: rows * columns].reshape(shape)
+    return halves.float().mul_(2**-32).add_(0.5).clamp_(1e-7, 1 - 1e-7)
+
+
+def thresholds(p: torch.Tensor, bins: int, fallback: float, smooth: int = 0) -> torch.Tensor:
+    """Per row, the lower edge of the first local minimum of the histogram of its probabilities (section 3.3.3).
+
+    The histogram has ``bins`` equal bins over [0, 1]. From the left, the first bin that holds less than the one
+    before it and is followed, after bins that hold as much, by one that holds more. A row without such a bin (one
+    peak, or all probabilities alike) gets ``fallback``.
+
+    Args:
+        p: ``[B, C]`` in [0, 1].
+        smooth: average the counts over this many bins to either side first; many local minima are noise.
+
+    Returns:
+        ``[B]``.
+    """
+    rows, columns = p.shape
+    place = (p * bins).to(torch.int32).clamp_(0, bins - 1)
+    place += (torch.arange(rows, device=p.device, dtype=torch.int32) * bins)[:, None]
+    counts = torch.bincount(place.reshape(-1), minlength=rows * bins).reshape(rows, bins).float()
+    if smooth:
+        window = 2 * smooth + 1
+        counts = functional.avg_pool1d(counts[:, None], window, 1, smooth, count_include_pad=False)[:, 0]
+    change = counts.diff(dim=1).sign()  # [B, bins - 1]: from bin k to bin k + 1
+    # The first bin of a valley is where counts fell and the next change that is not zero is a rise.
+    rising = torch.zeros(rows, device=p.device)
+    minimum = torch.full((rows,), bins, dtype=torch.int64, device=p.device)
+    for k in range(bins - 2, -1, -1):
+        here = change[:, k]
+        minimum = torch.where((here < 0) & (rising > 0), k + 1, minimum)
+        rising = torch.where(here != 0, here, rising)
+    return torch.where(minimum < bins, minimum.to(p.dtype) / bins, torch.full_like(minimum, fallback, dtype=p.dtype))
+
+
+def deterministic(logits: torch.Tensor, bins: int, fallback: float, smooth: int = 0) -> torch.Tensor:
+    """Masks ``[B, C]`` of zeros and ones without chance: open where p is above the row's threshold (section 3.3.2).
+
+    A row whose probabilities are all below it keeps nothing: its masked embedding is zero, and so is that of the
+    head's input. That is an answer, not an error.
+    """
+    p = torch.sigmoid(logits)
+    return (p > thresholds(p, bins, fallback, smooth)[:, None]).to(logits.dtype)
