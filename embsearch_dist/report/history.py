@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from embsearch_dist.report import maps, page, plots
+from embsearch_dist.report import groups, maps, page, plots
 from embsearch_dist.report.page import Cell, Section
 from embsearch_dist.report.plots import Curve
 from embsearch_dist.report.runs import Run, series
@@ -41,6 +41,15 @@ HEATMAPS = {
         "Probability the search policy gives each width, per field. It starts undecided (even rows) and should end "
         "with one bright cell per row: the width chosen for that field.",
     ),
+    "field weights": (
+        "How much each field weighs",
+        "Weight that the controller gives each field, mean over the rows of a held-out batch. The weights of one row "
+        "add up to 1. Rows differ: a field of small mean may weigh much in a few of them.",
+    ),
+    "fields kept": (
+        "Which fields rows keep",
+        "Share of the rows of a held-out batch that keep each field. A field near 0 is of use to few rows.",
+    ),
 }
 
 
@@ -71,8 +80,8 @@ def learning(runs: Sequence[Run], directory: Path) -> Section:
     return Section("learning", title, body or page.missing(absent("metrics.jsonl")))
 
 
-def search(runs: Sequence[Run], directory: Path) -> Section:
-    """Curves of the search itself."""
+def search(runs: Sequence[Run], directory: Path) -> Section | None:
+    """Curves of the search itself; None where it chose by instances, without a policy."""
     title = "Search"
     panels: list[tuple[str, str, list[Curve]]] = []
     for name, unit, keys in SEARCH_CURVES:
@@ -85,6 +94,8 @@ def search(runs: Sequence[Run], directory: Path) -> Section:
         if lines:
             panels.append((name, unit, lines))
     if not panels:
+        if any(r.by_instance for r in runs):
+            return None
         text = (
             "No search curves: metrics.jsonl has no line of stage 'search' (written while search.py runs that stage)."
         )
@@ -100,18 +111,21 @@ def search(runs: Sequence[Run], directory: Path) -> Section:
     return Section("search", title, page.picture(image, caption, "Reward, entropy and size over search steps"))
 
 
-def heatmaps(runs: Sequence[Run], directory: Path) -> Section:
-    """Every recorded heat map over time."""
+def heatmaps(runs: Sequence[Run], directory: Path) -> Section | None:
+    """Every recorded heat map over time, but for those drawn elsewhere; None when there are no others."""
     title = "Probabilities over time"
-    run = next((r for r in runs if r.heatmaps), None)
+    run = next((r for r in runs if not all(map(groups.elsewhere, r.heatmaps))), None)
     if run is None:
+        if any(r.heatmaps for r in runs):
+            return None
         return Section("heatmaps", title, page.missing(absent("heatmaps.jsonl")))
     body = page.paragraph(f"Shown for {run.label}.", "note") if len(runs) > 1 else ""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    named: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in run.heatmaps:
-        if line.get("values") and line.get("rows") and line.get("columns") and "step" in line:
-            groups.setdefault((str(line.get("stage")), str(line.get("name"))), []).append(line)
-    for (stage, name), lines in groups.items():
+        drawable = line.get("values") and line.get("rows") and line.get("columns") and "step" in line
+        if drawable and not groups.elsewhere(line):
+            named.setdefault((str(line.get("stage")), str(line.get("name"))), []).append(line)
+    for (stage, name), lines in named.items():
         lines.sort(key=lambda x: x["step"])
         # A file joined from two searches may change its fields midway; only one shape can be drawn.
         lines = [x for x in lines if (x["rows"], x["columns"]) == (lines[-1]["rows"], lines[-1]["columns"])]
@@ -148,6 +162,11 @@ def _curve_caption(stage: str) -> str:
             "Training of the supernet, the one model that holds every candidate width. Its loss is noisy because "
             "each step "
             "trains another subnet; the bold line is the running median."
+        )
+    if stage == "gates":
+        return (
+            "Training of tables and head: first with everything open, then with gates that choose, row by row, which "
+            "columns pass. A step in the curves is where the gates set in; the bold line is the running median."
         )
     return f"Stage {stage}: training loss (bold line: running median) and quality on validation data."
 

@@ -6,11 +6,15 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-from embsearch_dist.report.style import Theme, figure, label_ends, label_points, short, si_axis, size_axis
+from embsearch_dist.report.style import Theme, figure, label_ends, label_points, short, si, si_axis, size_axis
 from embsearch_dist.report.summary import Comparison, display_name
 from embsearch_dist.schema import Schema
 
@@ -55,22 +59,54 @@ def allocation(
     left.set_ylim(len(shown) - 0.4, -0.6)
     if schema is not None:
         cardinality = dict(zip(schema.names, schema.cardinalities, strict=True))
-        middle, right = panels[0][1], panels[0][2]
-        middle.hlines(rows, 1, [cardinality[n] for n in shown], color=theme.grid, lw=1.2)
-        middle.plot([cardinality[n] for n in shown], rows, "o", ms=4.5, color=theme.color(2))
-        middle.set_xscale("log")
-        si_axis(middle.xaxis)
-        middle.set_title("Cardinality")
-        middle.set_xlabel("different values (log)")
+        right = panels[0][2]
+        _cardinalities(panels[0][1], [cardinality[n] for n in shown], theme.color(2), theme)
         total = sum(mean[n] * cardinality[n] for n in mean) or 1.0
         right.barh(rows, [100 * mean[n] * cardinality[n] / total for n in shown], height=0.68, color=theme.color(1))
         right.set_title("Share of parameters")
         right.set_xlabel("% of all embedding parameters")
         right.set_xlim(left=0)
-    for axes in panels[0]:
-        axes.grid(axis="y", visible=False)
-        axes.tick_params(axis="y", length=0)
-        axes.spines["left"].set_visible(False)
+    _without_y(panels[0])
+    return fig
+
+
+def group_widths(
+    theme: Theme, widths: Sequence[Mapping[str, int]], schema: Schema | None, fields: Sequence[str]
+) -> Figure:
+    """Per field: the width in each group (dots), cardinality, share of all groups' embedding parameters."""
+    shown, count = list(fields)[:MAX_FIELDS], len(widths)
+    fig = figure(max(2.4, 1.2 + (0.14 + 0.035 * count) * len(shown)))
+    panels = fig.subplots(1, 3 if schema else 1, sharey=True, squeeze=False, width_ratios=[5, 3, 3] if schema else [1])
+    left, rows = panels[0][0], range(len(shown))
+    left.hlines(
+        rows, [min(w[n] for w in widths) for n in shown], [max(w[n] for w in widths) for n in shown],
+        color=theme.grid, lw=3,
+    )  # fmt: skip
+    for k, found in enumerate(widths):
+        # Beside each other, or equal widths would hide all dots but the last.
+        offset = 0.55 * (k - (count - 1) / 2) / count
+        at = [r + offset for r in rows]
+        left.plot([found[n] for n in shown], at, "o", ms=4.5, color=theme.color(k), label=f"group {k}")
+    left.set_title("Width found")
+    left.set_xlabel("embedding width (columns)")
+    left.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    left.set_xlim(left=-0.02 * max(1, *(w[n] for w in widths for n in shown)))
+    left.set_yticks(rows, [short(n) for n in shown], fontsize=7.5)
+    left.set_ylim(len(shown) - 0.4, -0.6)
+    if schema is not None:
+        cardinality = dict(zip(schema.names, schema.cardinalities, strict=True))
+        _cardinalities(panels[0][1], [cardinality[n] for n in shown], theme.uniform, theme)
+        right, ends = panels[0][2], [0.0] * len(shown)
+        total = sum(w[n] * cardinality[n] for w in widths for n in w) or 1
+        for k, found in enumerate(widths):
+            shares = [100 * found[n] * cardinality[n] / total for n in shown]
+            right.barh(rows, shares, left=ends, height=0.6, color=theme.color(k))
+            ends = [a + b for a, b in zip(ends, shares, strict=True)]
+        right.set_title("Share of parameters")
+        right.set_xlabel("% of all embedding parameters")
+        right.set_xlim(left=0)
+    _without_y(panels[0])
+    fig.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=count, frameon=False)
     return fig
 
 
@@ -108,7 +144,11 @@ def pareto(
 
 
 def curves(
-    theme: Theme, panels: Sequence[tuple[str, str, Sequence[Curve]]], columns: int = 3, name_ends: bool = True
+    theme: Theme,
+    panels: Sequence[tuple[str, str, Sequence[Curve]]],
+    columns: int = 3,
+    name_ends: bool = True,
+    x_label: str = "step",
 ) -> Figure:
     """Small line plots (title, y label, curves); noisy curves get their running median drawn over them."""
     rows = -(-len(panels) // columns)
@@ -138,7 +178,7 @@ def curves(
                 color,
             )
         axes.set_title(title)
-        axes.set_xlabel("step")
+        axes.set_xlabel(x_label)
         axes.set_ylabel(unit)
         axes.margins(x=0.02)
         _zoom(axes, lines)
@@ -191,6 +231,42 @@ def planted(
     return fig
 
 
+def gate_histograms(
+    theme: Theme, steps: Sequence[int], shares: np.ndarray, valleys: Sequence[Sequence[float]]
+) -> Figure:
+    """Histograms ``shares [steps, bins]`` over time as an image; the first and the last as bars with their valleys."""
+    several, bins = len(steps) > 1, shares.shape[1]
+    middles = (np.arange(bins) + 0.5) / bins
+    fig = figure(3.2, 9.6 if several else 5.0)
+    panels = fig.subplots(1, 3 if several else 1, squeeze=False, width_ratios=[4, 3, 3] if several else [1])[0]
+    if several:
+        # Most gates lie in the two outermost bins; on an even scale all others would look alike.
+        norm = PowerNorm(0.5, 0.0, max(float(shares.max()), 1e-9))
+        image = panels[0].imshow(
+            shares.T, aspect="auto", origin="lower", extent=(-0.5, len(steps) - 0.5, 0, 1), norm=norm,
+            cmap=matplotlib.colormaps[theme.map], interpolation="nearest",
+        )  # fmt: skip
+        stroke = withStroke(linewidth=3, foreground="#10141a")
+        panels[0].plot(shares @ middles / shares.sum(1), color="#ffffff", lw=1.4, path_effects=[stroke])
+        ticks = sorted({round(k * (len(steps) - 1) / 4) for k in range(5)})
+        panels[0].set_xticks(ticks, [si(steps[t]) for t in ticks])
+        panels[0].grid(False)
+        panels[0].set_title("Over time")
+        panels[0].set_xlabel("step")
+        panels[0].set_ylabel("probability of a gate")
+        fig.colorbar(image, ax=panels[0], pad=0.02, fraction=0.05, label="share of gates", format="%.2g")
+    for axes, k, name in zip(panels[-2:], [0, -1][-len(panels) :], ["First", "Last"][-len(panels) :], strict=True):
+        axes.bar(middles, 100 * shares[k], width=0.9 / bins, color=theme.color(0))
+        axes.set_title(f"{name}: step {steps[k]:,}")
+        axes.set_xlabel("probability of a gate")
+        axes.set_ylabel("% of gates")
+        axes.set_xlim(0, 1)
+        axes.grid(axis="x", visible=False)
+        for valley in valleys[k]:
+            axes.axvline(valley, color=theme.color(1), lw=1.2, ls=(0, (4, 3)))
+    return fig
+
+
 def thinned(curve: Curve, limit: int = 800) -> Curve:
     """At most ``limit`` points: medians of equal stretches. A picture has no more columns to show."""
     size = len(curve.values)
@@ -219,6 +295,23 @@ def front(points: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
         if not best or quality > best[-1][1]:
             best.append((size, quality))
     return best
+
+
+def _cardinalities(axes: Axes, values: Sequence[int], color: str, theme: Theme) -> None:
+    rows = range(len(values))
+    axes.hlines(rows, 1, values, color=theme.grid, lw=1.2)
+    axes.plot(values, rows, "o", ms=4.5, color=color)
+    axes.set_xscale("log")
+    si_axis(axes.xaxis)
+    axes.set_title("Cardinality")
+    axes.set_xlabel("different values (log)")
+
+
+def _without_y(panels: Sequence[Axes]) -> None:
+    for axes in panels:
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
 
 
 def _known(points: Sequence[Mapping], scored: Sequence[Sequence[float]]) -> list[tuple[float, float]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
+from embsearch_dist.grouped import GROUPS, GroupedAllocation
 from embsearch_dist.schema import Schema, read_json
 
 # What a run directory may hold, and what is lost without it; the report says so in these words.
@@ -23,13 +24,18 @@ FILES = {
     "search/pareto.json": "the trade-off between size and quality among the scored subnets",
     "retrain": "retrained models and their test results",
 }
-OPTIONAL = ("truth.json", "stability.json", "evaluation.json")
+OPTIONAL = ("truth.json", "stability.json", "evaluation.json", GROUPS)
+BY_INSTANCE = ("gates", "groups", "controller")  # stages of searches by instances
+BY_OTHER_ROUTER = "evaluation-fields.json"  # a routed model's result with a router that is not the search's
 _SEED = re.compile(r"[-_]seed[-_]?(\d+)$")
 
 
 @dataclass
 class Result:
-    """One ``evaluation.json``: a retrained model measured on held-out data."""
+    """One ``evaluation.json``: a retrained model measured on held-out data.
+
+    ``groups`` and ``router`` are those of a routed result: a model per group, and what sends a row to one.
+    """
 
     name: str
     split: str
@@ -37,11 +43,21 @@ class Result:
     numbers: dict[str, float]
     widths: dict[str, int]
     source: Path
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    router: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Group:
+    """One group of a search by instances: how many rows of each split it has, and its widths."""
+
+    rows: dict[str, int]
+    widths: dict[str, int]
 
 
 @dataclass
 class Retrain:
-    """One retrain's learning curve."""
+    """One retrain's learning curve, or that of one group's model in it."""
 
     name: str
     seed: int | None
@@ -57,6 +73,7 @@ class Run:
     config: str | None = None
     schema: Schema | None = None
     widths: dict[str, int] | None = None
+    groups: list[Group] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     heatmaps: list[dict[str, Any]] = field(default_factory=list)
@@ -67,6 +84,11 @@ class Run:
     retrains: list[Retrain] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     skipped_lines: int = 0
+
+    @property
+    def by_instance(self) -> bool:
+        """Whether the search chose by rows: then there is no policy, and no subnet was scored."""
+        return bool(self.groups) or any(line.get("stage") in BY_INSTANCE for line in self.metrics)
 
 
 def load_runs(directories: Sequence[Path | str]) -> list[Run]:
@@ -109,9 +131,14 @@ def load_run(directory: Path) -> Run:
     if (directory / "schema.json").exists():
         run.schema = Schema.load(directory)
     _load_allocation(run)
+    _load_groups(run)
     run.metrics, bad = _read_lines(directory / "metrics.jsonl")
     run.heatmaps, bad_maps = _read_lines(directory / "heatmaps.jsonl")
     run.skipped_lines = bad + bad_maps
+    never = ["search/pareto.json"] * run.by_instance
+    if run.groups or any(line.get("stage") == "controller" for line in run.metrics):
+        never.append("allocation.json")  # groups have widths of their own; a controller weighs, and chooses none
+    run.missing = [name for name in run.missing if name not in never]
     run.pareto = _optional(directory / "search" / "pareto.json")
     run.truth = _optional(directory / "truth.json")
     run.stability = _optional(directory / "stability.json")
@@ -119,10 +146,14 @@ def load_run(directory: Path) -> Run:
     if (directory / "retrain").is_dir():
         for sub in sorted(p for p in (directory / "retrain").iterdir() if p.is_dir()):
             result = _load_result(run, sub)
-            lines, _ = _read_lines(sub / "metrics.jsonl")
-            if lines:
-                name, seed = (result.name, result.seed) if result else _split_seed(sub.name)
-                run.retrains.append(Retrain(name, seed, lines))
+            _load_result(run, sub, BY_OTHER_ROUTER)
+            name, seed = (result.name, result.seed) if result else _split_seed(sub.name)
+            parts = sorted(sub.glob("group-*"), key=lambda p: (len(p.name), p.name))
+            for part in (sub, *parts):
+                lines, _ = _read_lines(part / "metrics.jsonl")
+                if lines:
+                    label = name if part is sub else f"{name} {part.name.replace('-', ' ')}"
+                    run.retrains.append(Retrain(label, seed, lines))
     return run
 
 
@@ -161,8 +192,26 @@ def _load_allocation(run: Run) -> None:
     run.provenance = dict(body.get("provenance", {}))
 
 
-def _load_result(run: Run, directory: Path) -> Result | None:
-    path = directory / "evaluation.json"
+def _load_groups(run: Run) -> None:
+    path = run.path / GROUPS
+    if not path.exists():
+        return
+    if run.schema is not None:
+        grouped = GroupedAllocation.load(path, run.schema)
+        run.groups = [Group(r, a.widths) for r, a in zip(grouped.rows, grouped.allocations, strict=True)]
+        provenance = dict(grouped.provenance)
+    else:
+        body = read_json(path)
+        try:
+            run.groups = [Group(_whole(g["rows"]), _whole(g["widths"])) for g in body["groups"]]
+            provenance = dict(body.get("provenance", {}))
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise UserError(f"{path}: not a grouped allocation ({e!r}). Run search.py again") from e
+    run.provenance = run.provenance or provenance
+
+
+def _load_result(run: Run, directory: Path, file: str = "evaluation.json") -> Result | None:
+    path = directory / file
     body = _optional(path)
     if body is None:
         return None
@@ -173,10 +222,19 @@ def _load_result(run: Run, directory: Path) -> Result | None:
     }
     if "auc" not in numbers:
         raise UserError(f'{path}: key "auc" is missing or not a number; evaluate that retrain again')
-    widths = {str(k): int(v) for k, v in (body.get("widths") or {}).items()}
-    result = Result(named, str(body.get("split", "test")), seed, numbers, widths, path)
+    groups, router = body.get("groups") or [], body.get("router") or {}
+    if not isinstance(router, dict) or not isinstance(groups, list) or not all(isinstance(g, dict) for g in groups):
+        raise UserError(f'{path}: keys "groups" and "router" are not those of a routed model; evaluate it again')
+    if file == BY_OTHER_ROUTER:
+        named += f" (router: {router.get('kind', 'fields')})"
+    widths = _whole(body.get("widths") or {})
+    result = Result(named, str(body.get("split", "test")), seed, numbers, widths, path, groups, router)
     run.results.append(result)
     return result
+
+
+def _whole(numbers: dict[str, Any]) -> dict[str, int]:
+    return {str(k): int(v) for k, v in numbers.items()}
 
 
 def _split_seed(name: str) -> tuple[str, int | None]:

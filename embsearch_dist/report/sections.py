@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from embsearch_dist.report import maps, page, plots
+from embsearch_dist.report import groups, maps, page, plots
 from embsearch_dist.report.page import Cell, Section
 from embsearch_dist.report.runs import FILES, Run
 from embsearch_dist.report.style import render
@@ -52,15 +52,17 @@ def results(comparison: Comparison | None) -> Section:
         note += "No uniform width was retrained, so there is no difference to show: retrain UES-32 as the yardstick."
     elif base.uniform_width != 32:
         note += f"UES-32 was not retrained; differences are to {against}, the widest uniform width there is."
-    return Section("results", "Results", tables + page.paragraph(note, "note"))
+    return Section("results", "Results", tables + page.paragraph(note, "note") + groups.routed(comparison))
 
 
-def allocation(runs: Sequence[Run], directory: Path) -> Section:
-    """Widths per field beside cardinality and size."""
+def allocation(runs: Sequence[Run], directory: Path) -> Section | None:
+    """Widths per field beside cardinality and size; None where the search leaves no single allocation."""
     title = "Widths found"
     found = [r.widths for r in runs if r.widths is not None]
     schema = next((r.schema for r in runs if r.schema is not None), None)
     if not found:
+        if not any("allocation.json" in r.missing for r in runs):
+            return None
         return Section("widths", title, page.missing(absent("allocation.json")))
     fields = [n for n in found[0] if all(n in w for w in found)]
     if schema is not None:
@@ -87,14 +89,16 @@ def allocation(runs: Sequence[Run], directory: Path) -> Section:
     return Section("widths", title, body + page.folded("All widths as a table", page.table(head, lines, (0,))))
 
 
-def pareto(runs: Sequence[Run], comparison: Comparison | None, directory: Path) -> Section:
-    """Size against quality."""
+def pareto(runs: Sequence[Run], comparison: Comparison | None, directory: Path) -> Section | None:
+    """Size against quality; None where a search by instances has scored no subnets."""
     title = "Size against quality"
     source = next((r for r in runs if r.pareto), None)
     body = source.pareto if source is not None and source.pareto is not None else {}
     points, scored = body.get("points", []), body.get("scored", [])
     measured = comparison is not None and any(r.parameters for r in comparison.rows)
     if not points and not scored and not measured:
+        if any(r.by_instance for r in runs):
+            return None
         return Section("pareto", title, page.missing(absent("search/pareto.json")))
     bayes = _bayes(runs)
     image = render("pareto", lambda t: plots.pareto(t, points, scored, comparison, bayes), directory)
@@ -128,6 +132,8 @@ def planted(runs: Sequence[Run], directory: Path) -> Section | None:
     title = "Planted truth"
     ranks = {str(k): float(v) for k, v in run.truth["rank"].items()}
     widths = [r.widths for r in runs if r.widths is not None]
+    if not widths and any(r.groups for r in runs):
+        return _planted_in_groups(runs, run.truth, directory)
     if not widths:
         return Section("truth", title, page.missing("truth.json is there, but no allocation.json to compare it with."))
     rhos = [planted_correlation(w, ranks) for w in widths]
@@ -143,6 +149,47 @@ def planted(runs: Sequence[Run], directory: Path) -> Section | None:
     if bayes is not None:
         caption += f" The best AUC any model can reach on this data is {bayes:.4f}."
     return Section("truth", title, page.picture(image, caption, "Found width over planted rank"))
+
+
+def _planted_in_groups(runs: Sequence[Run], truth: dict[str, Any], directory: Path) -> Section:
+    """Widths of each group beside the ranks planted in each hidden population; one of the runs has groups."""
+    run = next(r for r in runs if r.groups)
+    # Data without populations are one.
+    ranks = {f"population {k}": v for k, v in (truth.get("ranks") or {}).items()} or {"all rows": truth["rank"]}
+    rhos = [[planted_correlation(g.widths, r) for r in ranks.values()] for g in run.groups]
+    like = [max(((c, -j) for j, c in enumerate(row) if c is not None), default=(0.0, -len(ranks))) for row in rhos]
+    closest = [-j for _, j in like]
+    order = sorted(range(len(rhos)), key=lambda k: (closest[k], k))
+    names = [*ranks, "none"]
+    fields = [n for n in run.groups[0].widths if all(n in r for r in ranks.values())]
+    fields.sort(key=lambda n: [-float(r[n]) for r in ranks.values()])
+    stated = {f"population {k}": v.get("share") for k, v in (truth.get("populations") or {}).items()}
+    left = [n if stated.get(n) is None else f"{n}\n{percent(stated[n])} of rows" for n in ranks]
+    shares = groups.shares_of(run.groups)
+    right = [f"group {k}\n{percent(shares[k])} of rows\nlike {names[closest[k]]}" for k in order]
+    needed = np.array([[float(r[n]) for r in ranks.values()] for n in fields])
+    found = np.array([[float(run.groups[k].widths[n]) for k in order] for n in fields])
+    panels = [("Planted rank", left, needed), ("Width found", right, found)]
+    image = render("planted", lambda t: groups.draw_planted(t, fields, panels), directory)
+    caption = (
+        "The data were made so that in each hidden population every field has a known rank, the width it needs there "
+        "(0: the click does not depend on it; a field that only tells populations apart has rank 0 in each). Each "
+        "group stands with the population whose ranks its widths follow best. A group of one population's rows should "
+        "be wide where that population has a rank, and narrow elsewhere."
+    )
+    bayes = _bayes(runs)
+    if bayes is not None:
+        caption += f" The best AUC any model can reach on this data is {bayes:.4f}."
+    if len(runs) > 1:
+        caption += f" Shown for {run.label}."
+    lines = []
+    for k, row in enumerate(rhos):
+        values = [Cell("-" if rho is None else f"{rho:+.2f}") for rho in row]
+        lines.append(("", [Cell(f"group {k}"), *values, Cell(names[closest[k]], css="text")]))
+    body = page.picture(image, caption, "Planted ranks beside the widths of each group")
+    body += page.table(["Spearman's rho with", *ranks, "closest"], lines, (len(ranks) + 1,))
+    note = "Spearman's rho is 1 when a group's widths order the fields as the ranks do, and 0 when it is unrelated."
+    return Section("truth", "Planted truth", body + page.paragraph(note, "note"))
 
 
 def stability(runs: Sequence[Run], directory: Path) -> Section | None:
@@ -216,7 +263,7 @@ def _quality_cells(row: Row, comparison: Comparison) -> list[Cell]:
 
 
 def _size_cells(row: Row) -> list[Cell]:
-    keys = ("embedding_parameters", "embedding_bytes", "dense_parameters", "flops_per_sample", "samples_per_s")
+    keys = ("embedding_parameters", "embedding_bytes", "dense_parameters", "flops_per_sample", "inference_rows_per_s")
     return [Cell(display_name(row)), *(_cell(row, key, ",.0f") for key in keys)]
 
 
@@ -233,7 +280,12 @@ def absent(name: str) -> str:
 
 
 def _bayes(runs: Sequence[Run]) -> float | None:
-    return next((float(r.truth["bayes_auc"]) for r in runs if r.truth and r.truth.get("bayes_auc") is not None), None)
+    """The best AUC from the fields alone: where rows belong to hidden populations, ``bayes_auc`` is given those."""
+    for run in runs:
+        reachable = (run.truth or {}).get("from_fields") or run.truth or {}
+        if reachable.get("bayes_auc") is not None:
+            return float(reachable["bayes_auc"])
+    return None
 
 
 def _words(value: Any) -> str:
