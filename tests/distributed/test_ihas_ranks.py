@@ -57,7 +57,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(prepared(tmp_path_factory))
 
 
-@pytest.mark.parametrize("sharding", ["table_wise", "row_wise"])
+@pytest.mark.parametrize("sharding", [pytest.param("table_wise", marks=pytest.mark.slow), "row_wise"])
 def test_two_ranks_search_as_one(tmp_path: Path, data: str, sharding: str) -> None:
     one = run_ranks(search, 1, tmp_path, data, str(tmp_path / "one"))[0]
     two = run_ranks(search, 2, tmp_path, data, str(tmp_path / "two"), f"dist.sharding={sharding}")

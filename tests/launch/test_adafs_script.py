@@ -47,6 +47,7 @@ def test_search_leaves_a_result_and_the_report_shows_it(
     assert "stage test: done before, skipped" in again.stdout
 
 
+@pytest.mark.slow  # bitwise continuation is a unit test as well
 def test_a_killed_search_ends_like_an_unbroken_one(
     data: Path, adafs: Path, tmp_path: Path, run_script: Callable
 ) -> None:

@@ -97,6 +97,7 @@ def test_groups_are_trained_and_evaluated_as_one(run: Path, run_script: Callable
     assert "ihas" in (run / "report" / "index.html").read_text()
 
 
+@pytest.mark.slow
 def test_frozen_gates_go_to_another_model_and_tables_are_handed_down(run: Path, run_script: Callable) -> None:
     words = ["--run", run, "--model.backbone", "fm", "--model.hidden", "[]", "--search.groups.inherit", "true"]
     run_script("retrain.py", *words, "--name", "other", "--run.seed", 4)
@@ -122,6 +123,7 @@ def test_a_killed_training_of_groups_goes_on(run: Path, run_script: Callable) ->
     assert {**broken, "name": "whole"} == whole
 
 
+@pytest.mark.slow  # a script is started again and again
 def test_what_does_not_fit_is_refused(run: Path, data: Path, tmp_path: Path, run_script: Callable) -> None:
     def refused(script: str, *words: object) -> str:
         done = run_script(script, *words, check=False)

@@ -165,6 +165,7 @@ def test_a_killed_search_goes_on_as_if_unbroken(data: Path, tmp_path: Path) -> N
     assert recorded(whole.dir, STAGE, "open") == recorded(broken.dir, STAGE, "open") != []
 
 
+@pytest.mark.slow  # two trainings
 def test_polarization_parts_the_probabilities(data: Path, tmp_path: Path) -> None:
     spread = {}
     for weight in ("0", "3"):
