@@ -1,6 +1,6 @@
 """What iHAS's gates cost: in a step of the search, in the deterministic masks, and in routed inference.
 
-    python tools/bench_gates.py                                all three, 3 to 4 minutes
+    python tools/bench_gates.py                                all three, about 4 minutes
     python tools/bench_gates.py search --precision bfloat16    samples/s of UES-16 and of the search, parts of a step
     python tools/bench_gates.py threshold                      deterministic masks beside the product W e
     python tools/bench_gates.py inference --rows 1000000       a test set through UES-16 and through routed groups
@@ -298,7 +298,7 @@ def decide(gates: BernoulliGates) -> None:
 
 
 def group_model(run: Run, seed: int) -> SubnetModel:
-    """Widths from 4 to 12, as the paper's Figure 5 shows them: half of the dimensions on average."""
+    """Widths from 4 to 12, as iHAS finds them in the paper: half of the dimensions on average."""
     dice = torch.Generator().manual_seed(seed)
     widths = torch.randint(4, 13, (len(run.schema.fields),), generator=dice).tolist()
     return SubnetModel(
