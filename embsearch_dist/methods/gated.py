@@ -107,6 +107,11 @@ class GatedTask(ABC):
             u = self.model.embed(batch)
             return self.model.bare_head(batch.dense, u if self.steps <= self.warmup else self.select_final(u))
 
+    def close(self) -> None:
+        """Let go of the held-out batches; the next outer step, if there is one, opens them again."""
+        if self._held_out is not None:
+            self._held_out.close()
+
     def after_step(self, step: int, monitor: Monitor) -> None:
         self.steps = step
 
@@ -151,7 +156,10 @@ def train(run: Run, stage: str, task: GatedTask, training: TrainConfig, lines: S
         for line in lines:
             monitor.say(line)
         optim, root = run.config.optim, checkpoint_root(run, stage)
-        return Trainer(task, training, optim, batches, validation, run.context, monitor, root).fit()
+        try:
+            return Trainer(task, training, optim, batches, validation, run.context, monitor, root).fit()
+        finally:
+            task.close()
 
 
 def load(run: Run, stage: str, task: GatedTask, best: bool) -> None:

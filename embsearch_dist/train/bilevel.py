@@ -50,6 +50,10 @@ class HeldOut:
         self._next = k + 1
         return next(self._batches).to(self.device)
 
+    def close(self) -> None:
+        """Stop reading ahead: a thread must not outlive the training."""
+        self._next, self._batches = -1, iter(())
+
 
 @contextlib.contextmanager
 def frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -177,6 +178,16 @@ def test_polarization_parts_the_probabilities(data: Path, tmp_path: Path) -> Non
             p = torch.sigmoid(task.logits(task.model.embed(random_batch(run.schema))))
         spread[weight] = float((p - p.mean(1, keepdim=True)).abs().mean())
     assert spread["3"] > 2 * spread["0"]
+
+
+def test_no_thread_that_reads_held_out_rows_outlives_the_search(data: Path, tmp_path: Path) -> None:
+    small = "search.training.batch_size=32"  # more held-out batches than are read ahead
+    run = run_of(data, tmp_path, small)
+    task = GatesTask(run, run.config.search, training=True)
+    assert task.outer_loss(task.warmup + 3) is not None
+    assert [t for t in threading.enumerate() if t.name == "batches"]
+    task.close()
+    assert not [t for t in threading.enumerate() if t.name == "batches"]
 
 
 def test_pretraining_that_leaves_no_time_for_gates_is_an_error(data: Path, tmp_path: Path) -> None:
