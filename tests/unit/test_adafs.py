@@ -429,19 +429,28 @@ def test_other_settings_do_not_go_on_in_the_same_directory(data: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"),
+    ("name", "mode", "hidden", "scale"),
     [
-        ("movielens_1m/adafs_soft", "soft"),
-        ("movielens_1m/adafs_hard", "hard"),
-        ("criteo/adafs_soft_sample", "soft"),
-        ("avazu/adafs_soft_sample", "soft"),
+        ("movielens_1m/adafs_soft", "soft", [128, 64], False),
+        ("movielens_1m/adafs_hard", "hard", [128, 64], False),
+        ("criteo/adafs_soft_sample", "soft", [16, 8], True),
+        ("avazu/adafs_soft_sample", "soft", [16, 8], True),
     ],
 )
-def test_shipped_configs_are_the_sizes_of_the_paper(name: str, mode: str) -> None:
+def test_shipped_configs_say_what_they_search(name: str, mode: str, hidden: list[int], scale: bool) -> None:
     config = load_config(CONFIGS, ROOT / "configs" / f"{name}.yaml")
     search = config.search
-    assert (config.method, search.mode, search.width, search.result_name) == ("adafs", mode, 16, f"adafs-{mode}")
-    assert (config.model.backbone, config.model.hidden) == ("mlp", [16, 8])
+    assert (config.method, search.mode, search.width, search.scale) == ("adafs", mode, 16, scale)
+    assert search.result_name == f"adafs-{mode}"
+    assert (config.model.backbone, config.model.hidden) == ("mlp", hidden)
     assert search.outer.pretrain_epochs == 2 and search.training.epochs > 2
     # A uniform model trained with this file has the same recipe.
-    assert (config.train.batch_size, config.train.epochs) == (search.training.batch_size, search.training.epochs)
+    assert config.train == search.training
+
+
+def test_the_soft_and_the_hard_config_differ_in_that_alone() -> None:
+    folder = ROOT / "configs" / "movielens_1m"
+    soft, hard = (load_config(CONFIGS, folder / f"adafs_{mode}.yaml").to_dict() for mode in ("soft", "hard"))
+    assert soft["search"].pop("mode") == "soft" and hard["search"].pop("mode") == "hard"
+    assert soft["run"].pop("dir") != hard["run"].pop("dir")
+    assert soft == hard
