@@ -20,12 +20,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Job:
-    """One command: a script of launch/ or tools/ with its arguments; done when ``result`` exists."""
+    """One command: a script of launch/ or tools/ with its arguments; done when ``result`` exists.
+
+    Without a ``result`` it is always run: the script itself knows what is done.
+    """
 
     name: str
     script: str
     arguments: Sequence[str]
-    result: Path
+    result: Path | None
 
 
 def run_job(job: Job, log_dir: Path) -> float:
@@ -34,7 +37,7 @@ def run_job(job: Job, log_dir: Path) -> float:
     Raises:
         SystemExit: the command failed; names its log.
     """
-    if job.result.exists():
+    if job.result is not None and job.result.exists():
         return 0.0
     log_dir.mkdir(parents=True, exist_ok=True)
     log = log_dir / f"{job.name}.log"
@@ -43,7 +46,7 @@ def run_job(job: Job, log_dir: Path) -> float:
     with log.open("w") as out:
         command = [sys.executable, "-W", "ignore", str(ROOT / job.script), *job.arguments]
         code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment).returncode
-    if code or not job.result.exists():
+    if code or (job.result is not None and not job.result.exists()):
         tail = "\n".join(log.read_text().splitlines()[-5:])
         raise SystemExit(f"{job.name} failed (exit code {code}); see {log}\n{tail}")
     return time.monotonic() - started

@@ -1,0 +1,194 @@
+"""Compare methods under one recipe: several seeds, one table, and a picture.
+
+    python tools/compare_methods.py --plan configs/comparisons/movielens_1m.yaml --data PREPARED --out runs/compare
+
+The plan names runs; a run is a config, whether it is searched, and the models that are trained behind it. Every run is
+an ordinary run directory OUT/seedN/RUN made by launch/search.py and launch/retrain.py; what is finished is skipped, so a
+stopped comparison continues, and one that is given more seeds or another plan keeps what it has.
+Writes OUT/comparison.json, OUT/comparison.md (mean and standard deviation over seeds) and OUT/comparison.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import yaml
+from jobs import Job, run_all
+from matplotlib.figure import Figure
+
+KEYS = {"config", "search", "retrain", "leaves"}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of a plan.
+
+    Attributes:
+        name: of the run directory.
+        config: file.
+        search: overrides of search.py; None: nothing is searched.
+        retrain: name of a result -> overrides of retrain.py; ``allocation`` is its option of that name.
+        leaves: results that the search itself leaves.
+    """
+
+    name: str
+    config: str
+    search: dict[str, Any] | None = None
+    retrain: dict[str, dict[str, Any]] = field(default_factory=dict)
+    leaves: list[str] = field(default_factory=list)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", type=Path, required=True, help="YAML: against, runs")
+    parser.add_argument("--data", required=True, help="prepared data set")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--only", default="", help="names of runs, with commas; empty = all of the plan")
+    parser.add_argument("--extra", nargs="*", default=[], help="further overrides for all runs, section.key=value")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
+    args = parser.parse_args()
+    against, runs = read_plan(args.plan, [n for n in args.only.split(",") if n])
+    chains = [chain_of(args, run, seed) for seed in range(args.seeds) for run in runs]
+    run_all(chains, args.out / "logs", args.jobs)
+    rows = summarise(args.out, runs, args.seeds, against)
+    (args.out / "comparison.json").write_text(json.dumps(rows, indent=2) + "\n")
+    (args.out / "comparison.md").write_text(table(rows, against))
+    draw(rows, against, args.out / "comparison.png")
+    print(table(rows, against))
+
+
+def read_plan(path: Path, only: list[str]) -> tuple[str, list[Planned]]:
+    """The result that others are compared with, and the runs.
+
+    Raises:
+        SystemExit: names the entry that is wrong.
+    """
+    body = yaml.safe_load(path.read_text())
+    if not isinstance(body, dict) or set(body) != {"against", "runs"}:
+        raise SystemExit(f"{path}: must have the keys against and runs, nothing else")
+    for name in only:
+        if name not in body["runs"]:
+            raise SystemExit(f"--only {name}: {path} has no such run; it has {', '.join(body['runs'])}")
+    found = []
+    for name, entry in body["runs"].items():
+        unknown = set(entry) - KEYS
+        if unknown or "config" not in entry:
+            raise SystemExit(f"{path}: run {name}: needs config; may have search, retrain, leaves; got {sorted(entry)}")
+        if not only or name in only:
+            found.append(Planned(name, **entry))
+    return str(body["against"]), found
+
+
+def chain_of(args: argparse.Namespace, run: Planned, seed: int) -> list[Job]:
+    """The search of a run and, one after another, what is trained behind it."""
+    directory = args.out / f"seed{seed}" / run.name
+    common = [f"--{x}" for x in [f"data.path={args.data}", f"run.dir={directory}", f"run.seed={seed}", *args.extra]]
+    jobs = []
+    if run.search is not None:
+        arguments = ["--config", run.config, *common, *options(run.search)]
+        jobs.append(Job(f"seed{seed}-{run.name}-search", "launch/search.py", arguments, None))
+        start = ["--run", str(directory), *(f"--{x}" for x in args.extra)]
+    else:
+        start = ["--config", run.config, *common]
+    for name, overrides in run.retrain.items():
+        result = directory / "retrain" / (name if run.search is not None or not seed else f"{name}-seed{seed}")
+        arguments = [*start, "--name", name, *options(overrides)]
+        jobs.append(Job(f"seed{seed}-{run.name}-{name}", "launch/retrain.py", arguments, result / "evaluation.json"))
+    wanted = [*run.leaves, *run.retrain]
+    return [] if all(place_of(args.out, run, seed, name).exists() for name in wanted) else jobs
+
+
+def place_of(out: Path, run: Planned, seed: int, name: str) -> Path:
+    """Where a result's evaluation is: the scripts add the seed to the name when it is not that of the config or run."""
+    at = [out / f"seed{seed}" / run.name / "retrain" / n / "evaluation.json" for n in (name, f"{name}-seed{seed}")]
+    return next((p for p in at if p.exists()), at[0])
+
+
+def options(overrides: dict[str, Any]) -> list[str]:
+    return [part for key, value in overrides.items() for part in (f"--{key}", json.dumps(value).strip('"'))]
+
+
+def results_of(out: Path, run: Planned, seed: int) -> dict[str, dict[str, Any]]:
+    """Name -> evaluation of every result of one run; what is routed in two ways counts as two."""
+    found = {}
+    for name in [*run.leaves, *run.retrain]:
+        for file in sorted(place_of(out, run, seed, name).parent.glob("evaluation*.json")):
+            kind = file.stem.removeprefix("evaluation").strip("-")
+            found[f"{name} ({kind} router)" if kind else name] = json.loads(file.read_text())
+    return found
+
+
+def summarise(out: Path, runs: list[Planned], seeds: int, against: str) -> list[dict[str, Any]]:
+    """A row per result: mean and standard deviation of every figure, and the gain over ``against`` paired by seed.
+
+    The reference of a result is the result ``against`` with the same backbone.
+    """
+    by_seed: list[dict[str, dict[str, Any]]] = []
+    for seed in range(seeds):
+        by_seed.append({k: v for run in runs for k, v in results_of(out, run, seed).items()})
+    references = [{r["backbone"]: r for n, r in found.items() if n.split("/")[0] == against} for found in by_seed]
+    rows = []
+    for name in by_seed[0]:
+        each = [found[name] for found in by_seed]
+        row: dict[str, Any] = {"name": name, "backbone": each[0]["backbone"], "seeds": seeds}
+        for key in ("auc", "logloss", "embedding_parameters", "dense_parameters", "flops_per_sample"):
+            row[key] = spread([r[key] for r in each])
+        pairs = [(r, ref.get(r["backbone"])) for r, ref in zip(each, references, strict=True)]
+        row["gain"] = spread([r["auc"] - ref["auc"] for r, ref in pairs if ref is not None])
+        rows.append(row)
+    return rows
+
+
+def spread(values: list[float]) -> list[float]:
+    """Mean and standard deviation; NaN where there is nothing."""
+    if not values:
+        return [math.nan, math.nan]
+    return [statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0]
+
+
+def table(rows: list[dict[str, Any]], against: str) -> str:
+    """A Markdown table; '+-' is one standard deviation over seeds, s.e. the standard error of the paired gain."""
+    lines = [
+        f"| model | backbone | test AUC | logloss | AUC - {against} | embedding parameters | dense | kFLOPs |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in rows:
+        error = r["gain"][1] / math.sqrt(r["seeds"])
+        lines.append(
+            f"| {r['name']} | {r['backbone']} | {r['auc'][0]:.4f} +- {r['auc'][1]:.4f} "
+            f"| {r['logloss'][0]:.4f} +- {r['logloss'][1]:.4f} | {r['gain'][0]:+.4f} (s.e. {error:.4f}) "
+            f"| {r['embedding_parameters'][0]:,.0f} | {r['dense_parameters'][0]:,.0f} "
+            f"| {r['flops_per_sample'][0] / 1000:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: list[dict[str, Any]], against: str, path: Path) -> None:
+    """Test AUC of every result, a panel per backbone; bars are one standard deviation over seeds."""
+    backbones = sorted({r["backbone"] for r in rows}, key=[r["backbone"] for r in rows].index)
+    panels = [[r for r in reversed(rows) if r["backbone"] == b] for b in backbones]
+    with matplotlib.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(8, 1.0 + 0.28 * len(rows) + 0.6 * len(backbones)), dpi=150, layout="constrained")
+        axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=[len(p) + 1 for p in panels])[:, 0]
+        for axis, backbone, panel in zip(axes, backbones, panels, strict=True):
+            for place, row in enumerate(panel):
+                colour = "tab:orange" if row["name"].startswith(against) else "tab:blue"
+                axis.errorbar(row["auc"][0], place, xerr=row["auc"][1], fmt="o", color=colour, capsize=3)
+            axis.set_yticks(range(len(panel)), [r["name"] for r in panel])
+            axis.set_ylim(-0.6, len(panel) - 0.4)
+            axis.set_title(backbone, loc="left")
+            axis.grid(axis="x", alpha=0.3)
+        axes[-1].set_xlabel(f"test AUC, mean and standard deviation over {rows[0]['seeds']} seeds")
+        figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
