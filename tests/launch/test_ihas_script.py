@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from embsearch_dist.grouped import GROUPS, GroupedAllocation
@@ -121,6 +122,25 @@ def test_a_killed_training_of_groups_goes_on(run: Path, run_script: Callable) ->
     run_script("retrain.py", *words)
     whole, broken = (figures(run / "retrain" / name / "evaluation.json") for name in ("whole", "broken"))
     assert {**broken, "name": "whole"} == whole
+
+
+def test_a_group_too_small_to_train_on_is_dissolved(run: Path, run_script: Callable) -> None:
+    def cluster(min_rows: int) -> tuple[np.ndarray, str]:
+        words = ["--config", run / "config.yaml", "--run.dir", run]
+        done = run_script("search.py", *words, "--search.groups.k", 3, "--search.groups.min_rows", min_rows)
+        return np.load(run / "groups" / "assignment" / "train.npy"), done.stdout
+
+    before, said = cluster(1)
+    sizes = np.bincount(before)
+    assert len(sizes) == 3 and "dissolved" not in said and list(sizes) == sorted(sizes, reverse=True)
+    after, said = cluster(int(sizes[2]) + 1)
+    assert f"group 2 has {sizes[2]:,} training rows: dissolved (search.groups.min_rows)" in said
+    # Its rows have gone to the centre next to them, and no other row has moved (the numbers of the two may have).
+    assert set(after) == {0, 1}
+    pairs = {(int(b), int(a)) for b, a in zip(before, after, strict=True) if b != 2}
+    assert pairs in ({(0, 0), (1, 1)}, {(0, 1), (1, 0)})
+    grouped = GroupedAllocation.load(run / GROUPS, Schema.load(run))
+    assert [r["train"] for r in grouped.rows] == list(np.bincount(after))
 
 
 @pytest.mark.slow  # a script is started again and again
