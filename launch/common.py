@@ -44,6 +44,12 @@ def run_main(main: Callable[[Sequence[str]], None], document: str | None) -> Non
             print(e, file=sys.stderr, flush=True)
         _end_restarts()
         sys.exit(signals.EXIT_CODE)
+    if "RANK" in os.environ and group_was_opened():
+        # Python's way out has aborted a rank whose work was done, when the machine was busy: a thread of gloo's that
+        # was still ending. The launcher would take that for a failure.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
     python tools/compare_methods.py --plan configs/comparisons/movielens_1m.yaml --data PREPARED --out runs/compare
 
 The plan names runs; a run is a config, whether it is searched, and the models that are trained behind it. Every run is
-an ordinary run directory OUT/seedN/RUN made by launch/search.py and launch/retrain.py; what is finished is skipped, so a
+an ordinary run directory OUT/seedN/RUN of launch/search.py and launch/retrain.py; what is finished is skipped, so a
 stopped comparison continues, and one that is given more seeds or another plan keeps what it has.
 Writes OUT/comparison.json, OUT/comparison.md (mean and standard deviation over seeds) and OUT/comparison.png.
 """
