@@ -55,8 +55,13 @@ setup(
         "cpu": ["fbgemm-gpu-cpu==1.8.0"],
         "cuda": ["torchrec==1.8.0", "fbgemm-gpu==1.8.0"],
         "test": [
-            *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6"),
-            *("ruff>=0.9", "mypy>=1.14", "scikit-learn>=1.6", "types-PyYAML"),
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+            "mypy>=1.14",
+            "scikit-learn>=1.6",
+            "types-PyYAML",
         ],
     },
     entry_points={
