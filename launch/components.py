@@ -28,7 +28,7 @@ def prepare(
 
     Args:
         overrides: after `--`: further raw files, then further arguments of launch/prepare.py
-        format: criteo, avazu, movielens_1m, movielens_100k, table, synthetic or populations
+        format: criteo, avazu, movielens_1m, movielens_100k, kdd2012, table, synthetic or populations
         out: folder to write
         input: raw file or folder; for table the YAML source file; none for synthetic and populations
         j: [NODESx]PROCESSES_PER_NODE

@@ -10,7 +10,7 @@
     torchrun --standalone --nproc-per-node 2 -- launch/prepare.py --format criteo --input train.txt --out PREPARED
 
 Formats: criteo and avazu read Kaggle's train file (or several: their rows in the order given, those of a
-directory in the order of the names), movielens_1m and movielens_100k the directory of the archive, table
+directory in the order of the names), movielens_1m, movielens_100k and kdd2012 the directory of the archive, table
 your own CSV, TSV or Parquet through a YAML source file (copy configs/sources/example.yaml), synthetic makes
 a data set whose best embedding widths are known, populations one of two hidden populations whose clicks depend
 on different fields, with the best widths for each (truth.json) and the population of every row (populations/).

@@ -49,7 +49,7 @@ def parser(document: str | None) -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="training rows a value needs for an id of its own; rarer ones share id 0 "
-        "(default: criteo 10, avazu 4, movielens 1, table: its source file, else 1)",
+        "(default: criteo and kdd2012 10, avazu 4, movielens 1, table: its source file, else 1)",
     )
     p.add_argument(
         "--genres",

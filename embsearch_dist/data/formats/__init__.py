@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from embsearch_dist.data.formats import clicks, movielens, table
+from embsearch_dist.data.formats import clicks, kdd2012, movielens, table
 from embsearch_dist.data.formats.columns import LABEL, TIME, Chunk, Column, Source, nearest
 from embsearch_dist.errors import UserError
 
@@ -13,6 +13,7 @@ SEVERAL: dict[str, Callable[[Sequence[Path]], Source]] = {"criteo": clicks.crite
 ONE: dict[str, Callable[[Path], Source]] = {
     "movielens_1m": movielens.movielens_1m,
     "movielens_100k": movielens.movielens_100k,
+    "kdd2012": kdd2012.kdd2012,
     "table": table.table,
 }
 FORMATS = (*SEVERAL, *ONE)
