@@ -82,7 +82,8 @@ class DataConfig:
 class ModelConfig:
     """The backbone behind the embeddings and the transform in front of it."""
 
-    backbone: str = option("deepfm", "wide_deep | deepfm | fm | mlp")
+    backbone: str = option("deepfm", "wide_deep | deepfm | fm | mlp | nasrec (retrain only: see architecture)")
+    architecture: str = option("", "architecture.json of a NASRec search, for the backbone nasrec")
     hidden: list[int] = option([128, 64], "widths of the MLP's hidden layers (the output unit is added)")
     dropout: float = option(0.0, "dropout after each hidden layer")
     precision: str = option("float32", "float32 | bfloat16: products of the MLP; bfloat16 where hardware has it")
@@ -93,7 +94,9 @@ class ModelConfig:
     init_std: float = option(0.01, "standard deviation of the initial embedding values")
 
     def check(self) -> None:
-        one_of("model.backbone", self.backbone, ["wide_deep", "deepfm", "fm", "mlp"])
+        one_of("model.backbone", self.backbone, ["wide_deep", "deepfm", "fm", "mlp", "nasrec"])
+        given = (self.backbone == "nasrec") == bool(self.architecture)
+        require(given, "model.architecture", "belongs to model.backbone nasrec, and that needs it: a file of a search")
         one_of("model.unify", self.unify, ["always", "mixed"])
         one_of("model.norm", self.norm, ["field", "width", "none"])
         one_of("model.precision", self.precision, ["float32", "bfloat16"])
@@ -110,14 +113,18 @@ class OptimConfig:
     embedding: str = option("adam", "adam | adagrad | rowwise_adagrad | sgd (the last three run fused in backward)")
     embedding_lr: float = option(1e-3, "learning rate of the tables")
     embedding_l2: float = option(0.0, "L2 on the looked-up embeddings, added to the loss (mean over the batch)")
-    dense_lr: float = option(1e-3, "learning rate of the dense part (Adam)")
-    weight_decay: float = option(0.0, "Adam's L2 on the dense part")
+    dense: str = option("adam", "adam | adagrad: of the dense part")
+    dense_lr: float = option(1e-3, "learning rate of the dense part")
+    dense_eps: float = option(1e-2, "Adagrad's epsilon (dense part)")
+    weight_decay: float = option(0.0, "L2 on the dense part, inside its optimizer")
+    clip_norm: float = option(0.0, "scale the dense part's gradient down to this norm; 0 = never")
 
     def check(self) -> None:
         one_of("optim.embedding", self.embedding, ["adam", "adagrad", "rowwise_adagrad", "sgd"])
-        for key in ("embedding_lr", "dense_lr"):
+        one_of("optim.dense", self.dense, ["adam", "adagrad"])
+        for key in ("embedding_lr", "dense_lr", "dense_eps"):
             require(getattr(self, key) > 0, f"optim.{key}", f"must be above 0, got {getattr(self, key)}")
-        for key in ("embedding_l2", "weight_decay"):
+        for key in ("embedding_l2", "weight_decay", "clip_norm"):
             require(getattr(self, key) >= 0, f"optim.{key}", f"must be >= 0, got {getattr(self, key)}")
 
 
@@ -138,6 +145,8 @@ class TrainConfig:
     metric: str = option("auc", "auc | logloss: what early stopping and the best checkpoint look at")
     patience: int = option(2, "stop after this many evaluations without a better metric; 0 = never")
     lr_cut: float = option(1.0, "factor on the learning rates after each evaluation without a better metric")
+    schedule: str = option("constant", "constant | cosine: falls from the learning rates to zero over all steps")
+    warmup: float = option(0.0, "share of all steps in which the learning rates rise from zero, in either schedule")
     log_every: int = option(100, "steps between two lines of the log")
     save_every: int = option(0, "steps between two checkpoints; 0 = only at evaluations")
     keep_checkpoints: int = option(2, "how many of the last checkpoints stay, beside the best one; at least 2")
@@ -149,6 +158,8 @@ class TrainConfig:
         for key in ("batch_size", "eval_batch_size", "epochs", "evals_per_epoch", "log_every"):
             require(getattr(self, key) >= 1, f"{prefix}.{key}", f"must be at least 1, got {getattr(self, key)}")
         one_of(f"{prefix}.metric", self.metric, ["auc", "logloss"])
+        one_of(f"{prefix}.schedule", self.schedule, ["constant", "cosine"])
+        require(0 <= self.warmup < 1, f"{prefix}.warmup", f"must be in [0, 1), got {self.warmup}")
         require(0 < self.lr_cut <= 1, f"{prefix}.lr_cut", f"must be in (0, 1], got {self.lr_cut}")
         kept = self.keep_checkpoints
         require(kept >= 2, f"{prefix}.keep_checkpoints", f"must be at least 2, so that one may be damaged, got {kept}")

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from embsearch_dist.allocation import Allocation
+from embsearch_dist.architecture.architecture import read_architecture
+from embsearch_dist.architecture.space import load as load_architecture
 from embsearch_dist.config import SAFETY_KEYS, Config, describe, load_config, nearest
 from embsearch_dist.dist.context import Context, group_was_opened
 from embsearch_dist.dist.environment import end_restarts
@@ -21,6 +23,7 @@ from embsearch_dist.grouped import GROUPS, GroupedAllocation
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.ihas.router import ROUTER
+from embsearch_dist.methods.nasrec.searching import RESULT
 from embsearch_dist.schema import Schema
 from embsearch_dist.train import signals
 
@@ -156,10 +159,23 @@ def open_retraining(config: Config, schema: Schema, found: Allocation | GroupedA
                 )
     open_run_directory(config, schema, directory)
     found.save(directory / ("allocation.json" if isinstance(found, Allocation) else GROUPS))
+    if config.model.architecture:
+        shutil.copy(config.model.architecture, directory / RESULT)
 
 
 def _widths(found: Allocation | GroupedAllocation) -> list[dict[str, int]]:
     return [a.widths for a in (found.allocations if isinstance(found, GroupedAllocation) else [found])]
+
+
+def searched_network(directory: Path, overrides: Sequence[str]) -> list[str]:
+    """Overrides that put the architecture found in a run directory behind its tables; none where none was found, or
+    where ``overrides`` name a backbone."""
+    path = directory / RESULT
+    if not path.exists() or any(o.startswith("model.backbone=") for o in overrides):
+        return []
+    _, space = load_architecture(path)
+    width = f"model.unified_width={space.width}"
+    return ["model.backbone=nasrec", f"model.architecture={path}", "model.unify=mixed", width]
 
 
 def read_result(text: str, run_dir: Path, schema: Schema) -> tuple[str, Allocation | GroupedAllocation]:
@@ -171,6 +187,10 @@ def read_result(text: str, run_dir: Path, schema: Schema) -> tuple[str, Allocati
         grouped = GroupedAllocation.load(run_dir / GROUPS, schema)
         return str(grouped.provenance.get("name", "groups")), grouped
     path = Path(text) if text else run_dir / "allocation.json"
+    if not text and not path.exists() and (run_dir / RESULT).exists():
+        _, space = load_architecture(run_dir / RESULT)
+        provenance = read_architecture(run_dir / RESULT).get("provenance", {})
+        return str(provenance.get("name", "network")), Allocation.uniform(schema, space.width)
     if not path.exists():
         raise UserError(f"no allocation at {path}; search first, or give --allocation FILE or --allocation ues-32")
     allocation = Allocation.load(path, schema)

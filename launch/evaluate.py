@@ -32,6 +32,7 @@ from embsearch_dist.grouped import GROUPS, GroupedAllocation
 from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.ihas.retraining import evaluate_groups, evaluation_file, load_groups
 from embsearch_dist.methods.ihas.routed import ROUTERS
+from embsearch_dist.methods.nasrec.searching import RESULT
 from embsearch_dist.schema import SPLITS, write_json
 from embsearch_dist.train.retrain import evaluate_model, load_best
 from launch.common import known_options, open_data, open_search, read_config, run_main
@@ -48,7 +49,9 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--run {directory}: not a directory of retrain.py (allocation.json or config.yaml is missing)")
     if "router" in plain and not grouped:
         raise UserError(f"--router {router}: {directory} holds one model, not models of groups. Leave it out")
-    config = read_config(directory / "config.yaml", overrides)
+    # The file of an architecture may be gone from where it was; the training has kept a copy.
+    kept = [f"model.architecture={directory / RESULT}"] if (directory / RESULT).exists() else []
+    config = read_config(directory / "config.yaml", [*kept, *overrides])
     with start(config.run, config.dist) as context:
         run = Run(config, open_data(config, context), context)
         result = routed(run, directory, split, router) if grouped else single(run, directory, split)

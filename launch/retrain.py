@@ -4,6 +4,7 @@
     python launch/retrain.py --run runs/my --allocation ues-32        the uniform baseline
     python launch/retrain.py --run runs/my --allocation runs/my/allocations/small.json
     python launch/retrain.py --run runs/my --model.backbone fm --name other    another model behind what was found
+    python launch/retrain.py --run runs/my --model.architecture runs/my/architectures/rank-2.json --name second
     python launch/retrain.py --config configs/movielens_1m/adass_deepfm.yaml --allocation ues-32
     torchx run dist.ddp -j 1x2 retrain.py --run runs/my       two processes
 
@@ -44,6 +45,7 @@ from launch.common import (
     read_config,
     read_result,
     run_main,
+    searched_network,
 )
 
 
@@ -54,8 +56,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--run {plain['run']}: no config.yaml there, so it is not a run directory of search.py")
     file = Path(plain["run"]) / "config.yaml" if "run" in plain else plain.get("config", DEFAULT_CONFIG)
     base = read_config(file, [o for o in overrides if o.startswith("run.dir=")])
-    config = read_config(file, overrides)
-    run_dir = Path(plain.get("run", config.run.dir))
+    run_dir = Path(plain.get("run", base.run.dir))
+    config = read_config(file, [*searched_network(run_dir, overrides), *overrides])
     with start(config.run, config.dist) as context:
         schema = open_data(config, context)
         with context.together("reading the allocation"):

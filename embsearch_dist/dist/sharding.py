@@ -82,7 +82,8 @@ class ShardedTables(nn.Module):
         plan = self._plan(collection, tables, dist, optim)
         self.kinds = {t.name: plan[t.name].sharding_type for t in tables}
         optimizer, options = OPTIMIZERS[optim.embedding]
-        options = {"lr": optim.embedding_lr, **options}
+        self.lr = optim.embedding_lr
+        options = {"lr": self.lr, **options}
         if self.fused:
             sharded = [p for n, p in collection.named_parameters() if self.kinds[n.split(".")[1]] != "data_parallel"]
             if sharded:
@@ -157,11 +158,12 @@ class ShardedTables(nn.Module):
         if self.torch_optimizer is not None:
             self.torch_optimizer.step()
 
-    def scale_lr(self, factor: float) -> None:
-        """Multiply the learning rate. A fused optimizer takes notice only at its own ``step``."""
+    def set_lr(self, factor: float) -> None:
+        """Set the learning rate to ``factor`` times the config's. A fused optimizer takes notice only at its own
+        ``step``."""
         fused = self.collection.fused_optimizer
         for group in [*fused.param_groups, *(self.torch_optimizer.param_groups if self.torch_optimizer else [])]:
-            group["lr"] *= factor
+            group["lr"] = self.lr * factor
         if fused.param_groups:
             fused.step()
 

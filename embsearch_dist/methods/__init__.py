@@ -6,6 +6,7 @@ from embsearch_dist.methods.adafs.method import AdaFS
 from embsearch_dist.methods.adass.method import AdaSS
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.ihas.method import IHAS
+from embsearch_dist.methods.nasrec.method import NASRec
 from embsearch_dist.methods.ues import UES
 
-METHODS: dict[str, type[Method]] = {"adafs": AdaFS, "adass": AdaSS, "ihas": IHAS, "ues": UES}
+METHODS: dict[str, type[Method]] = {"adafs": AdaFS, "adass": AdaSS, "ihas": IHAS, "nasrec": NASRec, "ues": UES}

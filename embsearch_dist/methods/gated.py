@@ -24,6 +24,7 @@ from embsearch_dist.models.gated import GatedModel
 from embsearch_dist.train.bilevel import HeldOut, frozen
 from embsearch_dist.train.checkpoint import Checkpointer
 from embsearch_dist.train.monitor import Monitor
+from embsearch_dist.train.task import Task
 from embsearch_dist.train.trainer import Progress, Trainer
 
 
@@ -162,7 +163,7 @@ def train(run: Run, stage: str, task: GatedTask, training: TrainConfig, lines: S
             task.close()
 
 
-def load(run: Run, stage: str, task: GatedTask, best: bool) -> None:
+def load(run: Run, stage: str, task: Task, best: bool) -> None:
     """Put a finished search stage's weights into ``task.model``: the best ones or the last.
 
     Raises:

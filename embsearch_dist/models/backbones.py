@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from embsearch_dist.errors import UserError
 from embsearch_dist.models.dense import Linear, fm, linear
 
 
@@ -116,6 +117,8 @@ def make_backbone(
     The wide part is linear in the unified embeddings: a linear part over raw ids would keep a
     full-width path for a field that the search has dropped.
     """
+    if kind == "nasrec":
+        raise UserError("config key model.backbone: nasrec is for the model of an allocation (retrain.py) alone")
     fm = kind in ("deepfm", "fm")
     found = Backbone(fields, width, dense, fm, [] if kind == "fm" else hidden, dropout, precision)
     if kind == "mlp":

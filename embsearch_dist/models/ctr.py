@@ -10,12 +10,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import Config
+from embsearch_dist.config import Config, OptimConfig
 from embsearch_dist.data.batch import Batch
 from embsearch_dist.dist.context import Context
 from embsearch_dist.dist.sharding import ShardedTables
 from embsearch_dist.models.backbones import Backbone, make_backbone
 from embsearch_dist.models.embeddings import MaxTables, MixedTables
+from embsearch_dist.models.network import ArchitectureNetwork, read_network
 from embsearch_dist.models.pooled import Pooled
 from embsearch_dist.models.unify import MixedUnify, NoUnify, SupernetUnify
 from embsearch_dist.schema import Schema
@@ -64,6 +65,20 @@ class CTRModel(nn.Module):
     def sharded(self) -> ShardedTables:
         return self.tables.sharded
 
+    def make_optimizer(self, optim: OptimConfig, outer_lr: float = 0.0) -> torch.optim.Optimizer:
+        """Of everything replicated. One for head and outer parameters: what has no gradient in a step is left as it
+        is, moments included."""
+        groups: list[dict[str, Any]] = [{"params": list(self.bare_head.parameters())}]
+        if self.outer_parameters:
+            groups.append({"params": self.outer_parameters, "lr": outer_lr})
+        if optim.dense == "adagrad":
+            return torch.optim.Adagrad(groups, optim.dense_lr, weight_decay=optim.weight_decay, eps=optim.dense_eps)
+        return torch.optim.Adam(groups, lr=optim.dense_lr, weight_decay=optim.weight_decay, fused=True)
+
+    def after_backward(self) -> Sequence[torch.Tensor]:
+        """The tensors whose gradients the next step of that optimizer uses, alike on all ranks by now."""
+        return list(self.bare_head.parameters())
+
     def dense_count(self) -> int:
         """Trainable parameters of the head."""
         return sum(p.numel() for p in self.bare_head.parameters() if p.requires_grad)
@@ -87,7 +102,12 @@ class SubnetModel(CTRModel):
                 unify = MixedUnify(widths, m.unified_width, m.norm, m.gain, context.world_size > 1)
                 width = m.unified_width
             n_dense = len(allocation.schema.dense)
-            backbone = make_backbone(m.backbone, len(widths), width, n_dense, m.hidden, m.dropout, m.precision)
+            backbone: Any
+            if m.backbone == "nasrec":
+                with context.together("reading the architecture"):
+                    backbone = read_network(m.architecture, len(widths), width, n_dense)
+            else:
+                backbone = make_backbone(m.backbone, len(widths), width, n_dense, m.hidden, m.dropout, m.precision)
         self.head = self._wrap(Head(unify, backbone), context)
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, Pooled]:
@@ -97,10 +117,12 @@ class SubnetModel(CTRModel):
 
     def flops_per_sample(self) -> float:
         """Multiply-adds times two of the products in the head's forward pass for one row (look-ups have none)."""
-        head = self.bare_head
+        head: Head = self.bare_head
+        backbone: Any = head.backbone
         layers = sum(m.in_features * m.out_features for m in head.modules() if isinstance(m, nn.Linear))
-        unify = sum(self.tables.widths) * head.backbone.width if isinstance(head.unify, MixedUnify) else 0
-        return 2.0 * (layers + unify)
+        unify = sum(self.tables.widths) * backbone.width if isinstance(head.unify, MixedUnify) else 0
+        own = backbone.flops if isinstance(backbone, ArchitectureNetwork) else 0
+        return 2.0 * (layers + unify) + own
 
 
 class SupernetModel(CTRModel):

@@ -104,7 +104,7 @@ def agree(
     context: Context,
     loss: torch.Tensor,
     pooled: Sequence[torch.Tensor],
-    parameters: Sequence[torch.nn.Parameter],
+    parameters: Sequence[torch.Tensor],
     stop: bool,
 ) -> Verdict:
     """One exchange between the ranks: mean loss, whether all is finite, whether to stop. The same on every rank.

@@ -19,6 +19,7 @@ from embsearch_dist.data.dataset import BatchStream
 from embsearch_dist.dist.context import Context
 from embsearch_dist.errors import UserError
 from embsearch_dist.models.ctr import SubnetModel
+from embsearch_dist.models.network import ArchitectureNetwork
 from embsearch_dist.schema import write_json
 from embsearch_dist.train.checkpoint import Checkpointer
 from embsearch_dist.train.metrics import evaluate
@@ -35,6 +36,9 @@ class SubnetTask:
         self.model = SubnetModel(config, allocation, context)
         self.l2 = config.optim.embedding_l2
         model = {f"model.{k}": v for k, v in dataclasses.asdict(config.model).items()}
+        backbone = self.model.bare_head.backbone
+        if isinstance(backbone, ArchitectureNetwork):
+            model["model.architecture"] = backbone.key  # wherever its file lies
         self.settings = {**model, "widths": allocation.widths}
 
     def loss(self, batch: Batch, step: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -76,13 +76,14 @@ class Trainer:
         self.faults = faults.from_environment(context.rank, monitor.stage)
         self._head = list(task.model.bare_head.parameters())
         self._outer = list(task.model.outer_parameters)
-        groups: list[dict[str, Any]] = [{"params": self._head}]
-        if self._outer:
-            # One optimizer for both: what has no gradient in a step is left as it is, moments included.
-            groups.append({"params": self._outer, "lr": cast(BilevelTask, task).outer_lr})
-        self.optimizer = torch.optim.Adam(groups, lr=optim.dense_lr, weight_decay=optim.weight_decay, fused=True)
+        outer_lr = cast(BilevelTask, task).outer_lr if self._outer else 0.0
+        self.optimizer = task.model.make_optimizer(optim, outer_lr)
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        self.clip_norm = optim.clip_norm
         settings = {f"optim.{k}": v for k, v in dataclasses.asdict(optim).items()} | task.settings
         settings |= {"batch_size": training.global_batch, "run.seed": training.seed}
+        settings |= {"schedule": config.schedule, "warmup": config.warmup}
         self.checkpointer = Checkpointer(
             root,
             task.model,
@@ -100,6 +101,7 @@ class Trainer:
             self.total = min(self.total, config.steps)
         parts, per_epoch = config.evals_per_epoch, training.batches_per_epoch
         self.eval_batches = {math.ceil(per_epoch * (k + 1) / parts) for k in range(parts)}
+        self._schedule = 1.0  # factor that the optimizers have now
         self._failures = 0  # saves in a row
         self._best_before: tuple[float | None, int] = (None, 0)
 
@@ -187,7 +189,7 @@ class Trainer:
         state = self.checkpointer.load(step, checked=True)
         self.progress = p = Progress(**state["progress"])
         self.task.load_state(state["task"])
-        self._scale_lr(p.lr_factor)
+        self._set_lr(self._schedule)
         self._resume_best(step)
         self.monitor.resume_at(p.step)
         self.monitor.say(f"continuing from {self.checkpointer.root / f'step-{step}'}")
@@ -208,6 +210,7 @@ class Trainer:
     def _step(self, batch: Batch) -> Verdict:
         # Dropout of a step depends on the step alone, so that a continued run draws what the unbroken one did.
         step, model = self.progress.step, self.task.model
+        self._follow_schedule()
         torch.manual_seed((self.training.seed * 1_000_003 + step) * 1021 + self.context.rank)
         self.optimizer.zero_grad(set_to_none=True)
         model.sharded.zero_grad()
@@ -219,7 +222,8 @@ class Trainer:
             loss = self.faults.loss(loss, step)
         loss.backward()
         gradients, asked = self._gate.gradients(), bool(self._asked.name)
-        verdict = agree(self.context, loss, gradients, self._head, asked)
+        dense = model.after_backward()
+        verdict = agree(self.context, loss, gradients, dense, asked)
         if verdict.what:
             self._gate.clear()
             self._skip_or_stop(verdict, batch)
@@ -227,6 +231,8 @@ class Trainer:
                 buffer.copy_(value)
             return verdict
         self._gate.pass_on()
+        if self.clip_norm:
+            torch.nn.utils.clip_grad_norm_(dense, self.clip_norm)
         self.optimizer.step()
         model.sharded.step()
         return verdict
@@ -306,7 +312,7 @@ class Trainer:
                     p.stopped = f"no better {self.config.metric} in {p.bad_evals} evaluations"
                 elif self.config.lr_cut < 1:
                     p.lr_factor *= self.config.lr_cut
-                    self._scale_lr(self.config.lr_cut)
+                    self._set_lr(self._schedule)
             mark = " (best)" if better else " (nothing is selected yet)" if early else ""
             self.monitor.say(
                 f"epoch {self._epochs():g}  step {p.step}  validation auc {metrics['auc']:.5f}  "
@@ -345,7 +351,24 @@ class Trainer:
             raise SaveError(error.step, f"{error}{failed}. {again}") from error
         self.monitor.say(f"{error}. Training goes on; after {SAVE_FAILURES} such failures in a row it stops")
 
-    def _scale_lr(self, factor: float) -> None:
+    def _follow_schedule(self) -> None:
+        """The learning rates of the step to come, a function of its number."""
+        factor = schedule(self.config, self.progress.step, self.total)
+        if factor != self._schedule:
+            self._set_lr(factor)
+
+    def _set_lr(self, schedule: float) -> None:
+        self._schedule, factor = schedule, schedule * self.progress.lr_factor
         for group in self.optimizer.param_groups:
-            group["lr"] *= factor
-        self.task.model.sharded.scale_lr(factor)
+            group["lr"] = group["initial_lr"] * factor
+        self.task.model.sharded.set_lr(factor)
+
+
+def schedule(config: TrainConfig, step: int, total: int) -> float:
+    """Factor on the learning rates of step ``step`` of ``total``, both counted from 0."""
+    rising = int(config.warmup * total)
+    if step < rising:
+        return (step + 1) / rising
+    if config.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))

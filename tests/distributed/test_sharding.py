@@ -114,7 +114,7 @@ def test_a_cut_learning_rate_takes_effect_at_once(optimizer: str) -> None:
         config = OptimConfig(embedding=optimizer, embedding_lr=0.5)
         tables = ShardedTables(TABLES, one_rank(), DistConfig(), config, 0, 0.1)
         before = whole_tables(tables)["f2"].clone()
-        tables.scale_lr(factor)
+        tables.set_lr(factor)
         tables(random_batch(SCHEMA, 64).sparse)["f2"].sum().backward()
         tables.step()
         moves.append((whole_tables(tables)["f2"] - before).abs().sum())

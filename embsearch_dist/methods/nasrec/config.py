@@ -1,0 +1,93 @@
+"""Settings of NASRec; where the published scripts give a number it is the default or a shipped config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from embsearch_dist.architecture.sampling import SCHEMES, SET_SIZES
+from embsearch_dist.architecture.space import SpaceConfig
+from embsearch_dist.config import TrainConfig, one_of, option, require
+
+STRATEGIES = ("evolution", "random")
+COSTS = ("none", "flops", "parameters", "latency")
+
+
+@dataclass
+class SamplingConfig:
+    """Which architecture a training step of the supernet uses (section 4.1)."""
+
+    scheme: str = option("single_operator_any_connection", " | ".join(SCHEMES))
+    set_size: str = option("binomial", "binomial | uniform: how many sources a drawn set has")
+    warmup: float = option(0.3, "share of the steps in which the whole supernet is trained, ever more rarely")
+    same_network: bool = option(True, "all ranks draw one architecture; false: each its own, and slices are united")
+
+    def check(self) -> None:
+        one_of("search.sampling.scheme", self.scheme, SCHEMES)
+        one_of("search.sampling.set_size", self.set_size, SET_SIZES)
+        require(0 <= self.warmup <= 1, "search.sampling.warmup", f"must be in [0, 1], got {self.warmup}")
+
+
+@dataclass
+class ScoringConfig:
+    """How a candidate is judged with the supernet's weights (section 4.3, post-training fine-tuning)."""
+
+    rows: int = option(32768, "rows of the validation split whose logloss is the score; 0 = all")
+    tune_rows: int = option(32768, "training rows on whose features the candidate's head is fine-tuned")
+    tune_steps: int = option(500, "steps of fine-tuning; 0 = the head as the supernet left it")
+    tune_batch: int = option(512, "rows of such a step")
+    tune_lr: float = option(0.04, "its learning rate (Adagrad), falling to zero along a cosine")
+
+    def check(self) -> None:
+        for key in ("tune_rows", "tune_batch"):
+            require(getattr(self, key) >= 1, f"search.scoring.{key}", f"must be at least 1, got {getattr(self, key)}")
+        for key in ("rows", "tune_steps"):
+            require(getattr(self, key) >= 0, f"search.scoring.{key}", f"must be >= 0, got {getattr(self, key)}")
+        require(self.tune_lr > 0, "search.scoring.tune_lr", f"must be above 0, got {self.tune_lr}")
+
+
+@dataclass
+class EvolutionConfig:
+    """Aging evolution (Real et al. 2019) over scored candidates."""
+
+    strategy: str = option("evolution", "evolution | random: as many candidates, all drawn")
+    population: int = option(128, "random candidates at the start, and how many are alive")
+    generations: int = option(240, "each adds `children` candidates, and the oldest leave")
+    parents: int = option(64, "drawn from the population; the best of them is the parent")
+    children: int = option(8, "mutations of the parent in a generation")
+    keep: int = option(15, "best candidates that are left for retraining")
+    cost: str = option("none", "none | flops | parameters | latency (ms of 512 rows here): joins the score")
+    cost_weight: float = option(0.0, "beta of: score = logloss + beta * (cost / cost_target - 1)")
+    cost_target: float = option(0.0, "cost at which nothing is added or taken off")
+
+    def check(self) -> None:
+        one_of("search.evolution.strategy", self.strategy, STRATEGIES)
+        one_of("search.evolution.cost", self.cost, COSTS)
+        for key in ("population", "parents", "children", "keep"):
+            require(getattr(self, key) >= 1, f"search.evolution.{key}", f"must be at least 1, got {getattr(self, key)}")
+        require(self.generations >= 0, "search.evolution.generations", f"must be >= 0, got {self.generations}")
+        require(self.children <= self.population, "search.evolution.children", "must not exceed the population")
+        require(self.parents <= self.population, "search.evolution.parents", "must not exceed the population")
+        require(self.cost_weight >= 0, "search.evolution.cost_weight", f"must be >= 0, got {self.cost_weight}")
+        if self.cost_weight:
+            require(self.cost != "none", "search.evolution.cost", "search.evolution.cost_weight needs a cost")
+            require(self.cost_target > 0, "search.evolution.cost_target", "must be above 0 where cost_weight is")
+
+
+@dataclass
+class NASRecConfig:
+    """NASRec: supernet, then evolution."""
+
+    name: str = option("nasrec", "name of the result")
+    space: SpaceConfig = field(default_factory=SpaceConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    supernet: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1, patience=0))
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    evolution: EvolutionConfig = field(default_factory=EvolutionConfig)
+
+    def check(self) -> None:
+        require(bool(self.name) and "/" not in self.name, "search.name", f"must be a plain word, got {self.name!r}")
+        self.space.make()
+        self.sampling.check()
+        self.supernet.check("search.supernet")
+        self.scoring.check()
+        self.evolution.check()

@@ -1,0 +1,145 @@
+"""Regularized (aging) evolution over architectures (Real et al. 2019; section 4.3), and random search beside it.
+
+Every draw depends on the seed and the generation alone, so a search that was killed proposes what the unbroken one did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from embsearch_dist.architecture.architecture import FORMAT, KIND, Architecture
+from embsearch_dist.architecture.canonical import key
+from embsearch_dist.architecture.sampling import draw, mutate, mutations_at
+from embsearch_dist.architecture.space import Space
+from embsearch_dist.errors import UserError
+from embsearch_dist.methods.nasrec.config import EvolutionConfig
+from embsearch_dist.methods.nasrec.scoring import Score
+
+_STREAM = 0x45564F
+TRIES = 200  # proposals in a row that were seen before; then the space has nothing new left, or as good as nothing
+SCHEME = "single_operator_any_connection"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A scored architecture; ``fitness`` is what the search minimises."""
+
+    architecture: Architecture
+    key: str
+    generation: int
+    score: Score
+    fitness: float
+
+    def to_json(self) -> dict[str, Any]:
+        body = {"generation": self.generation, "fitness": self.fitness, "key": self.key, **asdict(self.score)}
+        return {**body, "blocks": self.architecture.to_json()["blocks"]}
+
+    @classmethod
+    def from_json(cls, body: dict[str, Any], where: str) -> Candidate:
+        """Raises:
+        UserError: a key is missing or a block is wrong; names ``where``.
+        """
+        try:
+            score = Score(*(body[k] for k in ("logloss", "flops", "parameters", "latency")))
+            blocks = {"format": FORMAT, "kind": KIND, "blocks": body["blocks"]}
+            found = Architecture.from_json(blocks, where)
+            return cls(found, body["key"], body["generation"], score, body["fitness"])
+        except (KeyError, TypeError) as e:
+            raise UserError(f"{where}: not a scored architecture ({e!r}). Delete the file to search anew") from e
+
+
+class Evolution:
+    """The search: what to score next, and what came of it.
+
+    Attributes:
+        generation: how many generations are done; the random population counts as the first.
+        seen: every candidate so far, in the order of proposal.
+        population: those that are alive, oldest first, as places in ``seen``.
+    """
+
+    def __init__(self, space: Space, config: EvolutionConfig, seed: int) -> None:
+        self.space, self.config, self.seed = space, config, seed
+        self.generation = 0
+        self.seen: list[Candidate] = []
+        self.population: list[int] = []
+
+    @property
+    def over(self) -> bool:
+        return self.generation > self.config.generations
+
+    def propose(self) -> list[tuple[Architecture, str]]:
+        """The architectures of the next generation with their keys: none that was seen before, none twice."""
+        c, generator = self.config, np.random.default_rng([_STREAM, self.seed, self.generation])
+        known = {candidate.key for candidate in self.seen}
+        first = self.generation == 0
+        parent, count = None, mutations_at(self.generation - 1, c.generations)
+        if not first and c.strategy == "evolution":
+            drawn = generator.choice(len(self.population), min(c.parents, len(self.population)), replace=False)
+            parent = min((self.seen[self.population[i]] for i in sorted(drawn)), key=lambda x: (x.fitness, x.key))
+        found: list[tuple[Architecture, str]] = []
+        for _ in range(c.population if first else c.children):
+            for _ in range(TRIES):
+                if parent is None:
+                    made = draw(self.space, SCHEME, generator, "uniform")
+                else:
+                    made = mutate(parent.architecture, self.space, count, generator)
+                name = key(made)
+                if name not in known:
+                    known.add(name)
+                    found.append((made, name))
+                    break
+            else:
+                if parent is None:
+                    break
+        return found
+
+    def record(self, proposed: Sequence[tuple[Architecture, str]], scores: Sequence[Score]) -> None:
+        """Take the scores of what was proposed: the new ones live, and as many of the oldest as are too many leave."""
+        for (architecture, name), score in zip(proposed, scores, strict=True):
+            self.population.append(len(self.seen))
+            self.seen.append(Candidate(architecture, name, self.generation, score, self.fitness(score)))
+        self.population = self.population[-self.config.population :]
+        self.generation += 1
+
+    def fitness(self, score: Score) -> float:
+        """Logloss, and ``beta * (cost / target - 1)`` if a cost is asked for."""
+        c = self.config
+        if not c.cost_weight:
+            return score.logloss
+        return score.logloss + c.cost_weight * (getattr(score, c.cost) / c.cost_target - 1)
+
+    def best(self, count: int) -> list[Candidate]:
+        """The candidates of least fitness, with distinct loglosses: equal ones are as good as one network."""
+        found: dict[float, Candidate] = {}
+        for candidate in sorted(self.seen, key=lambda x: (x.fitness, x.key)):
+            found.setdefault(candidate.score.logloss, candidate)
+        return list(found.values())[:count]
+
+    def pareto(self, cost: str = "flops") -> list[Candidate]:
+        """Candidates than which none has both less logloss and less cost, cheapest first."""
+        found: list[Candidate] = []
+        for c in sorted(self.seen, key=lambda x: (getattr(x.score, cost), x.score.logloss, x.key)):
+            if not found or c.score.logloss < found[-1].score.logloss:
+                found.append(c)
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "generation": self.generation,
+            "population": self.population,
+            "seen": [c.to_json() for c in self.seen],
+        }
+
+    def load_json(self, body: dict[str, Any], where: str) -> None:
+        """Raises:
+        UserError: not the state of a search.
+        """
+        try:
+            self.generation, self.population = int(body["generation"]), [int(p) for p in body["population"]]
+            self.seen = [Candidate.from_json(c, where) for c in body["seen"]]
+        except (KeyError, TypeError, ValueError) as e:
+            raise UserError(f"{where}: not the state of a search ({e!r}). Delete it to search anew") from e

@@ -1,0 +1,156 @@
+"""What a candidate is worth: its logloss with the supernet's weights, once its head has been fine-tuned (section 4.3).
+
+Tables and blocks are frozen, so the embeddings of the rows in question are looked up once for all candidates, and a
+candidate's features once for all steps of its fine-tuning.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from embsearch_dist.architecture.architecture import Architecture
+from embsearch_dist.architecture.canonical import prune
+from embsearch_dist.architecture.cost import network_cost
+from embsearch_dist.dist.context import Context
+from embsearch_dist.errors import UserError
+from embsearch_dist.methods.base import Run
+from embsearch_dist.methods.nasrec.config import NASRecConfig
+from embsearch_dist.methods.nasrec.supernet import load_supernet
+from embsearch_dist.models.sliced import Blocks
+
+CHUNK = 4096  # rows whose features are made at once
+LATENCY_ROWS = 512
+EPS = 1e-2  # of the fine-tuning's Adagrad, as in the published scripts
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows with their embeddings looked up: dense ``[n, I]``, u ``[n, F, width]``, label ``[n]``; on every rank all."""
+
+    dense: torch.Tensor
+    u: torch.Tensor
+    label: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one candidate.
+
+    Attributes:
+        logloss: on the validation rows.
+        flops: of the dense part, for one row.
+        parameters: of the dense part.
+        latency: ms of a forward pass of 512 rows on this device; 0 when it was not asked for.
+    """
+
+    logloss: float
+    flops: int
+    parameters: int
+    latency: float = 0.0
+
+
+class Scorer:
+    """Scores any number of candidates on the same rows; each rank may score others.
+
+    Raises:
+        UserError: the supernet is missing or damaged, or a split has no rows.
+    """
+
+    def __init__(self, run: Run) -> None:
+        search: NASRecConfig = run.config.search
+        self.config, self.context = search.scoring, run.context
+        self.with_latency = search.evolution.cost == "latency"
+        self.task = load_supernet(run)
+        self.network, self.space = self.task.model.head, self.task.space
+        self.columns, self.fields = len(run.schema.dense), len(run.schema.fields)
+        batch = search.supernet.eval_batch_size
+        self.tuning = self._look_up(run, "train", batch, self.config.tune_rows) if self.config.tune_steps else None
+        self.validation = self._look_up(run, "validation", batch, self.config.rows)
+
+    @torch.no_grad()
+    def _look_up(self, run: Run, split: str, batch_size: int, rows: int) -> Rows:
+        parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        found = 0
+        for batch in run.stream(split, batch_size, shuffle=split == "train").epoch(0):
+            b = batch.to(self.context.device)
+            u = self.task.model.embed(b)
+            parts.append((_all(b.dense, self.context), _all(u, self.context), _all(b.label, self.context)))
+            found += len(parts[-1][2])
+            if rows and found >= rows:
+                break
+        if not parts:
+            raise UserError(f"the {split} split has no rows to score candidates on")
+        dense, u, label = (torch.cat(p)[: rows or None] for p in zip(*parts, strict=True))
+        return Rows(dense, u.contiguous(), label)
+
+    @torch.no_grad()
+    def __call__(self, architecture: Architecture) -> Score:
+        """Fine-tune the candidate's head and measure it. No collective: ranks need not score alike."""
+        blocks = prune(architecture)
+        weight, bias = self._head(blocks)
+        if self.tuning is not None:
+            weight, bias = self._tune(blocks, weight, bias)
+        total = 0.0
+        for x, label in self._features(blocks, self.validation):
+            total += float(binary_cross_entropy_with_logits(x @ weight + bias, label, reduction="sum"))
+        cost = network_cost(architecture, self.space, self.columns, self.fields).total
+        latency = self._latency(blocks) if self.with_latency else 0.0
+        return Score(total / len(self.validation.label), cost.flops, cost.parameters, latency)
+
+    def _head(self, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
+        taken = {n: w for n, (_, w) in self.network.take(blocks).items() if n.startswith("head_")}
+        return torch.cat([taken["head_dense"][0], taken["head_sparse"].reshape(-1)]), taken["head_bias"]
+
+    def _features(self, blocks: Blocks, rows: Rows) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """What the head reads, ``[n, C]``, and labels, chunk by chunk."""
+        for start in range(0, len(rows.label), CHUNK):
+            part = slice(start, start + CHUNK)
+            d, s = self.network.features(blocks, rows.dense[part], rows.u[part])
+            yield torch.cat([d, s.reshape(len(s), -1)], 1), rows.label[part]
+
+    def _tune(self, blocks: Blocks, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logistic regression on the frozen features, by Adagrad from the supernet's head on."""
+        assert self.tuning is not None
+        c = self.config
+        parts = [x for x, _ in self._features(blocks, self.tuning)]
+        x, label = torch.cat(parts), self.tuning.label
+        del parts
+        sums, bias_sum = torch.zeros_like(weight), torch.zeros_like(bias)
+        size = min(c.tune_batch, len(label))
+        places = len(label) // size
+        for step in range(c.tune_steps):
+            start = step % places * size
+            rows = x[start : start + size]
+            error = (torch.sigmoid(rows @ weight + bias) - label[start : start + size]) / size
+            lr = c.tune_lr * 0.5 * (1 + math.cos(math.pi * step / c.tune_steps))
+            for value, total, g in ((weight, sums, error @ rows), (bias, bias_sum, error.sum()[None])):
+                total.addcmul_(g, g)
+                value.addcdiv_(g, total.sqrt().add_(EPS), value=-lr)
+        return weight, bias
+
+    def _latency(self, blocks: Blocks) -> float:
+        rows = self.validation
+        dense, u = rows.dense[:LATENCY_ROWS], rows.u[:LATENCY_ROWS]
+        best = math.inf
+        for _ in range(5):
+            if u.is_cuda:
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            self.network(blocks, dense, u)
+            if u.is_cuda:
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - started)
+        return best * 1000
+
+
+def _all(tensor: torch.Tensor, context: Context) -> torch.Tensor:
+    """The rows of all ranks in rank order, which is stored order."""
+    if context.world_size == 1:
+        return tensor
+    return context.gather(tensor.reshape(-1)).view(-1, *tensor.shape[1:])

@@ -1,0 +1,117 @@
+"""Stage 2: evolution over the supernet's candidates; leaves ``architecture.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from embsearch_dist.architecture.architecture import Architecture
+from embsearch_dist.methods.base import Run, Stage
+from embsearch_dist.methods.nasrec.config import NASRecConfig
+from embsearch_dist.methods.nasrec.evolution import Candidate, Evolution
+from embsearch_dist.methods.nasrec.scoring import Score, Scorer
+from embsearch_dist.methods.nasrec.supernet import SupernetStage
+from embsearch_dist.schema import read_json, write_json
+from embsearch_dist.train.monitor import Monitor
+
+STAGE = "evolution"
+HISTORY = "evolution.json"
+RESULT = "architecture.json"
+
+
+class EvolutionStage(Stage):
+    """Scores candidates, spread over ranks, generation by generation; continues with the one that was under way."""
+
+    name = STAGE
+    repeatable = True
+
+    def inputs(self, run: Run) -> dict[str, Any]:
+        search: NASRecConfig = run.config.search
+        own = {"search.name": search.name, "search.scoring": search.scoring, "search.evolution": search.evolution}
+        return {**SupernetStage().inputs(run), **own}
+
+    def run(self, run: Run) -> None:
+        search: NASRecConfig = run.config.search
+        evolution = Evolution(search.space.make(), search.evolution, run.config.run.seed)
+        path = run.dir / HISTORY
+        body = run.context.share(run.context.first("reading the search", lambda: _read(path, self.signature(run))))
+        if body:
+            evolution.load_json(body, str(path))
+        with Monitor(run.dir, self.name, run.context.rank) as monitor:
+            if body:
+                monitor.say(f"continuing with generation {evolution.generation} ({len(evolution.seen):,} scored)")
+            self._search(run, evolution, monitor)
+            self._leave(run, evolution, monitor)
+
+    def signature(self, run: Run) -> dict[str, Any]:
+        """What a search under way depends on."""
+        search: NASRecConfig = run.config.search
+        own = {"scoring": dataclasses.asdict(search.scoring), "evolution": dataclasses.asdict(search.evolution)}
+        return {**own, "space": search.space.make().to_json(), "seed": run.config.run.seed}
+
+    def _search(self, run: Run, evolution: Evolution, monitor: Monitor) -> None:
+        if evolution.over:
+            return
+        scorer, c = Scorer(run), evolution.config
+        total = c.population + c.generations * c.children
+        with monitor.progress(total, "candidates", initial=len(evolution.seen)) as bar:
+            while not evolution.over:
+                proposed = evolution.propose()
+                scores = self._score(run, scorer, [a for a, _ in proposed])
+                evolution.record(proposed, scores)
+                state = {"signature": self.signature(run), **evolution.to_json()}
+                run.context.first("saving the search", lambda s=state: write_json(run.dir / HISTORY, s))  # type: ignore[misc]
+                alive = [evolution.seen[i] for i in evolution.population]
+                values = {
+                    "best": evolution.best(1)[0].fitness,
+                    "population_mean": statistics.fmean(x.fitness for x in alive),
+                    "population_best": min(x.fitness for x in alive),
+                    "flops_mean": statistics.fmean(x.score.flops for x in alive),
+                }
+                monitor.scalars(evolution.generation - 1, values)
+                bar.update(len(proposed), loss=values["best"])
+
+    def _score(self, run: Run, scorer: Scorer, architectures: Sequence[Architecture]) -> list[Score]:
+        """Each rank scores its share; all get all scores, in order."""
+        context = run.context
+        own: dict[int, tuple[Any, ...]] = {}
+        with context.together("scoring candidates"):
+            for place in range(context.rank, len(architectures), context.world_size):
+                own[place] = dataclasses.astuple(scorer(architectures[place]))
+        found = {place: score for part in context.every(own) for place, score in part.items()}
+        return [Score(*found[place]) for place in range(len(architectures))]
+
+    def _leave(self, run: Run, evolution: Evolution, monitor: Monitor) -> None:
+        search: NASRecConfig = run.config.search
+        best, space = evolution.best(search.evolution.keep), evolution.space
+
+        def provenance(candidate: Candidate, rank: int) -> dict[str, Any]:
+            own = {"method": "nasrec", "name": search.name, "seed": run.config.run.seed, "rank": rank}
+            return {**own, "fitness": candidate.fitness, **dataclasses.asdict(candidate.score)}
+
+        def save() -> None:
+            folder = run.dir / "architectures"
+            folder.mkdir(exist_ok=True)
+            for old in folder.glob("rank-*.json"):
+                old.unlink()
+            for rank, c in enumerate(best, 1):
+                c.architecture.save(folder / f"rank-{rank}.json", space=space.to_json(), provenance=provenance(c, rank))
+            best[0].architecture.save(run.dir / RESULT, space=space.to_json(), provenance=provenance(best[0], 1))
+            front = [dataclasses.asdict(c.score) | {"key": c.key} for c in evolution.pareto()]
+            write_json(run.dir / "pareto.json", {"cost": "flops", "front": front})
+
+        run.context.first("writing what was found", save)
+        for rank, c in enumerate(best[:3], 1):
+            monitor.say(
+                f"{rank}: logloss {c.score.logloss:.5f}, {c.score.flops / 1e6:.2f} MFLOPs (generation {c.generation})"
+            )
+        monitor.say(f"{len(evolution.seen):,} candidates; next: python launch/retrain.py --run {run.dir}")
+
+
+def _read(path: Path, signature: dict[str, Any]) -> dict[str, Any] | None:
+    """A search under way with the same settings; None when there is none."""
+    body = read_json(path) if path.exists() else None
+    return body if isinstance(body, dict) and body.get("signature") == signature else None

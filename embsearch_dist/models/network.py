@@ -1,0 +1,195 @@
+"""What a NASRec architecture computes, from weights given by name: the same code for a network that is trained alone
+and for one that is cut out of the supernet (operators: notes to Zhang et al. 2023, section 3.2).
+
+Dense outputs are ``[B, Dd]``. Sparse ones are ``[B, width, tokens]``, tokens last, so that the linear maps over tokens
+and their LayerNorm read what lies side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from embsearch_dist.architecture.architecture import HEADS, Architecture, Block
+from embsearch_dist.architecture.canonical import canonical, key
+from embsearch_dist.architecture.cost import network_cost
+from embsearch_dist.architecture.space import Space, load
+from embsearch_dist.errors import UserError
+from embsearch_dist.models.dense import linear
+from embsearch_dist.models.slices import Layout, initial, slices_of
+
+Weights = Mapping[str, torch.Tensor]
+
+
+def features(
+    blocks: Sequence[Block | None], weights: Weights, dense: torch.Tensor, tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the head reads: dense ``[B, Dd]`` and sparse ``[B, width, T]`` of the last block.
+
+    Args:
+        blocks: pruned, in their places; None for a dead one.
+        weights: as :func:`embsearch_dist.models.slices.slices_of` names and shapes them.
+        dense: ``[B, I]``; data without dense columns give one of zeros.
+        tokens: ``[B, width, F]``.
+    """
+    denses: list[torch.Tensor | None] = [dense]
+    sparses: list[torch.Tensor | None] = [tokens]
+    for number, block in enumerate(blocks, 1):
+        if block is None:
+            denses.append(None)
+            sparses.append(None)
+            continue
+        own = _Named(weights, f"block{number}_")
+        d = _dense(block, own, denses, sparses) if block.dense else None
+        s = _sparse(block, own, sparses) if block.sparse else None
+        # Both mergers read what the operators left, not what the other merger has made of it.
+        merged_d, merged_s = d, s
+        if block.fm:
+            assert d is not None and s is not None
+            squares = s.sum(2).square() - s.square().sum(2)
+            merged_d = d + own.norm("fm", own.linear("fm", squares))
+        if block.dense_to_sparse:
+            assert d is not None and s is not None
+            made = own.norm("merge", own.linear("merge", d))
+            merged_s = torch.cat([made.view(len(made), tokens.shape[1], -1), s], 2)
+        denses.append(merged_d)
+        sparses.append(merged_s)
+    last_d, last_s = denses[-1], sparses[-1]
+    assert last_d is not None and last_s is not None
+    return last_d, last_s
+
+
+def head(weights: Weights, dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
+    """Logits ``[B]``: one linear unit on both outputs of the last block."""
+    flat = sparse.reshape(len(sparse), -1) @ weights["head_sparse"].reshape(-1)
+    return dense @ weights["head_dense"][0] + flat + weights["head_bias"]
+
+
+class _Named:
+    """The weights of one block."""
+
+    def __init__(self, weights: Weights, prefix: str) -> None:
+        self._weights, self._prefix = weights, prefix
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._weights[self._prefix + name]
+
+    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Over the last dimension."""
+        shape = x.shape
+        out = linear(x.reshape(-1, shape[-1]), self[f"{name}_weight"], self[f"{name}_bias"])
+        return out.view(*shape[:-1], -1)
+
+    def norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """LayerNorm over the last dimension."""
+        return functional.layer_norm(x, x.shape[-1:], self[f"{name}_scale"], self[f"{name}_shift"])
+
+
+def _dense(
+    block: Block, own: _Named, denses: Sequence[torch.Tensor | None], sparses: Sequence[torch.Tensor | None]
+) -> torch.Tensor:
+    """D ``[B, Dd]``: the sum of the block's dense operators."""
+    found: list[torch.Tensor] = []
+    if block.reads_dense:
+        x = _joined([denses[s] for s in block.dense_sources], 1)
+    if "fc" in block.dense:
+        found.append(torch.relu(own.norm("fc", own.linear("fc", x))))
+    if "dot_product" in block.dense:
+        tokens = own.linear("dot_tokens", _joined([sparses[s] for s in block.sparse_sources], 2))
+        z = torch.cat([own.linear("dot_dense", x)[:, :, None], tokens], 2)
+        products = torch.bmm(z.transpose(1, 2), z)
+        n = z.shape[2]
+        # Row by row below the diagonal: with fewer tokens the pairs are the first of those with more.
+        below = torch.tril_indices(n, n, -1, device=z.device)
+        pairs = products.view(len(z), -1)[:, below[0] * n + below[1]]
+        found.append(own.norm("dot", own.linear("dot", pairs)))
+    if "gating" in block.dense:
+        gate = torch.sigmoid(own.linear("gate", _joined([denses[s] for s in block.left], 1)))
+        right = [denses[s] for s in block.right]
+        gated = _joined([r * gate[:, : r.shape[1]] for r in right if r is not None], 1)
+        found.append(own.norm("gating", own.linear("gating", gated)))
+    if "sum" in block.dense:
+        wider = own["sum_weight"].shape[1]
+        sides = [denses[s] for s in (*block.left, *block.right)]
+        total = torch.stack([functional.pad(x, (0, wider - x.shape[1])) for x in sides if x is not None]).sum(0)
+        found.append(own.norm("sum", own.linear("sum", total)))
+    return found[0] if len(found) == 1 else torch.stack(found).sum(0)
+
+
+def _sparse(block: Block, own: _Named, sparses: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """S ``[B, width, Ns]``: the sum of the block's sparse operators."""
+    x = _joined([sparses[s] for s in block.sparse_sources], 2)
+    found: list[torch.Tensor] = []
+    if "efc" in block.sparse:
+        found.append(torch.relu(own.norm("efc", own.linear("efc", x))))
+    if "attention" in block.sparse:
+        found.append(_attention(own, own.norm("attention", own.linear("attention", x))))
+    return found[0] if len(found) == 1 else found[0] + found[1]
+
+
+def _attention(own: _Named, x: torch.Tensor) -> torch.Tensor:
+    """Self-attention among tokens, then two layers, each with a residual and LayerNorm; ``[B, width, Ns]``."""
+    x = x.transpose(1, 2).contiguous()
+    rows, tokens, width = x.shape
+    q, k, v = own.linear("qkv", x).view(rows, tokens, 3, HEADS, width // HEADS).permute(2, 0, 3, 1, 4)
+    mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(rows, tokens, width)
+    x = own.norm("residual1", x + own.linear("out", mixed))
+    x = own.norm("residual2", x + own.linear("ffn2", torch.relu(own.linear("ffn1", x))))
+    return x.transpose(1, 2)
+
+
+def _joined(parts: Sequence[torch.Tensor | None], dim: int) -> torch.Tensor:
+    found = [p for p in parts if p is not None]
+    return found[0] if len(found) == 1 else torch.cat(found, dim)
+
+
+def read_network(path: str, fields: int, width: int, dense: int) -> ArchitectureNetwork:
+    """The network of an architecture file behind embeddings of one width.
+
+    Raises:
+        UserError: the file is missing or wrong, or its space has another width.
+    """
+    architecture, space = load(path)
+    if space.width != width:
+        raise UserError(
+            f"{path}: its space has embeddings of width {space.width}, and here they come with {width}. "
+            f"Set --model.unified_width {space.width}, or --model.unify mixed and --allocation ues-{space.width}"
+        )
+    return ArchitectureNetwork(architecture, space, fields, dense)
+
+
+class ArchitectureNetwork(nn.Module):
+    """One architecture with weights of its own, in the place of a backbone.
+
+    Only its live parts exist, so DDP waits for no gradient that never comes.
+
+    Attributes:
+        key: of the architecture.
+        flops: of a forward pass of one row.
+
+    Args:
+        architecture: any encoding; its canonical form is built.
+        space: token width and the number of merged tokens.
+        fields: F.
+        dense: dense columns of the data; 0 gives one of zeros.
+    """
+
+    def __init__(self, architecture: Architecture, space: Space, fields: int, dense: int) -> None:
+        super().__init__()
+        self.blocks = canonical(architecture).blocks
+        self.key = key(architecture)
+        self.flops = network_cost(architecture, space, dense, fields).total.flops
+        self.width, self.fields, self.columns = space.width, fields, dense
+        layout = Layout(space, max(1, dense), fields)
+        parts = slices_of(self.blocks, layout)
+        self.weights = nn.ParameterDict({n: nn.Parameter(initial(p)) for n, p in parts.items()})
+
+    def forward(self, u: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+        """``u [B, F, width]``, ``dense [B, n_dense]`` -> logits ``[B]``."""
+        if not self.columns:
+            dense = u.new_zeros(len(u), 1)
+        weights = dict(self.weights.items())
+        return head(weights, *features(self.blocks, weights, dense, u.transpose(1, 2)))

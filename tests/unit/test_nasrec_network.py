@@ -1,0 +1,143 @@
+"""Slices of a NASRec supernet: equal to the masked supernet and to networks of their own, and trained alike."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from embsearch_dist.architecture.canonical import canonical, prune
+from embsearch_dist.architecture.cost import network_cost
+from embsearch_dist.architecture.sampling import SCHEMES, draw, training_architecture
+from embsearch_dist.architecture.space import Space, full
+from embsearch_dist.models.masked import MaskedNetwork
+from embsearch_dist.models.network import ArchitectureNetwork
+from embsearch_dist.models.sliced import SliceAdagrad, SlicedNetwork
+from embsearch_dist.models.slices import Layout, Slice, merged, slices_of
+
+SPACE = Space(blocks=4, dense_widths=(8, 16, 24), sparse_widths=(4, 6, 8), tokens=3)
+ROWS, COLUMNS, FIELDS = 32, 5, 7
+
+
+def network(columns: int = COLUMNS, seed: int = 0) -> SlicedNetwork:
+    """With biases and LayerNorms that are not all alike, so that a wrong slice of them shows."""
+    torch.manual_seed(seed)
+    found = SlicedNetwork(Layout(SPACE, max(1, columns), FIELDS))
+    for p in found.parameters():
+        if p.ndim == 1:
+            torch.nn.init.normal_(p, 0.3, 0.5)
+    return found
+
+
+def inputs(columns: int = COLUMNS) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(ROWS, columns, generator=generator), torch.randn(ROWS, FIELDS, SPACE.width, generator=generator)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_slices_are_the_masked_supernet(scheme: str) -> None:
+    """Values and gradients, from the whole supernet through mixed states to single architectures."""
+    sliced = network()
+    masked, (dense, u) = MaskedNetwork(sliced), inputs()
+    for step in range(40):
+        blocks = prune(training_architecture(SPACE, scheme, 3, step, warmup_steps=30))
+        logits, expected = sliced(blocks, dense, u), masked(blocks, dense, u)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+        logits.square().sum().backward()
+        sliced.zero_grad(set_to_none=True)
+        expected.square().sum().backward()
+        for name, (part, leaf) in sliced.live.items():
+            whole = sliced.weights[name].grad
+            assert whole is not None and leaf.grad is not None, name
+            torch.testing.assert_close(leaf.grad, part.take(whole), rtol=1e-3, atol=1e-3)
+            part.put(whole, torch.zeros(part.shape))
+            # What is not in the slice has no influence on the loss.
+            assert not whole.any(), name
+        left = [n for n, w in sliced.weights.items() if n not in sliced.live and w.grad is not None and w.grad.any()]
+        assert not left
+
+
+@pytest.mark.parametrize("columns", [COLUMNS, 0])
+def test_a_network_of_its_own_computes_what_its_slices_do(columns: int) -> None:
+    sliced, (dense, u) = network(columns), inputs(columns)
+    for seed in range(20):
+        architecture = draw(SPACE, SCHEMES[0], np.random.default_rng(seed))
+        blocks = canonical(architecture).blocks
+        alone = ArchitectureNetwork(architecture, SPACE, FIELDS, columns)
+        taken = sliced.take(blocks)
+        assert {n: w.shape for n, w in alone.weights.items()} == {n: w.shape for n, (_, w) in taken.items()}
+        for name, w in alone.weights.items():
+            w.data.copy_(taken[name][1])
+        torch.testing.assert_close(alone(u, dense), sliced(blocks, dense, u))
+
+
+def test_every_weight_of_a_network_is_trained() -> None:
+    dense, u = inputs()
+    for seed in range(20):
+        architecture = draw(SPACE, SCHEMES[2], np.random.default_rng(seed))
+        alone = ArchitectureNetwork(architecture, SPACE, FIELDS, COLUMNS)
+        alone(u, dense).sum().backward()
+        assert all(p.grad is not None for p in alone.parameters())
+
+
+def test_costs_are_those_of_the_network() -> None:
+    """Parameters to the last one; FLOPs against torch's own counter of matrix products."""
+    dense, u = inputs()
+    for seed in range(30):
+        architecture = draw(SPACE, SCHEMES[seed % 3], np.random.default_rng(seed))
+        alone = ArchitectureNetwork(architecture, SPACE, FIELDS, COLUMNS)
+        parts = network_cost(architecture, SPACE, COLUMNS, FIELDS)
+        cost = parts.total
+        assert cost.parameters == sum(p.numel() for p in alone.parameters())
+        plain = sdpa_kernel(SDPBackend.MATH)
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), plain, pytest.MonkeyPatch.context() as patch:
+            # The counter knows products of matrices, so neither oneDNN's, nor the fused attention of a CPU, nor the
+            # head's, which is one of a matrix and a vector.
+            patch.setattr("embsearch_dist.models.dense.ONEDNN", False)
+            alone(u, dense)
+        assert counter.get_total_flops() == ROWS * (cost.flops - parts.head.flops)
+        assert alone.flops == cost.flops
+
+
+def test_adagrad_on_slices_is_adagrad_on_the_whole() -> None:
+    """Steps of different architectures, against torch's Adagrad on the masked supernet."""
+    sliced, other = network(), network()
+    masked, (dense, u) = MaskedNetwork(other), inputs()
+    ours = SliceAdagrad(sliced, 0.05, 1e-2)
+    reference = torch.optim.Adagrad(other.parameters(), lr=0.05, eps=1e-2)
+    for step in range(15):
+        blocks = prune(training_architecture(SPACE, SCHEMES[0], 5, step, warmup_steps=5))
+        sliced(blocks, dense, u).square().mean().backward()
+        ours.step()
+        assert not sliced.live
+        reference.zero_grad()
+        masked(blocks, dense, u).square().mean().backward()
+        reference.step()
+    for name, w in sliced.weights.items():
+        torch.testing.assert_close(w, other.weights[name], rtol=1e-3, atol=2e-4, msg=name)
+        sums = [o.state[n.weights[name]]["sum"] for o, n in ((ours, sliced), (reference, other))]
+        torch.testing.assert_close(sums[0], sums[1], rtol=1e-2, atol=1e-3, msg=name)
+
+
+def test_merged_slices_hold_their_parts() -> None:
+    whole = torch.arange(200.0).view(10, 20)
+    parts = [Slice((0, 4), ((0, 3), (10, 12))), Slice((0, 6), ((2, 5), (15, 20)))]
+    union = merged(parts)
+    assert union == Slice((0, 6), ((0, 5), (10, 12), (15, 20)))
+    for part in parts:
+        target = torch.zeros(union.shape)
+        inner = part.within(union)
+        inner.put(target, part.take(whole))
+        back = torch.zeros_like(whole)
+        union.put(back, target)
+        assert torch.equal(part.take(back), part.take(whole))
+        assert back.count_nonzero() == part.take(whole).count_nonzero()
+    assert merged([Slice((0, 3)), Slice((0, 5))]) == Slice((0, 5))
+
+
+def test_the_whole_supernet_is_all_of_its_weights() -> None:
+    sliced = network()
+    parts = slices_of(full(SPACE).blocks, sliced.layout)
+    assert {n: p.shape for n, p in parts.items()} == {n: tuple(w.shape) for n, w in sliced.weights.items()}
