@@ -129,12 +129,16 @@ def results_of(out: Path, run: Planned, seed: int) -> dict[str, dict[str, Any]]:
 def summarise(out: Path, runs: list[Planned], seeds: int, against: str) -> list[dict[str, Any]]:
     """A row per result: mean and standard deviation of every figure, and the gain over ``against`` paired by seed.
 
-    The reference of a result is the result ``against`` with the same backbone.
+    The reference of a result is the result ``against`` with the same backbone; that of another than the config's is
+    called ``against-BACKBONE``.
     """
     by_seed: list[dict[str, dict[str, Any]]] = []
     for seed in range(seeds):
         by_seed.append({k: v for run in runs for k, v in results_of(out, run, seed).items()})
-    references = [{r["backbone"]: r for n, r in found.items() if n.split("/")[0] == against} for found in by_seed]
+    references = [
+        {r["backbone"]: r for n, r in found.items() if n in (against, f"{against}-{r['backbone']}")}
+        for found in by_seed
+    ]
     rows = []
     for name in by_seed[0]:
         each = [found[name] for found in by_seed]

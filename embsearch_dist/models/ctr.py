@@ -16,6 +16,7 @@ from embsearch_dist.dist.context import Context
 from embsearch_dist.dist.sharding import ShardedTables
 from embsearch_dist.models.backbones import Backbone, make_backbone
 from embsearch_dist.models.embeddings import MaxTables, MixedTables
+from embsearch_dist.models.folded import FoldedMLP, can_fold
 from embsearch_dist.models.network import ArchitectureNetwork, read_network
 from embsearch_dist.models.pooled import Pooled
 from embsearch_dist.models.unify import MixedUnify, NoUnify, SupernetUnify
@@ -92,6 +93,7 @@ class SubnetModel(CTRModel):
     def __init__(self, config: Config, allocation: Allocation, context: Context) -> None:
         super().__init__()
         m, seed = config.model, config.run.seed
+        self.folds, self._folded = False, list[FoldedMLP]()  # in a list: no part of the state
         self.tables = MixedTables(allocation, context, config.dist, config.optim, seed, m.init_std)
         widths = self.tables.widths
         with seeded(seed):
@@ -113,7 +115,20 @@ class SubnetModel(CTRModel):
     def forward(self, batch: Batch) -> tuple[torch.Tensor, Pooled]:
         """Logits ``[B]`` and the pooled embeddings (for L2)."""
         pooled = self.tables(batch.sparse)
+        if self.folds and not torch.is_grad_enabled():
+            return self._fold(pooled)(batch.dense, pooled), pooled
         return self.head(batch.dense, pooled), pooled
+
+    def fold(self) -> None:
+        """From now on predict with :class:`FoldedMLP` where the model allows it; for weights that stay as they are."""
+        head = self.bare_head
+        self.folds, self._folded = can_fold(head.unify, head.backbone), []
+
+    def _fold(self, pooled: Pooled) -> FoldedMLP:
+        if not self._folded:
+            head: Any = self.bare_head
+            self._folded.append(FoldedMLP(head.unify, head.backbone, pooled).eval())
+        return self._folded[0]
 
     def flops_per_sample(self) -> float:
         """Multiply-adds times two of the products in the head's forward pass for one row (look-ups have none)."""

@@ -61,6 +61,8 @@ class RoutedModel(nn.Module):
         super().__init__()
         self.router, self.context = router, context
         self.subnets = tuple(models)
+        for model in models:
+            model.fold()
         self._registered = nn.ModuleList(models)
         self._single = not any(f.is_list for f in schema.fields)
 

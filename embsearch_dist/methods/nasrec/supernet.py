@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -37,7 +38,7 @@ class SupernetTask:
         self.l2 = run.config.optim.embedding_l2
         self.warmup = int(search.sampling.warmup * total)
         # Of the whole supernet an evaluation would take as long as an epoch: one small network is watched.
-        self._watched = prune(draw(self.space, "single_operator_single_connection", _generator(self.seed)))
+        self._watched = prune(draw(self.space, "single_operator_single_connection", np.random.default_rng(self.seed)))
         own = {f"search.sampling.{k}": v for k, v in dataclasses.asdict(search.sampling).items()}
         self.settings: dict[str, Any] = {
             "model.init_std": run.config.model.init_std,
@@ -121,9 +122,3 @@ def load_supernet(run: Run) -> SupernetTask:
     task = SupernetTask(run)
     gated.load(run, STAGE, task, best=False)
     return task
-
-
-def _generator(seed: int) -> Any:
-    import numpy as np
-
-    return np.random.default_rng([seed, 0x57A7C4])

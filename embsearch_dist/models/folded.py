@@ -1,0 +1,54 @@
+"""Inference without the transform: its maps are linear, and so is the first layer behind them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from embsearch_dist.models.backbones import Backbone
+from embsearch_dist.models.dense import linear
+from embsearch_dist.models.pooled import Pooled
+from embsearch_dist.models.unify import MixedUnify
+
+
+def can_fold(unify: nn.Module, backbone: nn.Module) -> bool:
+    """Whether maps and first layer make one product: no statistics between them, and no FM, which is not linear."""
+    plain = isinstance(unify, MixedUnify) and unify.norm.kind == "none" and isinstance(backbone, Backbone)
+    return plain and backbone.deep and not backbone.fm and backbone.precision is torch.float32  # type: ignore[union-attr,return-value]
+
+
+class FoldedMLP(nn.Module):
+    """Transform, first layer and linear part of a trained model as one matrix on the embeddings where they lie.
+
+    With ``u_f = M^T e_f + b`` (AdaS&S Eq. 7) and the first layer's columns ``W_f``, ``W_f u_f = (W_f M^T) e_f + W_f b``:
+    a field of width w costs w columns instead of a map and d_f columns.
+
+    Args:
+        unify, backbone: of a trained model; later changes of their weights are not seen.
+        example: any batch's embeddings: they tell where the fields lie.
+    """
+
+    def __init__(self, unify: MixedUnify, backbone: Backbone, example: Pooled) -> None:
+        super().__init__()
+        self.first_width = backbone.first_width
+        whole = torch.cat([backbone.first.weight, backbone.linear.weight]).detach()
+        bias = torch.cat([backbone.first.bias, backbone.linear.bias]).detach().clone()
+        columns, d = example.values.shape[1], backbone.width
+        fill = -len(whole) % 16  # whole vectors, as in the backbone
+        weight = whole.new_zeros(len(whole) + fill, columns)
+        for f, (start, width) in enumerate(zip(example.starts, example.widths, strict=True)):
+            own, j = whole[:, f * d : (f + 1) * d], unify.groups.index(width)
+            weight[: len(whole), start : start + width] = own @ unify.weights[j].detach().T
+            bias += own @ unify.bias[j].detach()
+        dense = nn.functional.pad(whole[:, backbone.fields * d :], (0, 0, 0, fill))
+        self.register_buffer("weight", torch.cat([weight, dense], 1), persistent=False)
+        self.register_buffer("bias", nn.functional.pad(bias, (0, fill)), persistent=False)
+        self.weight: torch.Tensor
+        self.bias: torch.Tensor
+        self.rest = backbone.rest
+
+    def forward(self, dense: torch.Tensor, pooled: Pooled) -> torch.Tensor:
+        """Logits ``[B]``."""
+        x = torch.cat([pooled.values, dense], 1) if dense.shape[1] else pooled.values
+        out = linear(x, self.weight, self.bias)
+        return out[:, self.first_width] + self.rest(out[:, : self.first_width]).squeeze(1)
