@@ -13,5 +13,8 @@ class UserError(Exception):
             another kind, which may have been a passing one.
     """
 
-    everywhere = False
     repeats = True
+
+    def __init__(self, message: str, *, everywhere: bool = False) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere

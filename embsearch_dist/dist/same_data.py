@@ -200,6 +200,4 @@ def _settle(
 
 def _everywhere(text: str) -> UserError:
     """An error that every rank finds by itself, from the same figures."""
-    error = UserError(text)
-    error.everywhere = True
-    return error
+    return UserError(text, everywhere=True)

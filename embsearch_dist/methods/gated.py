@@ -175,12 +175,10 @@ def load(run: Run, stage: str, task: Task, best: bool) -> None:
     mark = run.dir / "stages" / f"{stage}.json"
     mend = f"To train on from the last whole checkpoint, delete {mark} and give the command again"
     if step is None:
-        raise UserError(f"{root} holds no checkpoint of the search. {mend}")
+        raise UserError(f"{root} holds no checkpoint of the {stage}. {mend}")
     try:
         state = checkpointer.load(step, optimizers=False)
     except UserError as e:
-        told = UserError(f"{e}. {mend}")
-        told.everywhere = e.everywhere
-        raise told from e
+        raise UserError(f"{e}. {mend}", everywhere=e.everywhere) from e
     task.load_state(state["task"])
     task.model.eval()

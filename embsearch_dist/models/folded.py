@@ -20,8 +20,8 @@ def can_fold(unify: nn.Module, backbone: nn.Module) -> bool:
 class FoldedMLP(nn.Module):
     """Transform, first layer and linear part of a trained model as one matrix on the embeddings where they lie.
 
-    With ``u_f = M^T e_f + b`` (AdaS&S Eq. 7) and the first layer's columns ``W_f``, ``W_f u_f = (W_f M^T) e_f + W_f b``:
-    a field of width w costs w columns instead of a map and d_f columns.
+    With ``u_f = M^T e_f + b`` (AdaS&S Eq. 7) and the first layer's columns ``W_f`` it is
+    ``W_f u_f = (W_f M^T) e_f + W_f b``: a field of width w costs w columns instead of a map and d_f columns.
 
     Args:
         unify, backbone: of a trained model; later changes of their weights are not seen.

@@ -39,10 +39,8 @@ SPARE_MEMORY = 1.5  # a save in the background wants this many times its copy to
 class SaveError(UserError):
     """A checkpoint could not be written; the ones before are as they were. All ranks raise it alike."""
 
-    everywhere = True
-
     def __init__(self, step: int, text: str) -> None:
-        super().__init__(text)
+        super().__init__(text, everywhere=True)
         self.step = step
 
 

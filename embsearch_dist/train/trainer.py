@@ -251,12 +251,11 @@ class Trainer:
             loss.backward()
         verdict = agree(self.context, loss, [], self._outer, False)
         if verdict.what:
-            error = UserError(
+            raise UserError(
                 f"held-out {verdict.what} is not finite after step {step} on rank {verdict.rank}: stopped before any "
-                "selector was written. Lower its learning rate, or look at the dense columns of the validation split"
+                "selector was written. Lower its learning rate, or look at the dense columns of the validation split",
+                everywhere=True,
             )
-            error.everywhere = True
-            raise error
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -272,12 +271,11 @@ class Trainer:
         kept = self.checkpointer.steps()
         last = f"the last checkpoint is {self.checkpointer.root}/step-{kept[-1]}" if kept else "no checkpoint yet"
         before = f"; {p.skipped} batches were skipped before (skip_bad_batches)" if limit else ""
-        error = UserError(
+        raise UserError(
             f"{text}: stopped before any table was written; {last}{before}. "
-            "Lower --optim.embedding_lr and --optim.dense_lr, or look at the dense columns of that batch"
+            "Lower --optim.embedding_lr and --optim.dense_lr, or look at the dense columns of that batch",
+            everywhere=True,
         )
-        error.everywhere = True
-        raise error
 
     def _log(self, loss: float, rate: float) -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

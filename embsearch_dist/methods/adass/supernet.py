@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +11,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from embsearch_dist.config import SAFETY_KEYS
 from embsearch_dist.data.batch import Batch
 from embsearch_dist.dist.statistics import column_sums
-from embsearch_dist.errors import UserError
+from embsearch_dist.methods import gated
 from embsearch_dist.methods.adass.config import AdassConfig
 from embsearch_dist.methods.adass.sampling import Sampler, candidate_variance
 from embsearch_dist.methods.base import Run, Stage
 from embsearch_dist.models.ctr import SupernetModel
 from embsearch_dist.models.pooled import Pooled
-from embsearch_dist.train.checkpoint import Checkpointer
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.trainer import Trainer
 
@@ -138,12 +136,8 @@ class SupernetStage(Stage):
                 f"supernet: {len(run.schema.fields)} fields x candidates {search.candidates}, {search.scheme} scheme, "
                 f"{search.sampling.mode} sampling, {task.model.sharded.context.world_size} rank(s)"
             )
-            root, optim = checkpoint_root(run), run.config.optim
+            root, optim = gated.checkpoint_root(run, self.name), run.config.optim
             Trainer(task, search.supernet, optim, training, validation, run.context, monitor, root).fit()
-
-
-def checkpoint_root(run: Run) -> Path:
-    return run.dir / "checkpoints" / SupernetStage.name
 
 
 def load_supernet(run: Run) -> SupernetTask:
@@ -153,19 +147,5 @@ def load_supernet(run: Run) -> SupernetTask:
         UserError: they are missing or damaged. An older checkpoint would be another supernet, so none is taken.
     """
     task = SupernetTask(run)
-    root, schema = checkpoint_root(run), run.schema.fingerprint
-    checkpointer = Checkpointer(root, task.model, None, run.context, schema=schema)
-    last = checkpointer.newest()
-    mark = run.dir / "stages" / f"{SupernetStage.name}.json"
-    mend = f"To train on from the last whole checkpoint, delete {mark} and give the command again"
-    if last is None:
-        raise UserError(f"{root} holds no checkpoint of the supernet. {mend}")
-    try:
-        state = checkpointer.load(last, optimizers=False)
-    except UserError as e:
-        told = UserError(f"{e}. {mend}")
-        told.everywhere = e.everywhere
-        raise told from e
-    task.load_state(state["task"])
-    task.model.eval()
+    gated.load(run, SupernetStage.name, task, best=False)
     return task

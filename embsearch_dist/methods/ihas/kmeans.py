@@ -309,9 +309,8 @@ def _check(seen: float, loss: float) -> None:
 
 
 def _not_finite() -> UserError:
-    error = UserError(
+    return UserError(
         "the rows to cluster hold NaN or infinity: the embeddings of the search have diverged; search again with "
-        "lower learning rates"
+        "lower learning rates",
+        everywhere=True,
     )
-    error.everywhere = True
-    return error
