@@ -62,6 +62,8 @@ def main(argv: Sequence[str]) -> None:
         schema = open_data(config, context)
         with context.together("reading the allocation"):
             name, found = read_result(plain.get("allocation", ""), run_dir, schema)
+        if config.model.architecture and name.startswith("ues-"):
+            name = f"nasrec-{name}"  # not the uniform baseline: a found network stands behind its tables
         name = plain.get("name", name)
         if config.run.seed != base.run.seed:
             name += f"-seed{config.run.seed}"

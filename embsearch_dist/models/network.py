@@ -156,7 +156,7 @@ def read_network(path: str, fields: int, width: int, dense: int) -> Architecture
     if space.width != width:
         raise UserError(
             f"{path}: its space has embeddings of width {space.width}, and here they come with {width}. "
-            f"Set --model.unified_width {space.width}, or --model.unify mixed and --allocation ues-{space.width}"
+            f"Set --model.unify always and --model.unified_width {space.width}, or --allocation ues-{space.width}"
         )
     return ArchitectureNetwork(architecture, space, fields, dense)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from embsearch_dist.report import groups, history, sections
+from embsearch_dist.report import architectures, groups, history, sections
 from embsearch_dist.report.page import page
 from embsearch_dist.report.runs import load_runs
 from embsearch_dist.report.summary import compare, headline
@@ -34,18 +34,21 @@ def write_report(run_dirs: Sequence[Path | str], out: Path | str | None = None) 
         sections.results(comparison),
         sections.allocation(runs, directory),
         groups.found(runs, directory),
+        architectures.found(runs, directory),
+        architectures.trade_off(runs, comparison, directory),
         sections.pareto(runs, comparison, directory),
         sections.planted(runs, directory),
         sections.stability(runs, directory),
         history.learning(runs, directory),
         history.search(runs, directory),
+        architectures.search(runs, directory),
         groups.gates(runs, directory),
         history.heatmaps(runs, directory),
         sections.origin(runs),
     ]
     title = f"embsearch_dist report: {', '.join(r.label for r in runs)}"
-    sentences = headline(runs, comparison)
-    if comparison is None and not any(r.widths for r in runs):
+    sentences = architectures.headline(runs, comparison) or headline(runs, comparison)
+    if comparison is None and not any(r.widths or r.by_network for r in runs):
         sentences = [groups.headline(runs) or sentences[0]]
     html = page(title, sentences, [p for p in parts if p is not None])
     target = directory / "index.html"

@@ -63,7 +63,8 @@ def learning(runs: Sequence[Run], directory: Path) -> Section:
         panels = _training_panels(labelled, stage)
         if panels:
             image = render(f"curves-{_slug(stage)}", partial(plots.curves, panels=panels), directory)
-            body += f"<h3>{escape(stage)}</h3>" + page.picture(image, _curve_caption(stage), f"Curves of {stage}")
+            caption = _curve_caption(stage, any(r.by_network for r in runs))
+            body += f"<h3>{escape(stage)}</h3>" + page.picture(image, caption, f"Curves of {stage}")
     names = list(dict.fromkeys(x.name for r in runs for x in r.retrains))
     found = [n for n in names if not n.lower().startswith(("ues", "uniform"))]
     grouped = [(x.name, found.index(x.name) if x.name in found else -1, x.metrics) for r in runs for x in r.retrains]
@@ -71,7 +72,7 @@ def learning(runs: Sequence[Run], directory: Path) -> Section:
     if panels:
         image = render("curves-retrain", partial(plots.curves, panels=panels), directory)
         caption = (
-            "Training of the final models from scratch: one line per run, runs of one allocation in one colour, "
+            "Training of the final models from scratch: one line per run, runs of one name in one colour, "
             "uniform "
             "widths in grey. Validation curves that turn (AUC falls, logloss rises) show overfitting."
         )
@@ -81,7 +82,7 @@ def learning(runs: Sequence[Run], directory: Path) -> Section:
 
 
 def search(runs: Sequence[Run], directory: Path) -> Section | None:
-    """Curves of the search itself; None where it chose by instances, without a policy."""
+    """Curves of the search itself; None where it chose by instances or for networks, without a policy."""
     title = "Search"
     panels: list[tuple[str, str, list[Curve]]] = []
     for name, unit, keys in SEARCH_CURVES:
@@ -94,7 +95,7 @@ def search(runs: Sequence[Run], directory: Path) -> Section | None:
         if lines:
             panels.append((name, unit, lines))
     if not panels:
-        if any(r.by_instance for r in runs):
+        if any(r.by_instance or r.by_network for r in runs):
             return None
         text = (
             "No search curves: metrics.jsonl has no line of stage 'search' (written while search.py runs that stage)."
@@ -116,7 +117,7 @@ def heatmaps(runs: Sequence[Run], directory: Path) -> Section | None:
     title = "Probabilities over time"
     run = next((r for r in runs if not all(map(groups.elsewhere, r.heatmaps))), None)
     if run is None:
-        if any(r.heatmaps for r in runs):
+        if any(r.heatmaps or r.by_network for r in runs):
             return None
         return Section("heatmaps", title, page.missing(absent("heatmaps.jsonl")))
     body = page.paragraph(f"Shown for {run.label}.", "note") if len(runs) > 1 else ""
@@ -156,7 +157,13 @@ def _training_panels(
     return panels
 
 
-def _curve_caption(stage: str) -> str:
+def _curve_caption(stage: str, networks: bool) -> str:
+    if stage == "supernet" and networks:
+        return (
+            "Training of the supernet, the one model that holds the weights of every network. Its loss is noisy "
+            "because each step trains another network, at first often all at once; the bold line is the running "
+            "median. On validation data one small network is watched, so its quality is not that of the result."
+        )
     if stage == "supernet":
         return (
             "Training of the supernet, the one model that holds every candidate width. Its loss is noisy because "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from embsearch_dist.allocation import Allocation
+from embsearch_dist.architecture.architecture import FORMAT, KIND, Architecture, read_architecture
+from embsearch_dist.architecture.canonical import key
+from embsearch_dist.architecture.space import Space
+from embsearch_dist.architecture.space import load as load_architecture
 from embsearch_dist.errors import UserError
 from embsearch_dist.grouped import GROUPS, GroupedAllocation
 from embsearch_dist.schema import Schema, read_json
@@ -24,7 +29,8 @@ FILES = {
     "search/pareto.json": "the trade-off between size and quality among the scored subnets",
     "retrain": "retrained models and their test results",
 }
-OPTIONAL = ("truth.json", "stability.json", "evaluation.json", GROUPS)
+NETWORK, SCORED = "architecture.json", "evolution.json"  # of a search for networks: its result, all it scored
+OPTIONAL = ("truth.json", "stability.json", "evaluation.json", GROUPS, NETWORK, SCORED)
 BY_INSTANCE = ("gates", "groups", "controller")  # stages of searches by instances
 BY_OTHER_ROUTER = "evaluation-fields.json"  # a routed model's result with a router that is not the search's
 _SEED = re.compile(r"[-_]seed[-_]?(\d+)$")
@@ -35,6 +41,7 @@ class Result:
     """One ``evaluation.json``: a retrained model measured on held-out data.
 
     ``groups`` and ``router`` are those of a routed result: a model per group, and what sends a row to one.
+    ``network`` is the key of the architecture behind the tables, where one was; ``rank`` its place in its search.
     """
 
     name: str
@@ -45,6 +52,9 @@ class Result:
     source: Path
     groups: list[dict[str, Any]] = field(default_factory=list)
     router: dict[str, Any] = field(default_factory=dict)
+    backbone: str = ""
+    network: str | None = None
+    rank: int | None = None
 
 
 @dataclass
@@ -53,6 +63,45 @@ class Group:
 
     rows: dict[str, int]
     widths: dict[str, int]
+
+
+@dataclass
+class Network:
+    """An architecture and what its search wrote down about it; nothing for one that a person wrote.
+
+    ``logloss`` is that on validation rows with the supernet's weights, ``fitness`` what the search minimised;
+    ``flops`` and ``parameters`` are those of the dense part. ``generation`` 0 is the random start.
+    """
+
+    architecture: Architecture
+    key: str
+    numbers: dict[str, float]
+
+    def number(self, name: str) -> float:
+        return self.numbers.get(name, math.nan)
+
+
+@dataclass
+class Evolution:
+    """All that a search for networks scored, in order.
+
+    Attributes:
+        alive: the last so many are the population.
+        done: generations scored, the random start counted.
+        settings: of the search: its sections evolution and scoring, and the space.
+    """
+
+    scored: list[Network]
+    alive: int
+    done: int
+    settings: dict[str, Any]
+
+    def setting(self, name: str, default: Any) -> Any:
+        return (self.settings.get("evolution") or {}).get(name, default)
+
+    @property
+    def over(self) -> bool:
+        return self.done > int(self.setting("generations", 0))
 
 
 @dataclass
@@ -74,6 +123,9 @@ class Run:
     schema: Schema | None = None
     widths: dict[str, int] | None = None
     groups: list[Group] = field(default_factory=list)
+    space: Space | None = None
+    networks: list[Network] = field(default_factory=list)
+    evolution: Evolution | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     heatmaps: list[dict[str, Any]] = field(default_factory=list)
@@ -89,6 +141,12 @@ class Run:
     def by_instance(self) -> bool:
         """Whether the search chose by rows: then there is no policy, and no subnet was scored."""
         return bool(self.groups) or any(line.get("stage") in BY_INSTANCE for line in self.metrics)
+
+    @property
+    def by_network(self) -> bool:
+        """Whether the search is one for networks; ``networks`` are the best it left, best first, once it is over."""
+        named = self.config is not None and re.search(r"^method: *nasrec\b", self.config, re.MULTILINE) is not None
+        return bool(self.networks) or self.evolution is not None or (named and self.widths is None)
 
 
 def load_runs(directories: Sequence[Path | str]) -> list[Run]:
@@ -132,10 +190,13 @@ def load_run(directory: Path) -> Run:
         run.schema = Schema.load(directory)
     _load_allocation(run)
     _load_groups(run)
+    _load_networks(run)
     run.metrics, bad = _read_lines(directory / "metrics.jsonl")
     run.heatmaps, bad_maps = _read_lines(directory / "heatmaps.jsonl")
     run.skipped_lines = bad + bad_maps
     never = ["search/pareto.json"] * run.by_instance
+    if run.by_network:
+        never += ["allocation.json", "search/pareto.json", "heatmaps.jsonl"]
     if run.groups or any(line.get("stage") == "controller" for line in run.metrics):
         never.append("allocation.json")  # groups have widths of their own; a controller weighs, and chooses none
     run.missing = [name for name in run.missing if name not in never]
@@ -210,6 +271,38 @@ def _load_groups(run: Run) -> None:
     run.provenance = run.provenance or provenance
 
 
+def _load_networks(run: Run) -> None:
+    path = run.path / SCORED
+    if path.exists():
+        body = read_json(path)
+        try:
+            scored = [_network(b, {"blocks": b["blocks"], "format": FORMAT, "kind": KIND}, path) for b in body["seen"]]
+            run.evolution = Evolution(scored, len(body["population"]), int(body["generation"]), dict(body["signature"]))
+        except (KeyError, TypeError, ValueError) as e:
+            raise UserError(f"{path}: not the state of a search ({e!r}). Run search.py again") from e
+    path = run.path / NETWORK
+    if path.exists():
+        _, run.space = load_architecture(path)
+        bodies = {path: read_architecture(path)}
+        provenance = bodies[path].get("provenance", {})
+        run.provenance = run.provenance or {k: provenance[k] for k in ("method", "name", "seed") if k in provenance}
+        ranked = sorted((run.path / "architectures").glob("rank-*.json"), key=lambda p: (len(p.name), p.name))
+        bodies = {p: read_architecture(p) for p in ranked} or bodies
+        run.networks = [_network(b.get("provenance", {}), b, p) for p, b in bodies.items()]
+        known = {n.key: n for n in (run.evolution.scored if run.evolution else ())}
+        run.networks = [known.get(n.key, n) for n in run.networks]
+        if run.widths is not None and set(run.widths.values()) == {run.space.width}:
+            run.widths = None  # the tables of a network: nobody searched their widths
+    elif run.evolution is not None and "space" in run.evolution.settings:
+        run.space = Space.from_json(run.evolution.settings["space"], str(run.path / SCORED))
+
+
+def _network(numbers: dict[str, Any], body: dict[str, Any], path: Path) -> Network:
+    architecture = Architecture.from_json(body, str(path))
+    kept = {k: float(v) for k, v in numbers.items() if isinstance(v, int | float)}
+    return Network(architecture, str(numbers.get("key") or key(architecture)), kept)
+
+
 def _load_result(run: Run, directory: Path, file: str = "evaluation.json") -> Result | None:
     path = directory / file
     body = _optional(path)
@@ -229,6 +322,11 @@ def _load_result(run: Run, directory: Path, file: str = "evaluation.json") -> Re
         named += f" (router: {router.get('kind', 'fields')})"
     widths = _whole(body.get("widths") or {})
     result = Result(named, str(body.get("split", "test")), seed, numbers, widths, path, groups, router)
+    result.backbone = str(body.get("backbone") or "")
+    if (directory / NETWORK).exists() and result.backbone in ("", "nasrec"):
+        result.network = key(Architecture.load(directory / NETWORK))
+        ranks = {n.key: rank for rank, n in enumerate(run.networks, 1)}
+        result.rank = ranks.get(result.network)
     run.results.append(result)
     return result
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from embsearch_dist.report import groups, maps, page, plots
+from embsearch_dist.report import architectures, groups, maps, page, plots
 from embsearch_dist.report.page import Cell, Section
 from embsearch_dist.report.runs import FILES, Run
 from embsearch_dist.report.style import render
@@ -30,21 +30,30 @@ def results(comparison: Comparison | None) -> Section:
         return Section("results", "Results", page.missing(text))
     base = comparison.baseline
     against = display_name(base) if base else "baseline"
+    networks = architectures.any_network(comparison)
     quality, size = [], []
     for row in comparison.rows:
         css = "base" if base is not None and row.name == base.name else "found" if row.name in comparison.found else ""
-        quality.append((css, _quality_cells(row, comparison)))
+        first, *others = _quality_cells(row, comparison)
+        quality.append((css, [first, *[Cell(architectures.behind(row), css="text")] * networks, *others]))
         size.append((css, _size_cells(row)))
     auc = f"AUC ({comparison.split})"
-    tables = page.table(["Widths", auc, f"AUC minus {against}", "Logloss", "P-R vs UES-32", "Runs (seeds)"], quality)
+    head = ["Model", "Network"] if networks else ["Widths"]
+    columns = [*head, auc, f"AUC minus {against}", "Logloss", "P-R vs UES-32", "Runs (seeds)"]
+    tables = page.table(columns, quality, (1,) if networks else ())
     tables += page.table(
-        ["Widths", "Embedding parameters", "Embedding bytes", "Dense parameters", "FLOPs per sample", "Samples/s"], size
+        [head[0], "Embedding parameters", "Embedding bytes", "Dense parameters", "FLOPs per sample", "Samples/s"], size
     )
     note = (
         "AUC: probability that a clicked sample scores above an unclicked one, higher is better; in click prediction "
         "0.001 is commonly taken as worth having. Logloss: lower is better. P-R: share of embedding parameters saved "
         "against width 32 for every field. UES-n: uniform width n. "
     )
+    if networks:
+        note += (
+            "Network: what stands behind the tables; the search chose that of rank 1, and no widths. To see what it is "
+            "worth, compare it with another one behind tables of the same width. "
+        )
     if any(len(r.results) > 1 for r in comparison.rows):
         note += "Numbers are means over runs, plus or minus one standard deviation; AUC differences are paired by seed "
         note += "where both sides have the same seeds. "
@@ -90,11 +99,13 @@ def allocation(runs: Sequence[Run], directory: Path) -> Section | None:
 
 
 def pareto(runs: Sequence[Run], comparison: Comparison | None, directory: Path) -> Section | None:
-    """Size against quality; None where a search by instances has scored no subnets."""
+    """Size against quality; None where a search by instances has scored no subnets, or no run searched widths."""
     title = "Size against quality"
     source = next((r for r in runs if r.pareto), None)
     body = source.pareto if source is not None and source.pareto is not None else {}
     points, scored = body.get("points", []), body.get("scored", [])
+    if all(r.by_network for r in runs):
+        return None
     measured = comparison is not None and any(r.parameters for r in comparison.rows)
     if not points and not scored and not measured:
         if any(r.by_instance for r in runs):
@@ -134,6 +145,8 @@ def planted(runs: Sequence[Run], directory: Path) -> Section | None:
     widths = [r.widths for r in runs if r.widths is not None]
     if not widths and any(r.groups for r in runs):
         return _planted_in_groups(runs, run.truth, directory)
+    if not widths and any(r.by_network for r in runs):
+        return None
     if not widths:
         return Section("truth", title, page.missing("truth.json is there, but no allocation.json to compare it with."))
     rhos = [planted_correlation(w, ranks) for w in widths]
