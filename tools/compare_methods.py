@@ -181,7 +181,9 @@ def draw(rows: list[dict[str, Any]], against: str, path: Path) -> None:
     panels = [[r for r in reversed(rows) if r["backbone"] == b] for b in backbones]
     with matplotlib.rc_context({"font.size": 9}):
         figure = Figure(figsize=(8, 1.0 + 0.28 * len(rows) + 0.6 * len(backbones)), dpi=150, layout="constrained")
-        axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=[len(p) + 1 for p in panels])[:, 0]
+        axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=[len(p) + 1 for p in panels])[
+            :, 0
+        ]
         for axis, backbone, panel in zip(axes, backbones, panels, strict=True):
             for place, row in enumerate(panel):
                 colour = "tab:orange" if row["name"].startswith(against) else "tab:blue"
