@@ -162,6 +162,8 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path}: no such file") from e
     except json.JSONDecodeError as e:
         raise UserError(f"{path}, line {e.lineno}: not valid JSON ({e.msg})") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not a text file ({e.reason} at byte {e.start})") from e
     if not isinstance(body, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(body).__name__}")
     return body

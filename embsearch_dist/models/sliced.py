@@ -19,7 +19,6 @@ from embsearch_dist.architecture.space import Space
 from embsearch_dist.config import Config, OptimConfig
 from embsearch_dist.data.batch import Batch
 from embsearch_dist.dist.context import Context
-from embsearch_dist.errors import UserError
 from embsearch_dist.models.ctr import CTRModel, seeded
 from embsearch_dist.models.embeddings import MixedTables
 from embsearch_dist.models.network import features, head
@@ -151,10 +150,8 @@ class ArchitectureSupernet(CTRModel):
 
     def make_optimizer(self, optim: OptimConfig, outer_lr: float = 0.0) -> torch.optim.Optimizer:
         """:class:`SliceAdagrad`; the moments of Adam would age in slices that are not used."""
-        if optim.dense != "adagrad":
-            raise UserError(f"config key optim.dense: a supernet of slices needs adagrad, got {optim.dense}")
-        if optim.weight_decay:
-            raise UserError("config key optim.weight_decay: must be 0 for a supernet of slices")
+        if optim.dense != "adagrad" or optim.weight_decay:
+            raise ValueError("a supernet of slices needs optim.dense adagrad without weight decay")
         return SliceAdagrad(self.head, optim.dense_lr, optim.dense_eps)
 
     def after_backward(self) -> list[torch.Tensor]:

@@ -86,7 +86,7 @@ class NASRecConfig:
 
     def check(self) -> None:
         require(bool(self.name) and "/" not in self.name, "search.name", f"must be a plain word, got {self.name!r}")
-        self.space.make()
+        self.space.check()
         self.sampling.check()
         self.supernet.check("search.supernet")
         self.scoring.check()

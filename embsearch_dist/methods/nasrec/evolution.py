@@ -5,6 +5,7 @@ Every draw depends on the seed and the generation alone, so a search that was ki
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from embsearch_dist.architecture.architecture import FORMAT, KIND, Architecture
 from embsearch_dist.architecture.canonical import key
 from embsearch_dist.architecture.sampling import draw, mutate, mutations_at
-from embsearch_dist.architecture.space import Space
+from embsearch_dist.architecture.space import Space, check
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.nasrec.config import EvolutionConfig
 from embsearch_dist.methods.nasrec.scoring import Score
@@ -44,7 +45,10 @@ class Candidate:
         UserError: a key is missing or a block is wrong; names ``where``.
         """
         try:
-            score = Score(*(body[k] for k in ("logloss", "flops", "parameters", "latency")))
+            figures = [body[k] for k in ("logloss", "flops", "parameters", "latency", "fitness", "generation")]
+            if not all(isinstance(f, int | float) and math.isfinite(f) for f in figures):
+                raise TypeError(f"figures that are no numbers: {figures}")
+            score = Score(*figures[:4])
             blocks = {"format": FORMAT, "kind": KIND, "blocks": body["blocks"]}
             found = Architecture.from_json(blocks, where)
             return cls(found, body["key"], body["generation"], score, body["fitness"])
@@ -141,5 +145,9 @@ class Evolution:
         try:
             self.generation, self.population = int(body["generation"]), [int(p) for p in body["population"]]
             self.seen = [Candidate.from_json(c, where) for c in body["seen"]]
+            if not all(0 <= place < len(self.seen) for place in self.population):
+                raise ValueError("the population has members that were never scored")
+            for candidate in self.seen:
+                check(self.space, candidate.architecture, searched=True, where=where)
         except (KeyError, TypeError, ValueError) as e:
             raise UserError(f"{where}: not the state of a search ({e!r}). Delete it to search anew") from e

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from embsearch_dist.methods.base import Method, Stage
+from embsearch_dist.errors import UserError
+from embsearch_dist.methods.base import Method, Run, Stage
 from embsearch_dist.methods.nasrec.config import NASRecConfig
 from embsearch_dist.methods.nasrec.searching import EvolutionStage
 from embsearch_dist.methods.nasrec.supernet import SupernetStage
@@ -12,6 +13,13 @@ class NASRec(Method):
     """Supernet, then evolution; the result is an architecture for uniform tables."""
 
     config = NASRecConfig
+
+    def check(self, run: Run) -> None:
+        optim = run.config.optim
+        if optim.dense != "adagrad":
+            raise UserError(f"config key optim.dense: a supernet of slices needs adagrad, got {optim.dense}")
+        if optim.weight_decay:
+            raise UserError("config key optim.weight_decay: must be 0 for a supernet of slices")
 
     def stages(self) -> list[Stage]:
         return [SupernetStage(), EvolutionStage()]

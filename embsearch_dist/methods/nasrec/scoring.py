@@ -80,8 +80,10 @@ class Scorer:
         for batch in run.stream(split, batch_size, shuffle=split == "train").epoch(0):
             b = batch.to(self.context.device)
             u = self.task.model.embed(b)
-            parts.append((_all(b.dense, self.context), _all(u, self.context), _all(b.label, self.context)))
-            found += len(parts[-1][2])
+            u, label = _all(u, self.context), _all(b.label, self.context)
+            dense = _all(b.dense, self.context) if b.dense.shape[1] else u.new_zeros(len(label), 0)
+            parts.append((dense, u, label))
+            found += len(label)
             if rows and found >= rows:
                 break
         if not parts:

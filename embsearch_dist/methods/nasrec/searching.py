@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from embsearch_dist.architecture.architecture import Architecture
-from embsearch_dist.methods.base import Run, Stage
+from embsearch_dist.methods.base import Run, Stage, flatten
 from embsearch_dist.methods.nasrec.config import NASRecConfig
 from embsearch_dist.methods.nasrec.evolution import Candidate, Evolution
 from embsearch_dist.methods.nasrec.scoring import Score, Scorer
@@ -41,6 +42,7 @@ class EvolutionStage(Stage):
         if body:
             evolution.load_json(body, str(path))
         with Monitor(run.dir, self.name, run.context.rank) as monitor:
+            monitor.resume_at(evolution.generation - 1)
             if body:
                 monitor.say(f"continuing with generation {evolution.generation} ({len(evolution.seen):,} scored)")
             self._search(run, evolution, monitor)
@@ -50,7 +52,8 @@ class EvolutionStage(Stage):
         """What a search under way depends on."""
         search: NASRecConfig = run.config.search
         own = {"scoring": dataclasses.asdict(search.scoring), "evolution": dataclasses.asdict(search.evolution)}
-        return {**own, "space": search.space.make().to_json(), "seed": run.config.run.seed}
+        supernet = json.dumps(flatten(SupernetStage().inputs(run)), sort_keys=True, default=str)
+        return {**own, "space": search.space.make().to_json(), "supernet": supernet}
 
     def _search(self, run: Run, evolution: Evolution, monitor: Monitor) -> None:
         if evolution.over:
@@ -62,8 +65,6 @@ class EvolutionStage(Stage):
                 proposed = evolution.propose()
                 scores = self._score(run, scorer, [a for a, _ in proposed])
                 evolution.record(proposed, scores)
-                state = {"signature": self.signature(run), **evolution.to_json()}
-                run.context.first("saving the search", lambda s=state: write_json(run.dir / HISTORY, s))  # type: ignore[misc]
                 alive = [evolution.seen[i] for i in evolution.population]
                 values = {
                     "best": evolution.best(1)[0].fitness,
@@ -71,7 +72,10 @@ class EvolutionStage(Stage):
                     "population_best": min(x.fitness for x in alive),
                     "flops_mean": statistics.fmean(x.score.flops for x in alive),
                 }
+                # Before the state: of a generation that is not saved a continued search drops the line again.
                 monitor.scalars(evolution.generation - 1, values)
+                state = {"signature": self.signature(run), **evolution.to_json()}
+                run.context.first("saving the search", lambda s=state: write_json(run.dir / HISTORY, s))  # type: ignore[misc]
                 bar.update(len(proposed), loss=values["best"])
 
     def _score(self, run: Run, scorer: Scorer, architectures: Sequence[Architecture]) -> list[Score]:
