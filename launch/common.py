@@ -14,6 +14,7 @@ from typing import Any
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.architecture.architecture import read_architecture
+from embsearch_dist.architecture.canonical import key
 from embsearch_dist.architecture.space import load as load_architecture
 from embsearch_dist.config import SAFETY_KEYS, Config, describe, load_config, nearest
 from embsearch_dist.dist.context import Context, group_was_opened
@@ -24,6 +25,7 @@ from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.ihas.router import ROUTER
 from embsearch_dist.methods.nasrec.searching import RESULT
+from embsearch_dist.models.network import check_width
 from embsearch_dist.schema import Schema
 from embsearch_dist.train import signals
 
@@ -148,18 +150,26 @@ def open_run_directory(config: Config, schema: Schema, directory: Path) -> None:
 
 def open_retraining(config: Config, schema: Schema, found: Allocation | GroupedAllocation, directory: Path) -> None:
     """The sub-run's directory; a training of another allocation or config under that name is an error."""
+    network = ""
+    if config.model.architecture:
+        architecture, space = load_architecture(config.model.architecture)
+        network = key(architecture)
+        for widths in ({w for w in part.values() if w} for part in _widths(found)):
+            one = config.model.unify == "mixed" and len(widths) == 1
+            check_width(config.model.architecture, space, widths.pop() if one else config.model.unified_width)
     kinds: dict[str, type[Allocation | GroupedAllocation]] = {"allocation.json": Allocation, GROUPS: GroupedAllocation}
     for file, kind in kinds.items():
         if (directory / file).exists() and not config.run.overwrite:
             same = isinstance(found, kind) and _widths(kind.load(directory / file, schema)) == _widths(found)
             # Read as a config: one of an older version lacks keys that have been added since.
-            if not same or lasting(read_config(directory / "config.yaml", [])) != lasting(config):
+            kept = key(load_architecture(directory / RESULT)[0]) if (directory / RESULT).exists() else ""
+            if not same or kept != network or lasting(read_config(directory / "config.yaml", [])) != lasting(config):
                 raise UserError(
                     f"{directory} holds another training; give --name, or --run.overwrite true to replace it"
                 )
     open_run_directory(config, schema, directory)
     found.save(directory / ("allocation.json" if isinstance(found, Allocation) else GROUPS))
-    if config.model.architecture:
+    if network and not (directory / RESULT).exists():
         shutil.copy(config.model.architecture, directory / RESULT)
 
 

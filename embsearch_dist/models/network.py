@@ -153,12 +153,17 @@ def read_network(path: str, fields: int, width: int, dense: int) -> Architecture
         UserError: the file is missing or wrong, or its space has another width.
     """
     architecture, space = load(path)
+    check_width(path, space, width)
+    return ArchitectureNetwork(architecture, space, fields, dense)
+
+
+def check_width(path: str, space: Space, width: int) -> None:
+    """Refuse embeddings of another width than the space's."""
     if space.width != width:
         raise UserError(
             f"{path}: its space has embeddings of width {space.width}, and here they come with {width}. "
             f"Set --model.unify always and --model.unified_width {space.width}, or --allocation ues-{space.width}"
         )
-    return ArchitectureNetwork(architecture, space, fields, dense)
 
 
 class ArchitectureNetwork(nn.Module):

@@ -245,10 +245,6 @@ def test_a_training_survives_a_search_that_found_something_else(run: Path, run_s
     assert json.loads(shown.stdout)["auc"] == before["auc"]
 
 
-def body_of(run: Path) -> dict[str, Any]:
-    return dict(json.loads((run / "architecture.json").read_text()))
-
-
 def with_block(number: int, **changes: object) -> Callable[[dict[str, Any]], None]:
     return lambda body: body["blocks"][number - 1].update(changes)
 
@@ -325,7 +321,7 @@ def refused(unbroken: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     Allocation(Schema.load(run), MIXED).save(run / "mixed.json")
     commands: dict[str, list[str]] = {}
     for name, (change, _) in BAD_FILES.items():
-        body = body_of(run)
+        body = json.loads((run / "architecture.json").read_text())
         change(body)
         (folder / f"{name}.json").write_text(json.dumps(body))
     for name, content in UNREADABLE.items():
