@@ -167,10 +167,12 @@ def open_retraining(config: Config, schema: Schema, found: Allocation | GroupedA
                 raise UserError(
                     f"{directory} holds another training; give --name, or --run.overwrite true to replace it"
                 )
+    # Read now: it may lie in the directory that is about to be emptied.
+    text = Path(config.model.architecture).read_text() if network else ""
     open_run_directory(config, schema, directory)
     found.save(directory / ("allocation.json" if isinstance(found, Allocation) else GROUPS))
     if network and not (directory / RESULT).exists():
-        shutil.copy(config.model.architecture, directory / RESULT)
+        (directory / RESULT).write_text(text)
 
 
 def _widths(found: Allocation | GroupedAllocation) -> list[dict[str, int]]:

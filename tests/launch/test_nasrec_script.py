@@ -139,10 +139,8 @@ def kill_when(process: BaseProcess, come: Callable[[], bool], folder: Path) -> N
 
 
 def state(run: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((run / "evolution.json").read_text()))
-    except FileNotFoundError:
-        return {"generation": 0, "seen": []}
+    path = run / "evolution.json"
+    return dict(json.loads(path.read_text())) if path.exists() else {"generation": 0, "seen": []}
 
 
 def test_a_search_killed_twice_ends_as_the_unbroken_one(
@@ -228,8 +226,10 @@ def test_another_architecture_under_another_name(run: Path, run_script: Callable
     kept = load_architecture(own / "architecture.json")[0]
     assert key(kept) == key(architecture) != key(load_architecture(run / "architecture.json")[0])
     second.unlink()
-    shown = run_script("evaluate.py", "--run", own)
-    assert json.loads(shown.stdout)["auc"] == result["auc"]
+    assert json.loads(run_script("evaluate.py", "--run", own).stdout)["auc"] == result["auc"]
+    words[4] = own / "architecture.json"  # what is left of it, which overwriting must not delete first
+    run_script(*words, "--run.overwrite", True, "--train.steps", 1)
+    assert key(load_architecture(own / "architecture.json")[0]) == key(architecture)
 
 
 def test_a_training_survives_a_search_that_found_something_else(run: Path, run_script: Callable) -> None:
