@@ -60,9 +60,10 @@ def main() -> None:
     run_all(chains, args.out / "logs", args.jobs)
     rows = summarise(args.out, runs, args.seeds, against)
     (args.out / "comparison.json").write_text(json.dumps(rows, indent=2) + "\n")
-    (args.out / "comparison.md").write_text(table(rows, against))
+    text = table(rows, against)
+    (args.out / "comparison.md").write_text(text)
     draw(rows, against, args.out / "comparison.png")
-    print(table(rows, against))
+    print(text)
 
 
 def read_plan(path: Path, only: list[str]) -> tuple[str, list[Planned]]:

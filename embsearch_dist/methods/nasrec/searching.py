@@ -37,15 +37,15 @@ class EvolutionStage(Stage):
     def run(self, run: Run) -> None:
         search: NASRecConfig = run.config.search
         evolution = Evolution(search.space.make(), search.evolution, run.config.run.seed)
-        path = run.dir / HISTORY
-        body = run.context.share(run.context.first("reading the search", lambda: _read(path, self.signature(run))))
+        path, signature = run.dir / HISTORY, self.signature(run)
+        body = run.context.share(run.context.first("reading the search", lambda: _read(path, signature)))
         if body:
             evolution.load_json(body, str(path))
         with Monitor(run.dir, self.name, run.context.rank) as monitor:
             monitor.resume_at(evolution.generation - 1)
             if body:
                 monitor.say(f"continuing with generation {evolution.generation} ({len(evolution.seen):,} scored)")
-            self._search(run, evolution, monitor)
+            self._search(run, evolution, monitor, signature)
             self._leave(run, evolution, monitor)
 
     def signature(self, run: Run) -> dict[str, Any]:
@@ -55,7 +55,7 @@ class EvolutionStage(Stage):
         supernet = json.dumps(flatten(SupernetStage().inputs(run)), sort_keys=True, default=str)
         return {**own, "space": search.space.make().to_json(), "supernet": supernet}
 
-    def _search(self, run: Run, evolution: Evolution, monitor: Monitor) -> None:
+    def _search(self, run: Run, evolution: Evolution, monitor: Monitor, signature: dict[str, Any]) -> None:
         if evolution.over:
             return
         scorer, c = Scorer(run), evolution.config
@@ -74,7 +74,7 @@ class EvolutionStage(Stage):
                 }
                 # Before the state: of a generation that is not saved a continued search drops the line again.
                 monitor.scalars(evolution.generation - 1, values)
-                state = {"signature": self.signature(run), **evolution.to_json()}
+                state = {"signature": signature, **evolution.to_json()}
                 run.context.first("saving the search", lambda s=state: write_json(run.dir / HISTORY, s))  # type: ignore[misc]
                 bar.update(len(proposed), loss=values["best"])
 
