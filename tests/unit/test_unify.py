@@ -174,4 +174,5 @@ def test_reading_columns_in_place_equals_the_batched_product(norm: str, starts: 
     assert not found[0][0][:, 2].any()
     for a, b in zip(*found, strict=True):
         assert a is not None
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        # A sum that cancels keeps the rounding of its largest terms.
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
