@@ -82,9 +82,10 @@ class DataConfig:
 class ModelConfig:
     """The backbone behind the embeddings and the transform in front of it."""
 
-    backbone: str = option("deepfm", "wide_deep | deepfm | fm | mlp | nasrec (retrain only: see architecture)")
+    backbone: str = option("deepfm", "wide_deep | deepfm | fm | mlp; for retraining also dlrm | nasrec")
     architecture: str = option("", "architecture.json of a NASRec search, for the backbone nasrec")
     hidden: list[int] = option([128, 64], "widths of the MLP's hidden layers (the output unit is added)")
+    bottom: list[int] = option([64], "hidden layers of DLRM's MLP on the dense columns")
     dropout: float = option(0.0, "dropout after each hidden layer")
     precision: str = option("float32", "float32 | bfloat16: products of the MLP; bfloat16 where hardware has it")
     unified_width: int = option(32, "d_f: the common width every field is transformed to")
@@ -94,7 +95,7 @@ class ModelConfig:
     init_std: float = option(0.01, "standard deviation of the initial embedding values")
 
     def check(self) -> None:
-        one_of("model.backbone", self.backbone, ["wide_deep", "deepfm", "fm", "mlp", "nasrec"])
+        one_of("model.backbone", self.backbone, ["wide_deep", "deepfm", "fm", "mlp", "dlrm", "nasrec"])
         given = (self.backbone == "nasrec") == bool(self.architecture)
         require(given, "model.architecture", "belongs to model.backbone nasrec, and that needs it: a file of a search")
         one_of("model.unify", self.unify, ["always", "mixed"])
@@ -103,7 +104,9 @@ class ModelConfig:
         require(self.backbone != "mlp" or bool(self.hidden), "model.hidden", "an mlp needs at least one hidden layer")
         require(0 <= self.dropout < 1, "model.dropout", f"must be in [0, 1), got {self.dropout}")
         require(self.unified_width > 0, "model.unified_width", "must be above 0")
-        require(all(h > 0 for h in self.hidden), "model.hidden", f"every width must be above 0, got {self.hidden}")
+        for key in ("hidden", "bottom"):
+            widths = getattr(self, key)
+            require(all(h > 0 for h in widths), f"model.{key}", f"every width must be above 0, got {widths}")
 
 
 @dataclass
@@ -364,6 +367,28 @@ def fingerprint(*parts: Any) -> str:
     """Short hash of JSON-able parts; dataclasses count as their fields."""
     body = [dataclasses.asdict(p) if dataclasses.is_dataclass(p) and not isinstance(p, type) else p for p in parts]
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any], search: type | None = None) -> list[str]:
+    """Dotted keys whose values differ. A key that an older version did not have counts as its default.
+
+    Args:
+        old, new: flat settings, as a checkpoint or a stage recorded them and as they are now.
+        search: dataclass of the ``search`` section, for defaults of ``search.*``.
+    """
+    return [k for k in {**old, **new} if old.get(k, _default(k, search)) != new.get(k)]
+
+
+def _default(key: str, search: type | None) -> Any:
+    """Default of a dotted key, a list as JSON gives it back; of a bare one that of training; None for what has none."""
+    section, _, rest = key.rpartition(".")
+    found: Any = {**SECTIONS, "search": search}.get(section.partition(".")[0]) if section else TrainConfig
+    if found is None:
+        return None
+    found = found()
+    for name in [*section.split(".")[1:], rest]:
+        found = getattr(found, name, None)
+    return found
 
 
 def describe(methods: Mapping[str, type]) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from embsearch_dist.config import Config
+from embsearch_dist.config import Config, changed_settings
 from embsearch_dist.data.dataset import BatchStream
 from embsearch_dist.dist.context import Context
 from embsearch_dist.dist.same_data import agree_on_left_out, check_same, seen_in_schema, seen_in_shards
@@ -101,8 +101,9 @@ def check_stages(method: Method, run: Run) -> None:
         method.check(run)
         for stage in method.stages():
             inputs, old = flatten(stage.inputs(run)), read_mark(run, stage)
-            if old and old["inputs"] != inputs and not stage.repeatable and not run.config.run.overwrite:
-                raise UserError(_changed(run.dir, stage.name, old["inputs"], inputs))
+            keys = changed_settings(old["inputs"], inputs, type(run.config.search)) if old else []
+            if old and keys and not stage.repeatable and not run.config.run.overwrite:
+                raise UserError(_changed(run.dir, stage.name, old["inputs"], inputs, keys))
 
 
 def read_mark(run: Run, stage: Stage) -> dict[str, Any] | None:
@@ -124,7 +125,8 @@ def run_stages(method: Method, run: Run) -> None:
     for stage in method.stages():
         mark = run.dir / "stages" / f"{stage.name}.json"
         inputs, old = flatten(stage.inputs(run)), read_mark(run, stage)
-        if old and old["state"] == "done" and old["inputs"] == inputs:
+        same = old and not changed_settings(old["inputs"], inputs, type(run.config.search))
+        if old and old["state"] == "done" and same:
             if run.context.rank == 0:
                 print(f"stage {stage.name}: done before, skipped", flush=True)
             continue
@@ -148,8 +150,7 @@ def flatten(body: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _changed(directory: Path, stage: str, old: dict[str, Any], new: dict[str, Any]) -> str:
-    keys = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+def _changed(directory: Path, stage: str, old: dict[str, Any], new: dict[str, Any], keys: list[str]) -> str:
     shown = ", ".join(f"{k} was {old.get(k)!r}, now {new.get(k)!r}" for k in keys[:3])
     return (
         f"run directory {directory} holds stage {stage!r} made with other settings: {shown}. "

@@ -1,6 +1,6 @@
-"""Backbones behind the unified embeddings ``[B, F, d]``: FM, Wide & Deep, DeepFM.
+"""Backbones behind the unified embeddings ``[B, F, d]``: FM, Wide & Deep, DeepFM, MLP.
 
-All three are sums over fields and pairs of fields, up to the MLP's first non-linearity:
+All of them are sums over fields and pairs of fields, up to the MLP's first non-linearity:
 
     logit = sum_f linear_f(u_f) + sum_{f<g} <u_f, u_g> + MLP(relu(sum_f first_f(u_f) + first(dense)))
 
@@ -117,8 +117,8 @@ def make_backbone(
     The wide part is linear in the unified embeddings: a linear part over raw ids would keep a
     full-width path for a field that the search has dropped.
     """
-    if kind == "nasrec":
-        raise UserError("config key model.backbone: nasrec is for the model of an allocation (retrain.py) alone")
+    if kind in ("dlrm", "nasrec"):
+        raise UserError(f"config key model.backbone: {kind} is for the model of an allocation (retrain.py) alone")
     fm = kind in ("deepfm", "fm")
     found = Backbone(fields, width, dense, fm, [] if kind == "fm" else hidden, dropout, precision)
     if kind == "mlp":

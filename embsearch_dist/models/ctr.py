@@ -15,6 +15,7 @@ from embsearch_dist.data.batch import Batch
 from embsearch_dist.dist.context import Context
 from embsearch_dist.dist.sharding import ShardedTables
 from embsearch_dist.models.backbones import Backbone, make_backbone
+from embsearch_dist.models.dlrm import DLRM
 from embsearch_dist.models.embeddings import MaxTables, MixedTables
 from embsearch_dist.models.folded import FoldedMLP, can_fold
 from embsearch_dist.models.network import ArchitectureNetwork, read_network
@@ -108,6 +109,8 @@ class SubnetModel(CTRModel):
             if m.backbone == "nasrec":
                 with context.together("reading the architecture"):
                     backbone = read_network(m.architecture, len(widths), width, n_dense)
+            elif m.backbone == "dlrm":
+                backbone = DLRM(len(widths), width, n_dense, m.bottom, m.hidden, m.dropout)
             else:
                 backbone = make_backbone(m.backbone, len(widths), width, n_dense, m.hidden, m.dropout, m.precision)
         self.head = self._wrap(Head(unify, backbone), context)
@@ -136,7 +139,7 @@ class SubnetModel(CTRModel):
         backbone: Any = head.backbone
         layers = sum(m.in_features * m.out_features for m in head.modules() if isinstance(m, nn.Linear))
         unify = sum(self.tables.widths) * backbone.width if isinstance(head.unify, MixedUnify) else 0
-        own = backbone.flops if isinstance(backbone, ArchitectureNetwork) else 0
+        own = backbone.flops if isinstance(backbone, ArchitectureNetwork | DLRM) else 0
         return 2.0 * (layers + unify) + own
 
 

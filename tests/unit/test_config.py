@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from embsearch_dist.config import Config, describe, fingerprint, load_config, split_arguments
+from embsearch_dist.config import Config, changed_settings, describe, fingerprint, load_config, split_arguments
 from embsearch_dist.errors import UserError
+from embsearch_dist.methods.nasrec.config import NASRecConfig
 from tests.factories import CONFIGS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -223,3 +224,13 @@ def test_the_help_text_names_every_key() -> None:
 def test_a_fingerprint_tells_values_apart() -> None:
     assert fingerprint(load().train, [1]) == fingerprint(load().train, [1])
     assert fingerprint(load().train, [1]) != fingerprint(load("train.epochs=9").train, [1])
+
+
+def test_settings_differ_by_value_and_what_an_older_version_lacked_is_its_default() -> None:
+    old = {"optim.dense_lr": 0.1, "model.hidden": [4], "gone": 1}
+    assert changed_settings(old, old) == []
+    new = {**old, "optim.dense": "adam", "model.bottom": [64], "schedule": "constant", "search.space.blocks": 0}
+    assert changed_settings(old, new, NASRecConfig) == []
+    other = {**new, "optim.dense": "adagrad", "schedule": "cosine", "search.space.blocks": 3, "widths": [1]}
+    assert changed_settings(old, other, NASRecConfig) == ["optim.dense", "schedule", "search.space.blocks", "widths"]
+    assert changed_settings(old, {"optim.dense_lr": 0.2, "model.hidden": [4]}) == ["optim.dense_lr", "gone"]

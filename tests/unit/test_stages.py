@@ -82,6 +82,18 @@ def test_changed_settings_are_refused_without_a_check_before(two: Run, monkeypat
     assert Recorded.log == ["recorded", "repeated"]
 
 
+def test_a_key_that_an_older_version_did_not_have_counts_as_its_default(
+    two: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(two)
+    monkeypatch.setattr(Recorded, "settings", {"a": {"b": 1, "c": [1, 2]}, "optim": {"dense": "adam"}})
+    run(two)
+    assert Recorded.log == ["recorded", "repeated"]
+    monkeypatch.setattr(Recorded, "settings", {"a": {"b": 1, "c": [1, 2]}, "optim": {"dense": "adagrad"}})
+    with pytest.raises(UserError, match="optim.dense was None, now 'adagrad'"):
+        run(two)
+
+
 def test_a_stage_that_failed_is_run_again(two: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Recorded, "broken", True)
     with pytest.raises(UserError, match="out of luck"):
