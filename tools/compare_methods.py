@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import statistics
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ import yaml
 from jobs import Job, run_all
 from matplotlib.figure import Figure
 
-KEYS = {"config", "search", "retrain", "leaves"}
+KEYS = {"config", "search", "retrain", "leaves", "begin_as"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Planned:
         search: overrides of search.py; None: nothing is searched.
         retrain: name of a result -> overrides of retrain.py; ``allocation`` is its option of that name.
         leaves: results that the search itself leaves.
+        begin_as: run whose directory this one begins as, so that what both do is done once (a supernet, say).
     """
 
     name: str
@@ -43,6 +46,7 @@ class Planned:
     search: dict[str, Any] | None = None
     retrain: dict[str, dict[str, Any]] = field(default_factory=dict)
     leaves: list[str] = field(default_factory=list)
+    begin_as: str = ""
 
 
 def main() -> None:
@@ -56,7 +60,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     args = parser.parse_args()
     against, runs = read_plan(args.plan, [n for n in args.only.split(",") if n])
-    chains = [chain_of(args, run, seed) for seed in range(args.seeds) for run in runs]
+    chains = [chain for seed in range(args.seeds) for chain in chains_of(args, runs, seed)]
     run_all(chains, args.out / "logs", args.jobs)
     rows = summarise(args.out, runs, args.seeds, against)
     (args.out / "comparison.json").write_text(json.dumps(rows, indent=2) + "\n")
@@ -82,10 +86,23 @@ def read_plan(path: Path, only: list[str]) -> tuple[str, list[Planned]]:
     for name, entry in body["runs"].items():
         unknown = set(entry) - KEYS
         if unknown or "config" not in entry:
-            raise SystemExit(f"{path}: run {name}: needs config; may have search, retrain, leaves; got {sorted(entry)}")
+            may = ", ".join(sorted(KEYS - {"config"}))
+            raise SystemExit(f"{path}: run {name}: needs config; may have {may}; got {sorted(entry)}")
+        if entry.get("begin_as", name) not in [name, *(run.name for run in found)]:
+            raise SystemExit(f"{path}: run {name}: begin_as: {entry['begin_as']} is no run that comes before it")
         if not only or name in only:
             found.append(Planned(name, **entry))
     return str(body["against"]), found
+
+
+def chains_of(args: argparse.Namespace, runs: list[Planned], seed: int) -> list[list[Job]]:
+    """A chain of jobs per run; a run that begins as another one is behind it in the same chain."""
+    chains: dict[str, list[Job]] = {}
+    first: dict[str, str] = {}
+    for run in runs:
+        first[run.name] = first.get(run.begin_as, run.name)
+        chains.setdefault(first[run.name], []).extend(chain_of(args, run, seed))
+    return [*chains.values()]
 
 
 def chain_of(args: argparse.Namespace, run: Planned, seed: int) -> list[Job]:
@@ -95,7 +112,9 @@ def chain_of(args: argparse.Namespace, run: Planned, seed: int) -> list[Job]:
     jobs = []
     if run.search is not None:
         arguments = ["--config", run.config, *common, *options(run.search)]
-        jobs.append(Job(f"seed{seed}-{run.name}-search", "launch/search.py", arguments, None))
+        source = args.out / f"seed{seed}" / run.begin_as
+        before = partial(begin_as, source, directory) if run.begin_as else None
+        jobs.append(Job(f"seed{seed}-{run.name}-search", "launch/search.py", arguments, None, before))
         start = ["--run", str(directory), *(f"--{x}" for x in args.extra)]
     else:
         start = ["--config", run.config, *common]
@@ -105,6 +124,16 @@ def chain_of(args: argparse.Namespace, run: Planned, seed: int) -> list[Job]:
         jobs.append(Job(f"seed{seed}-{run.name}-{name}", "launch/retrain.py", arguments, result / "evaluation.json"))
     wanted = [*run.leaves, *run.retrain]
     return [] if all(place_of(args.out, run, seed, name).exists() for name in wanted) else jobs
+
+
+def begin_as(source: Path, directory: Path) -> None:
+    """Copy a run directory, without what was retrained in it; one that is there stays."""
+    if directory.exists():
+        return
+    partial_copy = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial_copy, ignore_errors=True)
+    shutil.copytree(source, partial_copy, ignore=shutil.ignore_patterns("retrain", "report"))
+    partial_copy.rename(directory)
 
 
 def place_of(out: Path, run: Planned, seed: int, name: str) -> Path:
@@ -131,7 +160,7 @@ def summarise(out: Path, runs: list[Planned], seeds: int, against: str) -> list[
     """A row per result: mean and standard deviation of every figure, and the gain over ``against`` paired by seed.
 
     The reference of a result is the result ``against`` with the same backbone; that of another than the config's is
-    called ``against-BACKBONE``.
+    called ``against-BACKBONE``. Where there is none, it is ``against``, whatever its backbone.
     """
     by_seed: list[dict[str, dict[str, Any]]] = []
     for seed in range(seeds):
@@ -146,7 +175,9 @@ def summarise(out: Path, runs: list[Planned], seeds: int, against: str) -> list[
         row: dict[str, Any] = {"name": name, "backbone": each[0]["backbone"], "seeds": seeds}
         for key in ("auc", "logloss", "embedding_parameters", "dense_parameters", "flops_per_sample"):
             row[key] = spread([r[key] for r in each])
-        pairs = [(r, ref.get(r["backbone"])) for r, ref in zip(each, references, strict=True)]
+        pairs = [
+            (r, ref.get(r["backbone"], b.get(against))) for r, ref, b in zip(each, references, by_seed, strict=True)
+        ]
         row["gain"] = spread([r["auc"] - ref["auc"] for r, ref in pairs if ref is not None])
         rows.append(row)
     return rows

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +22,14 @@ ROOT = Path(__file__).resolve().parent.parent
 class Job:
     """One command: a script of launch/ or tools/ with its arguments; done when ``result`` exists.
 
-    Without a ``result`` it is always run: the script itself knows what is done.
+    Without a ``result`` it is always run: the script itself knows what is done. ``before`` is called first.
     """
 
     name: str
     script: str
     arguments: Sequence[str]
     result: Path | None
+    before: Callable[[], None] | None = None
 
 
 def run_job(job: Job, log_dir: Path) -> float:
@@ -39,6 +40,8 @@ def run_job(job: Job, log_dir: Path) -> float:
     """
     if job.result is not None and job.result.exists():
         return 0.0
+    if job.before is not None:
+        job.before()
     log_dir.mkdir(parents=True, exist_ok=True)
     log = log_dir / f"{job.name}.log"
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
