@@ -51,7 +51,7 @@ class SlicedNetwork(nn.Module):
     def features(self, blocks: Blocks, dense: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the head reads: see :func:`embsearch_dist.models.network.features`."""
         taken = {n: w for n, (_, w) in self.take(blocks).items()}
-        return features(blocks, taken, self._columns(dense), u.transpose(1, 2))
+        return features(blocks, taken, self.columns(dense), u.transpose(1, 2))
 
     def forward(self, blocks: Blocks, dense: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         """``u [B, F, width]``, ``dense [B, n_dense]`` -> logits ``[B]`` of a pruned architecture."""
@@ -61,9 +61,9 @@ class SlicedNetwork(nn.Module):
                 w.requires_grad_()
             self.live = taken
         weights = {n: w for n, (_, w) in taken.items()}
-        return head(weights, *features(blocks, weights, self._columns(dense), u.transpose(1, 2)))
+        return head(weights, *features(blocks, weights, self.columns(dense), u.transpose(1, 2)))
 
-    def _columns(self, dense: torch.Tensor) -> torch.Tensor:
+    def columns(self, dense: torch.Tensor) -> torch.Tensor:
         return dense if dense.shape[1] else dense.new_zeros(len(dense), 1)
 
     def average(self, context: Context, others: Sequence[Blocks] | None = None) -> list[torch.Tensor]:

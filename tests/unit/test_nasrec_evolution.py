@@ -186,11 +186,20 @@ def test_a_generation_without_news_is_empty_and_time_goes_on(monkeypatch: pytest
         return parent
 
     monkeypatch.setattr(module, "mutate", same)
+    monkeypatch.setattr(module, "draw", lambda *_: evolution.seen[0].architecture)
     assert step(evolution) == []
     assert len(calls) <= 3 * TRIES
     after = evolution.to_json()
     assert after["generation"] == before["generation"] + 1
     assert (after["seen"], after["population"]) == (before["seen"], before["population"])
+
+
+def test_a_parent_whose_children_were_all_seen_gives_way_to_random_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    evolution = start()
+    step(evolution)
+    monkeypatch.setattr(module, "mutate", lambda parent, *_: parent)
+    found = [name for _, name in step(evolution)]
+    assert len(set(found)) == 3 and evolution.population == list(range(3, 11))
 
 
 @pytest.mark.parametrize("strategy", ["evolution", "random"])

@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from embsearch_dist.architecture.architecture import Architecture
-from embsearch_dist.architecture.canonical import prune
+from embsearch_dist.architecture.canonical import key, prune
 from embsearch_dist.architecture.cost import network_cost
 from embsearch_dist.architecture.sampling import SCHEMES, draw
 from embsearch_dist.architecture.space import Space
@@ -231,6 +231,14 @@ def test_costs_stand_beside_the_loss(data: Path, trained: Path) -> None:
         assert (score.flops, score.parameters, score.latency) == (cost.flops, cost.parameters, 0.0)
         assert other.latency > 0
         assert replace(other, latency=0.0) == score
+
+
+def test_a_score_that_is_no_number_is_told_with_its_candidate(data: Path, trained: Path) -> None:
+    spoiled = scorer(data, trained)
+    with torch.no_grad():
+        spoiled.network.weights["head_bias"].fill_(float("nan"))
+    with pytest.raises(UserError, match=rf"candidate {key(ARCHITECTURES[0])}: its logloss is nan.*--optim.dense_lr"):
+        spoiled(ARCHITECTURES[0])
 
 
 def test_a_supernet_that_is_not_there(data: Path, tmp_path: Path) -> None:

@@ -84,8 +84,8 @@ class Evolution:
         if not first and c.strategy == "evolution":
             drawn = generator.choice(len(self.population), min(c.parents, len(self.population)), replace=False)
             parent = min((self.seen[self.population[i]] for i in sorted(drawn)), key=lambda x: (x.fitness, x.key))
-        found: list[tuple[Architecture, str]] = []
-        for _ in range(c.population if first else c.children):
+
+        def new(parent: Candidate | None) -> tuple[Architecture, str] | None:
             for _ in range(TRIES):
                 if parent is None:
                     made = draw(self.space, SCHEME, generator, "uniform")
@@ -94,11 +94,16 @@ class Evolution:
                 name = key(made)
                 if name not in known:
                     known.add(name)
-                    found.append((made, name))
-                    break
-            else:
-                if parent is None:
-                    break
+                    return made, name
+            return None
+
+        found: list[tuple[Architecture, str]] = []
+        for _ in range(c.population if first else c.children):
+            # A parent all of whose mutations were seen gives way to a random one, or a small space would stall here.
+            proposal = (new(parent) if parent is not None else None) or new(None)
+            if proposal is None:
+                break
+            found.append(proposal)
         return found
 
     def record(self, proposed: Sequence[tuple[Architecture, str]], scores: Sequence[Score]) -> None:

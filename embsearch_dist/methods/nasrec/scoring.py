@@ -15,13 +15,14 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from embsearch_dist.architecture.architecture import Architecture
-from embsearch_dist.architecture.canonical import prune
+from embsearch_dist.architecture.canonical import key, prune
 from embsearch_dist.architecture.cost import network_cost
 from embsearch_dist.dist.context import Context
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.nasrec.config import NASRecConfig
 from embsearch_dist.methods.nasrec.supernet import load_supernet
+from embsearch_dist.models.network import features, head
 from embsearch_dist.models.sliced import Blocks
 
 CHUNK = 4096  # rows whose features are made at once
@@ -101,6 +102,11 @@ class Scorer:
         total = 0.0
         for x, label in self._features(blocks, self.validation):
             total += float(binary_cross_entropy_with_logits(x @ weight + bias, label, reduction="sum"))
+        if not math.isfinite(total):
+            raise UserError(
+                f"candidate {key(architecture)}: its logloss is {total}, so the supernet's weights are of no use. "
+                "Train it again with a lower --optim.dense_lr or a --optim.clip_norm, in another --run.dir"
+            )
         cost = network_cost(architecture, self.space, self.columns, self.fields).total
         latency = self._latency(blocks) if self.with_latency else 0.0
         return Score(total / len(self.validation.label), cost.flops, cost.parameters, latency)
@@ -139,12 +145,15 @@ class Scorer:
     def _latency(self, blocks: Blocks) -> float:
         rows = self.validation
         dense, u = rows.dense[:LATENCY_ROWS], rows.u[:LATENCY_ROWS]
+        # Cut out beforehand: a network of its own has its weights at hand.
+        weights = {n: w for n, (_, w) in self.network.take(blocks).items()}
+        dense, tokens = self.network.columns(dense), u.transpose(1, 2)
         best = math.inf
         for _ in range(5):
             if u.is_cuda:
                 torch.cuda.synchronize()
             started = time.perf_counter()
-            self.network(blocks, dense, u)
+            head(weights, *features(blocks, weights, dense, tokens))
             if u.is_cuda:
                 torch.cuda.synchronize()
             best = min(best, time.perf_counter() - started)
