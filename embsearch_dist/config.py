@@ -84,6 +84,7 @@ class ModelConfig:
 
     backbone: str = option("deepfm", "wide_deep | deepfm | fm | mlp; for retraining also dlrm | nasrec")
     architecture: str = option("", "architecture.json of a NASRec search, for the backbone nasrec")
+    allocation: str = option("", "allocation.json or ues-WIDTH to retrain; empty: --allocation, or what was found")
     hidden: list[int] = option([128, 64], "widths of the MLP's hidden layers (the output unit is added)")
     bottom: list[int] = option([64], "hidden layers of DLRM's MLP on the dense columns")
     dropout: float = option(0.0, "dropout after each hidden layer")

@@ -8,9 +8,10 @@
     python launch/retrain.py --config configs/movielens_1m/adass_deepfm.yaml --allocation ues-32
     torchx run dist.ddp -j 1x2 retrain.py --run runs/my       two processes
 
-Options: --run DIR or --config FILE, --allocation FILE or ues-WIDTH (default: the run's allocation.json or
-groups.json), --name NAME of the result under RUN/retrain (default: from the allocation; -seedN is added to it for
-a seed other than the run's), --section.key VALUE (train, optim and model keys may differ from the search's).
+Options: --run DIR or --config FILE, --allocation FILE or ues-WIDTH (default: model.allocation, or the run's
+allocation.json or groups.json), --name NAME of the result under RUN/retrain (default: from the allocation; -seedN
+is added to it for a seed other than the run's), --section.key VALUE (train, optim and model keys may differ from the
+search's).
 Leaves RUN/retrain/NAME/{allocation.json, evaluation.json, metrics.jsonl, checkpoints}; of a search that found
 groups, one such training per group in RUN/retrain/NAME/group-K, and in RUN/retrain/NAME the evaluation of all as
 one model. A killed training continues when the same command is given again.
@@ -61,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
     with start(config.run, config.dist) as context:
         schema = open_data(config, context)
         with context.together("reading the allocation"):
-            name, found = read_result(plain.get("allocation", ""), run_dir, schema)
+            name, found = read_result(plain.get("allocation", config.model.allocation), run_dir, schema)
         if config.model.architecture and name.startswith("ues-"):
             name = f"nasrec-{name}"  # not the uniform baseline: a found network stands behind its tables
         name = plain.get("name", name)

@@ -35,10 +35,11 @@ class SubnetTask:
     def __init__(self, config: Config, allocation: Allocation, context: Context) -> None:
         self.model = SubnetModel(config, allocation, context)
         self.l2 = config.optim.embedding_l2
-        model = {f"model.{k}": v for k, v in dataclasses.asdict(config.model).items()}
+        # Of the allocation the widths count, wherever its file lies; of the architecture its key.
+        model = {f"model.{k}": v for k, v in dataclasses.asdict(config.model).items() if k != "allocation"}
         backbone = self.model.bare_head.backbone
         if isinstance(backbone, ArchitectureNetwork):
-            model["model.architecture"] = backbone.key  # wherever its file lies
+            model["model.architecture"] = backbone.key
         self.settings = {**model, "widths": allocation.widths}
 
     def loss(self, batch: Batch, step: int) -> torch.Tensor:

@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import yaml
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.architecture.canonical import key
@@ -212,6 +213,21 @@ def test_a_mixed_allocation_behind_the_architecture(run: Path, run_script: Calla
     assert result["flops_per_sample"] == cost.flops + 2 * maps[0]
     shown = run_script("evaluate.py", "--run", own)
     assert json.loads(shown.stdout)["auc"] == result["auc"]
+
+
+def test_one_config_names_an_allocation_and_an_architecture(run: Path, tmp_path: Path, run_script: Callable) -> None:
+    Allocation(Schema.load(run), MIXED, {"method": "adass", "name": "mixed"}).save(tmp_path / "mixed.json")
+    body = yaml.safe_load((run / "config.yaml").read_text())
+    model = {"backbone": "nasrec", "architecture": str(run / "architecture.json"), "unify": "always"}
+    body["model"] |= model | {"unified_width": 8, "allocation": str(tmp_path / "mixed.json")}
+    body["run"]["dir"] = str(tmp_path / "run")
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump(body))
+    run_script("retrain.py", "--config", tmp_path / "both.yaml", "--train.steps", 2)
+    result = json.loads((tmp_path / "run" / "retrain" / "mixed" / "evaluation.json").read_text())
+    assert (result["widths"], result["backbone"]) == (MIXED, "nasrec")
+    run_script("retrain.py", "--config", tmp_path / "both.yaml", "--train.steps", 2, "--allocation", "ues-8")
+    other = json.loads((tmp_path / "run" / "retrain" / "nasrec-ues-8" / "evaluation.json").read_text())
+    assert set(other["widths"].values()) == {8}
 
 
 def test_another_architecture_under_another_name(run: Path, run_script: Callable) -> None:
