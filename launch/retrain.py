@@ -10,8 +10,7 @@
 
 Options: --run DIR or --config FILE, --allocation FILE or ues-WIDTH (default: model.allocation, or the run's
 allocation.json or groups.json), --name NAME of the result under RUN/retrain (default: from the allocation; -seedN
-is added to it for a seed other than the run's), --section.key VALUE (train, optim and model keys may differ from the
-search's).
+is added for a seed other than the run's), --section.key VALUE (train, optim and model keys may be new ones).
 Leaves RUN/retrain/NAME/{allocation.json, evaluation.json, metrics.jsonl, checkpoints}; of a search that found
 groups, one such training per group in RUN/retrain/NAME/group-K, and in RUN/retrain/NAME the evaluation of all as
 one model. A killed training continues when the same command is given again.
