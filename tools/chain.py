@@ -1,11 +1,13 @@
 """All of a config on several ranks: search and retrain, seconds and memory of each stage, and kills on order.
 
     python tools/chain.py --config configs/criteo/adass_deepfm_scale.yaml --data PREPARED --out runs/scale
+    python tools/chain.py --config configs/criteo/nasrec_scale.yaml --data PREPARED --out runs/nasrec_scale
     python tools/chain.py ... --out runs/scale_killed --kill
     python tools/chain.py --out runs/scale_killed --compare runs/scale
 
 ``--kill`` sends SIGKILL to the last rank in mid-stage, and torchrun starts the ranks again. ``--compare``
-runs nothing: it says whether two such runs came to the same allocation, metrics and, bit by bit, tables and weights.
+runs nothing: it says whether two such runs came to the same allocation or history of architectures, the same metrics
+and, bit by bit, tables and weights.
 Each stage goes into OUT/chain.json: wall seconds with all starts, how often the ranks were started, and the largest
 memory of the whole process tree (PSS: what processes share counts once), looked at every two seconds.
 """
@@ -98,14 +100,15 @@ def where(out: Path, script: str) -> tuple[str, int, int]:
         stage = "retrain"
         directory = max((out / "retrain").glob("*"), key=lambda p: p.stat().st_mtime, default=out)
     else:
-        marks = {p.stem: json.loads(p.read_text())["state"] for p in (out / "stages").glob("*.json")}
-        running = [name for name, state in marks.items() if state == "running"]
-        stage = running[0] if running else ("search" if marks else "supernet")
+        marks = sorted((out / "stages").glob("*.json"), key=lambda p: p.stat().st_mtime)
+        stage = marks[-1].stem if marks else "supernet"
     if not (out / "config.yaml").exists():
         return stage, 0, 0
     config = yaml.safe_load((out / "config.yaml").read_text())
     if stage == "search":
         steps = int(config["search"]["policy"]["steps"])
+    elif stage == "evolution":
+        steps = int(config["search"]["evolution"]["generations"])
     else:
         section = config["train"] if stage == "retrain" else config["search"]["supernet"]
         rows = json.loads((Path(config["data"]["path"]) / "schema.json").read_text())["rows"]["train"]
@@ -152,15 +155,17 @@ def tree_gib(root: int) -> float:
 def compare(one: Path, other: Path) -> int:
     """Print what differs between the results of two runs; 0 when nothing does."""
     different = 0
-    for name, read in {"allocation": _allocation, "test metrics": _metrics, "weights": _weights}.items():
+    for name, read in {"what was found": _found, "test metrics": _metrics, "weights": _weights}.items():
         same = read(one) == read(other)
         different += not same
         print(f"{name}: {'the same' if same else 'DIFFERENT'}")
     return 1 if different else 0
 
 
-def _allocation(run: Path) -> Any:
-    """Field -> width."""
+def _found(run: Path) -> Any:
+    """Field -> width; of a search for architectures its history, every candidate with its scores in their order."""
+    if (run / "evolution.json").exists():
+        return (run / "evolution.json").read_bytes()
     return json.loads((run / "allocation.json").read_text())["widths"]
 
 
