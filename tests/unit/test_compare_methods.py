@@ -1,0 +1,105 @@
+"""The scripts that compare methods and rank supernets: plans, chains of jobs, copies, statistics."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+from embsearch_dist.config import load_config
+from tests.factories import CONFIGS
+
+ROOT = Path(__file__).resolve().parents[2]
+PLANS = sorted((ROOT / "configs" / "comparisons").glob("*.yaml"))
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    return importlib.import_module("compare_methods")
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    return importlib.import_module("nasrec_ranks")
+
+
+def write_plan(path: Path, runs: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump({"against": "a", "runs": runs}))
+    return path
+
+
+def arguments(out: Path) -> argparse.Namespace:
+    return argparse.Namespace(out=out, data="DATA", extra=["train.epochs=1"])
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda p: p.stem)
+def test_every_shipped_plan_names_configs_and_keys_that_are_there(tool: ModuleType, plan: Path) -> None:
+    against, runs = tool.read_plan(plan, [])
+    assert against in [name for run in runs for name in [*run.leaves, *run.retrain]]
+    for run in runs:
+        for overrides in [run.search or {}, *run.retrain.values()]:
+            given = [f"{k}={v}" for k, v in overrides.items() if k != "allocation"]
+            load_config(CONFIGS, ROOT / run.config, given)
+
+
+def test_a_run_that_begins_as_another_is_behind_it_in_one_chain(tool: ModuleType, tmp_path: Path) -> None:
+    runs = {
+        "a": {"config": "c.yaml", "search": {}, "retrain": {"a": {}}},
+        "b": {"config": "c.yaml", "search": {}, "leaves": ["b"]},
+        "again": {"config": "c.yaml", "begin_as": "a", "search": {"search.name": "x"}, "retrain": {"again": {}}},
+    }
+    _, planned = tool.read_plan(write_plan(tmp_path / "p.yaml", runs), [])
+    chains = tool.chains_of(arguments(tmp_path / "out"), planned, 2)
+    names = [[job.name for job in chain] for chain in chains]
+    assert names == [["seed2-a-search", "seed2-a-a", "seed2-again-search", "seed2-again-again"], ["seed2-b-search"]]
+    assert chains[0][2].before is not None and chains[0][0].before is None
+
+
+def test_a_copy_leaves_out_what_was_retrained_and_is_made_once(tool: ModuleType, tmp_path: Path) -> None:
+    source, copy = tmp_path / "a", tmp_path / "b"
+    for file in ("config.yaml", "retrain/x/evaluation.json", "checkpoints/supernet/s"):
+        (source / file).parent.mkdir(parents=True, exist_ok=True)
+        (source / file).write_text("one")
+    tool.begin_as(source, copy)
+    found = sorted(str(p.relative_to(copy)) for p in copy.rglob("*") if p.is_file())
+    assert found == ["checkpoints/supernet/s", "config.yaml"]
+    (source / "config.yaml").write_text("two")
+    tool.begin_as(source, copy)
+    assert (copy / "config.yaml").read_text() == "one"
+
+
+@pytest.mark.parametrize("begin", ["later", "nobody"])
+def test_a_run_begins_as_one_that_comes_before_it(tool: ModuleType, tmp_path: Path, begin: str) -> None:
+    runs = {"a": {"config": "c", "begin_as": begin}, "later": {"config": "c"}}
+    with pytest.raises(SystemExit, match=f"run a: begin_as: {begin} is no run that comes before it"):
+        tool.read_plan(write_plan(tmp_path / "p.yaml", runs), [])
+
+
+def test_the_gain_is_paired_by_seed_and_falls_back_to_the_one_reference(tool: ModuleType, tmp_path: Path) -> None:
+    runs = [tool.Planned("r", "c.yaml", {}, {"a": {}, "b": {}})]
+    aucs = {("a", 0): 0.5, ("a", 1): 0.6, ("b", 0): 0.52, ("b", 1): 0.63}
+    for (name, seed), auc in aucs.items():
+        path = tmp_path / f"seed{seed}" / "r" / "retrain" / name / "evaluation.json"
+        path.parent.mkdir(parents=True)
+        rest = dict.fromkeys(["logloss", "embedding_parameters", "dense_parameters", "flops_per_sample"], 1.0)
+        path.write_text(json.dumps({"auc": auc, "backbone": {"a": "dlrm", "b": "nasrec"}[name], **rest}))
+    rows = {row["name"]: row for row in tool.summarise(tmp_path, runs, 2, "a")}
+    assert rows["b"]["gain"] == pytest.approx([0.025, 0.00707], abs=1e-5)
+    assert rows["a"]["gain"] == [0.0, 0.0]
+
+
+def test_rank_statistics_know_the_same_and_the_opposite_order(ranks: ModuleType) -> None:
+    trained = {f"k{i}": 0.1 * i for i in range(9)}
+    same = ranks.measure(("s", "tuned"), {k: 2 * v for k, v in trained.items()}, trained)
+    other = ranks.measure(("s", "plain"), {k: -v for k, v in trained.items()}, trained)
+    assert [same[k][0] for k in ranks.STATISTICS] == pytest.approx([1, 1, 1])
+    assert [other[k][0] for k in ranks.STATISTICS] == pytest.approx([-1, -1, -1])
+    assert "| s | tuned | 1.00 (1.00 to 1.00) |" in ranks.table([same, other], 9)
