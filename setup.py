@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 HERE = Path(__file__).resolve().parent
 
@@ -29,6 +29,15 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["embsearch_dist", "embsearch_dist.*", "launch", "launch.*"]),
+    # Read with ctypes, so Python's headers are not needed; without a C compiler torch's own attention is used.
+    ext_modules=[
+        Extension(
+            "embsearch_dist.models._attention",
+            ["embsearch_dist/models/attention.c"],
+            extra_compile_args=["-O3", "-Wno-psabi"],
+            optional=True,
+        )
+    ],
     install_requires=[
         "torch>=2.13,<2.14",
         "numpy>=2,<3",

@@ -8,6 +8,7 @@ are read from package metadata, and imports are tried in a process of their own,
 from __future__ import annotations
 
 import argparse
+import importlib.machinery
 import importlib.metadata
 import json
 import re
@@ -240,6 +241,14 @@ def check_torchx(timeout: float = 60) -> Check:
     return Check("torchx", FAIL, f"{text[:200]}, should be launch.dist", fix)
 
 
+def check_kernel(folder: Path = Path(__file__).parent / "models") -> Check:
+    """The compiled attention is there; without it everything runs, NASRec on CPU at half the speed."""
+    if any((folder / f"_attention{suffix}").exists() for suffix in importlib.machinery.EXTENSION_SUFFIXES):
+        return Check("kernel", OK, "attention is compiled")
+    fix = ("apt-get install gcc", f"pip install --no-deps --no-build-isolation -e {folder.parent.parent}")
+    return Check("kernel", WARN, "attention is not compiled (no C compiler?): NASRec is slower on CPU", fix)
+
+
 def check_space(folder: Path, shm: Path = Path("/dev/shm")) -> Check:
     """Hints only: room for prepared data and checkpoints here, and for worker processes in shared memory."""
     free = shutil.disk_usage(folder).free / 1e9
@@ -291,7 +300,8 @@ def examine(quick: bool = False) -> list[Check]:
     versions = installed_versions()
     checks = version_checks(versions, sys.version_info[:3])
     if not quick:
-        checks += [check_operator(versions), check_torchx(), check_gpu(versions), check_space(Path.cwd())]
+        checks += [check_operator(versions), check_torchx(), check_kernel()]
+        checks += [check_gpu(versions), check_space(Path.cwd())]
     return checks
 
 

@@ -51,7 +51,7 @@ make_venv() {
 
 # A stamp holds what a finished installation was made from; a mark says that one has begun.
 stamp=$folder/.embsearch-$variant mark=$folder/.embsearch-unfinished
-digest() { cat "$@" setup.py | sha256sum | cut -d ' ' -f 1; }
+digest() { cat "$@" setup.py embsearch_dist/models/attention.c | sha256sum | cut -d ' ' -f 1; }
 common_digest=$(digest requirements/common.txt "requirements/$variant.txt")
 test_digest=$(digest requirements/test.txt)
 here=$(pwd -P)

@@ -18,6 +18,7 @@ from embsearch_dist.architecture.canonical import canonical, key
 from embsearch_dist.architecture.cost import network_cost
 from embsearch_dist.architecture.space import Space, load
 from embsearch_dist.errors import UserError
+from embsearch_dist.models.attention import attention
 from embsearch_dist.models.dense import linear
 from embsearch_dist.models.slices import Layout, initial, slices_of
 
@@ -133,10 +134,7 @@ def _sparse(block: Block, own: _Named, sparses: Sequence[torch.Tensor | None]) -
 def _attention(own: _Named, x: torch.Tensor) -> torch.Tensor:
     """Self-attention among tokens, then two layers, each with a residual and LayerNorm; ``[B, width, Ns]``."""
     x = x.transpose(1, 2).contiguous()
-    rows, tokens, width = x.shape
-    q, k, v = own.linear("qkv", x).view(rows, tokens, 3, HEADS, width // HEADS).permute(2, 0, 3, 1, 4)
-    mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(rows, tokens, width)
-    x = own.norm("residual1", x + own.linear("out", mixed))
+    x = own.norm("residual1", x + own.linear("out", attention(own.linear("qkv", x), HEADS)))
     x = own.norm("residual2", x + own.linear("ffn2", torch.relu(own.linear("ffn1", x))))
     return x.transpose(1, 2)
 

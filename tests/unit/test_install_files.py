@@ -141,7 +141,7 @@ def test_ignore_rules_hide_no_source(repo_root: Path) -> None:
     if not shutil.which("git") or not (repo_root / ".git").exists():
         pytest.skip("not a git checkout")
     sources = [str(p.relative_to(repo_root)) for name in ("embsearch_dist", "launch", "tests", "configs", "tools")
-               for p in (repo_root / name).rglob("*") if p.is_file() and "__pycache__" not in p.parts]  # fmt: skip
+               for p in (repo_root / name).rglob("*") if p.is_file() and not {"__pycache__", ".so"} & {p.parent.name, p.suffix}]  # fmt: skip
     done = subprocess.run(["git", "check-ignore", *sources], cwd=repo_root, capture_output=True, text=True)
     assert done.stdout == ""
 
@@ -177,6 +177,8 @@ class FakeSetup:
         shutil.copy(root / "tools" / "setup.sh", self.tree / "tools")
         shutil.copytree(root / "requirements", self.tree / "requirements")
         shutil.copy(root / "setup.py", self.tree)
+        (self.tree / "embsearch_dist" / "models").mkdir(parents=True)
+        shutil.copy(root / "embsearch_dist" / "models" / "attention.c", self.tree / "embsearch_dist" / "models")
         self.python = folder / "python"
         self.python.write_text(FAKE_PYTHON)
         self.python.chmod(0o755)

@@ -1,0 +1,116 @@
+"""The compiled attention against torch's, values and gradients, and what happens where it cannot be used."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from embsearch_dist import doctor
+from embsearch_dist.models import attention as module
+from embsearch_dist.models.attention import attention, kernel
+
+SHAPES = [(3, 1, 1, 1), (2, 5, 2, 1), (4, 16, 8, 2), (3, 17, 8, 2), (2, 40, 2, 3), (2, 33, 4, 4), (1, 256, 2, 8)]
+
+
+def reference(qkv: torch.Tensor, heads: int) -> torch.Tensor:
+    """In double precision, written out."""
+    rows, tokens, columns = qkv.shape
+    width = columns // (3 * heads)
+    q, k, v = qkv.double().view(rows, tokens, 3, heads, width).permute(2, 0, 3, 1, 4)
+    p = torch.softmax(q @ k.transpose(2, 3) / width**0.5, 3)
+    return (p @ v).transpose(1, 2).reshape(rows, tokens, heads * width)
+
+
+@pytest.fixture
+def compiled() -> None:
+    if shutil.which("cc") is None and kernel() is None:
+        pytest.skip("no C compiler, so the kernel was not built")
+    assert kernel() is not None, "the kernel is missing or of another version: run tools/setup.sh"
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("size", [1.0, 6.0], ids=["small", "steep"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients_are_those_of_the_formula(shape: tuple[int, int, int, int], size: float) -> None:
+    rows, tokens, heads, width = shape
+    qkv = (size * torch.randn(rows, tokens, 3 * heads * width)).requires_grad_()
+    weight = torch.randn(rows, tokens, heads * width)
+    found = attention(qkv, heads)
+    assert type(found.grad_fn).__name__ == "_AttentionBackward"
+    (own,) = torch.autograd.grad((found * weight).sum(), qkv)
+    expected = reference(qkv, heads)
+    (other,) = torch.autograd.grad((expected * weight).sum(), qkv)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-5 * size)
+    torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()) + 1e-6)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_torchs_function_stands_in_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    qkv = torch.randn(3, 9, 48)
+    own = attention(qkv, 8)
+    monkeypatch.setattr(module, "kernel", lambda: None)
+    torch.testing.assert_close(attention(qkv, 8), own, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(attention(qkv.double(), 8), reference(qkv, 8))
+
+
+@pytest.mark.parametrize("shape", [(2, 257, 1, 2), (2, 4, 2, 16)])
+def test_other_shapes_go_to_torch(shape: tuple[int, int, int, int]) -> None:
+    rows, tokens, heads, width = shape
+    qkv = torch.randn(rows, tokens, 3 * heads * width, requires_grad=True)
+    found = attention(qkv, heads)
+    assert type(found.grad_fn).__name__ != "_AttentionBackward"
+    torch.testing.assert_close(found.double(), reference(qkv, heads), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_rows_may_be_shared_out_over_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    qkv = torch.randn(5, 18, 48, requires_grad=True)
+    one = attention(qkv, 8)
+    (grad,) = torch.autograd.grad(one.square().sum(), qkv)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    many = attention(qkv, 8)
+    assert torch.equal(many, one)
+    assert torch.equal(torch.autograd.grad(many.square().sum(), qkv)[0], grad)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_no_rows_and_tensors_that_are_not_contiguous() -> None:
+    assert attention(torch.zeros(0, 4, 48), 8).shape == (0, 4, 16)
+    wide = torch.randn(48, 6, 3).transpose(0, 2).requires_grad_()
+    found = attention(wide, 8)
+    expanded = torch.ones(1, 1, 1).expand_as(found)  # a gradient without memory of its own
+    (own,) = torch.autograd.grad(found, wide, expanded)
+    (other,) = torch.autograd.grad(reference(wide, 8).sum(), wide)
+    torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_none(value: float) -> None:
+    qkv = torch.randn(2, 6, 48)
+    qkv[1, 2, 3] = value  # a query
+    found = attention(qkv, 8)
+    assert found[0].isfinite().all()
+    assert found[1, 2].isnan().any()
+
+
+def test_the_doctor_says_whether_it_is_compiled(tmp_path: Path) -> None:
+    assert doctor.check_kernel(tmp_path).status == doctor.WARN
+    (tmp_path / f"_attention{importlib.machinery.EXTENSION_SUFFIXES[0]}").touch()
+    assert doctor.check_kernel(tmp_path).status == doctor.OK
+
+
+def test_a_kernel_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "VERSION", -1)
+    kernel.cache_clear()
+    try:
+        assert kernel() is None
+    finally:
+        kernel.cache_clear()
+    q = torch.randn(1, 3, 6)
+    torch.testing.assert_close(attention(q, 1).double(), reference(q, 1), rtol=1e-5, atol=1e-6)
