@@ -285,6 +285,15 @@ def test_other_settings_search_anew_and_leave_nothing_of_the_old(data: Path, cop
     assert recorded(copied, "evolution", "step") == list(range(3))
 
 
+@pytest.mark.parametrize(("cost", "measured"), [("none", "flops"), ("parameters", "parameters")])
+def test_the_front_is_over_the_cost_that_was_asked_for(data: Path, copied: Path, cost: str, measured: str) -> None:
+    seen = search(data, copied, f"search.evolution.cost={cost}")["seen"]
+    body = json.loads((copied / "pareto.json").read_text())
+    assert body["cost"] == measured
+    for point in body["front"]:
+        assert not any(c[measured] < point[measured] and c["logloss"] <= point["logloss"] for c in seen)
+
+
 class Killed(Exception):
     """Raised in place of a kill."""
 

@@ -104,8 +104,9 @@ class EvolutionStage(Stage):
             for rank, c in enumerate(best, 1):
                 c.architecture.save(folder / f"rank-{rank}.json", space=space.to_json(), provenance=provenance(c, rank))
             best[0].architecture.save(run.dir / RESULT, space=space.to_json(), provenance=provenance(best[0], 1))
-            front = [dataclasses.asdict(c.score) | {"key": c.key} for c in evolution.pareto()]
-            write_json(run.dir / "pareto.json", {"cost": "flops", "front": front})
+            cost = search.evolution.cost if search.evolution.cost != "none" else "flops"
+            front = [dataclasses.asdict(c.score) | {"key": c.key} for c in evolution.pareto(cost)]
+            write_json(run.dir / "pareto.json", {"cost": cost, "front": front})
 
         run.context.first("writing what was found", save)
         for rank, c in enumerate(best[:3], 1):
