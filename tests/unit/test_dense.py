@@ -14,7 +14,7 @@ def values(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
 
 
-@pytest.mark.parametrize("outputs", [1, 2, 16, 33])
+@pytest.mark.parametrize("outputs", [1, 2, 16, 33, 400])  # narrow and wide weights
 def test_a_linear_layer_equals_torchs(outputs: int) -> None:
     found = []
     for f in (linear, functional.linear):
