@@ -14,7 +14,7 @@
 #define LANES 16
 #define MAX_BLOCKS 16
 #define MAX_WIDTH 8
-#define VERSION 1
+#define VERSION 2
 
 typedef float vf __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
@@ -30,7 +30,7 @@ typedef float v4 __attribute__((vector_size(16), aligned(4), may_alias));
 #define EACH_PROCESSOR
 #endif
 
-/* exp(x) for x <= 0 to about 2e-7 of its value; below -87 it is the smallest normal number, not zero. */
+/* exp(x) for x < 80 to about 2e-7 of its value; below -87 it is the smallest normal number, not zero. */
 INLINE void exponential(vf *x) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number, in the lowest bits */
     vf t = *x * 1.44269504088896341f;
@@ -66,27 +66,40 @@ INLINE void read_columns(const float *qkv, int part, long tokens, long heads, in
     }
 }
 
-/* Sixteen queries side by side, one key after another. */
+/* Sixteen queries side by side, one key after another; the largest score is looked for only where exp needs it. */
 INLINE void forward_head(const float *qkv, float *out, float *lse, long tokens, long heads, int width) {
     vf queries[MAX_WIDTH][MAX_BLOCKS], q[MAX_WIDTH], sums[MAX_WIDTH];
     const long blocks = (tokens + LANES - 1) / LANES, stride = 3 * heads * width;
     const float *keys = qkv + heads * width, *values = keys + heads * width;
     const float scale = 1.0f / sqrtf((float)width);
     read_columns(qkv, 0, tokens, heads, width, queries);
+    float longest = 0, largest = 0; /* lengths of queries and keys: no score is above their product */
+    for (long t = 0; t < tokens; t++) {
+        float a = 0, c = 0;
+        for (int d = 0; d < width; d++) {
+            a += qkv[t * stride + d] * qkv[t * stride + d];
+            c += keys[t * stride + d] * keys[t * stride + d];
+        }
+        longest = a > longest ? a : longest;
+        largest = c > largest ? c : largest;
+    }
+    longest = sqrtf(longest) * scale;
+    largest = sqrtf(largest);
     for (long b = 0; b < blocks; b++) {
         for (int d = 0; d < width; d++) q[d] = queries[d][b] * scale, sums[d] = (vf){0};
-        vf top = (vf){0} - INFINITY, total = {0};
-        for (long j = 0; j < tokens; j++) {
-            vf s = {0};
-            for (int d = 0; d < width; d++) s += q[d] * keys[j * stride + d];
-            vi above = s > top;
-            top = (vf)(((vi)s & above) | ((vi)top & ~above));
+        vf top = {0}, total = {0};
+        if (longest * largest > 30.0f) { /* the largest score of each query, to keep exp in range */
+            top = (vf){0} - INFINITY;
+            for (long j = 0; j < tokens; j++) {
+                vf s = {0};
+                for (int d = 0; d < width; d++) s += q[d] * keys[j * stride + d];
+                vi above = s > top;
+                top = (vf)(((vi)s & above) | ((vi)top & ~above));
+            }
         }
         for (long j = 0; j < tokens; j++) {
             vf p = (vf){0} - top;
             for (int d = 0; d < width; d++) p += q[d] * keys[j * stride + d];
-            vi over = p > 0.0f; /* by rounding; the series is for x <= 0 */
-            p = (vf)((vi)p & ~over);
             exponential(&p);
             total += p;
             for (int d = 0; d < width; d++) sums[d] += p * values[j * stride + d];
@@ -105,7 +118,7 @@ INLINE void backward_head(const float *qkv, const float *out, const float *lse, 
                           long heads, int width) {
     vf keys[MAX_WIDTH][MAX_BLOCKS], values[MAX_WIDTH][MAX_BLOCKS];
     vf dkeys[MAX_WIDTH][MAX_BLOCKS], dvalues[MAX_WIDTH][MAX_BLOCKS];
-    const long blocks = (tokens + LANES - 1) / LANES, stride = 3 * heads * width;
+    const long blocks = (tokens + LANES - 1) / LANES, filled = tokens / LANES, stride = 3 * heads * width;
     const float scale = 1.0f / sqrtf((float)width);
     read_columns(qkv, 1, tokens, heads, width, keys);
     read_columns(qkv, 2, tokens, heads, width, values);
@@ -123,8 +136,10 @@ INLINE void backward_head(const float *qkv, const float *out, const float *lse, 
                 p += (q[d] * scale) * keys[d][b];
                 dp += gi[d] * values[d][b];
             }
-            vi above = p > 0.0f; /* by rounding, or where no key is; the series is for x <= 0 */
-            p = (vf)((vi)p & ~above);
+            if (b == filled) { /* where no key is, this may be far above 0 */
+                vi above = p > 0.0f;
+                p = (vf)((vi)p & ~above);
+            }
             exponential(&p);
             vf ds = p * dp;
             for (int d = 0; d < width; d++) {

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-VERSION = 1
+VERSION = 2
 MAX_TOKENS, MAX_WIDTH = 256, 8
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
 
