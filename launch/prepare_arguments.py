@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from embsearch_dist.data import populations, synthetic
-from embsearch_dist.data.formats import FORMATS, GENRES
+from embsearch_dist.data.formats import FORMATS, GENRES, NUMBERS
 from embsearch_dist.data.prepare import HOW_TO_SPLIT, ROW_GROUP_ROWS, ROWS_PER_SHARD
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Schema
@@ -18,7 +18,7 @@ MADE: dict[str, tuple[Callable[..., Schema], int]] = {
     "populations": (populations.make_populations, populations.ROWS),
 }
 MADE_NAMES = " and ".join(MADE)
-OPTIONS = ("split", "seed", "min_count", "rows_per_shard", "row_group_rows", "overwrite", "quiet", "genres")
+OPTIONS = ("split", "seed", "min_count", "rows_per_shard", "row_group_rows", "overwrite", "quiet", "genres", "numbers")
 
 
 def parser(document: str | None) -> argparse.ArgumentParser:
@@ -57,6 +57,13 @@ def parser(document: str | None) -> argparse.ArgumentParser:
         default="one",
         help="MovieLens only: the genres of a movie as one value, their combination, or as a list (default one)",
     )
+    p.add_argument(
+        "--numbers",
+        choices=NUMBERS,
+        default="bucketed",
+        help="criteo only: I1 to I13 as 13 more fields, or as dense columns beside 26 fields, as DLRM and NASRec have "
+        "them (default bucketed)",
+    )
     p.add_argument("--rows-per-shard", type=int, default=ROWS_PER_SHARD, metavar="N", help="default %(default)s")
     p.add_argument(
         "--row-group-rows",
@@ -82,6 +89,8 @@ def check(args: argparse.Namespace) -> None:
     if args.format in MADE:
         if args.genres != "one":
             raise UserError("--genres is for MovieLens. Leave it out")
+        if args.numbers != "bucketed":
+            raise UserError("--numbers is for criteo. Leave it out")
         if args.input is not None:
             raise UserError(f"--format {args.format} makes its own data. Leave out --input")
     elif args.rows is not None:

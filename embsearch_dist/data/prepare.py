@@ -55,6 +55,7 @@ class Options:
         overwrite: replace an earlier prepared data set.
         quiet: no progress.
         genres: of MovieLens: ``one`` value for the combination of a movie's genres, or a ``list`` of them.
+        numbers: of Criteo: I1 to I13 as ``bucketed`` fields, or as ``dense`` columns.
     """
 
     split: str = "random"
@@ -65,6 +66,7 @@ class Options:
     overwrite: bool = False
     quiet: bool = False
     genres: str = "one"
+    numbers: str = "bucketed"
 
     def __post_init__(self) -> None:
         if self.split not in HOW_TO_SPLIT:
@@ -98,7 +100,7 @@ def prepare(
     team = team or Team()
     with team.together():
         checked = Options(**options)  # type: ignore[arg-type]
-        source = open_source(format, input, checked.genres)
+        source = open_source(format, input, checked.genres, checked.numbers)
         inside = [f for f in source.files if f.resolve().is_relative_to(Path(out).resolve())]
         if inside:
             raise UserError(f"{inside[0]} lies in {out}, which would be replaced. Give another --out")

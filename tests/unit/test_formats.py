@@ -207,6 +207,31 @@ def test_criteo_columns_and_its_unlabelled_test_file(data_dir: Path) -> None:
         read_all(data_dir / "criteo" / "test_first_10000.txt", "criteo")
 
 
+def test_criteo_numbers_as_dense_columns(tmp_path: Path) -> None:
+    numbers = ["0", "7", "-2", "", "1000000", *["3"] * 8]
+    file = tmp_path / "train.txt"
+    file.write_text("\t".join(["1", *numbers, *["abc"] * 26]) + "\n")
+    opened = open_source("criteo", file, numbers="dense")
+    assert [c.kind for c in opened.columns] == ["dense"] * 13 + ["categorical"] * 26
+    assert "I1 to I13 are log(max(x, 0) + 1)" in opened.notes
+    frame = pl.concat([c.frame for c in opened.chunks()])
+    found = [frame[f"I{i}"][0] for i in range(1, 6)]
+    assert found == pytest.approx([0.0, np.log(8), 0.0, None, np.log(1_000_001)])
+    assert frame["C26"][0] == "abc"
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers", "message"),
+    [
+        ("avazu", "dense", "--numbers dense is for criteo, not for avazu"),
+        ("criteo", "raw", "--numbers 'raw' is none of bucketed, dense"),
+    ],
+)
+def test_numbers_are_dense_only_on_demand_and_only_of_criteo(name: str, numbers: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        open_source(name, "anywhere", numbers=numbers)
+
+
 def test_several_files_are_read_in_order_and_a_folder_by_name(tmp_path: Path) -> None:
     for k in (0, 2, 10):
         (tmp_path / f"part-{k}.txt").write_text("\t".join(["1", *[str(k)] * 39]) + "\n")

@@ -19,14 +19,18 @@ ONE: dict[str, Callable[[Path], Source]] = {
 FORMATS = (*SEVERAL, *ONE)
 LISTS = {"movielens_1m": movielens.movielens_1m, "movielens_100k": movielens.movielens_100k}
 GENRES = ("one", "list")
+NUMBERS = ("bucketed", "dense")
 
-__all__ = ["FORMATS", "GENRES", "LABEL", "TIME", "Column", "Chunk", "Source", "nearest", "open_source"]
+__all__ = ["FORMATS", "GENRES", "LABEL", "NUMBERS", "TIME", "Column", "Chunk", "Source", "nearest", "open_source"]
 
 
-def open_source(name: str, paths: Path | str | Sequence[Path | str], genres: str = "one") -> Source:
+def open_source(
+    name: str, paths: Path | str | Sequence[Path | str], genres: str = "one", numbers: str = "bucketed"
+) -> Source:
     """Open raw data of a named format for reading; criteo and avazu take several files or folders.
 
     ``genres``: what MovieLens's column of that name becomes, ``one`` value a movie or a ``list``.
+    ``numbers``: what Criteo's I1-I13 become, ``bucketed`` fields or ``dense`` columns.
 
     Raises:
         UserError: unknown format, or whatever the reader finds wrong with the files.
@@ -38,6 +42,12 @@ def open_source(name: str, paths: Path | str | Sequence[Path | str], genres: str
         raise UserError(f"--genres {genres!r} is none of {', '.join(GENRES)}. Write one of them")
     if genres == "list" and name in FORMATS and name not in LISTS:
         raise UserError(f"--genres list is for {' and '.join(LISTS)}, not for {name}. Leave it out")
+    if numbers not in NUMBERS:
+        raise UserError(f"--numbers {numbers!r} is none of {', '.join(NUMBERS)}. Write one of them")
+    if numbers == "dense":
+        if name != "criteo":
+            raise UserError(f"--numbers dense is for criteo, not for {name}. Leave it out")
+        return clicks.criteo(several, numbers)
     if name in SEVERAL:
         return SEVERAL[name](several)
     if name not in ONE:
