@@ -380,6 +380,11 @@ def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any], search: typ
     return [k for k in {**old, **new} if old.get(k, _default(k, search)) != new.get(k)]
 
 
+def tell_changed(old: Mapping[str, Any], new: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """The first of the changed settings for a message: ``optim.dense was 'adam', now 'adagrad'``."""
+    return ", ".join(f"{k} was {old.get(k)!r}, now {new.get(k)!r}" for k in keys[:3])
+
+
 def _default(key: str, search: type | None) -> Any:
     """Default of a dotted key, a list as JSON gives it back; of a bare one that of training; None for what has none."""
     section, _, rest = key.rpartition(".")

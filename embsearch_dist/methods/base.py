@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from embsearch_dist.config import Config, changed_settings
+from embsearch_dist.config import Config, changed_settings, tell_changed
 from embsearch_dist.data.dataset import BatchStream
 from embsearch_dist.dist.context import Context
 from embsearch_dist.dist.same_data import agree_on_left_out, check_same, seen_in_schema, seen_in_shards
@@ -103,7 +103,7 @@ def check_stages(method: Method, run: Run) -> None:
             inputs, old = flatten(stage.inputs(run)), read_mark(run, stage)
             keys = changed_settings(old["inputs"], inputs, type(run.config.search)) if old else []
             if old and keys and not stage.repeatable and not run.config.run.overwrite:
-                raise UserError(_changed(run.dir, stage.name, old["inputs"], inputs, keys))
+                raise UserError(_changed(run.dir, stage.name, tell_changed(old["inputs"], inputs, keys)))
 
 
 def read_mark(run: Run, stage: Stage) -> dict[str, Any] | None:
@@ -150,8 +150,7 @@ def flatten(body: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _changed(directory: Path, stage: str, old: dict[str, Any], new: dict[str, Any], keys: list[str]) -> str:
-    shown = ", ".join(f"{k} was {old.get(k)!r}, now {new.get(k)!r}" for k in keys[:3])
+def _changed(directory: Path, stage: str, shown: str) -> str:
     return (
         f"run directory {directory} holds stage {stage!r} made with other settings: {shown}. "
         "Use another --run.dir, put the settings back, or start anew with --run.overwrite true"

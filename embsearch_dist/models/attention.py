@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from embsearch_dist.models.dense import plain_on_cpu
+
 VERSION = 2
 MAX_TOKENS, MAX_WIDTH = 256, 8
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
@@ -52,8 +54,7 @@ def attention(qkv: torch.Tensor, heads: int) -> torch.Tensor:
     """
     rows, tokens, columns = qkv.shape
     width = columns // (3 * heads)
-    plain = qkv.device.type == "cpu" and qkv.dtype is torch.float32 and not torch.is_autocast_enabled("cpu")
-    if plain and tokens <= MAX_TOKENS and width <= MAX_WIDTH and kernel() is not None:
+    if plain_on_cpu(qkv) and tokens <= MAX_TOKENS and width <= MAX_WIDTH and kernel() is not None:
         return _Attention.apply(qkv, heads)  # type: ignore[no-any-return]
     q, k, v = qkv.view(rows, tokens, 3, heads, width).permute(2, 0, 3, 1, 4)
     mixed = functional.scaled_dot_product_attention(q, k, v)

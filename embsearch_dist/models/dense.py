@@ -34,10 +34,14 @@ class _OneDNN(torch.autograd.Function):
         return to_x, gradient.T @ x if narrow else _product(gradient.T, x.T), gradient.sum(0)
 
 
+def plain_on_cpu(x: torch.Tensor) -> bool:
+    """Whether products of ``x`` are float32 ones on a CPU, which paths of our own may take over."""
+    return x.device.type == "cpu" and x.dtype is torch.float32 and not torch.is_autocast_enabled("cpu")
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """``x [B, n] @ weight [m, n].T + bias [m]``; float32 on CPU goes through oneDNN."""
-    plain = x.device.type == "cpu" and x.dtype is torch.float32 and not torch.is_autocast_enabled("cpu")
-    if ONEDNN and plain and len(weight) > 1:
+    if ONEDNN and plain_on_cpu(x) and len(weight) > 1:
         return _OneDNN.apply(x, weight, bias)  # type: ignore[no-any-return]
     return functional.linear(x, weight, bias)
 

@@ -33,10 +33,10 @@ def features(
     Args:
         blocks: pruned, in their places; None for a dead one.
         weights: as :func:`embsearch_dist.models.slices.slices_of` names and shapes them.
-        dense: ``[B, I]``; data without dense columns give one of zeros.
+        dense: ``[B, I]``; without columns it counts as one of zeros.
         tokens: ``[B, width, F]``.
     """
-    denses: list[torch.Tensor | None] = [dense]
+    denses: list[torch.Tensor | None] = [dense if dense.shape[1] else dense.new_zeros(len(dense), 1)]
     sparses: list[torch.Tensor | None] = [tokens]
     for number, block in enumerate(blocks, 1):
         if block is None:
@@ -192,7 +192,5 @@ class ArchitectureNetwork(nn.Module):
 
     def forward(self, u: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
         """``u [B, F, width]``, ``dense [B, n_dense]`` -> logits ``[B]``."""
-        if not self.columns:
-            dense = u.new_zeros(len(u), 1)
         weights = dict(self.weights.items())
         return head(weights, *features(self.blocks, weights, dense, u.transpose(1, 2)))

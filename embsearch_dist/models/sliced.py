@@ -48,10 +48,13 @@ class SlicedNetwork(nn.Module):
         parts = slices_of(blocks, self.layout)
         return {n: (s, s.take(self.weights[n])) for n, s in parts.items()}
 
+    def copies(self, blocks: Blocks) -> dict[str, torch.Tensor]:
+        """Name -> copy of the weights that a pruned architecture uses, without gradients."""
+        return {n: w for n, (_, w) in self.take(blocks).items()}
+
     def features(self, blocks: Blocks, dense: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the head reads: see :func:`embsearch_dist.models.network.features`."""
-        taken = {n: w for n, (_, w) in self.take(blocks).items()}
-        return features(blocks, taken, self.columns(dense), u.transpose(1, 2))
+        return features(blocks, self.copies(blocks), dense, u.transpose(1, 2))
 
     def forward(self, blocks: Blocks, dense: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         """``u [B, F, width]``, ``dense [B, n_dense]`` -> logits ``[B]`` of a pruned architecture."""
@@ -61,10 +64,7 @@ class SlicedNetwork(nn.Module):
                 w.requires_grad_()
             self.live = taken
         weights = {n: w for n, (_, w) in taken.items()}
-        return head(weights, *features(blocks, weights, self.columns(dense), u.transpose(1, 2)))
-
-    def columns(self, dense: torch.Tensor) -> torch.Tensor:
-        return dense if dense.shape[1] else dense.new_zeros(len(dense), 1)
+        return head(weights, *features(blocks, weights, dense, u.transpose(1, 2)))
 
     def average(self, context: Context, others: Sequence[Blocks] | None = None) -> list[torch.Tensor]:
         """Average the gradients of what is live over the ranks; returns it, ready for the optimizer.

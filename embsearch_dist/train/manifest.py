@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from embsearch_dist.config import changed_settings, fingerprint
+from embsearch_dist.config import changed_settings, fingerprint, tell_changed
 from embsearch_dist.data.scratch import digest
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import read_json, write_json
@@ -113,10 +113,9 @@ def check_facts(directory: Path, old: dict[str, Any], new: dict[str, Any], exact
         keys = changed_settings(before, now) if before else list(now)
         if not keys:
             return
-        shown = ", ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in keys[:3])
         raise UserError(
             f"checkpoint {directory} does not fit this run of {new['world_size']} rank(s): it was made with other "
-            f"settings: {shown}. Put them back, or start anew in another --run.dir"
+            f"settings: {tell_changed(before, now, keys)}. Put them back, or start anew in another --run.dir"
         )
 
 

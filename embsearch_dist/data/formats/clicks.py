@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 
 from embsearch_dist.data.formats.blocks import Block, Layout, parse, read_blocks, read_header
-from embsearch_dist.data.formats.columns import TIME, Chunk, Column, Rows, Source
+from embsearch_dist.data.formats.columns import LOG_NOTE, TIME, Chunk, Column, Rows, Source, log_of
 from embsearch_dist.errors import UserError
 
 CRITEO_NUMBERS = tuple(f"I{i}" for i in range(1, 14))
@@ -79,14 +79,14 @@ def criteo(paths: Sequence[Path], numbers: str = "bucketed") -> Source:
         rows = Rows(parse(block, CRITEO), block.where)
         series = [rows.convert(c, c.name) for c in columns]
         if numbers == "dense":
-            series = [s.clip(lower_bound=0).log1p() if c.kind == "dense" else s for c, s in zip(columns, series)]
+            series = [log_of(s) if c.kind == "dense" else s for c, s in zip(columns, series)]
         # All times equal: ties go by row number.
         time = pl.repeat(0.0, rows.frame.height, dtype=pl.Float64, eager=True).alias(TIME)
         return pl.DataFrame([rows.label("label"), time, *series])
 
     notes: tuple[str, ...] = ("time order is row order",)
     if numbers == "dense":
-        notes += ("I1 to I13 are log(max(x, 0) + 1)",)
+        notes += (f"I1 to I13 are {LOG_NOTE}",)
     return Source("criteo", columns, files, partial(_chunks, files, CRITEO, read), min_count=10, notes=notes)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 
 from embsearch_dist.data.formats.blocks import Block, Layout, parse, read_blocks
-from embsearch_dist.data.formats.columns import LABEL, Chunk, Column, Rows, Source
+from embsearch_dist.data.formats.columns import LABEL, LOG_NOTE, Chunk, Column, Rows, Source, log_of
 from embsearch_dist.errors import UserError
 
 IDS = ("display_url", "ad_id", "advertiser_id", "query_id", "keyword_id", "title_id", "description_id", "user_id")
@@ -54,7 +54,7 @@ def kdd2012(path: Path) -> Source:
     def read(block: Block) -> pl.DataFrame:
         rows = Rows(parse(block, TRAINING), block.where)
         label = (rows.integer("click") > 0).cast(pl.Float32).alias(LABEL)
-        numbers = [rows.integer(n).clip(lower_bound=0).cast(pl.Float64).log1p() for n in NUMBERS]
+        numbers = [log_of(rows.integer(n)) for n in NUMBERS]
         *others, (text, user) = (_identifier(rows, n) for n in IDS)
         ids = [*(other for other, _ in others), text.set(user == 0, None)]
         return pl.DataFrame([label, *ids, *users.of(user), *numbers])
@@ -68,7 +68,7 @@ def kdd2012(path: Path) -> Source:
     no_time = f"{training.name} has no time column; use --split random"
     notes = (
         "label is click > 0",
-        f"{', '.join(NUMBERS)} are log(max(x, 0) + 1)",
+        f"{', '.join(NUMBERS)} are {LOG_NOTE}",
         "user_id 0 is missing, and with it gender and age",
     )
     return Source("kdd2012", columns, (training, profiles), chunks, min_count=10, no_time=no_time, notes=notes)

@@ -112,7 +112,7 @@ class Scorer:
         return Score(total / len(self.validation.label), cost.flops, cost.parameters, latency)
 
     def _head(self, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
-        taken = {n: w for n, (_, w) in self.network.take(blocks).items() if n.startswith("head_")}
+        taken = self.network.copies(blocks)
         return torch.cat([taken["head_dense"][0], taken["head_sparse"].reshape(-1)]), taken["head_bias"]
 
     def _features(self, blocks: Blocks, rows: Rows) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -146,8 +146,7 @@ class Scorer:
         rows = self.validation
         dense, u = rows.dense[:LATENCY_ROWS], rows.u[:LATENCY_ROWS]
         # Cut out beforehand: a network of its own has its weights at hand.
-        weights = {n: w for n, (_, w) in self.network.take(blocks).items()}
-        dense, tokens = self.network.columns(dense), u.transpose(1, 2)
+        weights, tokens = self.network.copies(blocks), u.transpose(1, 2)
         best = math.inf
         for _ in range(5):
             if u.is_cuda:
