@@ -3,8 +3,10 @@
     python tools/compare_methods.py --plan configs/comparisons/movielens_1m.yaml --data PREPARED --out runs/compare
 
 The plan names runs; a run is a config, whether it is searched, and the models that are trained behind it. Every run is
-an ordinary run directory OUT/seedN/RUN of launch/search.py and launch/retrain.py; what is finished is skipped, so a
-stopped comparison continues, and one that is given more seeds or another plan keeps what it has.
+an ordinary run directory OUT/seedN/RUN of launch/search.py and launch/retrain.py ("{run}" in an override stands for
+it); what is finished is skipped, so a stopped comparison continues, and one that is given more seeds or another plan
+keeps what it has. A pool is some results (the five best of a search, say), of which the table shows, in their place,
+the mean and the one with the best validation logloss.
 Writes OUT/comparison.json, OUT/comparison.md (mean and standard deviation over seeds) and OUT/comparison.png.
 """
 
@@ -15,17 +17,20 @@ import json
 import math
 import shutil
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib
 import yaml
-from jobs import Job, run_all
+from jobs import Job, run_all, validation_logloss
 from matplotlib.figure import Figure
 
 KEYS = {"config", "search", "retrain", "leaves", "begin_as"}
+FIGURES = ("auc", "logloss", "embedding_parameters", "dense_parameters", "flops_per_sample")
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Planned:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", type=Path, required=True, help="YAML: against, runs")
+    parser.add_argument("--plan", type=Path, required=True, help="YAML: against, runs, pools")
     parser.add_argument("--data", required=True, help="prepared data set")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
@@ -59,26 +64,27 @@ def main() -> None:
     parser.add_argument("--extra", nargs="*", default=[], help="further overrides for all runs, section.key=value")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     args = parser.parse_args()
-    against, runs = read_plan(args.plan, [n for n in args.only.split(",") if n])
+    against, runs, pools = read_plan(args.plan, [n for n in args.only.split(",") if n])
     chains = [chain for seed in range(args.seeds) for chain in chains_of(args, runs, seed)]
     run_all(chains, args.out / "logs", args.jobs)
-    rows = summarise(args.out, runs, args.seeds, against)
+    rows = summarise(args.out, runs, args.seeds, against, pools)
     (args.out / "comparison.json").write_text(json.dumps(rows, indent=2) + "\n")
+    rows = [row for row in rows if all(row["name"] not in names for names in pools.values())]
     text = table(rows, against)
     (args.out / "comparison.md").write_text(text)
     draw(rows, against, args.out / "comparison.png")
     print(text)
 
 
-def read_plan(path: Path, only: list[str]) -> tuple[str, list[Planned]]:
-    """The result that others are compared with, and the runs.
+def read_plan(path: Path, only: list[str]) -> tuple[str, list[Planned], dict[str, list[str]]]:
+    """The result that others are compared with, the runs, and the pools all of whose results they have.
 
     Raises:
         SystemExit: names the entry that is wrong.
     """
     body = yaml.safe_load(path.read_text())
-    if not isinstance(body, dict) or set(body) != {"against", "runs"}:
-        raise SystemExit(f"{path}: must have the keys against and runs, nothing else")
+    if not isinstance(body, dict) or set(body) - {"pools"} != {"against", "runs"}:
+        raise SystemExit(f"{path}: must have the keys against and runs, may have pools, and nothing else")
     for name in only:
         if name not in body["runs"]:
             raise SystemExit(f"--only {name}: {path} has no such run; it has {', '.join(body['runs'])}")
@@ -92,7 +98,14 @@ def read_plan(path: Path, only: list[str]) -> tuple[str, list[Planned]]:
             raise SystemExit(f"{path}: run {name}: begin_as: {entry['begin_as']} is no run that comes before it")
         if not only or name in only:
             found.append(Planned(name, **entry))
-    return str(body["against"]), found
+    pools: dict[str, list[str]] = body.get("pools", {})
+    every = {n for entry in body["runs"].values() for n in [*entry.get("leaves", []), *entry.get("retrain", {})]}
+    for pool, members in pools.items():
+        for name in members:
+            if name not in every:
+                raise SystemExit(f"{path}: pool {pool}: no run has a result {name}")
+    here = {n for run in found for n in [*run.leaves, *run.retrain]}
+    return str(body["against"]), found, {pool: names for pool, names in pools.items() if here.issuperset(names)}
 
 
 def chains_of(args: argparse.Namespace, runs: list[Planned], seed: int) -> list[list[Job]]:
@@ -120,6 +133,7 @@ def chain_of(args: argparse.Namespace, run: Planned, seed: int) -> list[Job]:
         start = ["--config", run.config, *common]
     for name, overrides in run.retrain.items():
         result = directory / "retrain" / (name if run.search is not None or not seed else f"{name}-seed{seed}")
+        overrides = {k: v.replace("{run}", str(directory)) if isinstance(v, str) else v for k, v in overrides.items()}
         arguments = [*start, "--name", name, *options(overrides)]
         jobs.append(Job(f"seed{seed}-{run.name}-{name}", "launch/retrain.py", arguments, result / "evaluation.json"))
     wanted = [*run.leaves, *run.retrain]
@@ -156,7 +170,20 @@ def results_of(out: Path, run: Planned, seed: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def summarise(out: Path, runs: list[Planned], seeds: int, against: str) -> list[dict[str, Any]]:
+def pooled(out: Path, runs: list[Planned], seed: int, name: str, members: list[str]) -> dict[str, dict[str, Any]]:
+    """Of a pool's results of one seed the mean of every figure, and the one that validation would choose."""
+    where = {n: place_of(out, run, seed, n) for run in runs for n in [*run.leaves, *run.retrain] if n in members}
+    results = [json.loads(where[n].read_text()) for n in members]
+    losses = [validation_logloss(where[n].with_name("metrics.jsonl")) for n in members]
+    mean = {key: statistics.fmean(r[key] for r in results) for key in FIGURES}
+    best = results[losses.index(min(losses))]
+    label = f"of {len(members)} {name}"
+    return {f"mean {label}": {**mean, "backbone": best["backbone"]}, f"best {label}, by validation": best}
+
+
+def summarise(
+    out: Path, runs: list[Planned], seeds: int, against: str, pools: Mapping[str, list[str]] = MappingProxyType({})
+) -> list[dict[str, Any]]:
     """A row per result: mean and standard deviation of every figure, and the gain over ``against`` paired by seed.
 
     The reference of a result is the result ``against`` with the same backbone; that of another than the config's is
@@ -165,6 +192,8 @@ def summarise(out: Path, runs: list[Planned], seeds: int, against: str) -> list[
     by_seed: list[dict[str, dict[str, Any]]] = []
     for seed in range(seeds):
         by_seed.append({k: v for run in runs for k, v in results_of(out, run, seed).items()})
+        for name, members in pools.items():
+            by_seed[-1].update(pooled(out, runs, seed, name, members))
     references = [
         {r["backbone"]: r for n, r in found.items() if n in (against, f"{against}-{r['backbone']}")}
         for found in by_seed
@@ -173,7 +202,7 @@ def summarise(out: Path, runs: list[Planned], seeds: int, against: str) -> list[
     for name in by_seed[0]:
         each = [found[name] for found in by_seed]
         row: dict[str, Any] = {"name": name, "backbone": each[0]["backbone"], "seeds": seeds}
-        for key in ("auc", "logloss", "embedding_parameters", "dense_parameters", "flops_per_sample"):
+        for key in FIGURES:
             row[key] = spread([r[key] for r in each])
         pairs = [
             (r, ref.get(r["backbone"], b.get(against))) for r, ref, b in zip(each, references, by_seed, strict=True)

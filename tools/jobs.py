@@ -6,6 +6,7 @@ entry scripts, so each figure can be looked at, repeated or continued by hand.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -66,3 +67,9 @@ def run_all(chains: Sequence[Sequence[Job]], log_dir: Path, jobs: int) -> None:
     with ThreadPoolExecutor(jobs) as pool:
         for done in [pool.submit(work, chain) for chain in chains]:
             done.result()
+
+
+def validation_logloss(metrics: Path) -> float:
+    """The best one in the ``metrics.jsonl`` of a training."""
+    lines = map(json.loads, metrics.read_text().splitlines())
+    return float(min(r["logloss"] for r in lines if r.get("split") == "validation"))

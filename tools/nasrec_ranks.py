@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jobs import Job, run_all
+from jobs import Job, run_all, validation_logloss
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -125,8 +125,7 @@ def trained_of(args: argparse.Namespace, scheme: str) -> dict[str, float]:
     for key in architectures_of(args.out, scheme):
         path = result_of(args, key)
         if args.split == "validation":
-            lines = (path.parent / "metrics.jsonl").read_text().splitlines()
-            found[key] = min(r["logloss"] for r in map(json.loads, lines) if r.get("split") == "validation")
+            found[key] = validation_logloss(path.with_name("metrics.jsonl"))
         else:
             found[key] = json.loads(path.read_text())["logloss"]
     return found

@@ -42,7 +42,7 @@ def arguments(out: Path) -> argparse.Namespace:
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda p: p.stem)
 def test_every_shipped_plan_names_configs_and_keys_that_are_there(tool: ModuleType, plan: Path) -> None:
-    against, runs = tool.read_plan(plan, [])
+    against, runs, _ = tool.read_plan(plan, [])
     assert against in [name for run in runs for name in [*run.leaves, *run.retrain]]
     for run in runs:
         for overrides in [run.search or {}, *run.retrain.values()]:
@@ -56,7 +56,7 @@ def test_a_run_that_begins_as_another_is_behind_it_in_one_chain(tool: ModuleType
         "b": {"config": "c.yaml", "search": {}, "leaves": ["b"]},
         "again": {"config": "c.yaml", "begin_as": "a", "search": {"search.name": "x"}, "retrain": {"again": {}}},
     }
-    _, planned = tool.read_plan(write_plan(tmp_path / "p.yaml", runs), [])
+    _, planned, _ = tool.read_plan(write_plan(tmp_path / "p.yaml", runs), [])
     chains = tool.chains_of(arguments(tmp_path / "out"), planned, 2)
     names = [[job.name for job in chain] for chain in chains]
     assert names == [["seed2-a-search", "seed2-a-a", "seed2-again-search", "seed2-again-again"], ["seed2-b-search"]]
@@ -94,6 +94,33 @@ def test_the_gain_is_paired_by_seed_and_falls_back_to_the_one_reference(tool: Mo
     rows = {row["name"]: row for row in tool.summarise(tmp_path, runs, 2, "a")}
     assert rows["b"]["gain"] == pytest.approx([0.025, 0.00707], abs=1e-5)
     assert rows["a"]["gain"] == [0.0, 0.0]
+
+
+def test_a_pool_is_shown_by_its_mean_and_by_what_validation_chooses(tool: ModuleType, tmp_path: Path) -> None:
+    runs = [tool.Planned("r", "c.yaml", {}, {"a": {}, "b": {}})]
+    for name, auc, validation in (("a", 0.6, [0.5, 0.3, 0.4]), ("b", 0.7, [0.4, 0.35])):
+        folder = tmp_path / "seed0" / "r" / "retrain" / name
+        folder.mkdir(parents=True)
+        figures = {**dict.fromkeys(tool.FIGURES, 1.0), "auc": auc, "backbone": "nasrec"}
+        (folder / "evaluation.json").write_text(json.dumps(figures))
+        lines = [{"split": "train", "loss": 0.1}, *({"split": "validation", "logloss": v} for v in validation)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = {row["name"]: row for row in tool.summarise(tmp_path, runs, 1, "a", {"found": ["a", "b"]})}
+    assert rows["mean of 2 found"]["auc"] == pytest.approx([0.65, 0.0])
+    assert rows["best of 2 found, by validation"]["auc"] == [0.6, 0.0]
+
+
+def test_a_pool_of_an_unknown_result_is_refused(tool: ModuleType, tmp_path: Path) -> None:
+    plan = {"against": "a", "runs": {"r": {"config": "c", "retrain": {"a": {}}}}, "pools": {"p": ["a", "b"]}}
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(plan))
+    with pytest.raises(SystemExit, match="pool p: no run has a result b"):
+        tool.read_plan(tmp_path / "p.yaml", [])
+
+
+def test_an_override_may_name_the_run_directory(tool: ModuleType, tmp_path: Path) -> None:
+    run = tool.Planned("r", "c.yaml", {}, {"second": {"model.architecture": "{run}/architectures/rank-2.json"}})
+    job = tool.chain_of(arguments(tmp_path), run, 1)[1]
+    assert str(tmp_path / "seed1" / "r" / "architectures" / "rank-2.json") in job.arguments
 
 
 def test_rank_statistics_know_the_same_and_the_opposite_order(ranks: ModuleType) -> None:
