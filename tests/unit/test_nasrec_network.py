@@ -14,7 +14,7 @@ from embsearch_dist.architecture.sampling import SCHEMES, draw, training_archite
 from embsearch_dist.architecture.space import Space, full
 from embsearch_dist.models.masked import MaskedNetwork
 from embsearch_dist.models.network import ArchitectureNetwork
-from embsearch_dist.models.sliced import SliceAdagrad, SlicedNetwork
+from embsearch_dist.models.sliced import SliceAdagrad, SliceAdam, SlicedNetwork
 from embsearch_dist.models.slices import Layout, Slice, merged, slices_of
 
 SPACE = Space(blocks=4, dense_widths=(8, 16, 24), sparse_widths=(4, 6, 8), tokens=3)
@@ -120,6 +120,46 @@ def test_adagrad_on_slices_is_adagrad_on_the_whole() -> None:
         torch.testing.assert_close(w, other.weights[name], rtol=1e-3, atol=2e-4, msg=name)
         sums = [o.state[n.weights[name]]["sum"] for o, n in ((ours, sliced), (reference, other))]
         torch.testing.assert_close(sums[0], sums[1], rtol=1e-2, atol=1e-3, msg=name)
+
+
+def test_adam_on_slices_is_adam_of_one_architecture() -> None:
+    """The same one in all steps, against torch's Adam on the masked supernet; a large eps, as the bias of attention's
+    keys has gradients of rounding errors alone."""
+    sliced, other = network(), network()
+    masked, (dense, u) = MaskedNetwork(other), inputs()
+    blocks = prune(training_architecture(SPACE, SCHEMES[0], 5, 0))
+    ours = SliceAdam(sliced, 0.01)
+    reference = torch.optim.Adam(other.parameters(), lr=0.01, betas=(0.9, 0.99), eps=1e-3)
+    ours.param_groups[0]["eps"] = 1e-3
+    for _ in range(10):
+        sliced(blocks, dense, u).square().mean().backward()
+        ours.step()
+        assert not sliced.live
+        reference.zero_grad()
+        masked(blocks, dense, u).square().mean().backward()
+        reference.step()
+    for name, part in slices_of(blocks, sliced.layout).items():
+        used = part.take(sliced.weights[name])
+        torch.testing.assert_close(used, part.take(other.weights[name]), rtol=1e-3, atol=1e-4, msg=name)
+        assert not torch.equal(used, part.take(network().weights[name])), name
+
+
+def test_adam_leaves_what_a_step_does_not_use() -> None:
+    """Weights and moments, those that earlier steps have filled included."""
+    sliced, (dense, u) = network(), inputs()
+    ours = SliceAdam(sliced, 0.01)
+    for step in range(12):
+        blocks = prune(training_architecture(SPACE, SCHEMES[0], 5, step, warmup_steps=4))
+        before = {n: [x.clone() for x in (w, *ours.state[w].values())] for n, w in sliced.weights.items()}
+        sliced(blocks, dense, u).square().mean().backward()
+        used = dict(sliced.live)
+        ours.step()
+        for name, w in sliced.weights.items():
+            for old, new in zip(before[name], (w.detach(), *ours.state[w].values()), strict=True):
+                if name in used and new.ndim:
+                    part = used[name][0]
+                    part.put(old, part.take(new))
+                assert torch.equal(old, new) != (name in used and not new.ndim), name
 
 
 def test_merged_slices_hold_their_parts() -> None:

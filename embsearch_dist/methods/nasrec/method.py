@@ -15,10 +15,7 @@ class NASRec(Method):
     config = NASRecConfig
 
     def check(self, run: Run) -> None:
-        optim = run.config.optim
-        if optim.dense != "adagrad":
-            raise UserError(f"config key optim.dense: a supernet of slices needs adagrad, got {optim.dense}")
-        if optim.weight_decay:
+        if run.config.optim.weight_decay:
             raise UserError("config key optim.weight_decay: must be 0 for a supernet of slices")
 
     def stages(self) -> list[Stage]:
