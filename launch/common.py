@@ -15,6 +15,7 @@ from typing import Any
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.architecture.architecture import read_architecture
 from embsearch_dist.architecture.canonical import key
+from embsearch_dist.architecture.space import Space
 from embsearch_dist.architecture.space import load as load_architecture
 from embsearch_dist.config import SAFETY_KEYS, Config, describe, load_config, nearest
 from embsearch_dist.dist.context import Context, group_was_opened
@@ -150,10 +151,9 @@ def open_run_directory(config: Config, schema: Schema, directory: Path) -> None:
 
 def open_retraining(config: Config, schema: Schema, found: Allocation | GroupedAllocation, directory: Path) -> None:
     """The sub-run's directory; a training of another allocation or config under that name is an error."""
-    network = ""
+    network = None
     if config.model.architecture:
-        architecture, space = load_architecture(config.model.architecture)
-        network = key(architecture)
+        network, space = _network(config.model.architecture)
         for widths in ({w for w in part.values() if w} for part in _widths(found)):
             one = config.model.unify == "mixed" and len(widths) == 1
             check_width(config.model.architecture, space, widths.pop() if one else config.model.unified_width)
@@ -162,7 +162,7 @@ def open_retraining(config: Config, schema: Schema, found: Allocation | GroupedA
         if (directory / file).exists() and not config.run.overwrite:
             same = isinstance(found, kind) and _widths(kind.load(directory / file, schema)) == _widths(found)
             # Read as a config: one of an older version lacks keys that have been added since.
-            kept = key(load_architecture(directory / RESULT)[0]) if (directory / RESULT).exists() else ""
+            kept = _network(directory / RESULT)[0] if (directory / RESULT).exists() else None
             if not same or kept != network or lasting(read_config(directory / "config.yaml", [])) != lasting(config):
                 raise UserError(
                     f"{directory} holds another training; give --name, or --run.overwrite true to replace it"
@@ -173,6 +173,12 @@ def open_retraining(config: Config, schema: Schema, found: Allocation | GroupedA
     found.save(directory / ("allocation.json" if isinstance(found, Allocation) else GROUPS))
     if network and not (directory / RESULT).exists():
         (directory / RESULT).write_text(text)
+
+
+def _network(path: str | Path) -> tuple[tuple[str, int], Space]:
+    """What two files of one network have in common (widths of tables are compared elsewhere), and its space."""
+    architecture, space = load_architecture(path)
+    return (key(architecture), space.tokens), space
 
 
 def _widths(found: Allocation | GroupedAllocation) -> list[dict[str, int]]:

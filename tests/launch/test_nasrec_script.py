@@ -249,14 +249,18 @@ def test_another_architecture_under_another_name(run: Path, run_script: Callable
 
 
 def test_a_training_survives_a_search_that_found_something_else(run: Path, run_script: Callable) -> None:
-    """The same name for another architecture is refused, and what was trained can still be evaluated."""
+    """The same name for another architecture, or one in a space of other merged tokens, is refused, and what was
+    trained can still be evaluated."""
     run_script("retrain.py", "--run", run)
     own = run / "retrain" / "nasrec"
     before = json.loads((own / "evaluation.json").read_text())
-    shutil.copy(run / "architectures" / "rank-2.json", run / "architecture.json")
-    refused = run_script("retrain.py", "--run", run, check=False)
-    assert refused.returncode == 2, refused.stderr
-    assert refused.stderr.strip().splitlines()[-1].startswith(f"error: {own} holds another training; give --name")
+    body = json.loads((run / "architecture.json").read_text())
+    body["space"]["tokens"] += 1
+    for other in ((run / "architectures" / "rank-2.json").read_text(), json.dumps(body)):
+        (run / "architecture.json").write_text(other)
+        refused = run_script("retrain.py", "--run", run, check=False)
+        assert refused.returncode == 2, refused.stderr
+        assert refused.stderr.strip().splitlines()[-1].startswith(f"error: {own} holds another training; give --name")
     shown = run_script("evaluate.py", "--run", own)
     assert json.loads(shown.stdout)["auc"] == before["auc"]
 
