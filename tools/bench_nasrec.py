@@ -68,8 +68,7 @@ def main() -> None:
         blocks = prune(architecture)
         own = ArchitectureNetwork(architecture, space, args.fields, args.columns)
         with torch.no_grad():
-            taken = sliced.take(canonical(architecture).blocks)
-            renumbered = {n: w for n, (_, w) in taken.items()}
+            renumbered = sliced.copies(canonical(architecture).blocks)
             for name, w in own.weights.items():
                 w.copy_(renumbered[name])
             expected = sliced(canonical(architecture).blocks, dense, u)
