@@ -170,7 +170,7 @@ class SliceAdam(_OnSlices, torch.optim.Adam):  # type: ignore[misc]
 
     Steps are counted per weight and not per element, so what is used for the first time late gets no correction for
     the zeros its moments began with. With beta2 = 0.999 its steps would be up to seven times too long; 0.99 keeps
-    them within two.
+    them within about two. Where ranks draw networks of their own, all within the union of their slices counts as used.
     """
 
     keys = ("exp_avg", "exp_avg_sq")
