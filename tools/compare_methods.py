@@ -170,10 +170,12 @@ def results_of(out: Path, run: Planned, seed: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def pooled(out: Path, runs: list[Planned], seed: int, name: str, members: list[str]) -> dict[str, dict[str, Any]]:
-    """Of a pool's results of one seed the mean of every figure, and the one that validation would choose."""
+def pooled(
+    out: Path, runs: list[Planned], seed: int, found: dict[str, dict[str, Any]], name: str, members: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Of a pool's results of one seed, among ``found``, the mean of every figure, and what validation would choose."""
     where = {n: place_of(out, run, seed, n) for run in runs for n in [*run.leaves, *run.retrain] if n in members}
-    results = [json.loads(where[n].read_text()) for n in members]
+    results = [found[n] for n in members]
     losses = [validation_logloss(where[n].with_name("metrics.jsonl")) for n in members]
     mean = {key: statistics.fmean(r[key] for r in results) for key in FIGURES}
     best = results[losses.index(min(losses))]
@@ -193,7 +195,7 @@ def summarise(
     for seed in range(seeds):
         by_seed.append({k: v for run in runs for k, v in results_of(out, run, seed).items()})
         for name, members in pools.items():
-            by_seed[-1].update(pooled(out, runs, seed, name, members))
+            by_seed[-1].update(pooled(out, runs, seed, by_seed[-1], name, members))
     references = [
         {r["backbone"]: r for n, r in found.items() if n in (against, f"{against}-{r['backbone']}")}
         for found in by_seed

@@ -185,7 +185,7 @@ class ArchitectureNetwork(nn.Module):
         self.blocks = canonical(architecture).blocks
         self.key = key(architecture)
         self.flops = network_cost(architecture, space, dense, fields).total.flops
-        self.width, self.fields, self.columns = space.width, fields, dense
+        self.width, self.fields = space.width, fields
         layout = Layout(space, max(1, dense), fields)
         parts = slices_of(self.blocks, layout)
         self.weights = nn.ParameterDict({n: nn.Parameter(initial(p)) for n, p in parts.items()})

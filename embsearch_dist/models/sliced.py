@@ -8,6 +8,7 @@ and nothing else, and the optimizer writes them back.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from embsearch_dist.models.slices import Layout, Slice, initial, merged, slices_
 from embsearch_dist.schema import Schema
 
 Blocks = Sequence[Block | None]
+Tensors = list[torch.Tensor]
 
 
 class SlicedNetwork(nn.Module):
@@ -107,7 +109,7 @@ class SlicedNetwork(nn.Module):
         self.live = wide
 
 
-class _OnSlices:
+class _OnSlices(ABC):
     """An optimizer's step on the slices in use: what has no gradient is not touched. The state is kept for whole
     weights, under ``keys``, and exists from the start."""
 
@@ -131,15 +133,9 @@ class _OnSlices:
                 s.put(self.state[w][key], values[i])
         self.network.live = {}
 
-    def update(
-        self,
-        whole: Sequence[torch.Tensor],
-        leaves: list[torch.Tensor],
-        gradients: list[torch.Tensor],
-        states: dict[str, list[torch.Tensor]],
-    ) -> None:
+    @abstractmethod
+    def update(self, whole: Tensors, leaves: Tensors, gradients: Tensors, states: dict[str, Tensors]) -> None:
         """Change ``leaves`` and ``states``, copies of the slices of ``whole``, in place."""
-        raise NotImplementedError
 
 
 class SliceAdagrad(_OnSlices, torch.optim.Adagrad):  # type: ignore[misc]
@@ -151,13 +147,7 @@ class SliceAdagrad(_OnSlices, torch.optim.Adagrad):  # type: ignore[misc]
         super().__init__(network.weights.values(), lr=lr, eps=eps)
         self.network = network
 
-    def update(
-        self,
-        whole: Sequence[torch.Tensor],
-        leaves: list[torch.Tensor],
-        gradients: list[torch.Tensor],
-        states: dict[str, list[torch.Tensor]],
-    ) -> None:
+    def update(self, whole: Tensors, leaves: Tensors, gradients: Tensors, states: dict[str, Tensors]) -> None:
         group, sums = self.param_groups[0], states["sum"]
         torch._foreach_addcmul_(sums, gradients, gradients, 1.0)
         roots = torch._foreach_sqrt(sums)
@@ -182,13 +172,7 @@ class SliceAdam(_OnSlices, torch.optim.Adam):  # type: ignore[misc]
             moments = {key: torch.zeros_like(w).detach() for key in self.keys}
             self.state[w] = {"step": torch.zeros((), dtype=torch.float32), **moments}
 
-    def update(
-        self,
-        whole: Sequence[torch.Tensor],
-        leaves: list[torch.Tensor],
-        gradients: list[torch.Tensor],
-        states: dict[str, list[torch.Tensor]],
-    ) -> None:
+    def update(self, whole: Tensors, leaves: Tensors, gradients: Tensors, states: dict[str, Tensors]) -> None:
         group, first, second = self.param_groups[0], states["exp_avg"], states["exp_avg_sq"]
         beta1, beta2 = group["betas"]
         counts = []

@@ -14,7 +14,7 @@ from embsearch_dist.architecture.sampling import SCHEMES, draw, training_archite
 from embsearch_dist.architecture.space import Space, full
 from embsearch_dist.models.masked import MaskedNetwork
 from embsearch_dist.models.network import ArchitectureNetwork
-from embsearch_dist.models.sliced import SliceAdagrad, SliceAdam, SlicedNetwork
+from embsearch_dist.models.sliced import Blocks, SliceAdagrad, SliceAdam, SlicedNetwork
 from embsearch_dist.models.slices import Layout, Slice, merged, slices_of
 
 SPACE = Space(blocks=4, dense_widths=(8, 16, 24), sparse_widths=(4, 6, 8), tokens=3)
@@ -102,20 +102,28 @@ def test_costs_are_those_of_the_network() -> None:
         assert alone.flops == cost.flops
 
 
+def step_both(
+    ours: SliceAdagrad | SliceAdam, reference: torch.optim.Optimizer, masked: MaskedNetwork, blocks: Blocks
+) -> None:
+    """A step of the sliced supernet, and the same one of the masked one."""
+    sliced, (dense, u) = ours.network, inputs()
+    sliced(blocks, dense, u).square().mean().backward()
+    ours.step()
+    assert not sliced.live
+    reference.zero_grad()
+    masked(blocks, dense, u).square().mean().backward()
+    reference.step()
+
+
 def test_adagrad_on_slices_is_adagrad_on_the_whole() -> None:
     """Steps of different architectures, against torch's Adagrad on the masked supernet."""
     sliced, other = network(), network()
-    masked, (dense, u) = MaskedNetwork(other), inputs()
+    masked = MaskedNetwork(other)
     ours = SliceAdagrad(sliced, 0.05, 1e-2)
     reference = torch.optim.Adagrad(other.parameters(), lr=0.05, eps=1e-2)
     for step in range(15):
         blocks = prune(training_architecture(SPACE, SCHEMES[0], 5, step, warmup_steps=5))
-        sliced(blocks, dense, u).square().mean().backward()
-        ours.step()
-        assert not sliced.live
-        reference.zero_grad()
-        masked(blocks, dense, u).square().mean().backward()
-        reference.step()
+        step_both(ours, reference, masked, blocks)
     for name, w in sliced.weights.items():
         torch.testing.assert_close(w, other.weights[name], rtol=1e-3, atol=2e-4, msg=name)
         sums = [o.state[n.weights[name]]["sum"] for o, n in ((ours, sliced), (reference, other))]
@@ -126,18 +134,13 @@ def test_adam_on_slices_is_adam_of_one_architecture() -> None:
     """The same one in all steps, against torch's Adam on the masked supernet; a large eps, as the bias of attention's
     keys has gradients of rounding errors alone."""
     sliced, other = network(), network()
-    masked, (dense, u) = MaskedNetwork(other), inputs()
+    masked = MaskedNetwork(other)
     blocks = prune(training_architecture(SPACE, SCHEMES[0], 5, 0))
     ours = SliceAdam(sliced, 0.01)
     reference = torch.optim.Adam(other.parameters(), lr=0.01, betas=(0.9, 0.99), eps=1e-3)
     ours.param_groups[0]["eps"] = 1e-3
     for _ in range(10):
-        sliced(blocks, dense, u).square().mean().backward()
-        ours.step()
-        assert not sliced.live
-        reference.zero_grad()
-        masked(blocks, dense, u).square().mean().backward()
-        reference.step()
+        step_both(ours, reference, masked, blocks)
     for name, part in slices_of(blocks, sliced.layout).items():
         used = part.take(sliced.weights[name])
         torch.testing.assert_close(used, part.take(other.weights[name]), rtol=1e-3, atol=1e-4, msg=name)
