@@ -126,7 +126,8 @@ def divide_means(pooled: KeyedTensor, sparse: KeyedJaggedTensor, tables: Mapping
     keys, values = sparse.keys(), pooled.values()
     lengths = sparse.lengths().view(len(keys), -1).clamp(min=1).to(values.dtype)
     one = torch.ones_like(lengths[0])
-    each = [lengths[keys.index(name)] if tables[name].mean else one for name in pooled.keys()]
+    # A KeyedTensor is no mapping: a loop over it itself does not give its keys.
+    each = [lengths[keys.index(name)] if tables[name].mean else one for name in pooled.keys()]  # noqa: SIM118
     divisor = torch.cat([x[:, None].expand(-1, w) for x, w in zip(each, pooled.length_per_key(), strict=True)], 1)
     return KeyedTensor(pooled.keys(), pooled.length_per_key(), values / divisor)
 

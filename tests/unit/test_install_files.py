@@ -147,6 +147,16 @@ def test_ignore_rules_hide_no_source(repo_root: Path) -> None:
     assert done.stdout == ""
 
 
+def test_ruff_sees_every_source(repo_root: Path) -> None:
+    """Its default excludes hold ``dist``, the name of a package here."""
+    pytest.importorskip("ruff")
+    command = [sys.executable, "-m", "ruff", "check", "--show-files", "."]
+    listed = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=60, check=True)
+    seen = {Path(line).resolve() for line in listed.stdout.splitlines()}
+    sources = [p for name in ("embsearch_dist", "launch", "tests", "tools") for p in (repo_root / name).rglob("*.py")]
+    assert [str(p.relative_to(repo_root)) for p in sources if p.resolve() not in seen] == []
+
+
 # ---- tools/setup.sh with a stand-in for Python: what it does, without installing anything ----
 
 FAKE_PYTHON = """#!/usr/bin/env bash
