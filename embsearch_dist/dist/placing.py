@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.collective_utils import init_collective_validation
 from torchrec.distributed.comm import intra_and_cross_node_pg
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingEnv, ShardingPlan
 
 from embsearch_dist.dist.context import Context
 from embsearch_dist.dist.tables import Sharder, Table, check_widths
+from embsearch_dist.dist.versions import init_collective_validation
 from embsearch_dist.errors import UserError
 
 DOING = "placing the tables"
@@ -30,15 +30,19 @@ logging.getLogger("torchrec.distributed.comm").setLevel(logging.ERROR)
 
 
 class AgreeingCollection(ShardedEmbeddingBagCollection):
-    """Calls ``agree`` once this rank's part of every table exists."""
+    """Calls ``agree`` once this rank's part of every table exists.
+
+    The constructor makes look-ups and then output distributions; what is left then only puts together what is
+    there, until it calls the collectives of data-parallel tables.
+    """
 
     def __init__(self, agree: Callable[[], None], **arguments: Any) -> None:
         object.__setattr__(self, "agree", agree)  # before torch's Module is ready for attributes
         super().__init__(**arguments)
 
-    def init_data_parallel(self) -> None:
+    def _create_output_dist(self) -> None:
+        super()._create_output_dist()
         self.agree()
-        super().init_data_parallel()
 
 
 class AgreeingSharder(Sharder):
@@ -98,7 +102,8 @@ def place(
         with context.together(DOING):
             raise
     with context.together(DOING):
-        pass
+        if state != "agreed":
+            raise RuntimeError("TorchRec placed the tables without asking whether all ranks have built their parts")
     return model
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from torchrec import EmbeddingBagCollection
@@ -29,13 +30,11 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from torchrec.distributed.planner.types import (
     ParameterConstraints,
     PlannerError,
-    SharderDataMap,
     ShardingOption,
     Storage,
 )
 from torchrec.distributed.planner.types import Shard as TorchRecShard
 from torchrec.distributed.planner.types import Topology as TorchRecTopology
-from torchrec.distributed.planner.utils import build_sharder_data_map, sharder_name
 from torchrec.distributed.types import ModuleSharder
 
 from embsearch_dist.config import DistConfig
@@ -51,6 +50,7 @@ from embsearch_dist.dist.tables import (
     plan_by_hand,
     runs_fused,
 )
+from embsearch_dist.dist.versions import estimated_by
 
 EVERY_COMBINATION = 1000  # more than this many plans are not tried one by one; the greedy proposers serve then
 
@@ -74,8 +74,8 @@ class StorageEstimator(EmbeddingStorageEstimator):
         super().__init__(topology)
         self.optimizer, self.on_cpu = optimizer, topology.compute_device == "cpu"
 
-    def estimate(self, sharding_options: list[ShardingOption], sharder_data_map: SharderDataMap) -> None:
-        super().estimate(sharding_options, sharder_data_map=sharder_data_map)
+    def estimate(self, sharding_options: list[ShardingOption], *sharders: Any, **named: Any) -> None:
+        super().estimate(sharding_options, *sharders, **named)  # TorchRec's releases pass them in several ways
         for option in sharding_options:
             in_ddr = self.on_cpu or "uvm" in option.compute_kernel
             for shard in option.shards:
@@ -283,9 +283,9 @@ def _by_hand(
             )
         )
     machines = topology.torchrec()
-    data = build_sharder_data_map({sharder_name(EmbeddingBagCollection): sharder})
+    known = estimated_by(EmbeddingBagCollection, sharder)
     for estimator in (EmbeddingPerfEstimator(machines), StorageEstimator(machines, optimizer)):
-        estimator.estimate(options, sharder_data_map=data)
+        estimator.estimate(options, **known)
     return options
 
 
