@@ -39,7 +39,7 @@ setup(
         )
     ],
     install_requires=[
-        "torch>=2.13,<2.14",
+        "torch>=2.11,!=2.12.*,<2.14",  # the two that it is tested with, each with the TorchRec below
         "numpy>=2,<3",
         "pyarrow>=20",
         "polars>=1.30,<3",
@@ -61,8 +61,10 @@ setup(
     # files of the CPU build. So [cpu] cannot name torchrec; it goes in with --no-deps, as tools/setup.sh
     # does and `python -m embsearch_dist.doctor` checks.
     extras_require={
-        "cpu": ["fbgemm-gpu-cpu==1.8.0"],
-        "cuda": ["torchrec==1.8.0", "fbgemm-gpu==1.8.0"],
+        "cpu": ["torch>=2.13,<2.14", "fbgemm-gpu-cpu==1.8.0"],
+        "cuda": ["torch>=2.13,<2.14", "torchrec==1.8.0", "fbgemm-gpu==1.8.0"],
+        "cpu-torch211": ["torch>=2.11,<2.12", "fbgemm-gpu-cpu==1.6.0"],
+        "cuda-torch211": ["torch>=2.11,<2.12", "torchrec==1.6.1", "fbgemm-gpu==1.6.0"],
         "test": [
             "pytest>=8",
             "pytest-timeout>=2.3",

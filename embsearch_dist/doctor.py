@@ -22,9 +22,20 @@ from pathlib import Path
 
 OK, WARN, FAIL, SKIP = "ok", "warn", "FAIL", "skip"
 
+
+@dataclass(frozen=True)
+class Pair:
+    """Releases that belong together."""
+
+    torch: str
+    torchrec: str
+    fbgemm: str
+
+
+PAIRS = (Pair("2.13.0", "1.8.0", "1.8.0"), Pair("2.11.0", "1.6.1", "1.6.0"))
+"""What this project is tested with; the first is what tools/setup.sh installs. There is no TorchRec 1.6.0 on PyPI."""
 MINOR_GAP = 5
 """TorchRec and FBGEMM 1.N are built for torch 2.(N + 5)."""
-TESTED_PAIR_MINOR = 8
 PYTHONS = ((3, 11), (3, 13))
 REQUIRED = (
     *("torch", "torchrec", "numpy", "pyarrow", "polars", "tensorboard", "tqdm", "omegaconf", "PyYAML", "scipy"),
@@ -32,6 +43,9 @@ REQUIRED = (
 )
 """Packages (by their pip name) without which some part does not import."""
 CPU_BUILD, CUDA_BUILD = "fbgemm-gpu-cpu", "fbgemm-gpu"
+BUILT_FOR = {"1.6": ((8, 0), (9, 0), (10, 0)), "1.8": ((8, 0), (9, 0), (10, 0))}
+"""Compute capabilities that the CUDA build of FBGEMM holds machine code for, by its release: read from the fat
+binaries in its wheels (it offers no way to ask). None holds PTX, so no other card can run it."""
 
 Versions = Mapping[str, str | None]
 """Installed version by pip name, None when absent; ``torch.cuda`` is the CUDA version torch was built for."""
@@ -68,30 +82,32 @@ def check_packages(versions: Versions) -> Check:
     plain = [name for name in missing if name not in ("torch", "torchrec")]
     fix = []
     if "torch" in missing:
-        fix.append(f"pip install torch=={_torch_for(versions.get('torchrec'))}")
+        fix.append(f"pip install torch=={_pair_of(versions.get('torchrec')).torch}")
     if plain:
         fix.append(f"pip install {' '.join(plain)}")
     if "torchrec" in missing:
-        fix.append(f"pip install --no-deps torchrec=={_pair_for(versions.get('torch'))}")
+        fix.append(f"pip install --no-deps torchrec=={_pair_for(versions.get('torch')).torchrec}")
     return Check("packages", FAIL, f"missing: {', '.join(missing)}", tuple(fix))
 
 
 def check_pairing(versions: Versions) -> Check:
-    """torch 2.(N+5) goes with TorchRec 1.N and FBGEMM 1.N."""
+    """torch 2.(N+5) goes with TorchRec 1.N and FBGEMM 1.N, and this project is tested with some such pairs."""
     torch = versions.get("torch")
     if not torch:
         return Check("pairing", SKIP, "no torch")
     pair = _pair_for(torch)
-    wrong = {}
-    for name in ("torchrec", CPU_BUILD, CUDA_BUILD):
-        version = versions.get(name)
-        if version and _release(version)[:2] != _release(pair)[:2]:
-            wrong[name] = version
-    if not wrong:
-        return Check("pairing", OK, f"torch {torch} with TorchRec and FBGEMM {_minor(pair)}")
-    found = ", ".join(f"{name} {version}" for name, version in wrong.items())
-    fix = "pip install --no-deps " + " ".join(f"{name}=={pair}" for name in wrong)
-    return Check("pairing", FAIL, f"torch {torch} needs {_minor(pair)}, found {found}", (fix,))
+    wanted = {"torchrec": pair.torchrec, CPU_BUILD: pair.fbgemm, CUDA_BUILD: pair.fbgemm}
+    found = {name: version for name in wanted if (version := versions.get(name))}
+    wrong = {name: version for name, version in found.items() if _minor(version) != _minor(wanted[name])}
+    if wrong:
+        told = ", ".join(f"{name} {version}" for name, version in wrong.items())
+        fix = "pip install --no-deps " + " ".join(f"{name}=={wanted[name]}" for name in wrong)
+        return Check("pairing", FAIL, f"torch {torch} needs {_minor(pair.fbgemm)}, found {told}", (fix,))
+    detail = f"torch {torch} with TorchRec and FBGEMM {_minor(pair.fbgemm)}"
+    if pair not in PAIRS:
+        tested = " and ".join(_minor(p.torch) for p in PAIRS)
+        return Check("pairing", WARN, f"{detail}: they fit, but this project is tested with torch {tested}")
+    return Check("pairing", OK, detail)
 
 
 def check_fbgemm(versions: Versions) -> Check:
@@ -99,7 +115,7 @@ def check_fbgemm(versions: Versions) -> Check:
     name, cpu, cuda = "fbgemm", versions.get(CPU_BUILD), versions.get(CUDA_BUILD)
     torch_cuda, pair = versions.get("torch.cuda"), _pair_for(versions.get("torch"))
     build = CUDA_BUILD if torch_cuda else CPU_BUILD
-    install = f"pip install --no-deps {build}=={pair}"
+    install = f"pip install --no-deps {build}=={pair.fbgemm}"
     remove = f"pip uninstall -y {CUDA_BUILD} {CPU_BUILD}"
     if cpu and cuda:
         detail = f"{CUDA_BUILD} {cuda} and {CPU_BUILD} {cpu} share one folder (pip resolved torchrec's dependency)"
@@ -139,17 +155,19 @@ def _minor(version: str) -> str:
     return ".".join(map(str, _release(version)[:2]))
 
 
-def _pair_for(torch: str | None) -> str:
-    """The TorchRec and FBGEMM release for a torch; the tested one when torch is absent or unheard of."""
+def _pair_for(torch: str | None) -> Pair:
+    """The releases for a torch; the first of ``PAIRS`` when torch is absent or unheard of."""
     release = _release(torch or "")
-    known = len(release) > 1 and release[0] == 2 and release[1] >= MINOR_GAP
-    return f"1.{release[1] - MINOR_GAP if known else TESTED_PAIR_MINOR}.0"
+    if len(release) < 2 or release[0] != 2 or release[1] < MINOR_GAP:
+        return PAIRS[0]
+    ruled = Pair(f"2.{release[1]}.0", *[f"1.{release[1] - MINOR_GAP}.0"] * 2)
+    return next((p for p in PAIRS if _minor(p.torch) == _minor(ruled.torch)), ruled)
 
 
-def _torch_for(torchrec: str | None) -> str:
+def _pair_of(torchrec: str | None) -> Pair:
+    """The releases for a TorchRec, in the same way."""
     release = _release(torchrec or "")
-    known = len(release) > 1 and release[0] == 1
-    return f"2.{(release[1] if known else TESTED_PAIR_MINOR) + MINOR_GAP}.0"
+    return _pair_for(f"2.{release[1] + MINOR_GAP}" if len(release) > 1 and release[0] == 1 else None)
 
 
 # ---- checks that run something ----
@@ -180,15 +198,22 @@ print("dist.ddp is", get_component("dist.ddp").fn.__module__)
 """
 
 
+DRIVER = re.compile(r"libnvidia-ml|libcuda\.so|Found no NVIDIA driver")
+"""Errors of an installation that is whole, on a machine without the driver that its CUDA build loads."""
+NO_DRIVER = "no NVIDIA driver here. A login node or CI needs none; on the node of the job run this again"
+
+
 def explain_import_error(error: str, versions: Versions) -> tuple[str, tuple[str, ...]]:
     """A cause in words and its cure, from the last line a failed import printed."""
     fbgemm = check_fbgemm(versions)
     torch_cuda = versions.get("torch.cuda")
     build, pair = (CUDA_BUILD if torch_cuda else CPU_BUILD), _pair_for(versions.get("torch"))
-    again = f"pip install --no-deps --force-reinstall torchrec=={pair} {build}=={pair}"
+    again = f"pip install --no-deps --force-reinstall torchrec=={pair.torchrec} {build}=={pair.fbgemm}"
     if "libtorch_cuda" in error or "libcudart" in error:
         remove = f"pip uninstall -y {CUDA_BUILD} {CPU_BUILD}"
         return "CUDA libraries are wanted: a CUDA build of FBGEMM is in place", fbgemm.fix or (remove, again)
+    if "no kernel image" in error:
+        return "FBGEMM holds no code for this card: see the check gpu", ()
     if "undefined symbol" in error:
         return "FBGEMM was built for another torch", check_pairing(versions).fix or (again,)
     if found := re.search(r"No module named '([\w.]+)'", error):
@@ -196,8 +221,9 @@ def explain_import_error(error: str, versions: Versions) -> tuple[str, tuple[str
         package = {"yaml": "PyYAML", "pyre_extensions": "pyre-extensions", "fbgemm_gpu": build}.get(top, top)
         # Removing one FBGEMM build takes files of the other: pip then believes what is gone to be there.
         options = "--no-deps --force-reinstall " if versions.get(package) else ""
-        if package in ("torchrec", build):
-            options, package = options or "--no-deps ", f"{package}=={pair}"
+        release = {"torchrec": pair.torchrec, build: pair.fbgemm}.get(package)
+        if release:
+            options, package = options or "--no-deps ", f"{package}=={release}"
         return f"{top} is missing", (f"pip install {options}{package}",)
     return "TorchRec or FBGEMM does not work here", fbgemm.fix or (again,)
 
@@ -227,6 +253,8 @@ def check_operator(versions: Versions, timeout: float = 120) -> Check:
     good, text = run_python(f"FLAVOUR = {flavour!r}\n{_OPERATOR}", timeout)
     if good:
         return Check("operator", OK, text)
+    if DRIVER.search(text):
+        return Check("operator", WARN, f"not checked: {NO_DRIVER} ({text[:200]})")
     cause, fix = explain_import_error(text, versions)
     return Check("operator", FAIL, f"{cause} ({text[:200]})", fix)
 
@@ -265,15 +293,40 @@ def check_gpu(versions: Versions, timeout: float = 20) -> Check:
     """A GPU that the installed build cannot use is worth a word."""
     if not shutil.which("nvidia-smi"):
         return Check("gpu", OK, "none")
+    command = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=timeout).stdout
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except (OSError, subprocess.TimeoutExpired):
         return Check("gpu", WARN, "nvidia-smi does not answer")
-    count = sum(line.startswith("GPU ") for line in listed.splitlines())
-    if count and not versions.get("torch.cuda"):
+    if done.returncode:
+        # It is there but finds no driver, or is too old to tell a card's capability.
+        said = (done.stdout + done.stderr).strip().splitlines()
+        return Check("gpu", WARN, f"nvidia-smi says: {said[0] if said else f'exit code {done.returncode}'}")
+    return check_cards([line.strip() for line in done.stdout.splitlines() if line.strip()], versions)
+
+
+def check_cards(cards: Sequence[str], versions: Versions) -> Check:
+    """Cards as nvidia-smi lists them, ``name, capability``, against what FBGEMM was built for."""
+    found = f"{len(cards)} found"
+    if cards and not versions.get("torch.cuda"):
         fix = ("bash tools/setup.sh cuda .venv-cuda",)
-        return Check("gpu", WARN, f"{count} found, but this is a CPU build of torch", fix)
-    return Check("gpu", OK, f"{count} found")
+        return Check("gpu", WARN, f"{found}, but this is a CPU build of torch", fix)
+    release = versions.get(CUDA_BUILD)
+    built = BUILT_FOR.get(_minor(release)) if release else None
+    unfit = [card for card in cards if built and not _runs_on(card.rpartition(",")[2], built)]
+    if not unfit or not built:
+        return Check("gpu", OK, f"{found}: {'; '.join(dict.fromkeys(cards))}" if cards else found)
+    capable = ", ".join(f"{major}.{minor}" for major, minor in built)
+    detail = f"{CUDA_BUILD} {release} has code for compute capability {capable} only and cannot run on {unfit[0]}"
+    # Code for 8.0 also runs on 8.6 and 8.9, but never on another generation.
+    fix = ("bash tools/setup.sh cpu .venv-cpu   # or take a card of a generation named above, such as A100 or H100",)
+    return Check("gpu", FAIL if len(unfit) == len(cards) else WARN, detail, fix)
+
+
+def _runs_on(capability: str, built: Sequence[tuple[int, int]]) -> bool:
+    """Whether machine code for one of ``built`` runs on a card: same major number, minor not above the card's."""
+    card = _release(capability.strip())
+    return len(card) < 2 or any(major == card[0] and minor <= card[1] for major, minor in built)
 
 
 def installed_versions() -> dict[str, str | None]:

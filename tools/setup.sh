@@ -1,25 +1,35 @@
 #!/usr/bin/env bash
 # Make a virtual environment that runs embsearch_dist; does nothing when it is up to date.
 #
-#   tools/setup.sh [cpu|cuda] [--test] [FOLDER]      defaults: cpu, .venv
+#   tools/setup.sh [cpu|cuda] [--test] [--pair 1.6] [FOLDER]      defaults: cpu, .venv
 #
-# --test adds pytest, ruff and mypy. PYTHON=... picks the interpreter (3.11 to 3.13).
+# --test adds pytest, ruff and mypy. --pair 1.6 takes torch 2.11 and TorchRec 1.6 in place of torch 2.13 and
+# TorchRec 1.8. PYTHON=... picks the interpreter (3.11 to 3.13).
 # On Linux the default package index may answer with CUDA builds of torch (some GB). To get the CPU build,
 # set TORCH_INDEX_URL to the "CPU" index address that the PyTorch site's install selector prints; the same
 # variable picks a CUDA version for `cuda`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-variant=cpu folder=.venv test=0
-for arg in "$@"; do
-    case "$arg" in
-        cpu | cuda) variant=$arg ;;
+variant=cpu folder=.venv test=0 pair=
+while (($#)); do
+    case "$1" in
+        cpu | cuda) variant=$1 ;;
         --test) test=1 ;;
-        -h | --help) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
-        -*) echo "setup: unknown option $arg (see --help)" >&2; exit 2 ;;
-        *) folder=$arg ;;
+        --pair) pair=${2:-}; shift; [[ -n $pair ]] || { echo "setup: --pair needs a version" >&2; exit 2; } ;;
+        --pair=*) pair=${1#--pair=} ;;
+        -h | --help) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+        -*) echo "setup: unknown option $1 (see --help)" >&2; exit 2 ;;
+        *) folder=$1 ;;
     esac
+    shift
 done
+[[ $pair == 1.8 ]] && pair=  # what the files pin anyway
+if [[ -n $pair && ! -e requirements/pair-$pair.txt ]]; then
+    known=$(cd requirements && printf '%s ' pair-*.txt | sed 's/pair-//g; s/\.txt//g')
+    echo "setup: --pair $pair: known are 1.8 (the default) and $known" >&2
+    exit 2
+fi
 
 say() { echo "setup: $*"; }
 fail() { echo "setup: $*" >&2; exit 1; }
@@ -50,18 +60,19 @@ make_venv() {
 }
 
 # A stamp holds what a finished installation was made from; a mark says that one has begun.
-stamp=$folder/.embsearch-$variant mark=$folder/.embsearch-unfinished
+kind=$variant${pair:+-$pair}
+stamp=$folder/.embsearch-$kind mark=$folder/.embsearch-unfinished
 digest() { cat "$@" setup.py embsearch_dist/models/attention.c | sha256sum | cut -d ' ' -f 1; }
-common_digest=$(digest requirements/common.txt "requirements/$variant.txt")
+common_digest=$(digest requirements/common.txt "requirements/$variant.txt" ${pair:+"requirements/pair-$pair.txt"})
 test_digest=$(digest requirements/test.txt)
 here=$(pwd -P)
 
 done_before() { [[ -f $1 && "$(cat "$1")" == "$2 $here" && ! -e $mark ]]; }
 python=$folder/bin/python
 
-for other in cpu cuda; do
-    [[ $other != "$variant" && -e $folder/.embsearch-$other ]] &&
-        fail "$folder is set up for $other; give another folder, or remove it first"
+for other in "$folder"/.embsearch-cpu* "$folder"/.embsearch-cuda*; do
+    [[ $other != "$stamp" && -e $other ]] &&
+        fail "$folder is set up for ${other##*/.embsearch-}; give another folder, or remove it first"
 done
 
 # Two set-ups at once (a test run beside a demo) would break each other's environment.
@@ -82,6 +93,17 @@ if ! "$python" -m pip --version > /dev/null 2>&1 || [[ -e $mark ]]; then
     make_venv "$base_python"
 fi
 
+# The files to install from: those of requirements/, or copies with the versions of another pair.
+requirements=requirements
+if [[ -n $pair ]]; then
+    requirements=$folder/requirements
+    mkdir -p "$requirements"
+    for file in common "$variant" test; do
+        awk -F== 'NR == FNR { if (NF == 2) pin[$1] = $0; next } { print ($1 in pin) ? pin[$1] : $0 }' \
+            "requirements/pair-$pair.txt" "requirements/$file.txt" > "$requirements/$file.txt"
+    done
+fi
+
 pip_install() {
     "$python" -m pip install -qq --disable-pip-version-check --no-input "$@" ||
         fail "pip install $* failed; run this again to start over"
@@ -94,18 +116,18 @@ if ! done_before "$stamp" "$common_digest"; then
     touch "$mark"
     if [[ -n ${TORCH_INDEX_URL:-} ]]; then
         say "torch from TORCH_INDEX_URL"
-        pip_install --no-deps --index-url "$TORCH_INDEX_URL" "$(grep '^torch==' requirements/common.txt)"
+        pip_install --no-deps --index-url "$TORCH_INDEX_URL" "$(grep '^torch==' "$requirements/common.txt")"
     elif [[ $variant == cpu ]]; then
         say "torch from the default index (if it brings CUDA packages: stop, set TORCH_INDEX_URL, see --help)"
     fi
-    wanted=(-r requirements/common.txt)
-    [[ $test == 1 ]] && wanted+=(-r requirements/test.txt)
+    wanted=(-r "$requirements/common.txt")
+    [[ $test == 1 ]] && wanted+=(-r "$requirements/test.txt")
     say "packages of ${wanted[*]}"
     pip_install "${wanted[@]}"
     # The other FBGEMM build shares this one's folder: removing it later would take files of both.
     "$python" -m pip uninstall --quiet --yes fbgemm-gpu fbgemm-gpu-cpu > /dev/null 2>&1 || true
-    say "TorchRec and FBGEMM for $variant"
-    pip_install --no-deps -r "requirements/$variant.txt"
+    say "TorchRec and FBGEMM for $kind"
+    pip_install --no-deps -r "$requirements/$variant.txt"
     say "embsearch_dist itself (editable)"
     pip_install --no-deps --no-build-isolation --editable .
     echo "$common_digest $here" > "$stamp"
@@ -113,7 +135,7 @@ if ! done_before "$stamp" "$common_digest"; then
     rm -f "$mark"
 elif [[ $test == 1 ]] && ! done_before "$folder/.embsearch-test" "$test_digest"; then
     say "packages of requirements/test.txt"
-    pip_install -r requirements/test.txt
+    pip_install -r "$requirements/test.txt"
     echo "$test_digest $here" > "$folder/.embsearch-test"
 fi
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,12 +24,14 @@ GOOD_CPU: dict[str, str | None] = dict.fromkeys(doctor.REQUIRED, "1.0") | {
     "fbgemm-gpu": None,
 }
 GOOD_CUDA = GOOD_CPU | {"torch": "2.13.0", "torch.cuda": "13.0", "fbgemm-gpu": "1.8.0", "fbgemm-gpu-cpu": None}
+OLD_CPU = GOOD_CPU | {"torch": "2.11.0+cpu", "torchrec": "1.6.1", "fbgemm-gpu-cpu": "1.6.0"}
+OLD_CUDA = GOOD_CUDA | {"torch": "2.11.0+cu130", "torchrec": "1.6.1", "fbgemm-gpu": "1.6.0"}
 REMOVE = "pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu"
 
 Change = dict[str, str | None]
 
 
-@pytest.mark.parametrize("versions", [GOOD_CPU, GOOD_CUDA])
+@pytest.mark.parametrize("versions", [GOOD_CPU, GOOD_CUDA, OLD_CPU, OLD_CUDA])
 def test_good_pairs_pass(versions: Change) -> None:
     assert {check.status for check in doctor.version_checks(versions, (3, 11, 7))} == {OK}
 
@@ -85,6 +88,34 @@ def test_good_pairs_pass(versions: Change) -> None:
             FAIL,
             "torch 2.12.1+cpu needs 1.7",
             ("pip install --no-deps torchrec==1.7.0 fbgemm-gpu-cpu==1.7.0",),
+        ),
+        (  # there is no torchrec 1.6.0
+            doctor.check_pairing,
+            {"torch": "2.11.0"},
+            FAIL,
+            "torch 2.11.0 needs 1.6",
+            ("pip install --no-deps torchrec==1.6.1 fbgemm-gpu-cpu==1.6.0",),
+        ),
+        (
+            doctor.check_packages,
+            {"torch": "2.11.0", "torchrec": None},
+            FAIL,
+            "missing: torchrec",
+            ("pip install --no-deps torchrec==1.6.1",),
+        ),
+        (
+            doctor.check_packages,
+            {"torch": None, "torchrec": "1.6.1"},
+            FAIL,
+            "missing: torch",
+            ("pip install torch==2.11.0",),
+        ),
+        (
+            doctor.check_pairing,
+            {"torch": "2.12.1", "torchrec": "1.7.0", "fbgemm-gpu-cpu": "1.7.0"},
+            WARN,
+            "they fit, but this project is tested with torch 2.13 and 2.11",
+            (),
         ),
         (doctor.check_pairing, {"torch": "2.13.1", "torchrec": "1.8.2"}, OK, "1.8", ()),
         (doctor.check_pairing, {"torch": None}, SKIP, "no torch", ()),
@@ -153,6 +184,13 @@ def test_python(version: tuple[int, ...], status: str) -> None:
             ("pip install --no-deps fbgemm-gpu-cpu==1.8.0",),
         ),
         (
+            "ModuleNotFoundError: No module named 'torchrec'",
+            {"torch": "2.11.0", "torchrec": None},
+            "torchrec is missing",
+            ("pip install --no-deps torchrec==1.6.1",),
+        ),
+        ("torch.AcceleratorError: CUDA error: no kernel image is available", {}, "no code for this card", ()),
+        (
             "crashed with SIGSEGV",
             {},
             "does not work here",
@@ -185,6 +223,68 @@ def test_a_broken_import_cannot_take_the_doctor_down(code: str, good: bool, says
     ended_well, text = doctor.run_python(code, timeout=2)
     assert ended_well == good
     assert says in text
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "OSError: libnvidia-ml.so.1: cannot open shared object file: No such file or directory",
+        "OSError: libcuda.so.1: cannot open shared object file: No such file or directory",
+        "RuntimeError: Found no NVIDIA driver on your system.",
+    ],
+)
+def test_a_machine_without_a_driver_is_no_broken_installation(monkeypatch: pytest.MonkeyPatch, error: str) -> None:
+    monkeypatch.setattr(doctor, "run_python", lambda code, timeout: (False, error))
+    found = doctor.check_operator(GOOD_CUDA)
+    assert (found.status, found.fix) == (WARN, ())  # nothing to reinstall
+    assert "not checked: no NVIDIA driver here" in found.detail and error in found.detail
+    monkeypatch.setattr(doctor, "run_python", lambda code, timeout: (False, "OSError: libcudart.so.13: gone"))
+    assert doctor.check_operator(GOOD_CUDA).status == FAIL
+
+
+@pytest.mark.parametrize(
+    ("cards", "versions", "status", "says"),
+    [
+        (["NVIDIA H100 80GB HBM3, 9.0"] * 2, GOOD_CUDA, OK, "2 found: NVIDIA H100 80GB HBM3, 9.0"),
+        (["NVIDIA A100-SXM4-80GB, 8.0"], OLD_CUDA, OK, "1 found"),
+        (["NVIDIA L4, 8.9"], GOOD_CUDA, OK, "1 found"),  # code for 8.0 runs on it
+        (["Tesla V100-SXM2-32GB, 7.0"], GOOD_CUDA, FAIL, "8.0, 9.0, 10.0 only and cannot run on Tesla V100-SXM2-32GB"),
+        (["Tesla T4, 7.5"], OLD_CUDA, FAIL, "fbgemm-gpu 1.6.0 has code for compute capability 8.0"),
+        (["NVIDIA GeForce RTX 5090, 12.0"], GOOD_CUDA, FAIL, "RTX 5090, 12.0"),  # newer, but of another generation
+        (["NVIDIA H100, 9.0", "Tesla T4, 7.5"], GOOD_CUDA, WARN, "cannot run on Tesla T4"),
+        (["Tesla T4, 7.5"], GOOD_CUDA | {"fbgemm-gpu": "1.9.0"}, OK, "1 found"),  # nothing is known of that release
+        (["Some card, [N/A]"], GOOD_CUDA, OK, "1 found"),
+        (["NVIDIA H100, 9.0"], GOOD_CPU, WARN, "a CPU build of torch"),
+        ([], GOOD_CUDA, OK, "0 found"),
+    ],
+)
+def test_a_card_is_compared_with_what_fbgemm_was_built_for(
+    cards: list[str], versions: Change, status: str, says: str
+) -> None:
+    found = doctor.check_cards(cards, versions)
+    assert found.status == status, found
+    assert says in found.detail
+    assert bool(found.fix) == (status != OK)
+
+
+def test_cards_are_asked_of_the_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tool = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def answers(body: str) -> Check:
+        tool.write_text(f"#!/bin/sh\n{body}\n")
+        tool.chmod(0o755)
+        return doctor.check_gpu(GOOD_CUDA)
+
+    query = '[ "$*" = "--query-gpu=name,compute_cap --format=csv,noheader" ]'
+    found = answers(f"{query} && echo Tesla V100, 7.0")
+    assert found.status == FAIL and "cannot run on Tesla V100, 7.0" in found.detail
+    found = answers("echo NVIDIA-SMI has failed because it could not communicate with the driver; exit 9")
+    assert found.status == WARN and "NVIDIA-SMI has failed" in found.detail
+
+
+def test_every_tested_pair_is_in_the_table_of_cards() -> None:
+    assert set(doctor.BUILT_FOR) == {".".join(pair.fbgemm.split(".")[:2]) for pair in doctor.PAIRS}
 
 
 def test_low_space_is_only_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -47,11 +47,24 @@ def setup_call(repo_root: Path) -> dict[str, object]:
     return values
 
 
-def test_the_pinned_pair_fits(repo_root: Path) -> None:
-    common = pins(repo_root / "requirements" / "common.txt")
+def pinned(repo_root: Path, pair: str) -> dict[str, dict[str, str]]:
+    """Pins by file, as ``tools/setup.sh --pair`` installs them; "" is the default pair."""
+    instead = pins(repo_root / "requirements" / f"pair-{pair}.txt") if pair else {}
+    files = {name: pins(repo_root / "requirements" / f"{name}.txt") for name in ("common", "cpu", "cuda", "test")}
+    assert set(instead) <= {package for found in files.values() for package in found}
+    return {name: {package: instead.get(package, found[package]) for package in found} for name, found in files.items()}
+
+
+@pytest.mark.parametrize("which", range(2))
+def test_the_pinned_pairs_fit(repo_root: Path, which: int) -> None:
+    """They are the tested ones; the first needs no option."""
+    tested = doctor.PAIRS[which]
+    files = pinned(repo_root, "1.6" if which else "")
+    common = files["common"]
+    assert common["torch"] == tested.torch
     for variant, build in (("cpu", "fbgemm-gpu-cpu"), ("cuda", "fbgemm-gpu")):
-        pair = pins(repo_root / "requirements" / f"{variant}.txt")
-        assert set(pair) == {"torchrec", build}
+        pair = files[variant]
+        assert pair == {"torchrec": tested.torchrec, build: tested.fbgemm}
         cuda = "13.0" if variant == "cuda" else None
         versions = {"torch": common["torch"], "torch.cuda": cuda, **pair}
         assert doctor.check_pairing(versions).status == doctor.OK
@@ -59,23 +72,25 @@ def test_the_pinned_pair_fits(repo_root: Path) -> None:
     assert not set(common) & {"torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu"}  # these go in last, without dependencies
 
 
-def test_pins_are_within_the_ranges_of_setup(repo_root: Path, setup_call: dict) -> None:
+@pytest.mark.parametrize(("pair", "suffix"), [("", ""), ("1.6", "-torch211")])
+def test_pins_are_within_the_ranges_of_setup(repo_root: Path, setup_call: dict, pair: str, suffix: str) -> None:
     packaging = pytest.importorskip("packaging.requirements")
-    common = pins(repo_root / "requirements" / "common.txt")
-    test = pins(repo_root / "requirements" / "test.txt")
-    for line in setup_call["install_requires"]:
-        requirement = packaging.Requirement(line)
-        assert requirement.specifier.contains(common[normal(requirement.name)]), line
-    for line in setup_call["extras_require"]["test"]:
-        requirement = packaging.Requirement(line)
-        assert requirement.specifier.contains(test[normal(requirement.name)]), line
-    for variant in ("cpu", "cuda"):
-        pair = pins(repo_root / "requirements" / f"{variant}.txt")
-        for line in setup_call["extras_require"][variant]:
+    files, extras = pinned(repo_root, pair), setup_call["extras_require"]
+    ranges = [(files["common"], setup_call["install_requires"]), (files["test"], extras["test"])]
+    ranges += [(files["common"] | files[variant], extras[variant + suffix]) for variant in ("cpu", "cuda")]
+    for found, lines in ranges:
+        for line in lines:
             requirement = packaging.Requirement(line)
-            assert requirement.specifier.contains(pair[normal(requirement.name)]), line
+            assert requirement.specifier.contains(found[normal(requirement.name)]), line
     # pip would follow torchrec to the CUDA build
-    assert not any(line.startswith("torchrec") for line in setup_call["extras_require"]["cpu"])
+    assert not any(line.startswith("torchrec") for line in extras["cpu" + suffix])
+
+
+def test_setup_admits_only_what_is_tested(setup_call: dict) -> None:
+    packaging = pytest.importorskip("packaging.requirements")
+    (line,) = [line for line in setup_call["install_requires"] if re.match(r"torch\W", line)]
+    admitted = [f"2.{minor}.0" for minor in range(20) if packaging.Requirement(line).specifier.contains(f"2.{minor}.0")]
+    assert admitted == sorted(pair.torch for pair in doctor.PAIRS)
 
 
 def test_the_doctor_knows_the_requirements(setup_call: dict) -> None:
@@ -269,6 +284,32 @@ def test_cpu_and_cuda_do_not_mix(fake: FakeSetup) -> None:
     fake.run("cpu")
     code, output, _ = fake.run("cuda")
     assert code == 1 and "set up for cpu" in output
+
+
+def test_another_pair_replaces_the_pins_and_needs_a_folder_of_its_own(fake: FakeSetup) -> None:
+    code, output, calls = fake.run("cpu", "--test", ".venv-old", "--pair", "1.6", TORCH_INDEX_URL="file:///wheels")
+    assert code == 0, output
+    folder = fake.tree / ".venv-old" / "requirements"
+    assert "--index-url file:///wheels torch==2.11.0" in calls
+    assert [f"-r .venv-old/requirements/{name}.txt" in calls for name in ("common", "cpu", "test")] == [True] * 3
+    common, cpu = pins(folder / "common.txt"), pins(folder / "cpu.txt")
+    assert (common["torch"], cpu) == ("2.11.0", {"torchrec": "1.6.1", "fbgemm-gpu-cpu": "1.6.0"})
+    default = pins(fake.tree / "requirements" / "common.txt")
+    assert {name for name in default if common[name] != default[name]} == {"torch", "setuptools"}
+    assert "pip install" not in fake.run("cpu", ".venv-old", "--pair", "1.6")[2]
+    code, output, _ = fake.run("cpu", ".venv-old")
+    assert code == 1 and "is set up for cpu-1.6" in output
+    with (fake.tree / "requirements" / "pair-1.6.txt").open("a") as f:
+        f.write("numpy==2.0.0\n")
+    assert "pip install" in fake.run("cpu", ".venv-old", "--pair", "1.6")[2]
+
+
+@pytest.mark.parametrize("words", [["--pair", "1.7"], ["--pair"]])
+def test_an_unknown_pair_changes_nothing(fake: FakeSetup, words: list[str]) -> None:
+    code, output, calls = fake.run(*words)
+    assert code == 2 and "--pair" in output and not calls
+    assert not (fake.tree / ".venv").exists()
+    assert "are 1.8 (the default) and 1.6" in output or words == ["--pair"]
 
 
 def test_torch_index(fake: FakeSetup) -> None:
