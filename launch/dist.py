@@ -123,10 +123,13 @@ def ddp(
 
 
 def _find_script(script: str) -> str:
-    """The script as given if it exists, else the one of that name in this folder, seen from here."""
-    own = SCRIPTS / script
+    """The script as given if it exists, else the one of that name in the launch folder: of the tree one stands in,
+    which need not be the installed one, or else of this tree, seen from here."""
+    own, near = SCRIPTS / script, Path("launch", script)
     if Path(script).exists() or not own.is_file():
         return script
+    if near.is_file() and Path("embsearch_dist").is_dir():
+        return str(near)
     # A relative path also holds on the nodes of a cluster, where the folder is mounted or copied elsewhere.
     return os.path.relpath(own) if own.is_relative_to(Path.cwd()) else str(own)
 

@@ -14,15 +14,17 @@ of the test split or the default router.
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from embsearch_dist.dist.environment import reexec_with_tuned_environment
 
 if __name__ == "__main__":
     reexec_with_tuned_environment()  # before anything loads torch, or it would be loaded twice
-
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import one_of, split_arguments

@@ -15,13 +15,16 @@ directory, other --search.policy.*, --search.budget or --search.pareto settings 
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from embsearch_dist.dist.environment import reexec_with_tuned_environment
 
 if __name__ == "__main__":
     reexec_with_tuned_environment()  # before anything loads torch, or it would be loaded twice
-
-from collections.abc import Sequence
-from pathlib import Path
 
 from embsearch_dist.config import Config, split_arguments
 from embsearch_dist.dist.context import start
