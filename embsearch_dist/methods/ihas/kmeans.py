@@ -248,13 +248,16 @@ class KMeans:
 def squared_distances(rows: torch.Tensor, centres: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
     """``|x|^2 - 2 x c + |c|^2``, not below 0: ``rows [b, D]``, ``centres [K, D]``, ``alive [K]`` -> ``[b, K]``.
 
-    Infinite to dead centres. The origin is moved to the mean of the live centres first: the three terms cancel,
-    and what float32 loses by that grows with the distance of the data from the origin.
+    Infinite to dead centres. In float64: the three terms cancel near a centre, and float32 would leave an error that
+    goes with the squares of the data and differs between processors (and is of the first three digits where products
+    run in TF32 or bfloat16). The origin is moved to the mean of the live centres first, which makes the distance of
+    equal rows to their own centre 0 to the bit.
     """
-    origin = (centres * alive[:, None]).sum(0) / alive.sum().clamp(min=1)
-    x, c = rows - origin, centres - origin
+    x, c = rows.double(), centres.double()
+    origin = (c * alive[:, None]).sum(0) / alive.sum().clamp(min=1)
+    x, c = x - origin, c - origin
     squares = torch.addmm(c.square().sum(1), x, c.T, alpha=-2) + x.square().sum(1, keepdim=True)
-    return squares.clamp(min=0).masked_fill(~alive, math.inf)
+    return squares.clamp(min=0).float().masked_fill(~alive, math.inf)
 
 
 def plus_plus(rows: torch.Tensor, k: int, generator: torch.Generator) -> list[int]:
