@@ -253,9 +253,9 @@ def squared_distances(rows: torch.Tensor, centres: torch.Tensor, alive: torch.Te
     run in TF32 or bfloat16). The origin is moved to the mean of the live centres first, which makes the distance of
     equal rows to their own centre 0 to the bit.
     """
-    x, c = rows.double(), centres.double()
+    c = centres.double()
     origin = (c * alive[:, None]).sum(0) / alive.sum().clamp(min=1)
-    x, c = x - origin, c - origin
+    x, c = rows - origin, c - origin
     squares = torch.addmm(c.square().sum(1), x, c.T, alpha=-2) + x.square().sum(1, keepdim=True)
     return squares.clamp(min=0).float().masked_fill(~alive, math.inf)
 
