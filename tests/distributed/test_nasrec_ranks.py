@@ -29,16 +29,18 @@ from tests.unit.test_nasrec_scoring import NASREC, SPACE, OnlySupernet
 STEPS = 12
 OWN_STEPS = 8
 SPREAD = ["dist.sharding=row_wise", "dist.tables.left=table_wise"]
+ATOL = 1e-4  # where tables move by 0.02 and more; orders of summation make a difference of 1e-6
+# Adagrad's first step is as long as the rate, also where the gradient is only what rounding left: its sign then depends
+# on the order of summation, and so on the processor. SGD's goes with the gradient. At these rates last bits stay last.
+RATES = ["optim.embedding=sgd", "optim.embedding_lr=0.1", "optim.dense_lr=0.003"]
 CASES = {
-    "one": ["search.sampling.same_network=true"],
+    "one": [*RATES, "search.sampling.same_network=true"],
     "own": [
+        *RATES,
         "search.sampling.same_network=false",
         "search.supernet.schedule=constant",
         f"search.supernet.steps={OWN_STEPS}",
         "search.sampling.warmup=0.5",
-        # Rates at which the last bits of a product do not become the first of a weight.
-        "optim.dense_lr=0.01",
-        "optim.embedding_lr=0.02",
         "optim.clip_norm=2.3",
     ],
 }
@@ -98,10 +100,10 @@ def weights(data: str, directory: Path, case: str) -> tuple[dict[str, torch.Tens
     return whole_tables(model.sharded), dict(model.head.state_dict())
 
 
-def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], atol: float) -> None:
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
-    far = [n for n, value in found.items() if not torch.allclose(value, expected[n], rtol=1e-3, atol=atol)]
-    assert not far
+    far = {n: float((value - expected[n]).abs().max()) for n, value in found.items()}
+    assert not {n: gap for n, gap in far.items() if not gap <= ATOL}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -118,8 +120,8 @@ def test_two_ranks_train_the_supernet_of_one(both: tuple[Path, list[Any]], data:
     assert len(losses[0]) == STEPS
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
     (tables, head), (expected_tables, expected) = (weights(data, folder / n, "one") for n in ("two/one", "one"))
-    assert_close(head, expected, 1e-4)
-    assert_close(tables, expected_tables, 1e-4)
+    assert_close(head, expected)
+    assert_close(tables, expected_tables)
 
 
 def by_hand(
@@ -133,7 +135,7 @@ def by_hand(
     network = task.model.head
     masked, parameters = MaskedNetwork(network), list(network.weights.values())
     optimizer = torch.optim.Adagrad(parameters, lr=optim.dense_lr, eps=optim.dense_eps)
-    losses, clipped = [], []
+    losses, clipped, first = [], [], whole_tables(task.model.sharded)
     batches = run.stream("train", search.supernet.batch_size, shuffle=True).epoch(0)
     for step, batch in enumerate(itertools.islice(batches, OWN_STEPS)):
         u = task.model.embed(batch)
@@ -143,7 +145,7 @@ def by_hand(
             part = slice(rank * half, (rank + 1) * half)
             logits = masked(prune(drawn), batch.dense[part], u[part])
             loss = binary_cross_entropy_with_logits(logits, batch.label[part])
-            total += float(loss) / 2
+            total += float(loss.detach()) / 2
             found = torch.autograd.grad(loss, [*parameters, u], retain_graph=True, allow_unused=True)
             gradients.append([torch.zeros_like(p) if g is None else g for p, g in zip([*parameters, u], found)])
         *own, of_u = [(a + b) / 2 for a, b in zip(*gradients, strict=True)]
@@ -154,7 +156,9 @@ def by_hand(
         u.backward(of_u)  # the tables' optimizer runs in it
         losses.append(total)
         clipped.append(norm > optim.clip_norm)
-    return whole_tables(task.model.sharded), dict(network.state_dict()), losses, clipped
+    tables = whole_tables(task.model.sharded)
+    assert min(float((tables[n] - first[n]).abs().max()) for n in tables) > 100 * ATOL
+    return tables, dict(network.state_dict()), losses, clipped
 
 
 def test_ranks_with_architectures_of_their_own_average_their_gradients(
@@ -166,8 +170,8 @@ def test_ranks_with_architectures_of_their_own_average_their_gradients(
     assert len(losses) == OWN_STEPS
     np.testing.assert_allclose(recorded(folder / "two" / "own", "supernet", "loss"), losses, rtol=1e-4)
     found_tables, found = weights(data, folder / "two" / "own", "own")
-    assert_close(found, head, 2e-4)
-    assert_close(found_tables, tables, 2e-4)
+    assert_close(found, head)
+    assert_close(found_tables, tables)
 
 
 def test_two_ranks_search_as_one(both: tuple[Path, list[Any]], data: str) -> None:
