@@ -24,9 +24,9 @@ from embsearch_dist.schema import Field, Schema
 from embsearch_dist.train.metrics import evaluate
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.trainer import Trainer
+from tests.ranks import THREADS
 
-# On tensors this small a second thread only waits, and on a busy machine it waits long.
-torch.set_num_threads(1)
+torch.set_num_threads(THREADS)
 
 ROWS = 4000
 CONFIGS = {name: method.config for name, method in METHODS.items()}
@@ -105,7 +105,7 @@ def options(overrides: Sequence[str]) -> list[str]:
 
 def command_line(data: Path | str, run_dir: Path | str, *overrides: str) -> list[str]:
     """The config of :func:`small_config` as options of ``search.py``; needs ``--config`` beside it."""
-    where = [f"data.path={data}", f"run.dir={run_dir}", "run.device=cpu", "dist.timeout_s=60", "run.threads=1"]
+    where = [f"data.path={data}", f"run.dir={run_dir}", "run.device=cpu", "dist.timeout_s=60", f"run.threads={THREADS}"]
     return options([*where, *overrides])
 
 

@@ -27,7 +27,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-THREAD_LIMITS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1"}
+THREADS = int(os.environ.get("EMBSEARCH_TEST_THREADS", "1"))
+"""Threads of torch in every process of the tests. On tensors as small as theirs a second one only waits."""
+LIMITED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS")
+THREAD_LIMITS = dict.fromkeys(LIMITED, str(THREADS))
 GRACE_S = 3.0
 """After the first failing rank the others get this long to report their own error; then they are killed."""
 
@@ -132,7 +135,7 @@ def _rank_main(
             import torch
             import torch.distributed as dist
 
-            torch.set_num_threads(1)
+            torch.set_num_threads(THREADS)
             if init:
                 store = dist.FileStore(str(Path(folder, "rendezvous")), world_size)
                 limit = timedelta(seconds=max(1.0, timeout))

@@ -23,8 +23,9 @@ typedef float v4 __attribute__((vector_size(16), aligned(4), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* One build for every x86-64 processor: the loader picks the variant that this one can run. */
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
+/* One build for every x86-64 processor: the loader picks the variant that this one can run. A test builds each alone. */
+#ifdef EACH_PROCESSOR
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
 #define EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define EACH_PROCESSOR

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.machinery
 import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,13 @@ from embsearch_dist.models.attention import attention, kernel
 
 SHAPES = [(3, 1, 1, 1), (2, 5, 2, 1), (4, 16, 8, 2), (3, 17, 8, 2), (2, 40, 2, 3), (2, 33, 4, 4), (1, 256, 2, 8)]
 
+# The variants of EACH_PROCESSOR in attention.c, and what of /proc/cpuinfo they need.
+PROCESSORS = {
+    "x86-64": "sse2",
+    "x86-64-v3": "avx2 bmi2 fma movbe f16c",
+    "x86-64-v4": "avx512f avx512bw avx512dq avx512vl",
+}
+
 
 def reference(qkv: torch.Tensor, heads: int) -> torch.Tensor:
     """In double precision, written out."""
@@ -23,6 +32,20 @@ def reference(qkv: torch.Tensor, heads: int) -> torch.Tensor:
     q, k, v = qkv.double().view(rows, tokens, 3, heads, width).permute(2, 0, 3, 1, 4)
     p = torch.softmax(q @ k.transpose(2, 3) / width**0.5, 3)
     return (p @ v).transpose(1, 2).reshape(rows, tokens, heads * width)
+
+
+def assert_of_the_formula(shape: tuple[int, int, int, int], size: float) -> None:
+    """Values and gradients of the kernel against the formula, for numbers of about ``size``."""
+    rows, tokens, heads, width = shape
+    qkv = (size * torch.randn(rows, tokens, 3 * heads * width)).requires_grad_()
+    weight = torch.randn(rows, tokens, heads * width)
+    found = attention(qkv, heads)
+    assert type(found.grad_fn).__name__ == "_AttentionBackward"
+    (own,) = torch.autograd.grad((found * weight).sum(), qkv)
+    expected = reference(qkv, heads)
+    (other,) = torch.autograd.grad((expected * weight).sum(), qkv)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-5 * size)
+    torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()) + 1e-6)
 
 
 @pytest.fixture
@@ -36,16 +59,35 @@ def compiled() -> None:
 @pytest.mark.parametrize("size", [1.0, 6.0], ids=["small", "steep"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients_are_those_of_the_formula(shape: tuple[int, int, int, int], size: float) -> None:
-    rows, tokens, heads, width = shape
-    qkv = (size * torch.randn(rows, tokens, 3 * heads * width)).requires_grad_()
-    weight = torch.randn(rows, tokens, heads * width)
-    found = attention(qkv, heads)
-    assert type(found.grad_fn).__name__ == "_AttentionBackward"
-    (own,) = torch.autograd.grad((found * weight).sum(), qkv)
-    expected = reference(qkv, heads)
-    (other,) = torch.autograd.grad((expected * weight).sum(), qkv)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-5 * size)
-    torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()) + 1e-6)
+    assert_of_the_formula(shape, size)
+
+
+@pytest.fixture
+def alone(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernel built for one processor, in place of the one that picks its variant itself."""
+    needed = PROCESSORS[request.param].split()
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    if shutil.which("cc") is None or not set(needed) <= set(flags):
+        pytest.skip(f"no C compiler, or a processor without {request.param}")
+    source, target = (
+        Path(module.__file__).with_name("attention.c"),
+        f"_attention{importlib.machinery.EXTENSION_SUFFIXES[0]}",
+    )
+    options = ["-O3", "-Wno-psabi", "-fPIC", "-shared", f"-march={request.param}", "-DEACH_PROCESSOR="]
+    subprocess.run(["cc", *options, str(source), "-o", str(tmp_path / target), "-lm"], check=True)
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "attention.py"))
+    kernel.cache_clear()
+    assert kernel() is not None
+    yield
+    kernel.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alone", PROCESSORS, indirect=True)
+def test_every_variant_of_the_kernel_is_the_formula(alone: None) -> None:
+    for shape in SHAPES:
+        for size in (1.0, 6.0):
+            assert_of_the_formula(shape, size)
 
 
 @pytest.mark.usefixtures("compiled")
