@@ -168,8 +168,13 @@ class TrainConfig:
         kept = self.keep_checkpoints
         require(kept >= 2, f"{prefix}.keep_checkpoints", f"must be at least 2, so that one may be damaged, got {kept}")
         one_of(f"{prefix}.on_save_error", self.on_save_error, ["continue", "stop"])
-        for key in ("save_every", "skip_bad_batches"):
+        for key in ("steps", "save_every", "skip_bad_batches"):
             require(getattr(self, key) >= 0, f"{prefix}.{key}", f"must be >= 0, got {getattr(self, key)}")
+
+    def total_steps(self, batches_per_epoch: int) -> int:
+        """Steps of the whole training: all ``epochs``, unless ``steps`` ends it earlier."""
+        planned = batches_per_epoch * self.epochs
+        return min(planned, self.steps or planned)
 
 
 @dataclass

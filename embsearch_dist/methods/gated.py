@@ -18,6 +18,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from embsearch_dist.config import SAFETY_KEYS, TrainConfig, option, require
 from embsearch_dist.data.batch import Batch
+from embsearch_dist.data.dataset import BatchStream
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import Run
 from embsearch_dist.models.gated import GatedModel
@@ -62,10 +63,13 @@ class GatedTask(ABC):
         settings |= {f"outer.{k}": v for k, v in dataclasses.asdict(outer).items()}
         self.settings: dict[str, Any] = {**settings, "width": model.width, **own}
         self.steps, self.warmup = 0, 0
+        self.total = 0  # steps of the whole training; 0, like ``warmup``, in a model that is only read
+        self.batches: BatchStream | None = None
         self._held_out: HeldOut | None = None
         if training is not None:
-            rows = run.schema.rows["train"]
-            self.warmup = int(outer.pretrain_epochs * max(1, rows // training.batch_size))
+            self.batches = run.stream("train", training.batch_size, shuffle=True)
+            self.warmup = int(outer.pretrain_epochs * self.batches.batches_per_epoch)
+            self.total = training.total_steps(self.batches.batches_per_epoch)
             held_out = run.stream("validation", training.batch_size, shuffle=True)
             self._held_out = HeldOut(held_out, run.context.device)
 
@@ -146,12 +150,10 @@ def inputs_of(run: Run, training: TrainConfig, own: dict[str, Any]) -> dict[str,
 
 def train(run: Run, stage: str, task: GatedTask, training: TrainConfig, lines: Sequence[str]) -> Progress:
     """Train a search stage to its end, from where it stood; its best checkpoint is marked."""
-    if task.warmup >= run.schema.rows["train"] // training.batch_size * training.epochs:
-        raise UserError(
-            f"config key search.outer.pretrain_epochs: {task.outer.pretrain_epochs:g} of {training.epochs} epochs "
-            "(search.training.epochs) leave none in which anything is selected. Lower it, or train longer"
-        )
-    batches = run.stream("train", training.batch_size, shuffle=True)
+    batches = task.batches
+    assert batches is not None
+    if task.warmup >= task.total:
+        raise UserError(_nothing_left(task, training, batches.batches_per_epoch))
     validation = run.stream("validation", training.eval_batch_size, shuffle=False)
     with Monitor(run.dir, stage, run.context.rank) as monitor:
         for line in lines:
@@ -161,6 +163,21 @@ def train(run: Run, stage: str, task: GatedTask, training: TrainConfig, lines: S
             return Trainer(task, training, optim, batches, validation, run.context, monitor, root).fit()
         finally:
             task.close()
+
+
+def _nothing_left(task: GatedTask, training: TrainConfig, per_epoch: int) -> str:
+    """What to say when pretraining takes all steps: the key that ends the training is the one to raise."""
+    pretrained = task.outer.pretrain_epochs
+    if task.total < per_epoch * training.epochs:
+        return (
+            f"config key search.training.steps: {training.steps} steps end before the {task.warmup} of pretraining do "
+            f"(search.outer.pretrain_epochs: {pretrained:g}, at {per_epoch} steps an epoch), so nothing is ever "
+            "selected. Raise it, or lower search.outer.pretrain_epochs"
+        )
+    return (
+        f"config key search.outer.pretrain_epochs: {pretrained:g} of {training.epochs} epochs "
+        "(search.training.epochs) leave none in which anything is selected. Lower it, or train longer"
+    )
 
 
 def load(run: Run, stage: str, task: Task, best: bool) -> None:

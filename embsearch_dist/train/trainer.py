@@ -96,9 +96,7 @@ class Trainer:
             say=monitor.say,
         )
         self.progress = Progress()
-        self.total = training.batches_per_epoch * config.epochs
-        if config.steps:
-            self.total = min(self.total, config.steps)
+        self.total = config.total_steps(training.batches_per_epoch)
         parts, per_epoch = config.evals_per_epoch, training.batches_per_epoch
         self.eval_batches = {math.ceil(per_epoch * (k + 1) / parts) for k in range(parts)}
         self._schedule = 1.0  # factor that the optimizers have now

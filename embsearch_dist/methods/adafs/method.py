@@ -40,7 +40,6 @@ class AdaFSTask(gated.GatedTask):
         super().__init__(run, model, search.outer, search.training if training else None, own)
         self.search, self.fields = search, len(run.schema.fields)
         self.k = search.kept(self.fields)
-        self.total = 0
         self._shown: torch.Tensor | None = None
 
     def choose(self, weights: torch.Tensor) -> torch.Tensor:
@@ -117,7 +116,6 @@ class ControllerStage(Stage):
     def run(self, run: Run) -> None:
         search: AdaFSConfig = run.config.search
         task = AdaFSTask(run, search, training=True)
-        task.total = max(1, run.schema.rows["train"] // search.training.batch_size) * search.training.epochs
         kept = f"{task.k} of {task.fields} fields a row" if search.mode == "hard" else f"{task.fields} fields, weighed"
         line = f"controller: {kept}, width {search.width}, {run.context.world_size} rank(s)"
         gated.train(run, self.name, task, search.training, [line])

@@ -130,7 +130,7 @@ class SupernetStage(Stage):
         search: AdassConfig = run.config.search
         training = run.stream("train", search.supernet.batch_size, shuffle=True)
         validation = run.stream("validation", search.supernet.eval_batch_size, shuffle=False)
-        task = SupernetTask(run, training.batches_per_epoch * search.supernet.epochs)
+        task = SupernetTask(run, search.supernet.total_steps(training.batches_per_epoch))
         with Monitor(run.dir, self.name, run.context.rank) as monitor:
             monitor.say(
                 f"supernet: {len(run.schema.fields)} fields x candidates {search.candidates}, {search.scheme} scheme, "

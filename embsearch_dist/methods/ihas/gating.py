@@ -39,7 +39,7 @@ class GatesTask(gated.GatedTask):
         model = GatedModel(run.config, run.schema, search.width, selector, run.context)
         own = {f"search.gates.{k}": v for k, v in dataclasses.asdict(self.gates).items()}
         super().__init__(run, model, search.outer, search.training if training else None, own)
-        self.batch_size, self.total = search.training.batch_size, 0
+        self.batch_size = search.training.batch_size
         self._histogram: torch.Tensor | None = None
 
     def logits(self, u: torch.Tensor) -> torch.Tensor:
@@ -104,7 +104,6 @@ class GateStage(Stage):
     def run(self, run: Run) -> None:
         search: IHASConfig = run.config.search
         task = GatesTask(run, search, training=True)
-        task.total = max(1, run.schema.rows["train"] // search.training.batch_size) * search.training.epochs
         fields = len(run.schema.fields)
         kind = "one gate vector for all rows" if search.gates.shared else "gates by row"
         line = f"gates: {fields} fields x {search.width} columns, {kind}, {run.context.world_size} rank(s)"

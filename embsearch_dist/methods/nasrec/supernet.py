@@ -101,8 +101,7 @@ class SupernetStage(Stage):
         search: NASRecConfig = run.config.search
         training = run.stream("train", search.supernet.batch_size, shuffle=True)
         validation = run.stream("validation", search.supernet.eval_batch_size, shuffle=False)
-        total = training.batches_per_epoch * search.supernet.epochs
-        task = SupernetTask(run, min(total, search.supernet.steps or total))
+        task = SupernetTask(run, search.supernet.total_steps(training.batches_per_epoch))
         with Monitor(run.dir, self.name, run.context.rank) as monitor:
             count = sum(p.numel() for p in task.model.head.parameters())
             monitor.say(
