@@ -11,6 +11,10 @@ from torch.nn import functional
 from embsearch_dist.data.batch import Batch
 from embsearch_dist.dist.context import Context
 
+METRICS = ("auc", "logloss", "accuracy")
+BINS = 1 << 16  # of :func:`binned_auc`: 1024 to a unit of the logit, which is clamped to 32 on both sides
+SCORED_AT_A_TIME = 1 << 24  # logits that :func:`score_many` has in hand at a time: 128 MiB of places in the bins
+
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
     """Area under the ROC curve, ties counted as one half (the Mann-Whitney statistic).
@@ -55,11 +59,10 @@ def binned_auc(logits: np.ndarray, labels: np.ndarray) -> float:
 
     On 100,000 rows it is within 1e-5 of the exact area, since order inside so narrow a bin is chance.
     """
-    bins = 1 << 16
-    place = np.clip(logits * np.float32(1024) + np.float32(bins / 2), 0, bins - 1).astype(np.int32)
-    place += (labels > 0.5).astype(np.int32) << 16
-    counts = np.bincount(place, minlength=2 * bins)
-    negatives, positives = counts[:bins], counts[bins:]
+    place = np.clip(logits * np.float32(1024) + np.float32(BINS / 2), 0, BINS - 1).astype(np.int32)
+    place += (labels > 0.5).astype(np.int32) * BINS
+    counts = np.bincount(place, minlength=2 * BINS)
+    negatives, positives = counts[:BINS], counts[BINS:]
     total = int(negatives.sum()) * int(positives.sum())
     if total == 0:
         return float("nan")
@@ -73,6 +76,50 @@ def logloss(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return float(losses.sum(dtype=torch.float64)) / len(losses)
 
 
+def binned_counts(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """How many rows of each class lie in each bin of :func:`binned_auc`, for many models.
+
+    Nothing here waits for the device. ``bincount`` would, to learn how many bins there are.
+
+    Args:
+        logits: ``[K, N]`` float32, a row for each model.
+        labels: ``[N]`` 0 or 1, on the same device.
+
+    Returns:
+        ``[K, 2, BINS]`` int64, negatives before positives.
+    """
+    counts = torch.zeros(len(logits), 2 * BINS, dtype=torch.int64, device=logits.device)
+    place = (logits * 1024 + BINS / 2).clamp_(0, BINS - 1).nan_to_num_(0).long()
+    place += (labels > 0.5).long() * BINS
+    return counts.scatter_add_(1, place, place.new_ones(()).expand_as(place)).view(-1, 2, BINS)
+
+
+def score_many(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """:func:`score` of many models on one sample, where the logits lie, without waiting for the device.
+
+    Args:
+        logits: ``[K, N]`` float32, a row for each model.
+        labels: ``[N]`` 0 or 1, on the same device.
+
+    Returns:
+        ``[K, 3]`` float64, :data:`METRICS`: AUC (that of :func:`binned_auc`, exactly; NaN when only one class is
+        present), logloss in nats and accuracy.
+    """
+    at_a_time = max(1, SCORED_AT_A_TIME // max(1, logits.shape[1]))
+    return torch.cat([_score_some(some, labels) for some in logits.split(at_a_time)])
+
+
+def _score_some(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    negatives, positives = binned_counts(logits, labels).unbind(1)
+    below = negatives.cumsum(1) - negatives
+    pairs = negatives.sum(1) * positives.sum(1)
+    area = (positives * (2 * below + negatives)).sum(1) / (2 * pairs).double()
+    losses = functional.binary_cross_entropy_with_logits(logits, labels.expand_as(logits), reduction="none")
+    right = (logits > 0) == (labels > 0.5)
+    means = [x.sum(1, dtype=torch.float64) / logits.shape[1] for x in (losses, right)]
+    return torch.stack([area, *means], 1)
+
+
 @torch.no_grad()
 def evaluate(predict: Callable[[Batch], torch.Tensor], batches: Iterable[Batch], context: Context) -> dict[str, float]:
     """Run ``predict`` (batch -> logits ``[B]``) over the batches; metrics over all ranks, on every rank.
@@ -80,13 +127,14 @@ def evaluate(predict: Callable[[Batch], torch.Tensor], batches: Iterable[Batch],
     Returns:
         ``auc``, ``logloss``, ``accuracy`` and ``rows``.
     """
-    logits, labels = [torch.zeros(0)], [torch.zeros(0)]
+    nothing = torch.zeros(0, device=context.device)
+    logits, labels = [nothing], [nothing]
     for batch in batches:
         batch = batch.to(context.device)
-        logits.append(predict(batch).float().cpu())
-        labels.append(batch.label.cpu())
-    every = context.gather(torch.cat(logits).to(context.device)).cpu()
-    truth = context.gather(torch.cat(labels).to(context.device)).cpu()
+        logits.append(predict(batch).float())
+        labels.append(batch.label.clone())  # a view would keep the whole batch in memory
+    # All logits stay on the device until the end: to fetch them by batch is to wait for every batch.
+    every, truth = (context.gather(torch.cat(x)).cpu() for x in (logits, labels))
     return score(every, truth)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from embsearch_dist.allocation import Allocation
+from embsearch_dist.methods.adass import scorer
 from embsearch_dist.methods.adass.searching import make_scorer
 from embsearch_dist.methods.adass.supernet import SupernetTask
 from embsearch_dist.schema import Schema
@@ -169,10 +170,14 @@ def test_the_auc_over_two_ranks_is_exactly_that_of_one(tmp_path: Path, ties: boo
 
 def score_subnets(rank: int, world_size: int, data: str, directory: str, norm: str) -> list[dict[str, float]]:
     run = open_run(small_config(data, directory, f"model.norm={norm}"), rank_context(rank, world_size))
-    scorer = make_scorer(run, SupernetTask(run))
     choices = torch.tensor([[a, b, (a + b) % 4, 3 - a] for a in range(4) for b in range(4)])
-    found = scorer.score(choices)
-    assert scorer.score(choices) == found
+    found = []
+    for layout in (scorer.CPU, scorer.ACCELERATOR):
+        scorer.CPU = layout
+        subnets = make_scorer(run, SupernetTask(run))
+        scores = subnets.score(choices)
+        assert subnets.score(choices) == scores
+        found += scores + subnets.score(torch.tensor([[3, 3, 3, 0]]))  # fewer candidates than ranks
     return found
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 
-from embsearch_dist.train.metrics import auc, binned_auc, evaluate, logloss, score
+from embsearch_dist.train import metrics
+from embsearch_dist.train.metrics import BINS, auc, binned_auc, binned_counts, evaluate, logloss, score, score_many
 from tests.factories import one_rank, random_batch, small_schema
 
 
@@ -86,6 +87,44 @@ def test_logloss_and_accuracy_equal_scikit_learn() -> None:
 
 def test_logloss_of_a_confident_mistake_stays_finite() -> None:
     assert logloss(torch.tensor([-200.0]), torch.tensor([1.0])) == pytest.approx(200.0)
+
+
+def models_and_labels() -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of five models on 3,001 rows, among them ties, values past the last bin and edges between two bins."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 3001, generator=generator) * torch.tensor([0.01, 1.0, 4.0, 30.0, 1.0])[:, None]
+    logits[4] = (logits[4] * 1024).round() / 1024
+    logits[1, :5] = torch.tensor([-100.0, 100.0, -32.0, 32.0, -0.0])
+    return logits, torch.randint(2, (3001,), generator=generator).float()
+
+
+def test_counts_by_bin_are_those_of_numpy() -> None:
+    logits, labels = models_and_labels()
+    logits[1, 5:7] = torch.tensor([float("inf"), -1e30])
+    for row, found in zip(logits.numpy(), binned_counts(logits, labels), strict=True):
+        place = np.clip(row * np.float32(1024) + np.float32(BINS / 2), 0, BINS - 1).astype(np.int64)
+        for side in (0, 1):
+            assert np.array_equal(found[side].numpy(), np.bincount(place[labels.numpy() == side], minlength=BINS))
+
+
+@pytest.mark.parametrize("at_a_time", [1, 2 * 3001, 1 << 24])
+def test_many_models_score_together_as_each_does_alone(monkeypatch: pytest.MonkeyPatch, at_a_time: int) -> None:
+    monkeypatch.setattr(metrics, "SCORED_AT_A_TIME", at_a_time)
+    logits, labels = models_and_labels()
+    for row, (area, loss, accuracy) in zip(logits, score_many(logits, labels).tolist(), strict=True):
+        alone = score(row, labels, binned_auc)
+        assert (area, accuracy) == (alone["auc"], alone["accuracy"])
+        assert loss == pytest.approx(alone["logloss"], rel=1e-12)
+
+
+def test_many_models_on_one_class_have_no_auc() -> None:
+    assert math.isnan(float(score_many(torch.zeros(1, 4), torch.ones(4))[0, 0]))
+
+
+def test_no_model_scored_together_waits_for_the_device() -> None:
+    """Tensors without values: whatever has to know one (a copy to the host, bincount) fails on them."""
+    found = score_many(torch.empty(3, 100, device="meta"), torch.empty(100, device="meta"))
+    assert found.shape == (3, 3) and found.dtype == torch.float64
 
 
 def test_evaluation_joins_batches_of_different_sizes() -> None:

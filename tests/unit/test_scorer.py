@@ -11,7 +11,8 @@ from sklearn.metrics import roc_auc_score
 from embsearch_dist.data.batch import Batch
 from embsearch_dist.dist.sharding import ShardedTables
 from embsearch_dist.errors import UserError
-from embsearch_dist.methods.adass.scorer import SubnetScorer, relu_, sample_rows
+from embsearch_dist.methods.adass import scorer
+from embsearch_dist.methods.adass.scorer import ACCELERATOR, CPU, Layout, SubnetScorer, layout_for, relu_, sample_rows
 from embsearch_dist.models.backbones import Backbone
 from embsearch_dist.models.ctr import SupernetModel
 from embsearch_dist.train.metrics import score
@@ -74,6 +75,27 @@ def test_metrics_are_those_of_the_forward_pass() -> None:
         logits = forward(model, batches, choice)
         assert metrics["auc"] == pytest.approx(roc_auc_score(labels, logits), abs=1e-3)
         assert metrics["logloss"] == pytest.approx(score(logits, labels)["logloss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("chunk_rows", [64, 237])  # several chunks, or one
+@pytest.mark.parametrize("backbone", ["deepfm", "wide_deep", "fm"])
+def test_the_layout_of_an_accelerator_gives_the_same_metrics(
+    monkeypatch: pytest.MonkeyPatch, backbone: str, chunk_rows: int
+) -> None:
+    model, batches = supernet("none", backbone), sample()
+    expected = SubnetScorer(model, batches, one_rank()).score(CHOICES)
+    monkeypatch.setattr(scorer, "CPU", Layout(chunk_rows, slab_chunks=1, together=True))
+    for one, other in zip(expected, SubnetScorer(model, batches, one_rank()).score(CHOICES), strict=True):
+        assert other["auc"] == pytest.approx(one["auc"], abs=1e-4)  # a logit on the edge of a bin may be in the next
+        assert other["logloss"] == pytest.approx(one["logloss"], rel=1e-6)
+        assert (other["accuracy"], other["rows"]) == (one["accuracy"], one["rows"])
+
+
+def test_an_accelerator_takes_few_chunks_and_fills_none_up_with_zeros() -> None:
+    device = torch.device("cuda", 0)
+    assert layout_for(torch.device("cpu"), 10**6) == CPU
+    assert layout_for(device, 10**6) == ACCELERATOR
+    assert layout_for(device, 237).chunk_rows == 237
 
 
 def test_no_table_is_looked_up_after_construction(monkeypatch: pytest.MonkeyPatch) -> None:

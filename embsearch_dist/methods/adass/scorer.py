@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -22,11 +23,37 @@ from embsearch_dist.errors import UserError
 from embsearch_dist.models.backbones import Backbone
 from embsearch_dist.models.ctr import SupernetModel
 from embsearch_dist.models.unify import SupernetUnify
-from embsearch_dist.train.metrics import binned_auc, score
+from embsearch_dist.train.metrics import METRICS, binned_auc, score, score_many
 
-CHUNK_ROWS = 128  # the terms of a chunk of rows stay in cache while all candidates of a pass use them
-CHUNKS_PER_SLAB = 32  # of rows whose terms are made at a time
 CANDIDATES_PER_PASS = 64
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the sample is cut up, and where metrics are worked out.
+
+    Args:
+        chunk_rows: rows whose terms lie together; a pass takes one chunk after another.
+        slab_chunks: chunks whose terms are made at a time.
+        together: metrics of all candidates of a pass at once, where the logits lie; else one by one on the CPU.
+    """
+
+    chunk_rows: int
+    slab_chunks: int
+    together: bool
+
+
+# A CPU keeps the terms of a small chunk in its caches while all candidates of a pass use them. On a GPU each chunk
+# costs a number of launches, and it waits at every candidate whose metrics are worked out elsewhere.
+CPU = Layout(chunk_rows=128, slab_chunks=32, together=False)
+ACCELERATOR = Layout(chunk_rows=8192, slab_chunks=1, together=True)
+
+
+def layout_for(device: torch.device, rows: int) -> Layout:
+    """The layout of ``rows`` rows; a sample smaller than a chunk is not filled up to one."""
+    if device.type == "cpu":
+        return CPU
+    return replace(ACCELERATOR, chunk_rows=min(ACCELERATOR.chunk_rows, rows))
 
 
 class SubnetScorer:
@@ -53,8 +80,11 @@ class SubnetScorer:
         with torch.no_grad():
             pooled = torch.cat([model.tables(b.to(context.device).sparse).stack() for b in batches], 1)
             dense = torch.cat([b.dense.to(context.device) for b in batches])
-            self.labels = context.gather(torch.cat([b.label.to(context.device) for b in batches])).cpu()
             self.rows = pooled.shape[1]
+            self.rows_of = context.every(self.rows)
+            self.layout = layout_for(context.device, self.rows)
+            labels = context.gather(torch.cat([b.label.to(context.device) for b in batches]))
+            self.labels = labels if self.layout.together else labels.cpu()
             self._make_terms(unify, pooled, dense)
             layers = self.backbone.later_layers
             self.layers = [(x.weight.to(self.dtype).T.contiguous(), x.bias.to(self.dtype)) for x in layers]
@@ -62,7 +92,7 @@ class SubnetScorer:
             raise UserError(f"the validation sample of {len(self.labels)} rows has one class only: AUC is undefined")
 
     def _make_terms(self, unify: SupernetUnify, pooled: torch.Tensor, dense: torch.Tensor) -> None:
-        """Fill ``first [chunks, blocks, CHUNK_ROWS * width]`` and ``logit [chunks, numbers, CHUNK_ROWS]``.
+        """Fill ``first [chunks, blocks, chunk rows * width]`` and ``logit [chunks, numbers, chunk rows]``.
 
         A block is a (field, candidate), the last one the dense columns'. The numbers are the linear parts in the
         same order, then the pairs of :func:`pair_offsets`. Chunk by chunk in memory: with whole columns side by
@@ -70,26 +100,27 @@ class SubnetScorer:
         chunk is filled up with rows of zeros.
         """
         rows, device = pooled.shape[1], pooled.device
-        chunks, blocks = -(-rows // CHUNK_ROWS), self.fields * self.candidates + 1
-        pairs, self.offsets = pair_offsets(self.fields, self.candidates, self.backbone.fm)
+        size, slab = self.layout.chunk_rows, self.layout.slab_chunks
+        chunks, blocks = -(-rows // size), self.fields * self.candidates + 1
+        pairs, offsets = pair_offsets(self.fields, self.candidates, self.backbone.fm)
         width = self.backbone.first_width
-        self.first = torch.zeros(chunks, blocks, CHUNK_ROWS * width, dtype=self.dtype, device=device)
-        self.logit = torch.zeros(chunks, blocks + len(pairs), CHUNK_ROWS, device=device)
+        self.first = torch.zeros(chunks, blocks, size * width, dtype=self.dtype, device=device)
+        self.logit = torch.zeros(chunks, blocks + len(pairs), size, device=device)
         moments = self._moments(unify, pooled) if unify.norm.kind == "field" else None
-        pairs = pairs.to(device)
-        for start in range(0, chunks, CHUNKS_PER_SLAB):
-            part = slice(start * CHUNK_ROWS, (start + CHUNKS_PER_SLAB) * CHUNK_ROWS)
+        pairs, self.offsets = pairs.to(device), offsets.to(device)
+        for start in range(0, chunks, slab):
+            part = slice(start * size, (start + slab) * size)
             u = self._unified(unify, pooled[:, part], moments)
-            target = slice(start, start + CHUNKS_PER_SLAB)
+            target = slice(start, start + slab)
             for k in range(blocks):
                 terms = (
                     self.backbone.dense_terms(dense[part])
                     if k == blocks - 1
                     else self.backbone.field_terms(k // self.candidates, u[:, k])
                 )
-                self.logit[target, k] = chunked(terms[0])
+                self.logit[target, k] = chunked(terms[0], size)
                 if width:
-                    self.first[target, k] = chunked(terms[1])
+                    self.first[target, k] = chunked(terms[1], size)
             if len(pairs):
                 self.logit[target, blocks:] = self._pairs(u, pairs)
 
@@ -121,24 +152,23 @@ class SubnetScorer:
         return torch.stack(means), torch.stack(variances)
 
     def _pairs(self, u: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
-        """FM terms ``[chunks, pairs, CHUNK_ROWS]`` of the unified embeddings ``[n, F * T, d]``."""
-        products = self.backbone.pair_terms(u).flatten(1)
-        return chunked(products[:, pairs]).view(-1, CHUNK_ROWS, len(pairs)).transpose(1, 2)
+        """FM terms ``[chunks, pairs, chunk rows]`` of the unified embeddings ``[n, F * T, d]``."""
+        products, size = self.backbone.pair_terms(u).flatten(1), self.layout.chunk_rows
+        return chunked(products[:, pairs], size).view(-1, size, len(pairs)).transpose(1, 2)
 
     @torch.no_grad()
     def logits(self, choices: torch.Tensor) -> torch.Tensor:
         """``choices [K, F]`` candidate indices -> logits of this rank's rows ``[K, rows]``."""
         count, device, width = len(choices), self.logit.device, self.backbone.first_width
-        blocks, numbers = term_indices(choices, self.candidates, self.offsets)
-        blocks, numbers = blocks.to(device), numbers.to(device)
-        out = torch.empty(count, len(self.logit), CHUNK_ROWS, device=device)
+        blocks, numbers = term_indices(choices.to(device), self.candidates, self.offsets)
+        out = torch.empty(count, len(self.logit), self.layout.chunk_rows, device=device)
         for k in range(len(self.logit)):
             out[:, k] = functional.embedding_bag(numbers, self.logit[k], mode="sum")
             if width:
                 hidden = functional.embedding_bag(blocks, self.first[k], mode="sum").view(-1, width)
                 for weight, bias in self.layers:
                     hidden = torch.addmm(bias, relu_(hidden), weight)
-                out[:, k] += hidden.view(count, CHUNK_ROWS)
+                out[:, k] += hidden.view(count, -1)
         return out.view(count, -1)[:, : self.rows]
 
     def score(self, choices: torch.Tensor) -> list[dict[str, float]]:
@@ -150,22 +180,38 @@ class SubnetScorer:
         return [self.archive[k] for k in keys]
 
     def _score_new(self, keys: list[tuple[int, ...]]) -> None:
-        local = self.logits(torch.tensor(keys))
+        """Score the candidates of one pass; the archive has them then. One copy comes back from the device."""
+        world, rank = self.context.world_size, self.context.rank
+        shares = [len(range(r, len(keys), world)) for r in range(world)]
+        own = self._exchange(self.logits(torch.tensor(keys)), shares)
+        table = torch.zeros(len(keys), len(METRICS), dtype=torch.float64, device=self.context.device)
+        table.split(shares)[rank].copy_(self._measure(own))
+        rows = float(len(self.labels))
+        for key, values in zip(keys, self.context.sum(table).tolist(), strict=True):
+            self.archive[key] = {**dict(zip(METRICS, values, strict=True)), "rows": rows}
+
+    def _exchange(self, local: torch.Tensor, shares: list[int]) -> torch.Tensor:
+        """Logits of this rank's rows and all candidates ``[K, rows]`` -> of all rows and this rank's candidates.
+
+        Rank r works out the metrics of the ``shares[r]`` candidates behind those of the ranks before it. So each
+        logit travels once; summing counts per bin over the ranks would move :data:`BINS` numbers of each class for
+        each candidate, which is more until the sample has hundreds of thousands of rows.
+        """
         world, rank = self.context.world_size, self.context.rank
         if world == 1:
-            results = [score(row, self.labels, binned_auc) for row in local.cpu()]
-        else:
-            # Every rank gets all rows of all candidates and works out the metrics of its share of them.
-            whole = [self.context.gather(row.contiguous()).cpu() for row in local]
-            names = ("auc", "logloss", "accuracy", "rows")
-            table = torch.zeros(len(keys), len(names), dtype=torch.float64)
-            for k in range(rank, len(keys), world):
-                values = score(whole[k], self.labels, binned_auc)
-                table[k] = torch.tensor([values[n] for n in names], dtype=torch.float64)
-            table = table.to(self.context.device)
-            dist.all_reduce(table)
-            results = [dict(zip(names, row, strict=True)) for row in table.tolist()]
-        self.archive.update(zip(keys, results, strict=True))
+            return local
+        sent, received = [k * self.rows for k in shares], [shares[rank] * n for n in self.rows_of]
+        out = local.new_empty(sum(received))
+        dist.all_to_all_single(out, local.flatten(), received, sent)
+        parts = zip(out.split(received), self.rows_of, strict=True)
+        return torch.cat([x.view(shares[rank], n) for x, n in parts], 1)
+
+    def _measure(self, logits: torch.Tensor) -> torch.Tensor:
+        """:data:`METRICS` of the candidates ``[K, all rows]`` -> ``[K, 3]`` float64."""
+        if self.layout.together:
+            return score_many(logits, self.labels)
+        found = [score(row, self.labels, binned_auc) for row in logits]
+        return torch.tensor([[m[n] for n in METRICS] for m in found], dtype=torch.float64).view(-1, len(METRICS))
 
 
 def pair_offsets(fields: int, candidates: int, fm: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,16 +234,17 @@ def pair_offsets(fields: int, candidates: int, fm: bool) -> tuple[torch.Tensor, 
 def term_indices(choices: torch.Tensor, candidates: int, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Blocks ``[K, F + 1]`` and numbers ``[K, F + 1 + pairs of fields]`` that make up each subnet ``[K, F]``."""
     fields = choices.shape[1]
-    dense = torch.full((len(choices), 1), fields * candidates)
-    blocks = torch.cat([choices + torch.arange(fields) * candidates, dense], 1)
+    dense = choices.new_full((len(choices), 1), fields * candidates)
+    first = torch.arange(fields, device=choices.device) * candidates
+    blocks = torch.cat([choices + first, dense], 1)
     low, high, start = offsets.unbind(1)
     return blocks, torch.cat([blocks, start + choices[:, low] * candidates + choices[:, high]], 1)
 
 
-def chunked(x: torch.Tensor) -> torch.Tensor:
-    """``[n, ...]`` -> ``[chunks, CHUNK_ROWS * ...]``, filled up with zeros."""
-    missing = -len(x) % CHUNK_ROWS
-    return functional.pad(x, (0, 0) * (x.dim() - 1) + (0, missing)).reshape(-1, CHUNK_ROWS * x[0].numel())
+def chunked(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """``[n, ...]`` -> ``[chunks, rows * ...]``, filled up with zeros."""
+    missing = -len(x) % rows
+    return functional.pad(x, (0, 0) * (x.dim() - 1) + (0, missing)).reshape(-1, rows * x[0].numel())
 
 
 def relu_(x: torch.Tensor) -> torch.Tensor:
