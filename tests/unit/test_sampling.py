@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from embsearch_dist.config import DistConfig, OptimConfig
+from embsearch_dist.config import DistConfig, OptimConfig, load_config
 from embsearch_dist.dist.statistics import column_sums
 from embsearch_dist.methods.adass.config import SamplingConfig
 from embsearch_dist.methods.adass.sampling import Sampler, candidate_variance
 from embsearch_dist.models.embeddings import MaxTables
-from tests.factories import one_rank, small_schema, whole_tables
+from tests.factories import CONFIGS, one_rank, small_schema, whole_tables
 
+ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = small_schema(1000, 50, 10)
-CANDIDATES = [0, 2, 4, 8]
+CANDIDATES = [2, 4, 8, 16]
+WITH_ZERO = [0, 2, 4, 8]
 EVEN = torch.ones(3)
 
 
-def sampler(seed: int = 0, **changes: Any) -> Sampler:
-    return Sampler(SamplingConfig(**changes), SCHEMA, CANDIDATES, seed)
+def sampler(seed: int = 0, candidates: Sequence[int] = CANDIDATES, **changes: Any) -> Sampler:
+    return Sampler(SamplingConfig(**changes), SCHEMA, candidates, seed)
 
 
 def test_the_first_draws_favour_no_candidate() -> None:
@@ -31,12 +36,45 @@ def test_the_first_draws_favour_no_candidate() -> None:
 
 def test_eq5_draws_the_candidate_with_the_lower_variance_more_often() -> None:
     s = sampler()
-    variance = torch.tensor([[0.0, 0.1, 0.2, 0.3], [0.3, 0.2, 0.1, 0.0], [0.1, 0.4, 0.2, 0.3]])
+    variance = torch.tensor([[0.05, 0.1, 0.2, 0.3], [0.3, 0.2, 0.1, 0.05], [0.1, 0.4, 0.2, 0.3]])
     s.update(variance, EVEN, EVEN)
     p_e, _ = s.probabilities()
     for row, v in zip(p_e, variance, strict=True):
         assert row.argsort(descending=True).tolist() == v.argsort().tolist()
     torch.testing.assert_close(p_e.sum(1), torch.ones(3))
+
+
+def test_a_width_of_zero_has_the_floor_however_long_eq5_runs() -> None:
+    """It has no columns, so a variance of 0 for ever, which does not mean that it is the least trained."""
+    s, without = sampler(candidates=WITH_ZERO, floor_e=0.06), sampler(candidates=WITH_ZERO[1:], floor_e=0.06)
+    variance = torch.tensor([[0.0, 0.1, 0.2, 0.4], [0.0, 0.3, 0.2, 0.1], [0.0, 0.2, 0.2, 0.2]])
+    for updates in range(60):
+        p_e, others = s.probabilities()[0], without.probabilities()[0]
+        torch.testing.assert_close(p_e[:, 0], torch.full((3,), 0.06))
+        torch.testing.assert_close(p_e.sum(1), torch.ones(3))
+        # The others share the rest as if it were not there; at first they do so evenly.
+        if updates < 20:  # later each has met its own bound
+            share = (p_e[:, 1:] - 0.06) / (1 - 4 * 0.06)
+            torch.testing.assert_close(share, (others - 0.06) / (1 - 3 * 0.06))
+        s.update(variance, EVEN, EVEN)
+        without.update(variance[:, 1:], EVEN, EVEN)
+    assert s.probabilities()[0].argmax(1).tolist()[:2] == [1, 3]
+
+
+def test_shipped_candidates_of_width_zero_are_drawn_with_the_floor() -> None:
+    found = 0
+    for path in sorted((ROOT / "configs").rglob("*.yaml")):
+        body = yaml.safe_load(path.read_text())
+        if body.get("method") != "adass" or body["search"]["candidates"][0] > 0:
+            continue
+        search = load_config(CONFIGS, path, []).search
+        s = Sampler(search.sampling, SCHEMA, search.candidates, 0)
+        widths = torch.tensor(search.candidates).expand(3, -1)
+        for _ in range(100):
+            s.update(torch.where(widths > 0, 1 + 1 / widths, 0.0), EVEN, EVEN)
+        torch.testing.assert_close(s.probabilities()[0][:, 0], torch.full((3,), search.sampling.floor_e))
+        found += 1
+    assert found
 
 
 def test_eq5_compares_within_a_field_only_and_ignores_its_scale() -> None:
@@ -67,7 +105,7 @@ def test_eq6_weighs_gradient_against_size_by_lambda_whatever_their_units() -> No
 
 def test_floors_hold_however_long_one_direction_is_pushed() -> None:
     s = sampler(floor_e=0.07, floor_f=0.6, keep_start=0.7, eta_e=1.0, eta_f=1.0)
-    variance = torch.tensor([[0.0, 1, 2, 3]] * 3)
+    variance = torch.tensor([[0.5, 1, 2, 3]] * 3)
     for _ in range(300):
         s.update(variance, torch.tensor([1.0, 2.0, 3.0]), EVEN)
     p_e, p_f = s.probabilities()
@@ -81,9 +119,9 @@ def test_floors_hold_however_long_one_direction_is_pushed() -> None:
 def test_a_pushed_down_candidate_comes_back_within_a_few_updates() -> None:
     s = sampler(eta_e=0.5)
     for _ in range(500):
-        s.update(torch.tensor([[0.0, 1, 2, 3]] * 3), EVEN, EVEN)
+        s.update(torch.tensor([[0.5, 1, 2, 3]] * 3), EVEN, EVEN)
     for _ in range(30):
-        s.update(torch.tensor([[3.0, 2, 1, 0]] * 3), EVEN, EVEN)
+        s.update(torch.tensor([[3.0, 2, 1, 0.5]] * 3), EVEN, EVEN)
     assert (s.probabilities()[0].argmax(1) == 3).all()
 
 
@@ -148,7 +186,7 @@ def test_the_random_mode_is_uniform_and_keeps_with_probability_0_6() -> None:
 
 
 def test_the_vanilla_uniform_mode_follows_the_widths_and_keeps_all() -> None:
-    p_e, p_f = sampler(mode="vanilla_uniform").probabilities()
+    p_e, p_f = sampler(candidates=WITH_ZERO, mode="vanilla_uniform").probabilities()
     torch.testing.assert_close(p_e, torch.tensor([[1.0, 2, 4, 8]] * 3) / 15)
     assert (p_f == 1).all()
 

@@ -22,7 +22,7 @@ class SamplingConfig:
     eta_f: float = option(0.05, "step of Eq. 6 on the logits of P_F")
     lambda_fs: float = option(0.6, "Eq. 6: weight of the gradient against the size of the embedding")
     update_every: int = option(50, "steps between two updates of P_E and P_F")
-    floor_e: float = option(0.05, "no candidate is drawn with a smaller probability than this")
+    floor_e: float = option(0.05, "no candidate is drawn with a smaller probability than this, a width of 0 with it")
     floor_f: float = option(0.5, "no field is kept with a smaller probability than this")
     keep_start: float = option(0.8, "probability to keep a field before the first update; 'random' uses 0.6")
     warmup: float = option(0.0, "share of the steps in which the whole supernet is trained, ever more rarely")

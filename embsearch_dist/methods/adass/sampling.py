@@ -19,8 +19,10 @@ class Sampler:
     """Draws subnets: a candidate per field from P_E, then which fields take part from P_F.
 
     Both are held as logits. ``P_E`` becomes a softmax with a floor under every candidate, ``P_F`` a sigmoid
-    between ``floor_f`` and 1. A draw depends on (seed, step, rank) alone, so a continued run draws what the
-    unbroken one would have drawn.
+    between ``floor_f`` and 1. A candidate without columns (width 0) has nothing to train, and ``P_F`` already says
+    how often a field is dropped: such a candidate takes no part in Eq. 5 and is drawn with the floor, no more.
+
+    A draw depends on (seed, step, rank) alone, so a continued run draws what the unbroken one would have drawn.
     """
 
     def __init__(
@@ -35,7 +37,8 @@ class Sampler:
         to 0. Fields that matter only together are slow to start while one of them is often cut short."""
         self.config, self.seed, self.warmup_steps = config, seed, warmup_steps
         fields, count = len(schema.fields), len(candidates)
-        self.logits_e = torch.zeros(fields, count)
+        self.has_columns = torch.tensor([d > 0 for d in candidates])
+        self.logits_e = torch.zeros(fields, count)  # those of a candidate without columns mean nothing
         low = config.floor_f
         self.logits_f = torch.full((fields,), _logit((config.keep_start - low) / (1 - low)))
         # A floor of eps leaves 1 - T eps to the softmax; past this spread the rest is not noticeable
@@ -49,7 +52,8 @@ class Sampler:
             return self.fixed
         floor_e, floor_f = self.config.floor_e, self.config.floor_f
         count = self.logits_e.shape[1]
-        p_e = floor_e + (1 - count * floor_e) * self.logits_e.softmax(1)
+        logits = self.logits_e.masked_fill(~self.has_columns, -math.inf)
+        p_e = floor_e + (1 - count * floor_e) * logits.softmax(1)
         return p_e, floor_f + (1 - floor_f) * self.logits_f.sigmoid()
 
     def draw(self, step: int, rank: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,14 +82,15 @@ class Sampler:
 
         Args:
             variance: ``[F, T]`` variance of each candidate's values. The printed Eq. 5 averages the candidate
-                index away; read per candidate, lower variance = less trained = drawn more often.
+                index away; read per candidate, lower variance = less trained = drawn more often. That of a
+                candidate without columns is not looked at: it is 0 for ever, the least of all.
             gradient: ``[F]`` mean magnitude of dL/dE over batch and columns.
             size: ``[F]`` mean magnitude of E. Gradients are orders of magnitude smaller than values, so each
                 is divided by its mean over the fields before lambda weighs them.
         """
         c = self.config
-        self.logits_e -= c.eta_e * _normalise(variance)
-        self.logits_e = (self.logits_e - self.logits_e.amax(1, keepdim=True)).clamp(min=-self.spread)
+        logits = self.logits_e[:, self.has_columns] - c.eta_e * _normalise(variance[:, self.has_columns])
+        self.logits_e[:, self.has_columns] = (logits - logits.amax(1, keepdim=True)).clamp(min=-self.spread)
         importance = c.lambda_fs * _relative(gradient) + (1 - c.lambda_fs) * _relative(size)
         self.logits_f = (self.logits_f + c.eta_f * _normalise(importance)).clamp(-4.0, 4.0)
 
