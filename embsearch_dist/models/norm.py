@@ -47,11 +47,12 @@ class UnifyNorm(nn.Module):
             return self._native(u, choice, row, keep)
         mean, variance, count = self._batch_moments(u, choice, keep)
         with torch.no_grad():
-            chosen = slice(None) if keep is None else keep
             unbiased = variance * (count / (count - 1).clamp(min=1))  # as torch's BatchNorm keeps it
+            counted = self._counted(choice, keep)
             for buffer, value in ((self.mean, mean), (self.variance, unbiased)):
-                old = buffer[row[chosen], choice[chosen]]
-                buffer[row[chosen], choice[chosen]] = old + self.momentum * (value[chosen] - old)
+                old = buffer[row, choice]
+                new = old + self.momentum * (value - old)
+                buffer[row, choice] = new if counted is None else torch.where(counted[:, None], new, old)
         return self.apply_statistics(u, choice, mean, variance)
 
     def apply_statistics(
@@ -74,16 +75,28 @@ class UnifyNorm(nn.Module):
             flat, running_mean, running_variance, scale, shift, training=True, momentum=self.momentum, eps=self.eps
         )
         with torch.no_grad():
-            chosen = torch.ones_like(choice, dtype=torch.bool) if keep is None else keep
-            self.mean[row[chosen], choice[chosen]] = running_mean.view(fields, width)[chosen]
-            self.variance[row[chosen], choice[chosen]] = running_variance.view(fields, width)[chosen]
+            for buffer, running in ((self.mean, running_mean), (self.variance, running_variance)):
+                new = running.view(fields, width)
+                # The gathered copy was written in place: what a dropped field had is still in the buffer.
+                buffer[row, choice] = new if keep is None else torch.where(keep[:, None], new, buffer[row, choice])
         return out.view(batch, fields, width)
+
+    def _counted(self, choice: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor | None:
+        """``[F]`` bool: whose entry of the running statistics moves (a mask of rows would make a GPU wait); None = all.
+
+        A dropped field of a candidate that another field uses writes the same entry as that one, so it writes the
+        same value: that entry's new one.
+        """
+        if keep is None or self.kind == "field":
+            return keep
+        users = torch.zeros(len(self.scale), device=choice.device).index_add(0, choice, keep.float())
+        return users[choice] > 0
 
     def _batch_moments(
         self, u: torch.Tensor, choice: torch.Tensor, keep: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Mean and biased variance ``[F, d]`` and row count of the global batch; two passes, as one loses digits."""
-        batch = torch.tensor(float(u.shape[1]), device=u.device)
+        batch = torch.full((), float(u.shape[1]), device=u.device)  # made there, not copied to it
         if self.synchronise:
             dist.all_reduce(batch)
         mean = self._pool(self._reduce(u.sum(1)) / batch, choice, keep)
