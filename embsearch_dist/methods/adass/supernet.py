@@ -12,6 +12,7 @@ from embsearch_dist.config import SAFETY_KEYS
 from embsearch_dist.data.batch import Batch
 from embsearch_dist.dist.statistics import column_sums
 from embsearch_dist.methods import gated
+from embsearch_dist.methods.adass.ahead import Subnets
 from embsearch_dist.methods.adass.config import AdassConfig
 from embsearch_dist.methods.adass.sampling import Sampler, candidate_variance
 from embsearch_dist.methods.base import Run, Stage
@@ -34,6 +35,7 @@ class SupernetTask:
         self.model = SupernetModel(run.config, run.schema, search.candidates, search.scheme, run.context, same)
         warmup = int(search.sampling.warmup * total_steps)
         self.sampler = Sampler(search.sampling, run.schema, search.candidates, run.config.run.seed, warmup)
+        self._subnets = Subnets(self.sampler, run.context)
         self.l2 = run.config.optim.embedding_l2
         model = {f"model.{k}": v for k, v in dataclasses.asdict(run.config.model).items()}
         sampling = {f"search.sampling.{k}": v for k, v in dataclasses.asdict(search.sampling).items()}
@@ -48,19 +50,22 @@ class SupernetTask:
         self._widest = (largest.to(run.context.device), torch.ones(fields, dtype=torch.bool, device=run.context.device))
 
     def loss(self, batch: Batch, step: int) -> torch.Tensor:
-        device = self.context.device
-        choice, keep = (t.to(device) for t in self.sampler.draw(step, self.context.rank))
+        choice, keep = self._subnets.of(step)
         logits, pooled = self.model(batch, choice, keep)
         loss = binary_cross_entropy_with_logits(logits, batch.label)
         if self.l2:
             active = self.model.tables.mask[choice] * keep[:, None]
             loss = loss + self.l2 * (pooled.stack().square().sum(1) * active).sum() / batch.size
         if self.sampler.due(step):
-            self._watch(pooled, choice, keep)
+            self._watch(pooled, choice, keep, self._subnets.kept(step))
         return loss
 
-    def _watch(self, pooled: Pooled, choice: torch.Tensor, keep: torch.Tensor) -> None:
-        """Take the mean magnitudes that Eq. 6 needs from this batch: of E now, of dL/dE in backward."""
+    def _watch(self, pooled: Pooled, choice: torch.Tensor, keep: torch.Tensor, kept: torch.Tensor) -> None:
+        """Take the mean magnitudes that Eq. 6 needs from this batch: of E now, of dL/dE in backward.
+
+        Args:
+            kept: the numbers of the fields that ``keep`` keeps.
+        """
         active = self.model.tables.mask[choice]
         columns = active.sum(1).clamp(min=1)
         self._size = (pooled.stack().detach().abs().mean(1) * active).sum(1) / columns
@@ -70,7 +75,7 @@ class SupernetTask:
         def hook(gradient: torch.Tensor) -> None:
             per_field = (Pooled(gradient, starts, widths).stack().abs().mean(1) * active).sum(1) / columns
             # A dropped field has no gradient; counting it as zero would keep it dropped.
-            mean = per_field[keep].mean()
+            mean = per_field[kept].mean()
             self._gradient = torch.where(keep, per_field, mean)
 
         pooled.values.register_hook(hook)
