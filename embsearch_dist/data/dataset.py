@@ -7,22 +7,23 @@ windows. Rank ``r`` takes its contiguous slice of every global batch.
 
 from __future__ import annotations
 
-import itertools
 import queue
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embsearch_dist.data.bags import offsets_of
 from embsearch_dist.data.batch import Batch, Position
+from embsearch_dist.data.feeding import Feeder, Lane, one_ahead
+from embsearch_dist.data.making import BatchMaker
 from embsearch_dist.data.shards import LeftOut, RowGroup, Rows, Shards
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Schema
 
+T = TypeVar("T")
 WINDOW_ROWS = 1 << 20
 
 
@@ -48,68 +49,6 @@ def read_rows(
     return torch.from_numpy(rows.ids), torch.from_numpy(rows.dense), torch.from_numpy(rows.label)
 
 
-class BatchMaker:
-    """Turns rows into a :class:`Batch`; without lists, lengths and offsets are built once per batch size.
-
-    With lengths, offsets and the per-key sums given, TorchRec computes nothing and never syncs.
-    """
-
-    def __init__(self, schema: Schema) -> None:
-        self.keys = schema.names
-        self.fields = schema.fields
-        self._ones: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def sparse(self, ids: torch.Tensor) -> KeyedJaggedTensor:
-        """``[F, B]`` int32 ids, one per field and sample -> the jagged tensor TorchRec wants."""
-        n_fields, size = ids.shape
-        if size not in self._ones:
-            # The tail of an evaluation adds a size or two; more would be a stream of odd sizes.
-            if len(self._ones) >= 8:
-                self._ones.clear()
-            total = n_fields * size
-            self._ones[size] = (torch.ones(total, dtype=torch.int32), torch.arange(total + 1, dtype=torch.int32))
-        lengths, offsets = self._ones[size]
-        return KeyedJaggedTensor(
-            keys=self.keys,
-            values=ids.reshape(-1),
-            lengths=lengths,
-            offsets=offsets,
-            stride=size,
-            length_per_key=[size] * n_fields,
-            offset_per_key=[size * i for i in range(n_fields + 1)],
-        )
-
-    def jagged(self, rows: Rows) -> KeyedJaggedTensor:
-        """Rows with list fields. If any field is weighted, all are: TorchRec knows no weights of some."""
-        size, single, several = len(rows), iter(rows.ids), iter(rows.bags)
-        lengths = np.ones((len(self.fields), size), np.int32)
-        ids: list[np.ndarray] = []
-        weights: list[np.ndarray] | None = [] if any(f.weighted for f in self.fields) else None
-        for field, own in zip(self.fields, lengths, strict=True):
-            bags = next(several) if field.is_list else None
-            if bags is not None:
-                own[:] = bags.lengths
-            ids.append(next(single) if bags is None else bags.ids)
-            if weights is not None:
-                given = None if bags is None else bags.weights
-                weights.append(np.ones(len(ids[-1]), np.float32) if given is None else given)
-        counts = [len(x) for x in ids]
-        return KeyedJaggedTensor(
-            keys=self.keys,
-            values=torch.from_numpy(np.concatenate(ids)),
-            weights=torch.from_numpy(np.concatenate(weights)) if weights is not None else None,
-            lengths=torch.from_numpy(lengths.reshape(-1)),
-            offsets=torch.from_numpy(offsets_of(lengths.reshape(-1)).astype(np.int32)),
-            stride=size,
-            length_per_key=counts,
-            offset_per_key=list(itertools.accumulate(counts, initial=0)),
-        )
-
-    def __call__(self, rows: Rows, position: Position) -> Batch:
-        sparse = self.jagged(rows) if rows.bags else self.sparse(torch.from_numpy(rows.ids))
-        return Batch(torch.from_numpy(rows.dense), sparse, torch.from_numpy(rows.label), position)
-
-
 class BatchStream:
     """This rank's batches of one split.
 
@@ -130,6 +69,8 @@ class BatchStream:
         prefetch: batches read ahead by a thread; 0 reads in the caller.
         start: where :meth:`epoch` begins in that epoch when it is not told.
         left_out: row groups that cannot be read: they are no part of the order. The same on every rank.
+        device: where the batches are wanted. They are copied to a CUDA device beside training, one ahead, see
+            :mod:`embsearch_dist.data.feeding`; for any other they stay on the CPU.
 
     Raises:
         UserError: nonsensical sizes, more ranks than rows, and whatever :class:`Shards` finds.
@@ -149,6 +90,7 @@ class BatchStream:
         prefetch: int = 2,
         start: Position | None = None,
         left_out: Sequence[LeftOut] = (),
+        device: torch.device | None = None,
     ) -> None:
         if world_size < 1 or not 0 <= rank < world_size:
             raise UserError(f"rank {rank} of {world_size} ranks does not exist. Ranks count from 0")
@@ -167,6 +109,9 @@ class BatchStream:
         self.left_out = tuple(left_out)
         self._make = BatchMaker(schema)
         self._kept: Rows | None = None
+        self._feeder: Feeder | None = None
+        if device is not None and device.type == "cuda":
+            self._feeder = Feeder(BatchMaker(schema), Lane(device))
 
     @property
     def rows(self) -> int:
@@ -203,6 +148,11 @@ class BatchStream:
                 "The checkpoint is of other data or another batch size"
             )
         batches = self._batches(epoch, start_batch)
+        if self._feeder is None:
+            return self._ahead(batches)
+        return one_ahead(self._ahead(map(self._feeder.pack, batches)), self._feeder.send, self._feeder.receive)
+
+    def _ahead(self, batches: Iterator[T]) -> Iterator[T]:
         return _read_ahead(batches, self.prefetch) if self.prefetch else batches
 
     def windows(self, epoch: int) -> list[list[RowGroup]]:
@@ -272,13 +222,13 @@ class BatchStream:
         return start + self.rank * size // self.world_size, start + (self.rank + 1) * size // self.world_size
 
 
-def _read_ahead(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
+def _read_ahead(batches: Iterator[T], depth: int) -> Iterator[T]:
     """The same batches, made by a thread that stays ``depth`` ahead; its exceptions surface here, and
     closing this generator early stops the thread."""
-    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
+    ready: queue.Queue[T | BaseException | None] = queue.Queue(maxsize=depth)
     stop = threading.Event()
 
-    def put(item: Batch | BaseException | None) -> None:
+    def put(item: T | BaseException | None) -> None:
         while not stop.is_set():
             try:
                 ready.put(item, timeout=0.1)
@@ -296,7 +246,7 @@ def _read_ahead(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
         except BaseException as e:
             put(e)
 
-    def consume() -> Iterator[Batch]:
+    def consume() -> Iterator[T]:
         thread = threading.Thread(target=work, name="batches", daemon=True)
         thread.start()
         try:

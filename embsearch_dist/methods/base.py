@@ -57,6 +57,7 @@ class Run:
                 seed=self.config.run.seed if seed is None else seed,
                 window_rows=data.window_rows,
                 left_out=left_out,
+                device=context.device,
             )
         check_same(context, data.path, seen_in_shards(stream.shards))
         return stream
