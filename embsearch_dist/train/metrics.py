@@ -14,6 +14,7 @@ from embsearch_dist.dist.context import Context
 METRICS = ("auc", "logloss", "accuracy")
 BINS = 1 << 16  # of :func:`binned_auc`: 1024 to a unit of the logit, which is clamped to 32 on both sides
 SCORED_AT_A_TIME = 1 << 24  # logits that :func:`score_many` has in hand at a time: 128 MiB of places in the bins
+PIECE_ROWS = 1 << 22  # predictions that stay on the device at most: 32 MB
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -127,15 +128,30 @@ def evaluate(predict: Callable[[Batch], torch.Tensor], batches: Iterable[Batch],
     Returns:
         ``auc``, ``logloss``, ``accuracy`` and ``rows``.
     """
-    nothing = torch.zeros(0, device=context.device)
-    logits, labels = [nothing], [nothing]
+    logits, labels = _predictions(predict, batches, context.device)
+    if context.world_size > 1:
+        logits, labels = (context.gather(own.to(context.device)).cpu() for own in (logits, labels))
+    return score(logits, labels)
+
+
+def _predictions(
+    predict: Callable[[Batch], torch.Tensor], batches: Iterable[Batch], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels ``[N]`` of this rank's rows, on CPU. They are collected on the device and brought in large
+    pieces: a copy per batch would make the device wait for the host in each."""
+    there: list[torch.Tensor] = []
+    pieces, rows = [torch.zeros(2, 0)], 0
     for batch in batches:
-        batch = batch.to(context.device)
-        logits.append(predict(batch).float())
-        labels.append(batch.label.clone())  # a view would keep the whole batch in memory
-    # All logits stay on the device until the end: to fetch them by batch is to wait for every batch.
-    every, truth = (context.gather(torch.cat(x)).cpu() for x in (logits, labels))
-    return score(every, truth)
+        batch = batch.to(device)
+        there.append(torch.stack([predict(batch).float(), batch.label]))  # a view would keep the whole batch there
+        rows += batch.size
+        if rows >= PIECE_ROWS:
+            pieces.append(torch.cat(there, 1).cpu())
+            there, rows = [], 0
+    if there:
+        pieces.append(torch.cat(there, 1).cpu())
+    logits, labels = torch.cat(pieces, 1)
+    return logits, labels
 
 
 def score(

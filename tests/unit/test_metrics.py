@@ -134,3 +134,15 @@ def test_evaluation_joins_batches_of_different_sizes() -> None:
     logits = torch.cat([b.dense[:, 0] for b in batches])
     assert found == score(logits, torch.cat([b.label for b in batches]))
     assert found["rows"] == 30
+
+
+@pytest.mark.parametrize("piece", [1, 10, 1000])
+def test_predictions_leave_the_device_in_pieces_of_many_batches(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    schema, context = small_schema(5), one_rank()
+    batches = [random_batch(schema, rows, rows) for rows in (7, 20, 3, 5)]
+    expected = evaluate(lambda b: b.dense[:, 0], iter(batches), context)
+    monkeypatch.setattr(metrics, "PIECE_ROWS", piece)
+    copied: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda t: copied.append(t) or t)
+    assert evaluate(lambda b: b.dense[:, 0], iter(batches), context) == expected
+    assert len(copied) == {1: 4, 10: 2, 1000: 1}[piece]
