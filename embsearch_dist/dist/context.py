@@ -136,6 +136,7 @@ def start(run: RunConfig, config: DistConfig) -> Iterator[Context]:
         torch.cuda.set_device(device)
     threads = run.threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or available_cores() // local_size
     torch.set_num_threads(max(1, threads))
+    set_products(run, device)
     timeout = datetime.timedelta(seconds=config.timeout_s)
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     if world_size > 1 or "MASTER_ADDR" in os.environ:
@@ -156,3 +157,11 @@ def start(run: RunConfig, config: DistConfig) -> Iterator[Context]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def set_products(run: RunConfig, device: torch.device) -> None:
+    """Whether float32 products may be made in TF32: only on a GPU, and only if asked for.
+
+    Where ranks are on CPUs it is off, for torch may take the wish for faster products as one for oneDNN's as well.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = run.tf32 and device.type == "cuda"

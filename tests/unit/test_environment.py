@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from embsearch_dist.config import RunConfig
+from embsearch_dist.dist.context import set_products
 from embsearch_dist.dist.environment import (
     GLIBC_TUNABLES,
     available_cores,
@@ -94,3 +97,15 @@ def test_no_restart(tmp_path: Path, repo_root: Path, env: dict[str, str]) -> Non
     starts, seen = run_script(tmp_path, repo_root, **env)
     assert starts == 1
     assert seen["GLIBC_TUNABLES"] == env.get("GLIBC_TUNABLES")
+
+
+def test_tf32_is_a_gpus_alone_and_off_unless_asked_for() -> None:
+    products = torch.backends.cuda.matmul
+    try:
+        for tf32, device, allowed in ((True, "cuda:0", True), (False, "cuda:0", False), (True, "cpu", False)):
+            products.allow_tf32 = not allowed
+            set_products(RunConfig(tf32=tf32), torch.device(device))
+            assert products.allow_tf32 is allowed
+        assert not RunConfig().tf32
+    finally:
+        products.allow_tf32 = False
