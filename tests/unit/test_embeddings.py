@@ -88,7 +88,11 @@ def test_a_subnet_equals_plain_torch_on_sliced_tables(
             assert not gradient.any()
             continue
         start, stop = COLUMNS[scheme][j]
-        torch.testing.assert_close(gradient[:, start:stop], slices[name].grad, rtol=1e-4, atol=1e-8)
+        wanted = slices[name].grad
+        assert wanted is not None
+        # FM's terms cancel in some entries: what rounding leaves there goes with the largest, not with the entry.
+        largest = float(wanted.abs().max())
+        torch.testing.assert_close(gradient[:, start:stop], wanted, rtol=1e-4, atol=1e-5 * largest)
         outside = torch.cat([gradient[:, :start], gradient[:, stop:]], 1)
         assert not outside.any()
 
