@@ -27,9 +27,10 @@ SEARCH_CURVES = (
 HEATMAPS = {
     "P_E": (
         "Which widths the supernet trains",
-        "Probability with which supernet training samples each candidate width, per field, from the first recorded "
-        "step to the last. Candidates whose tables are trained less get sampled more; rows that stay even mean that "
-        "training treated all widths alike.",
+        "Probability with which supernet training draws each candidate width, per field, from the first recorded "
+        "step to the last. A width whose values vary less counts as trained less and is drawn more. Width 0 has no "
+        "values, so it keeps the smallest probability there is. Even rows: the widths are trained alike. A bright "
+        "cell: training favours that width of that field, and the scores of the other widths are less sure.",
     ),
     "P_F": (
         "Which fields the supernet keeps",
@@ -51,6 +52,11 @@ HEATMAPS = {
         "Share of the rows of a held-out batch that keep each field. A field near 0 is of use to few rows.",
     ),
 }
+
+CAPTURED = (
+    "Not as it should be: at the end one width, {width}, takes more than half of the draws in every field. The others "
+    "were hardly trained, so their scores in the search say little about them."
+)
 
 
 def learning(runs: Sequence[Run], directory: Path) -> Section:
@@ -135,7 +141,18 @@ def heatmaps(runs: Sequence[Run], directory: Path) -> Section | None:
         heading, caption = HEATMAPS.get(name, (name, f"{name} of stage {stage}, from its first to its last record."))
         body += f"<h3>{escape(heading)} <span class=sd>({escape(stage)}: {escape(name)})</span></h3>"
         body += page.picture(image, caption, heading)
+        captured = _captured(lines[-1]) if name == "P_E" else None
+        if captured is not None:
+            body += page.missing(CAPTURED.format(width=captured))
     return Section("heatmaps", title, body or page.missing("heatmaps.jsonl holds no drawable heat map."))
+
+
+def _captured(line: dict[str, Any]) -> str | None:
+    """The column of a recorded P_E that has more than half of every row, if there is one."""
+    for j, column in enumerate(line["columns"]):
+        if all((row[j] or 0.0) > 0.5 for row in line["values"]):
+            return str(column)
+    return None
 
 
 def _training_panels(

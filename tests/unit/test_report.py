@@ -14,6 +14,7 @@ import pytest
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
 from embsearch_dist.report import write_report
+from embsearch_dist.report.history import heatmaps
 from embsearch_dist.report.plots import Curve, front, thinned
 from embsearch_dist.report.runs import load_runs
 from embsearch_dist.report.summary import Spread, compare, headline, spearman
@@ -257,3 +258,16 @@ def test_script(full: Path, tmp_path: Path) -> None:
     failed = subprocess.run([*script, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert failed.returncode == 2
     assert failed.stderr.startswith("error: ") and "Traceback" not in failed.stderr
+
+
+@pytest.mark.parametrize(("row", "captured"), [([0.64, 0.18, 0.18], True), ([0.3, 0.4, 0.3], False)])
+def test_a_width_that_takes_most_draws_of_all_fields_is_called_a_fault(
+    tmp_path: Path, row: list[float], captured: bool
+) -> None:
+    other = row if captured else [0.1, 0.1, 0.8]  # one field alone may favour a width
+    values = [row, row, row, other]
+    line = {"stage": "supernet", "step": 1, "name": "P_E", "columns": ["0", "4", "8"], "rows": SCHEMA.names}
+    write_lines(tmp_path / "heatmaps.jsonl", [line | {"values": values}])
+    section = heatmaps(load_runs([tmp_path]), tmp_path)
+    assert section is not None
+    assert ("one width, 0, takes more than half of the draws in every field" in section.body) == captured
