@@ -92,10 +92,11 @@ def test_the_layout_of_an_accelerator_gives_the_same_metrics(
 
 
 def test_an_accelerator_takes_few_chunks_and_fills_none_up_with_zeros() -> None:
-    device = torch.device("cuda", 0)
     assert layout_for(torch.device("cpu"), 10**6) == CPU
-    assert layout_for(device, 10**6) == ACCELERATOR
-    assert layout_for(device, 237).chunk_rows == 237
+    for rows, chunks in ((1, 1), (237, 1), (8192, 1), (8193, 2), (100_000, 13)):
+        layout = layout_for(torch.device("cuda", 0), rows)
+        assert layout.together and layout.chunk_rows <= ACCELERATOR.chunk_rows
+        assert rows <= chunks * layout.chunk_rows < rows + chunks
 
 
 def test_no_table_is_looked_up_after_construction(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,10 +50,11 @@ ACCELERATOR = Layout(chunk_rows=8192, slab_chunks=1, together=True)
 
 
 def layout_for(device: torch.device, rows: int) -> Layout:
-    """The layout of ``rows`` rows; a sample smaller than a chunk is not filled up to one."""
+    """The layout of ``rows`` rows. Large chunks are of one size, so that the last need not be filled up."""
     if device.type == "cpu":
         return CPU
-    return replace(ACCELERATOR, chunk_rows=min(ACCELERATOR.chunk_rows, rows))
+    chunks = -(-rows // ACCELERATOR.chunk_rows)
+    return replace(ACCELERATOR, chunk_rows=-(-rows // chunks))
 
 
 class SubnetScorer:
