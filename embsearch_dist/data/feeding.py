@@ -157,26 +157,22 @@ class Feeder:
 
 
 def one_ahead(items: Iterable[T], begin: Callable[[T], S], end: Callable[[S], Batch]) -> Iterator[Batch]:
-    """``end(begin(item))`` of each; the next one is begun before one is handed out. If there is no next one because
-    reading fails, that is raised when it is asked for."""
-    source = iter(items)
-    failure: BaseException | None = None
+    """``end(begin(item))`` of each; the next one is begun before one is handed out."""
+    for begun, _ in with_next(map(begin, items)):
+        yield end(begun)
 
-    def following() -> list[S]:
-        nonlocal failure
+
+def with_next(items: Iterable[T]) -> Iterator[tuple[T, T | None]]:
+    """Each item and the one after it, None after the last. If there is none because reading fails, that is raised
+    when it is asked for, not before."""
+    source, failure = iter(items), None
+    item = next(source, None)
+    while item is not None:
         try:
-            return [begin(next(source))]
-        except StopIteration:
-            return []
+            following = next(source, None)
         except Exception as e:
-            failure = e
-            return []
-
-    begun = following()
-    while begun:
-        batch = end(begun[0])
-        begun = following()
-        yield batch
-        del batch  # held no longer than the caller holds it
+            following, failure = None, e
+        yield item, following
+        item = following
     if failure is not None:
         raise failure

@@ -24,6 +24,7 @@ from embsearch_dist.dist.context import Context
 from embsearch_dist.dist.placing import check_same_tables, place
 from embsearch_dist.dist.plan import Plan, Topology
 from embsearch_dist.dist.planning import make_plan
+from embsearch_dist.dist.prefetch import InputExchange
 from embsearch_dist.dist.quiet import quieten
 from embsearch_dist.dist.tables import (
     OPTIMIZERS,
@@ -90,6 +91,7 @@ class ShardedTables(nn.Module):
                 # It keeps the mapping and TorchRec adds to it: data-parallel tables need one of their own.
                 apply_optimizer_in_backward(optimizer, sharded, dict(options))
         self.collection = place(collection, plan, context)
+        self.exchange = InputExchange(self.collection, context)
         self._initialise(seed, init_std)
         own = list(self._torch_parameters())
         if optim.embedding == "adam":
@@ -114,7 +116,7 @@ class ShardedTables(nn.Module):
         return Plan.from_dict(body).torchrec()
 
     def forward(self, sparse: KeyedJaggedTensor) -> KeyedTensor:
-        pooled = self.collection(sparse)
+        pooled = self.exchange.look_up(sparse)
         return divide_means(pooled, sparse, self.tables) if self.means else pooled
 
     def local_shards(self) -> Iterator[LocalShard]:

@@ -7,6 +7,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -16,6 +17,7 @@ import torch
 from embsearch_dist.config import OptimConfig, TrainConfig
 from embsearch_dist.data.batch import Batch
 from embsearch_dist.data.dataset import BatchStream
+from embsearch_dist.data.feeding import with_next
 from embsearch_dist.dist.context import Context
 from embsearch_dist.errors import UserError
 from embsearch_dist.train import faults, signals
@@ -124,10 +126,11 @@ class Trainer:
         logged = (p.step, time.monotonic())
         with self.monitor.progress(self.total, "steps", initial=p.step) as bar:
             while p.step < self.total and not p.stopped:
-                for batch in self.training.epoch(p.epoch, start_batch=p.batch):
+                for batch, following in self._batches():
                     started = time.monotonic()
                     self.task.model.train()
-                    verdict = self._step(batch.to(self.context.device))
+                    self.task.model.sharded.exchange.expect(None if following is None else following.sparse)
+                    verdict = self._step(batch)
                     p.step, p.batch = p.step + 1, batch.position.batch
                     p.seconds += time.monotonic() - started
                     if verdict.what:
@@ -152,6 +155,16 @@ class Trainer:
                     if p.stopped or p.step >= self.total:
                         break
                 p.epoch, p.batch = p.epoch + 1, 0
+
+    def _batches(self) -> Iterator[tuple[Batch, Batch | None]]:
+        """The rest of the epoch on the device; each batch with the one after it where that is begun beforehand."""
+        p, device = self.progress, self.context.device
+        rest = (b.to(device) for b in self.training.epoch(p.epoch, start_batch=p.batch))
+        if not self.task.model.sharded.exchange.ahead:
+            yield from ((batch, None) for batch in rest)
+            return
+        for batch, following in with_next(rest):
+            yield batch, following if p.step + 1 < self.total else None
 
     def _pause(self, stop: bool) -> None:
         """What is due between two steps: evaluate, save, leave."""
@@ -218,10 +231,12 @@ class Trainer:
         loss = self.task.loss(batch, step)
         if self.faults is not None:
             loss = self.faults.loss(loss, step)
+        model.sharded.exchange.begin()
         loss.backward()
         gradients, asked = self._gate.gradients(), bool(self._asked.name)
         dense = model.after_backward()
         verdict = agree(self.context, loss, gradients, dense, asked)
+        model.sharded.exchange.advance()
         if verdict.what:
             self._gate.clear()
             self._skip_or_stop(verdict, batch)

@@ -7,13 +7,18 @@ from unittest import mock
 
 import pytest
 import torch
+from torchrec.distributed import dist_data
 
+from embsearch_dist.config import DistConfig, OptimConfig
+from embsearch_dist.dist.sharding import ShardedTables
 from embsearch_dist.dist.statistics import BLOCK_ROWS, block_rows
+from embsearch_dist.dist.tables import Table
 from embsearch_dist.methods.adass.ahead import AHEAD, Subnets
 from embsearch_dist.methods.adass.config import SamplingConfig
 from embsearch_dist.methods.adass.sampling import Sampler
 from embsearch_dist.models.norm import UnifyNorm
-from tests.factories import one_rank, rank_context, small_schema
+from tests.factories import one_rank, random_batch, rank_context, small_schema
+from tests.raw_lists import list_schema, random_lists
 from tests.waits import Waits
 
 FIELDS, ROWS, WIDTH = 4, 20, 6
@@ -122,3 +127,17 @@ def test_a_gpu_sums_columns_in_few_large_blocks() -> None:
     assert 33_800_000 / block_rows(64, gpu) < 300  # about ten launches each
     assert block_rows(64, gpu) * 64 == block_rows(16, gpu) * 16  # the same memory, however wide
     assert block_rows(4096, gpu) == BLOCK_ROWS
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_one_rank_looks_up_as_torchrec_does_without_an_order_for_others(lists: bool) -> None:
+    schema = list_schema() if lists else SCHEMA
+    batch = random_lists(schema) if lists else random_batch(schema)
+    tables = [Table.of(f, 4 * k + 4) for k, f in enumerate(schema.fields)]
+    tables.reverse()  # fields have to be put into the tables' order
+    sharded = ShardedTables(tables, one_rank(), DistConfig(), OptimConfig(), 0, 0.1)
+    expected = sharded.collection(batch.sparse)
+    with mock.patch.object(dist_data, "_get_recat", side_effect=AssertionError("copied to the device")):
+        found = sharded.exchange.look_up(batch.sparse)
+    assert found.keys() == expected.keys()
+    assert torch.equal(found.values(), expected.values())
