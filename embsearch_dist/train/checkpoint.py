@@ -29,7 +29,7 @@ from embsearch_dist.schema import read_json, write_json
 from embsearch_dist.train import manifest
 from embsearch_dist.train.faults import Faults
 from embsearch_dist.train.manifest import verify
-from embsearch_dist.train.tensors import copies, local_bytes, tensors_of
+from embsearch_dist.train.tensors import HostMemory, copies, local_bytes, tensors_of
 
 __all__ = ["Checkpointer", "SaveError", "verify"]
 
@@ -76,6 +76,7 @@ class Checkpointer:
         self._failure: BaseException | None = None
         self._group: dist.ProcessGroup | None = None
         self._told = False
+        self._memory = HostMemory()
 
     def save(self, step: int, state: dict[str, Any], best: bool = False, background: bool = False) -> Path:
         """Write ``step-N``; it counts from the moment it has its name.
@@ -97,7 +98,7 @@ class Checkpointer:
             if self._group is None:
                 # Its collectives run beside those of training, so they need a group of their own.
                 self._group = dist.new_group(backend="gloo")
-            tensors, state = copies(tensors, self._group), copy.deepcopy(state)
+            tensors, state = copies(tensors, self._group, self._memory), copy.deepcopy(state)
             arguments = (tensors, state, partial, final, best)
             self._thread = threading.Thread(target=self._work, args=arguments, name="checkpoint", daemon=True)
             self._thread.start()
@@ -143,7 +144,7 @@ class Checkpointer:
 
     def _may_copy(self, tensors: Any) -> bool:
         """Whether every rank has the memory for a copy; without it a save must not run beside training."""
-        need = local_bytes(tensors)
+        need = local_bytes(tensors) - self._memory.bytes  # that much is there from the save before
         local = self.context.world_size  # at most so many ranks share this machine's memory
         lacking = psutil.virtual_memory().available < need * SPARE_MEMORY * local
         some = float(self.context.sum(torch.tensor([float(lacking)], device=self.context.device))) > 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -36,19 +36,69 @@ def tensors_of(model: CTRModel, optimizer: Optimizer | None, context: Context, o
     return tensors | {k: v for k, v in {"fused_optimizer": fused, "torch_optimizer": own}.items() if v}
 
 
-def copies(tensors: Any, group: Any) -> Any:
-    """The same tensors in memory of their own, on the CPU, so that training may go on while they are written."""
+class HostMemory:
+    """Pinned memory that the copies of a save on a GPU go to; the next save uses it again.
+
+    A copy to ordinary memory goes through a small pinned buffer of the driver's, and the device waits meanwhile. To
+    pin memory takes longer than to copy into it, so it is kept.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, torch.Tensor] = {}
+
+    @property
+    def bytes(self) -> int:
+        """What is kept."""
+        return sum(t.nbytes for t in self._kept.values())
+
+    def copy(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Begin to copy a tensor of the device's; ``name`` is the same in every save."""
+        kept = self._kept.get(name)
+        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+            kept = self._kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype).pin_memory()
+        kept.copy_(tensor, non_blocking=True)
+        return kept
+
+    def wait(self, device: torch.device) -> None:
+        """Wait until what was begun is there: training is about to write these tensors."""
+        torch.cuda.current_stream(device).synchronize()
+
+
+def copies(tensors: Any, group: Any, memory: HostMemory | None = None) -> Any:
+    """The same tensors in memory of their own, on the CPU, so that training may go on while they are written.
+
+    Args:
+        group: of the sharded tensors among them.
+        memory: where copies of a GPU's tensors go; what an earlier call has put there is overwritten.
+    """
+    devices: set[torch.device] = set()
+
+    def copy(tensor: torch.Tensor, name: str) -> torch.Tensor:
+        tensor = tensor.detach()
+        if memory is None or tensor.device.type != "cuda":
+            return tensor.to("cpu", copy=True)
+        devices.add(tensor.device)
+        return memory.copy(name, tensor)
+
+    copied = _copies(tensors, group, copy, "")
+    if memory is not None:
+        for device in devices:
+            memory.wait(device)
+    return copied
+
+
+def _copies(tensors: Any, group: Any, copy: Callable[[torch.Tensor, str], torch.Tensor], name: str) -> Any:
     if isinstance(tensors, dict):
-        return {k: copies(v, group) for k, v in tensors.items()}
+        return {k: _copies(v, group, copy, f"{name}/{k}") for k, v in tensors.items()}
     if not isinstance(tensors, ShardedTensor):
-        return tensors.detach().to("cpu", copy=True)
+        return copy(tensors, name)
     whole = tensors.metadata()
     parts = [ShardMetadata(m.shard_offsets, m.shard_sizes, _on_cpu(m)) for m in whole.shards_metadata]
     moved = {tuple(p.shard_offsets): p for p in parts}
-    shards = [
-        Shard(s.tensor.detach().to("cpu", copy=True).contiguous(), moved[tuple(s.metadata.shard_offsets)])
-        for s in tensors.local_shards()
-    ]
+    shards = []
+    for s in tensors.local_shards():
+        place = tuple(s.metadata.shard_offsets)
+        shards.append(Shard(copy(s.tensor, f"{name}{list(place)}").contiguous(), moved[place]))
     metadata = ShardedTensorMetadata(parts, whole.size, whole.tensor_properties)
     return ShardedTensor._init_from_local_shards_and_global_metadata(shards, metadata, process_group=group)
 
