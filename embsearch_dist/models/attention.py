@@ -8,16 +8,14 @@ on a GPU, under autocast or for other shapes torch's function computes the same.
 from __future__ import annotations
 
 import ctypes
-import importlib.machinery
 import math
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from embsearch_dist import compiled
 from embsearch_dist.models.dense import plain_on_cpu
 
 VERSION = 2
@@ -28,19 +26,11 @@ _POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
 @cache
 def kernel() -> ctypes.CDLL | None:
     """The compiled kernel; None where it was not built, or was built from another version of its source."""
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_attention{suffix}")
-        if not path.exists():
-            continue
-        try:
-            found = ctypes.CDLL(str(path))
-            found.attention_forward.argtypes = [_POINTER] * 3 + [_LONG] * 3 + [ctypes.c_int]
-            found.attention_backward.argtypes = [_POINTER] * 5 + [_LONG] * 3 + [ctypes.c_int]
-            if found.attention_version() == VERSION:
-                return found
-        except (OSError, AttributeError):
-            continue
-    return None
+    found = compiled.load("attention", VERSION)
+    if found is not None:
+        found.attention_forward.argtypes = [_POINTER] * 3 + [_LONG] * 3 + [ctypes.c_int]
+        found.attention_backward.argtypes = [_POINTER] * 5 + [_LONG] * 3 + [ctypes.c_int]
+    return found
 
 
 def attention(qkv: torch.Tensor, heads: int) -> torch.Tensor:
@@ -98,9 +88,4 @@ def _over_rows(function: Any, tensors: list[torch.Tensor], shape: tuple[int, int
         for start in starts:
             part(start)
     else:
-        list(_pool(threads).map(part, starts))
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "attention")
+        list(compiled.pool(threads).map(part, starts))
