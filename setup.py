@@ -29,14 +29,20 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["embsearch_dist", "embsearch_dist.*", "launch", "launch.*"]),
-    # Read with ctypes, so Python's headers are not needed; without a C compiler torch's own attention is used.
+    # Read with ctypes, so Python's headers are not needed; without a C compiler torch does the same, slower.
     ext_modules=[
         Extension(
             "embsearch_dist.models._attention",
             ["embsearch_dist/models/attention.c"],
             extra_compile_args=["-O3", "-Wno-psabi"],
             optional=True,
-        )
+        ),
+        Extension(
+            "embsearch_dist.dist._adam",
+            ["embsearch_dist/dist/adam.c"],
+            extra_compile_args=["-O3", "-fno-math-errno", "-ffp-contract=off"],
+            optional=True,
+        ),
     ],
     install_requires=[
         "torch>=2.11,!=2.12.*,<2.14",  # the two that it is tested with, each with the TorchRec below

@@ -191,6 +191,24 @@ def whole_tables(sharded: Any) -> dict[str, torch.Tensor]:
     return {name: context.sum(value) for name, value in whole.items()}
 
 
+def optimizer_state(sharded: Any) -> dict[str, torch.Tensor]:
+    """All state of the tables' optimizers on one rank, live: the step count of Adam too."""
+    found = {}
+    for keeper, values in sharded.optimizer_state().items():
+        for name, value in values.items():
+            found[f"{keeper} {name}"] = value.local_tensor() if hasattr(value, "local_tensor") else value
+    return found
+
+
+STEEP = ["optim.embedding=sgd", "optim.embedding_lr=1e4"]
+"""So long a step that the gradient can be read from the tables, exact zeros included."""
+
+
+def table_gradients(sharded: Any, before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The gradient of each whole table, from what a step of :data:`STEEP` has made of ``before``."""
+    return {n: (before[n] - after) / 1e4 for n, after in whole_tables(sharded).items()}
+
+
 def set_tables(sharded: Any, values: dict[str, torch.Tensor]) -> None:
     """Write whole tables into the live storage of one rank."""
     with torch.no_grad():

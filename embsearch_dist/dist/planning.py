@@ -4,9 +4,9 @@ The planner enumerates every sharding of every table, lets TorchRec's performanc
 part takes and how much memory it needs, and packs them on the ranks so that the slowest is as fast as can
 be. Four things differ from TorchRec as it comes:
 
-* On CPU it refuses row-wise sharding and dense kernels. Both run there, so both are offered.
+* On CPU it refuses row-wise sharding and the dense kernel of data-parallel tables. Both run there, so both are offered.
 * Its memory leaves out the gradient of a dense kernel, which is as large as the table. It is counted.
-* No rank gets two column shards of a table; the checkpoints of dense kernels know one part per rank.
+* No rank gets two column shards of a table, which would spare nothing.
 * Options are sorted. TorchRec's order depends on the hash seed of the process, and so would ties: a run
   that continues must find the plan it began with.
 
@@ -48,7 +48,6 @@ from embsearch_dist.dist.tables import (
     choose_sharding,
     make_collection,
     plan_by_hand,
-    runs_fused,
 )
 from embsearch_dist.dist.versions import estimated_by
 
@@ -58,13 +57,12 @@ EVERY_COMBINATION = 1000  # more than this many plans are not tried one by one; 
 class PlanningSharder(Sharder):
     """Offers the kernel that will run: one process's planner must not promise what training does not do."""
 
-    def __init__(self, fused: bool, offload: bool) -> None:
+    def __init__(self, offload: bool) -> None:
         super().__init__()
         self.kernels = ["fused", "fused_uvm", "fused_uvm_caching"] if offload else ["fused"]
-        self.fused = fused
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        return self.kernels if self.fused and sharding_type != "data_parallel" else ["dense"]
+        return self.kernels if sharding_type != "data_parallel" else ["dense"]
 
 
 class StorageEstimator(EmbeddingStorageEstimator):
@@ -150,8 +148,7 @@ def make_plan(tables: Sequence[Table], topology: Topology, dist: DistConfig, opt
 def allowed_kinds(table: Table, topology: Topology, dist: DistConfig, optimizer: str) -> list[str]:
     """What the planner may do with a table: the kind it is told, else those that leave the result alone.
 
-    Row-wise Adagrad keeps one state per row *and shard*, so columns are not split. A fused Adam updates
-    only rows it has seen, torch's own (of data-parallel tables) all of them, so the two are not mixed.
+    Row-wise Adagrad keeps one state per row *and shard*, so columns are not split.
     What splits nothing, or shards too small to gain anything, becomes ``table_wise`` as it does by hand.
     """
     world, local = topology.world_size, topology.local_world_size
@@ -167,8 +164,6 @@ def allowed_kinds(table: Table, topology: Topology, dist: DistConfig, optimizer:
         kinds = [k for k in kinds if k != "column_wise"]
     if not told and optimizer == "rowwise_adagrad":
         kinds = [k for k in kinds if k != "column_wise"]
-    if not told and optimizer == "adam" and runs_fused(optimizer, topology.device):
-        kinds = [k for k in kinds if k != "data_parallel"]
     return kinds or ["table_wise"]
 
 
@@ -202,7 +197,7 @@ def _search(
             sharding_types=kinds, min_partition=width, pooling_factors=[t.length]
         )
     machines = topology.torchrec()
-    sharder = PlanningSharder(runs_fused(optimizer, topology.device), topology.planner.offload)
+    sharder = PlanningSharder(topology.planner.offload)
     estimators = [EmbeddingPerfEstimator(machines, constraints), StorageEstimator(machines, optimizer)]
     enumerator = Enumerator(machines, topology.planner.batch_size, constraints, estimators)
     best: list[ShardingOption] = []
@@ -247,7 +242,7 @@ def _by_hand(
     collection: EmbeddingBagCollection, tables: Sequence[Table], topology: Topology, dist: DistConfig, optimizer: str
 ) -> list[ShardingOption]:
     """The plan of :mod:`embsearch_dist.dist.tables` in the planner's terms, so that TorchRec can rate it."""
-    world, fused = topology.world_size, runs_fused(optimizer, topology.device)
+    world = topology.world_size
     plan = plan_by_hand(
         collection,
         tables,
@@ -255,11 +250,10 @@ def _by_hand(
         world,
         topology.local_world_size,
         topology.device,
-        "fused" if fused else "dense",
     )
     options = []
     lengths = {t.name: t.length for t in tables}
-    sharder = PlanningSharder(fused, offload=False)
+    sharder = PlanningSharder(offload=False)
     parameters = sharder.shardable_parameters(collection)
     for name, sharding in plan.items():
         parameter = parameters[name]

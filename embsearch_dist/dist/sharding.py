@@ -26,6 +26,7 @@ from embsearch_dist.dist.plan import Plan, Topology
 from embsearch_dist.dist.planning import make_plan
 from embsearch_dist.dist.prefetch import InputExchange
 from embsearch_dist.dist.quiet import quieten
+from embsearch_dist.dist.table_adam import TableAdam
 from embsearch_dist.dist.tables import (
     OPTIMIZERS,
     Table,
@@ -34,7 +35,6 @@ from embsearch_dist.dist.tables import (
     local_world_size,
     make_collection,
     plan_by_hand,
-    runs_fused,
 )
 
 quieten()
@@ -69,34 +69,36 @@ class ShardedTables(nn.Module):
         optim: OptimConfig,
         seed: int,
         init_std: float,
+        partial: bool = False,
     ) -> None:
+        """``partial``: a step may read some columns of a row alone; Adam then leaves the others as they are."""
         super().__init__()
         check_same_tables(tables, context)
         unknown = sorted(set(dist.tables) - {t.name for t in tables})
         self.tables = {t.name: t for t in tables}
         self.means = any(t.mean for t in tables)
         self.context = context
-        self.fused = runs_fused(optim.embedding, context.device.type)
         if unknown and context.rank == 0:
             warnings.warn(f"dist.tables names {unknown[0]!r}, which has no table in this model", stacklevel=2)
         collection = make_collection(tables)
         plan = self._plan(collection, tables, dist, optim)
         self.kinds = {t.name: plan[t.name].sharding_type for t in tables}
-        optimizer, options = OPTIMIZERS[optim.embedding]
         self.lr = optim.embedding_lr
+        optimizer, options = OPTIMIZERS[optim.embedding]
         options = {"lr": self.lr, **options}
-        if self.fused:
-            sharded = [p for n, p in collection.named_parameters() if self.kinds[n.split(".")[1]] != "data_parallel"]
-            if sharded:
-                # It keeps the mapping and TorchRec adds to it: data-parallel tables need one of their own.
-                apply_optimizer_in_backward(optimizer, sharded, dict(options))
+        adam = optim.embedding == "adam"
+        by_fbgemm = adam and context.device.type == "cuda" and not partial
+        sharded = [p for n, p in collection.named_parameters() if self.kinds[n.split(".")[1]] != "data_parallel"]
+        if sharded:
+            fused = torch.optim.SGD if adam and not by_fbgemm else optimizer
+            # It keeps the mapping and TorchRec adds to it: data-parallel tables need one of their own.
+            apply_optimizer_in_backward(fused, sharded, dict(options))
         self.collection = place(collection, plan, context)
         self.exchange = InputExchange(self.collection, context)
         self._initialise(seed, init_std)
-        own = list(self._torch_parameters())
-        if optim.embedding == "adam":
-            options["fused"] = True  # torch's own: one pass over weights and state, 4 times faster on CPU
-        self.torch_optimizer = optimizer(own, **options) if own else None  # type: ignore[arg-type]
+        own = dict(self._replicated_parameters())
+        self.adam = TableAdam(self.collection, own, context, self.lr, partial, by_fbgemm) if adam else None
+        self.torch_optimizer = optimizer(own.values(), **options) if own and not adam else None  # type: ignore[arg-type]
 
     def _plan(
         self, collection: EmbeddingBagCollection, tables: Sequence[Table], dist: DistConfig, optim: OptimConfig
@@ -104,8 +106,7 @@ class ShardedTables(nn.Module):
         world, device = self.context.world_size, self.context.device.type
         local = local_world_size(world)
         if dist.sharding != "planner":
-            kernel = "fused" if self.fused else "dense"
-            return plan_by_hand(collection, tables, choose_sharding(tables, world, dist), world, local, device, kernel)
+            return plan_by_hand(collection, tables, choose_sharding(tables, world, dist), world, local, device)
 
         def search() -> dict[str, Any]:
             return make_plan(tables, Topology(world, local, device, dist.planner), dist, optim.embedding).to_dict()
@@ -116,6 +117,8 @@ class ShardedTables(nn.Module):
         return Plan.from_dict(body).torchrec()
 
     def forward(self, sparse: KeyedJaggedTensor) -> KeyedTensor:
+        if self.adam is not None and torch.is_grad_enabled():
+            self.adam.before(sparse)
         pooled = self.exchange.look_up(sparse)
         return divide_means(pooled, sparse, self.tables) if self.means else pooled
 
@@ -131,11 +134,12 @@ class ShardedTables(nn.Module):
             else:
                 yield LocalShard(table, 0, 0, value, replicated=True)
 
-    def _torch_parameters(self) -> Iterator[nn.Parameter]:
+    def _replicated_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The data-parallel tables: no optimizer runs inside their backward."""
         for name, parameter in self.collection.named_parameters():
             table = name.split(".weight")[0].split(".")[-1]
-            if not self.fused or self.kinds[table] == "data_parallel":
-                yield parameter
+            if self.kinds[table] == "data_parallel":
+                yield table, parameter
 
     @torch.no_grad()
     def _initialise(self, seed: int, std: float) -> None:
@@ -154,11 +158,15 @@ class ShardedTables(nn.Module):
     def zero_grad(self, set_to_none: bool = True) -> None:
         if self.torch_optimizer is not None:
             self.torch_optimizer.zero_grad(set_to_none)
+        if self.adam is not None:
+            self.adam.clear()
 
     def step(self) -> None:
-        """Update the tables whose optimizer does not run inside backward."""
+        """Count the step, and update the tables whose optimizer does not run inside backward; after backward."""
         if self.torch_optimizer is not None:
             self.torch_optimizer.step()
+        if self.adam is not None:
+            self.adam.step()
 
     def set_lr(self, factor: float) -> None:
         """Set the learning rate to ``factor`` times the config's. A fused optimizer takes notice only at its own
@@ -168,6 +176,29 @@ class ShardedTables(nn.Module):
             group["lr"] = self.lr * factor
         if fused.param_groups:
             fused.step()
+        if self.adam is not None:
+            self.adam.lr = self.lr * factor
+
+    def optimizer_state(self) -> dict[str, dict[str, Any]]:
+        """State of the optimizers by who keeps it (``adam``, ``fused_optimizer``, ``torch_optimizer``): tensors by
+        names that depend neither on rank nor on sharding. Live storage, so that a checkpoint is read in place."""
+        weights = self.collection.state_dict()
+        if self.adam is not None:
+            return {"adam": self.adam.state(weights)}
+        fused = {
+            f"{parameter}/{key}": value
+            for parameter, values in self.collection.fused_optimizer.state_dict()["state"].items()
+            for key, value in values.items()
+            if isinstance(value, ShardedTensor | torch.Tensor)
+        }
+        own = {
+            f"embedding_bags.{name}.weight/{key}": value
+            for name, parameter in self._replicated_parameters()
+            if self.torch_optimizer is not None
+            for key, value in self.torch_optimizer.state.get(parameter, {}).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return {"fused_optimizer": fused, "torch_optimizer": own}
 
 
 def initial_block(seed: int, table: Table, block: int, std: float) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""What a table is, which kernel and optimizer it runs with, and the plan by hand.
+"""What a table is, which optimizer it runs with, and the plan by hand.
 
 ``dist.sharding: auto`` and the single kinds are placed here, without TorchRec's planner: it refuses
-row-wise sharding and dense kernels on CPU although both run there. :mod:`embsearch_dist.dist.planning`
+row-wise sharding on CPU although it runs there. :mod:`embsearch_dist.dist.planning`
 lifts that and places by predicted time. Both planners work on tables without storage.
 """
 
@@ -83,11 +83,6 @@ def check_widths(tables: Sequence[Table]) -> None:
             raise UserError(f"table {t.name!r}: physical width {t.width} is not a positive multiple of 4")
 
 
-def runs_fused(optimizer: str, device: str) -> bool:
-    """Whether the optimizer runs inside backward. FBGEMM has no Adam for CPU, so there torch's own steps."""
-    return not (optimizer == "adam" and device == "cpu")
-
-
 def local_world_size(world_size: int) -> int:
     """Ranks of this machine as the launcher says; all of them when it says nothing that could be."""
     said = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
@@ -157,12 +152,11 @@ def plan_by_hand(
     world_size: int,
     local_size: int,
     device: str,
-    kernel: str,
 ) -> EmbeddingModuleShardingPlan:
     """The placement of the given kinds; every rank computes the same one from the same numbers."""
     return construct_module_sharding_plan(
         collection,
-        _generators(tables, kinds, world_size, kernel),
+        _generators(tables, kinds, world_size),
         sharder=Sharder(),  # type: ignore[arg-type]
         local_size=local_size,
         world_size=world_size,
@@ -171,7 +165,7 @@ def plan_by_hand(
 
 
 def _generators(
-    tables: Sequence[Table], kinds: dict[str, str], world_size: int, kernel: str
+    tables: Sequence[Table], kinds: dict[str, str], world_size: int
 ) -> dict[str, ParameterShardingGenerator]:
     """Placement: whole tables go to the rank with the fewest bytes so far, largest first."""
     load = [0] * world_size
@@ -181,11 +175,11 @@ def _generators(
         if kind == "table_wise":
             rank = load.index(min(load))
             load[rank] += t.rows * t.width
-            per_table[t.name] = table_wise(rank=rank, compute_kernel=kernel)
+            per_table[t.name] = table_wise(rank=rank, compute_kernel="fused")
         elif kind == "row_wise":
-            per_table[t.name] = row_wise(compute_kernel=kernel)
+            per_table[t.name] = row_wise(compute_kernel="fused")
         elif kind == "column_wise":
-            per_table[t.name] = column_wise(ranks=list(range(world_size)), compute_kernel=kernel)
+            per_table[t.name] = column_wise(ranks=list(range(world_size)), compute_kernel="fused")
         else:
             per_table[t.name] = data_parallel()
     return per_table

@@ -53,7 +53,7 @@ class MaxTables(nn.Module):
         self.register_buffer("mask", mask.to(context.device), persistent=False)
         self.mask: torch.Tensor
         tables = [Table.of(f, self.width) for f in schema.fields]
-        self.sharded = ShardedTables(tables, context, dist, optim, seed, init_std)
+        self.sharded = ShardedTables(tables, context, dist, optim, seed, init_std, partial=True)
 
     def forward(self, sparse: KeyedJaggedTensor) -> Pooled:
         """Pooled max-table rows, all columns of all fields, nothing masked yet."""
@@ -61,7 +61,10 @@ class MaxTables(nn.Module):
 
 
 class MixedTables(nn.Module):
-    """One table per kept field, each at its own width, as an allocation says."""
+    """One table per kept field, each at its own width, as an allocation says.
+
+    ``partial``: what stands behind them may close columns or fields in a step, which are then to stay as they are.
+    """
 
     def __init__(
         self,
@@ -71,6 +74,7 @@ class MixedTables(nn.Module):
         optim: OptimConfig,
         seed: int,
         init_std: float,
+        partial: bool = False,
     ) -> None:
         super().__init__()
         self.names = list(allocation.kept)
@@ -78,7 +82,7 @@ class MixedTables(nn.Module):
         fields = {f.name: f for f in allocation.schema.fields}
         by_width = sorted(zip(self.widths, self.names, strict=True), key=lambda pair: pair[0])
         tables = [Table.of(fields[n], physical_width(w)) for w, n in by_width]
-        self.sharded = ShardedTables(tables, context, dist, optim, seed, init_std)
+        self.sharded = ShardedTables(tables, context, dist, optim, seed, init_std, partial)
 
     def forward(self, sparse: KeyedJaggedTensor) -> Pooled:
         """Pooled embeddings of the kept fields at their nominal widths."""

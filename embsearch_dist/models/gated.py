@@ -30,7 +30,7 @@ class GatedModel(CTRModel):
         m, seed = config.model, config.run.seed
         self.width, fields = width, len(schema.fields)
         uniform = Allocation.uniform(schema, width)
-        self.tables = MixedTables(uniform, context, config.dist, config.optim, seed, m.init_std)
+        self.tables = MixedTables(uniform, context, config.dist, config.optim, seed, m.init_std, partial=True)
         with seeded(seed):
             n_dense = len(schema.dense)
             backbone = make_backbone(m.backbone, fields, width, n_dense, m.hidden, m.dropout, m.precision)

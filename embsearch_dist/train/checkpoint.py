@@ -313,7 +313,7 @@ class Checkpointer:
         return manifest.facts_of(step, self.context.world_size, self.model.sharded.kinds, self.schema, self.settings)
 
     def _tensors(self, optimizers: bool = True) -> dict[str, Any]:
-        return tensors_of(self.model, self.optimizer, self.context, optimizers)
+        return tensors_of(self.model, self.optimizer, optimizers)
 
 
 def _reasons(error: BaseException) -> str:

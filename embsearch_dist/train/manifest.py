@@ -18,6 +18,8 @@ from embsearch_dist.errors import UserError
 from embsearch_dist.schema import read_json, write_json
 
 NAME = "manifest.json"
+FORMAT = 3
+LAZY_ADAM = 3  # from this format on Adam moves looked-up rows alone, and the count of its steps is saved
 
 
 def write_manifest(directory: Path, facts: dict[str, Any]) -> None:
@@ -76,7 +78,7 @@ def facts_of(
     """
     settings = json.loads(json.dumps(settings))  # as they will be read again: tuples become lists
     return {
-        "format": 2,
+        "format": FORMAT,
         "step": step,
         "world_size": world_size,
         "sharding": dict(sorted(kinds.items())),
@@ -107,6 +109,14 @@ def check_facts(directory: Path, old: dict[str, Any], new: dict[str, Any], exact
         raise UserError(
             f"checkpoint {directory} was made for data with another schema ({old['schema']}, now {new['schema']}); "
             "set --data.path to the data it was made with, or start anew in another --run.dir"
+        )
+    key = "optim.embedding"
+    both = old.get("settings", {}).get(key), new["settings"].get(key)
+    if exact and both == ("adam", "adam") and old.get("format", 1) < LAZY_ADAM:
+        raise UserError(
+            f"checkpoint {directory} was made when {key} adam moved every row in every step, or did not save the count "
+            "of its steps; today's moves looked-up rows alone, so this training cannot go on. Start anew in another "
+            "--run.dir; the weights can still be evaluated and searched"
         )
     if exact and new["settings"] and old.get("config", new["config"]) != new["config"]:
         before, now = old.get("settings", {}), new["settings"]

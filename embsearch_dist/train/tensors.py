@@ -11,11 +11,10 @@ from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata
 from torch.optim.optimizer import Optimizer
 
-from embsearch_dist.dist.context import Context
 from embsearch_dist.models.ctr import CTRModel
 
 
-def tensors_of(model: CTRModel, optimizer: Optimizer | None, context: Context, optimizers: bool) -> dict[str, Any]:
+def tensors_of(model: CTRModel, optimizer: Optimizer | None, optimizers: bool) -> dict[str, Any]:
     """Tables, head and the state of their optimizers, as views of live storage wherever DCP loads in place."""
     tables = model.sharded
     tensors: dict[str, Any] = {
@@ -26,14 +25,8 @@ def tensors_of(model: CTRModel, optimizer: Optimizer | None, context: Context, o
         return tensors
     assert optimizer is not None, "without the head's optimizer only the weights can be loaded"
     tensors["head_optimizer"] = dict(_adam_state(optimizer, dict(model.replicated.named_parameters())))
-    fused: dict[str, Any] = {}
-    for parameter, values in tables.collection.fused_optimizer.state_dict()["state"].items():
-        for key, value in values.items():
-            if isinstance(value, ShardedTensor | torch.Tensor):
-                fused[f"{parameter}/{key}"] = value
-    own = {} if tables.torch_optimizer is None else dict(_table_state(tables, context))
     # DCP takes an empty group for a value, which only rank 0 would write and every rank would look for.
-    return tensors | {k: v for k, v in {"fused_optimizer": fused, "torch_optimizer": own}.items() if v}
+    return tensors | {k: v for k, v in tables.optimizer_state().items() if v}
 
 
 class HostMemory:
@@ -133,28 +126,3 @@ def _ensure_state(optimizer: Optimizer, parameter: torch.nn.Parameter) -> dict[s
         state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
         state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
     return state
-
-
-def _table_state(tables: Any, context: Context) -> Iterator[tuple[str, Any]]:
-    """State of tables whose optimizer runs outside backward, sharded like the tables themselves.
-
-    What belongs to no shard (the step count, the state of a replicated table) is the same on every rank
-    that has it, so its name does not depend on the rank.
-    """
-    weights = tables.collection.state_dict()
-    for name, parameter in tables.collection.named_parameters():
-        key = name if name in weights else name.replace("module.", "")
-        weight = weights.get(key)
-        if isinstance(weight, ShardedTensor) and not weight.local_shards():
-            continue  # the table lives on other ranks; here stands an empty parameter
-        if parameter not in tables.torch_optimizer.state and not isinstance(tables.torch_optimizer, torch.optim.Adam):
-            continue
-        for field, value in _ensure_state(tables.torch_optimizer, parameter).items():
-            if not isinstance(value, torch.Tensor):
-                continue
-            if isinstance(weight, ShardedTensor) and value.dim() == 2:
-                shards = [Shard(value.detach(), s.metadata) for s in weight.local_shards()]
-                value = ShardedTensor._init_from_local_shards_and_global_metadata(
-                    shards, weight.metadata(), process_group=context.group
-                )
-            yield f"{key}/{field}", value

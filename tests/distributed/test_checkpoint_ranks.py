@@ -28,6 +28,10 @@ CASES = [
     ["dist.sharding=data_parallel", "optim.embedding=adagrad"],
     ["dist.sharding=row_wise", "optim.embedding=sgd"],
 ]
+# Every kind of sharding in one model: what no case above has is in these.
+EVERY_KIND = "dist.tables={left: data_parallel, big: row_wise, right: table_wise, idle: column_wise}"
+MIXED = [[EVERY_KIND, f"optim.embedding={name}"] for name in ("adam", "adagrad", "rowwise_adagrad", "sgd")]
+ALL = [*CASES, *MIXED]
 
 
 class Stopped(Exception):
@@ -62,7 +66,7 @@ def fit(rank: int, world_size: int, data: str, directory: str, stop_at: int, ove
 
 
 def fit_many(rank: int, world_size: int, data: str, directory: str, stop_at: int) -> list[dict[str, Any]]:
-    return [fit(rank, world_size, data, f"{directory}/{i}", stop_at, case) for i, case in enumerate(CASES)]
+    return [fit(rank, world_size, data, f"{directory}/{i}", stop_at, case) for i, case in enumerate(ALL)]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +84,7 @@ def results(folder: Path, data: str) -> tuple[list[Any], list[Any]]:
     return unbroken, continued
 
 
-@pytest.mark.parametrize("case", range(len(CASES)), ids=[" ".join(c) for c in CASES])
+@pytest.mark.parametrize("case", range(len(ALL)), ids=[" ".join(c) for c in ALL])
 def test_two_ranks_continue_bitwise(results: tuple[list[Any], list[Any]], folder: Path, case: int) -> None:
     unbroken, continued = results
     for rank in range(2):

@@ -20,7 +20,7 @@ from embsearch_dist.methods.gated_result import evaluate_gated, seeded_name
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.trainer import Trainer
-from tests.factories import CONFIGS, one_rank, open_run, prepared, recorded, small_config, whole_tables
+from tests.factories import CONFIGS, one_rank, open_run, optimizer_state, prepared, recorded, small_config, whole_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 # An epoch has 12 steps: 6 without the controller, then 18 with it, 9 of which a held-out batch follows.
@@ -157,11 +157,7 @@ def state_of(trainer: Trainer) -> dict[str, dict[str, torch.Tensor]]:
     outer = {id(p) for p in model.outer_parameters}
     inner: dict[str, torch.Tensor] = {f"table {n}": t for n, t in whole_tables(model.sharded).items()}
     inner |= {f"head {n}": t for n, t in model.bare_head.state_dict().items()}
-    if (torch_optimizer := model.sharded.torch_optimizer) is not None:
-        for i, values in enumerate(torch_optimizer.state.values()):
-            inner |= {f"table optimizer {i} {k}": v for k, v in values.items() if v is not None}
-    for name, values in model.sharded.collection.fused_optimizer.state_dict()["state"].items():
-        inner |= {f"fused {name} {k}": v.local_tensor() for k, v in values.items()}
+    inner |= optimizer_state(model.sharded)
     controller: dict[str, torch.Tensor] = dict(model.bare_selector.named_parameters())
     for name, parameter in model.replicated.named_parameters():
         side, values = controller if id(parameter) in outer else inner, trainer.optimizer.state.get(parameter, {})
@@ -268,7 +264,7 @@ def test_a_continued_training_equals_the_unbroken_one_bitwise(
 def test_stages_leave_the_result_of_the_best_weights_since_the_controller_set_in(
     data: Path, tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rates = ["optim.embedding_lr=0.2", "optim.dense_lr=0.05"]
+    rates = ["optim.embedding_lr=0.5", "optim.dense_lr=0.05"]
     overrides = ["model.backbone=mlp", "search.outer.pretrain_epochs=1", *rates]
     run = small_run(data, tmp_path, f"search.mode={mode}", *overrides)
     run_stages(AdaFS(), run)

@@ -19,6 +19,7 @@ from embsearch_dist.models.ctr import SubnetModel
 from embsearch_dist.schema import read_json, write_json
 from embsearch_dist.train.checkpoint import Checkpointer, SaveError, verify
 from embsearch_dist.train.faults import SAVE_POINTS, Faults, parse
+from embsearch_dist.train.manifest import write_manifest
 from tests.factories import one_rank, random_batch, small_config, small_schema, whole_tables
 
 SCHEMA = small_schema(20, 9)
@@ -87,6 +88,31 @@ def test_a_checkpoint_restores_weights_optimizers_and_state(saved: Checkpointer)
     assert all(torch.equal(v, at_two[k]) for k, v in weights(fresh).items())
     step(fresh)  # only right with the optimizers' state
     assert all(torch.equal(v, after_three[k]) for k, v in weights(fresh).items())
+
+
+def test_adam_goes_on_counting_where_the_checkpoint_was(saved: Checkpointer) -> None:
+    fresh = checkpointer(saved.root, seed=7)
+    fresh.load(2)
+    assert int(fresh.model.sharded.adam.steps) == 2
+    states = []
+    for count in (2, 0):  # the count matters: with another one the next step is another
+        fresh.load(2)
+        fresh.model.sharded.adam.steps.fill_(count)
+        step(fresh)
+        states.append(weights(fresh))
+    step(saved)
+    after_three = weights(saved)
+    same = [all(torch.equal(v, after_three[k]) for k, v in found.items()) for found in states]
+    assert same == [True, False]
+
+
+def test_a_checkpoint_of_the_adam_that_moved_every_row_is_for_evaluation_alone(folder: Path) -> None:
+    settings = {"settings": {"optim.embedding": "adam"}}
+    facts = {"format": 2, "step": 2, "world_size": 1, "sharding": {}, "schema": "", **settings}
+    write_manifest(folder / "step-2", facts)
+    with pytest.raises(UserError, match="step-2 was made when optim.embedding adam moved every row.*Start anew"):
+        checkpointer(folder, **settings).load(2)
+    assert checkpointer(folder, **settings).load(2, optimizers=False) == {"number": 2}
 
 
 def test_weights_can_be_had_without_the_optimizers(saved: Checkpointer) -> None:

@@ -16,7 +16,16 @@ from embsearch_dist.methods import gated
 from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.ihas.gating import STAGE, GateStage, GatesTask, load_gates
 from embsearch_dist.train.monitor import Monitor
-from tests.factories import one_rank, open_run, prepared, random_batch, recorded, small_config, whole_tables
+from tests.factories import (
+    one_rank,
+    open_run,
+    optimizer_state,
+    prepared,
+    random_batch,
+    recorded,
+    small_config,
+    whole_tables,
+)
 
 IHAS = [
     "search.width=4",
@@ -57,11 +66,7 @@ class Watched(GatesTask):
         for name, p in model.replicated.named_parameters():
             for key, value in self.trainer.optimizer.state.get(p, {}).items():
                 found[f"{name} moment {key}"] = value
-        for name, values in model.sharded.collection.fused_optimizer.state_dict()["state"].items():
-            found |= {f"table {name} {k}": v.local_tensor() for k, v in values.items()}
-        if model.sharded.torch_optimizer is not None:
-            for i, (_, values) in enumerate(model.sharded.torch_optimizer.state.items()):
-                found |= {f"table moment {i} {k}": v for k, v in values.items() if isinstance(v, torch.Tensor)}
+        found |= {f"table {k}": v for k, v in optimizer_state(model.sharded).items()}
         return {k: v.detach().clone() for k, v in found.items()}
 
     def loss(self, batch: Batch, step: int) -> torch.Tensor:

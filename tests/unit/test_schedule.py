@@ -125,10 +125,11 @@ def test_every_step_has_its_rate(
         def spy(trainer: Trainer) -> None:
             follow(trainer)
             tables = trainer.task.model.sharded
-            groups = [*tables.collection.fused_optimizer.param_groups]
-            groups += tables.torch_optimizer.param_groups if tables.torch_optimizer else []
-            assert len({g["lr"] for g in groups}) == 1
-            seen.append(groups[0]["lr"])
+            rates = {g["lr"] for g in tables.collection.fused_optimizer.param_groups}
+            if tables.adam is not None:
+                rates.add(tables.adam.lr)
+            assert len(rates) == 1
+            seen.append(rates.pop())
 
         patch.setattr(Trainer, "_follow_schedule", spy)
         fit(data, tmp_path, *overrides, "train.lr_cut=0.5", "train.evals_per_epoch=2", "train.patience=0")
@@ -210,7 +211,9 @@ def trained(data: Path, directory: Path, *overrides: str) -> tuple[Norms, dict[s
 
 
 def by_hand(data: Path, directory: Path, tables: dict[str, torch.Tensor], head: Any, *overrides: str) -> list[float]:
-    """Train ``tables`` and ``head`` in place, look-ups by plain indexing; norms of the head's gradients."""
+    """Train ``tables`` and ``head`` in place, look-ups by plain indexing; norms of the head's gradients.
+
+    Under Adam rows that a batch has not looked up are put back, moments included."""
     config = small_config(data, directory, "train.patience=0", "train.epochs=1", *overrides)
     run, optim = open_run(config, one_rank()), config.optim
     names = [n for n in run.schema.names if WIDTHS[n]]
@@ -221,6 +224,10 @@ def by_hand(data: Path, directory: Path, tables: dict[str, torch.Tensor], head: 
     more = {"eps": optim.dense_eps} if optim.dense == "adagrad" else {}
     dense = kinds[optim.dense](head.parameters(), lr=optim.dense_lr, weight_decay=optim.weight_decay, **more)
     norms = []
+
+    def moments(table: torch.Tensor) -> list[torch.Tensor]:
+        state = embedding.state.get(table, {})
+        return [state[k] for k in ("exp_avg", "exp_avg_sq") if k in state]
 
     def loss_of(batch: Batch) -> torch.Tensor:
         columns = [tables[n][batch.sparse[n].values().long()][:, : WIDTHS[n]] for n in names]
@@ -243,7 +250,15 @@ def by_hand(data: Path, directory: Path, tables: dict[str, torch.Tensor], head: 
         if optim.clip_norm and norm > optim.clip_norm:
             for g in gradients:
                 g.mul_(optim.clip_norm / norm)
+        kept = [[t.clone() for t in (tables[n].detach(), *moments(tables[n]))] for n in names]
         embedding.step()
+        for n, old in zip(names, kept, strict=True) if optim.embedding == "adam" else ():
+            unseen = torch.ones(len(tables[n]), dtype=torch.bool)
+            unseen[batch.sparse[n].values().long()] = False
+            for part, value in zip((tables[n].detach(), *moments(tables[n])), old, strict=False):
+                part[unseen] = value[unseen]
+            for part in moments(tables[n]) if len(old) == 1 else ():
+                part[unseen] = 0  # the first step
         dense.step()
     return norms
 

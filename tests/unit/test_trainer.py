@@ -22,7 +22,16 @@ from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.retrain import SubnetTask, load_best, retrain
 from embsearch_dist.train.signals import StoppedBySignal
 from embsearch_dist.train.trainer import Trainer
-from tests.factories import one_rank, open_run, prepared, recorded, small_config, streams, whole_tables
+from tests.factories import (
+    one_rank,
+    open_run,
+    optimizer_state,
+    prepared,
+    recorded,
+    small_config,
+    streams,
+    whole_tables,
+)
 
 OPTIMIZERS = ["adam", "adagrad", "rowwise_adagrad", "sgd"]
 WIDTHS = {"left": 6, "big": 2, "right": 4, "idle": 0}
@@ -53,15 +62,11 @@ class Fit:
         model = self.trainer.task.model
         found = {f"table {n}": t for n, t in whole_tables(model.sharded).items()}
         found |= {f"head {n}": t for n, t in model.bare_head.state_dict().items()}
-        optimizers = {"head": self.trainer.optimizer, "table": model.sharded.torch_optimizer}
-        for name, optimizer in optimizers.items():
-            parameters = optimizer.param_groups[0]["params"] if optimizer is not None else []
-            for i, parameter in enumerate(parameters):
-                values = optimizer.state.get(parameter, {})
-                if values.get("step", 1):  # a parameter that never had a gradient has no state, or an empty one
-                    found |= {f"{name} optimizer {i} {k}": v for k, v in values.items() if v is not None}
-        for name, values in model.sharded.collection.fused_optimizer.state_dict()["state"].items():
-            found |= {f"fused {name} {k}": v.local_tensor() for k, v in values.items()}
+        for i, parameter in enumerate(self.trainer.optimizer.param_groups[0]["params"]):
+            values = self.trainer.optimizer.state.get(parameter, {})
+            if values.get("step", 1):  # a parameter that never had a gradient has no state, or an empty one
+                found |= {f"head optimizer {i} {k}": v for k, v in values.items() if v is not None}
+        found |= optimizer_state(model.sharded)
         return {k: v.detach().clone() for k, v in found.items()}
 
 

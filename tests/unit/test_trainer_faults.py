@@ -169,6 +169,7 @@ def test_bad_batches_are_skipped_and_counted(
     assert "gradient of the embeddings is not finite at step 17 on rank 0 (epoch 1, batch 5): batch skipped, 2" in out
     assert found.trainer.progress.skipped == 2
     assert found.trainer.progress.step == 24
+    assert found.tensors()["adam steps"] == 22
     assert all(bool(t.isfinite().all()) for t in found.tensors().values())
     broken = tmp_path / "broken"
     fit(data, broken, *overrides, kind=kind, faults=faults, stop_at=18)
