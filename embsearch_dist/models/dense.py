@@ -68,6 +68,25 @@ class _FM(torch.autograd.Function):
         return torch.addcmul((g * total)[:, None], u, -g[:, None])
 
 
+class _PairProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, s: torch.Tensor) -> torch.Tensor:
+        total = s.sum(2)
+        ctx.save_for_backward(s, total)
+        norm = torch.linalg.vector_norm(s, dim=2)
+        return total.square().addcmul_(norm, norm, value=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        s, total = ctx.saved_tensors
+        return (total[:, :, None] - s).mul_(2 * gradients[0][:, :, None])
+
+
+def pair_products(s: torch.Tensor) -> torch.Tensor:
+    """``2 sum_{i<j} s_i * s_j`` over the tokens of ``s [B, width, T]``, column by column: ``[B, width]``."""
+    return _PairProducts.apply(s)  # type: ignore[no-any-return]
+
+
 def fm(u: torch.Tensor) -> torch.Tensor:
     """``sum_{f<g} <u_f, u_g>`` (Rendle 2010, Lemma 3.1): ``u [B, F, d]`` -> ``[B]``. One pass over u either way."""
     return _FM.apply(u)  # type: ignore[no-any-return]

@@ -8,6 +8,7 @@ and their LayerNorm read what lies side by side.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from embsearch_dist.architecture.cost import network_cost
 from embsearch_dist.architecture.space import Space, load
 from embsearch_dist.errors import UserError
 from embsearch_dist.models.attention import attention
-from embsearch_dist.models.dense import linear
+from embsearch_dist.models.dense import linear, pair_products
 from embsearch_dist.models.slices import Layout, initial, slices_of
 
 Weights = Mapping[str, torch.Tensor]
@@ -37,7 +38,7 @@ def features(
         tokens: ``[B, width, F]``.
     """
     denses: list[torch.Tensor | None] = [dense if dense.shape[1] else dense.new_zeros(len(dense), 1)]
-    sparses: list[torch.Tensor | None] = [tokens]
+    sparses: list[torch.Tensor | None] = [tokens.contiguous()]  # once, and not by everything that reads it
     for number, block in enumerate(blocks, 1):
         if block is None:
             denses.append(None)
@@ -50,8 +51,7 @@ def features(
         merged_d, merged_s = d, s
         if block.fm:
             assert d is not None and s is not None
-            squares = s.sum(2).square() - s.square().sum(2)
-            merged_d = d + own.norm("fm", own.linear("fm", squares))
+            merged_d = d + own.norm("fm", own.linear("fm", pair_products(s)))
         if block.dense_to_sparse:
             assert d is not None and s is not None
             made = own.norm("merge", own.linear("merge", d))
@@ -65,8 +65,8 @@ def features(
 
 def head(weights: Weights, dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
     """Logits ``[B]``: one linear unit on both outputs of the last block."""
-    flat = sparse.reshape(len(sparse), -1) @ weights["head_sparse"].reshape(-1)
-    return dense @ weights["head_dense"][0] + flat + weights["head_bias"]
+    logits = torch.addmv(weights["head_bias"].expand(len(dense)), dense, weights["head_dense"][0])
+    return logits.addmv_(sparse.reshape(len(sparse), -1), weights["head_sparse"].reshape(-1))
 
 
 class _Named:
@@ -102,10 +102,7 @@ def _dense(
         tokens = own.linear("dot_tokens", _joined([sparses[s] for s in block.sparse_sources], 2))
         z = torch.cat([own.linear("dot_dense", x)[:, :, None], tokens], 2)
         products = torch.bmm(z.transpose(1, 2), z)
-        n = z.shape[2]
-        # Row by row below the diagonal: with fewer tokens the pairs are the first of those with more.
-        below = torch.tril_indices(n, n, -1, device=z.device)
-        pairs = products.view(len(z), -1)[:, below[0] * n + below[1]]
+        pairs = products.view(len(z), -1).index_select(1, _below_diagonal(z.shape[2], z.device))
         found.append(own.norm("dot", own.linear("dot", pairs)))
     if "gating" in block.dense:
         gate = torch.sigmoid(own.linear("gate", _joined([denses[s] for s in block.left], 1)))
@@ -113,11 +110,9 @@ def _dense(
         gated = _joined([r * gate[:, : r.shape[1]] for r in right if r is not None], 1)
         found.append(own.norm("gating", own.linear("gating", gated)))
     if "sum" in block.dense:
-        wider = own["sum_weight"].shape[1]
         sides = [denses[s] for s in (*block.left, *block.right)]
-        total = torch.stack([functional.pad(x, (0, wider - x.shape[1])) for x in sides if x is not None]).sum(0)
-        found.append(own.norm("sum", own.linear("sum", total)))
-    return found[0] if len(found) == 1 else torch.stack(found).sum(0)
+        found.append(own.norm("sum", own.linear("sum", _added([x for x in sides if x is not None]))))
+    return _added(found)
 
 
 def _sparse(block: Block, own: _Named, sparses: Sequence[torch.Tensor | None]) -> torch.Tensor:
@@ -128,7 +123,7 @@ def _sparse(block: Block, own: _Named, sparses: Sequence[torch.Tensor | None]) -
         found.append(torch.relu(own.norm("efc", own.linear("efc", x))))
     if "attention" in block.sparse:
         found.append(_attention(own, own.norm("attention", own.linear("attention", x))))
-    return found[0] if len(found) == 1 else found[0] + found[1]
+    return _added(found)
 
 
 def _attention(own: _Named, x: torch.Tensor) -> torch.Tensor:
@@ -142,6 +137,23 @@ def _attention(own: _Named, x: torch.Tensor) -> torch.Tensor:
 def _joined(parts: Sequence[torch.Tensor | None], dim: int) -> torch.Tensor:
     found = [p for p in parts if p is not None]
     return found[0] if len(found) == 1 else torch.cat(found, dim)
+
+
+def _added(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of matrices, of which narrower ones have zeros behind their columns."""
+    if len(parts) == 1:
+        return parts[0]
+    widest = max(x.shape[-1] for x in parts)
+    padded = [functional.pad(x, (0, widest - x.shape[-1])) if x.shape[-1] < widest else x for x in parts]
+    return padded[0] + padded[1] if len(padded) == 2 else torch.stack(padded).sum(0)
+
+
+@cache
+def _below_diagonal(n: int, device: torch.device) -> torch.Tensor:
+    """Where a flat matrix ``[n * n]`` has the pairs of n tokens, row by row: with fewer tokens the pairs are the first
+    of those with more."""
+    rows, columns = torch.tril_indices(n, n, -1, device=device)
+    return rows * n + columns
 
 
 def read_network(path: str, fields: int, width: int, dense: int) -> ArchitectureNetwork:

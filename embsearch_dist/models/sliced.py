@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.architecture.architecture import Block
@@ -25,117 +25,148 @@ from embsearch_dist.dist.context import Context
 from embsearch_dist.models.ctr import CTRModel, seeded
 from embsearch_dist.models.embeddings import MixedTables
 from embsearch_dist.models.network import features, head
+from embsearch_dist.models.pieces import Pieces, places
 from embsearch_dist.models.slices import Layout, Slice, initial, merged, slices_of, whole
 from embsearch_dist.schema import Schema
 
 Blocks = Sequence[Block | None]
-Tensors = list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Live:
+    """What a forward pass with gradients used: the slices, and a leaf ``values [pieces.size]`` that holds their
+    numbers and, after backward, their gradient."""
+
+    pieces: Pieces
+    values: torch.Tensor
+
+    def gradient(self) -> torch.Tensor:
+        """Of all slices; zeros before any backward."""
+        if self.values.grad is None:
+            self.values.grad = torch.zeros_like(self.values)
+        return self.values.grad
 
 
 class SlicedNetwork(nn.Module):
-    """All weights of a space; a forward pass uses those of one architecture.
+    """All weights of a space, side by side in one vector; a forward pass uses those of one architecture.
 
     Attributes:
-        live: name -> (slice, copy) of the weights that the last forward pass with gradients used. After backward the
-            copies hold the gradients; the whole weights never get any.
+        weights: name -> whole weight, a view of the vector.
+        live: what the last forward pass with gradients used; the whole weights never get gradients.
     """
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
         self.layout = layout
         self.weights = nn.ParameterDict({n: nn.Parameter(initial(p)) for n, p in whole(layout).items()})
-        self.live: dict[str, tuple[Slice, torch.Tensor]] = {}
+        self.places = places({n: tuple(w.shape) for n, w in self.weights.items()})
+        self.live: Live | None = None
+        self._join()
+
+    def _join(self) -> None:
+        weights = dict(self.weights.items())
+        self.vector = joined(weights)
+        for n, view in views(self.vector, weights).items():
+            weights[n].data = view
+
+    def _apply(self, *arguments: Any, **more: Any) -> Self:
+        super()._apply(*arguments, **more)
+        self._join()  # weights are moved one by one
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._join()  # and copied one by one
+
+    def pieces(self, blocks: Blocks) -> Pieces:
+        """Where the slices of a pruned architecture lie."""
+        return Pieces(slices_of(blocks, self.layout), self.places)
 
     @torch.no_grad()
-    def take(self, blocks: Blocks) -> dict[str, tuple[Slice, torch.Tensor]]:
-        """Name -> (slice, copy) of the weights that a pruned architecture uses."""
-        parts = slices_of(blocks, self.layout)
-        return {n: (s, s.take(self.weights[n])) for n, s in parts.items()}
-
     def copies(self, blocks: Blocks) -> dict[str, torch.Tensor]:
         """Name -> copy of the weights that a pruned architecture uses, without gradients."""
-        return {n: w for n, (_, w) in self.take(blocks).items()}
-
-    def features(self, blocks: Blocks, dense: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the head reads: see :func:`embsearch_dist.models.network.features`."""
-        return features(blocks, self.copies(blocks), dense, u.transpose(1, 2))
+        pieces = self.pieces(blocks)
+        return pieces.named(pieces.take(self.vector))
 
     def forward(self, blocks: Blocks, dense: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         """``u [B, F, width]``, ``dense [B, n_dense]`` -> logits ``[B]`` of a pruned architecture."""
-        taken = self.take(blocks)
+        pieces = self.pieces(blocks)
+        values = pieces.take(self.vector)
         if torch.is_grad_enabled():
-            for _, w in taken.values():
-                w.requires_grad_()
-            self.live = taken
-        weights = {n: w for n, (_, w) in taken.items()}
+            self.live = Live(pieces, values.requires_grad_())
+        weights = pieces.named(values)
         return head(weights, *features(blocks, weights, dense, u.transpose(1, 2)))
 
     def average(self, context: Context, others: Sequence[Blocks] | None = None) -> list[torch.Tensor]:
-        """Average the gradients of what is live over the ranks; returns it, ready for the optimizer.
+        """Average the gradients of what is live over the ranks; returns the leaf, ready for the optimizer.
 
         Args:
             others: what each rank has drawn, in rank order, if they differ: then all that any rank uses becomes live
                 on every rank. None: all ranks have drawn the same.
         """
+        assert self.live is not None, "no forward pass with gradients"
         if context.world_size > 1 and others is not None:
-            self._widen(others)
-        leaves = [w for _, w in self.live.values()]
-        for w in leaves:
-            if w.grad is None:
-                w.grad = torch.zeros_like(w)
+            self.live = self._widened(self.live, others)
+        gradient = self.live.gradient()
         if context.world_size > 1:
-            gradients = [w.grad for w in leaves if w.grad is not None]
-            flat = context.sum(_flatten_dense_tensors(gradients)).div_(context.world_size)
-            for w, g in zip(leaves, _unflatten_dense_tensors(flat, gradients), strict=True):
-                w.grad = g
-        return leaves
+            self.live.values.grad = context.sum(gradient).div_(context.world_size)
+        return [self.live.values]
 
     @torch.no_grad()
-    def _widen(self, others: Sequence[Blocks]) -> None:
-        """Make live what any rank uses; gradients keep their places, and are zero where this rank has none."""
+    def _widened(self, live: Live, others: Sequence[Blocks]) -> Live:
+        """What any rank uses; gradients keep their places, and are zero where this rank has none."""
         parts: dict[str, list[Slice]] = {}
         for blocks in others:
             for n, s in slices_of(blocks, self.layout).items():
                 parts.setdefault(n, []).append(s)
-        wide = {}
-        for n in sorted(parts):
-            union = merged(parts[n])
-            w = union.take(self.weights[n])
-            w.grad = torch.zeros_like(w)
-            if n in self.live and self.live[n][1].grad is not None:
-                own, leaf = self.live[n]
-                own.within(union).put(w.grad, leaf.grad)  # type: ignore[arg-type]
-            wide[n] = (union, w)
-        self.live = wide
+        union = Pieces({n: merged(parts[n]) for n in sorted(parts)}, self.places)
+        wide = Live(union, union.take(self.vector))
+        own = {n: s.within(union.slices[n]) for n, s in live.pieces.slices.items()}
+        Pieces(own, union.places).put(wide.gradient(), live.gradient())
+        return wide
+
+
+def joined(values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A copy of all of these, side by side."""
+    return torch.cat([v.detach().reshape(-1) for v in values.values()])
+
+
+def views(vector: torch.Tensor, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Name -> part of a vector, in the order and the shapes of ``like``."""
+    parts = vector.split([v.numel() for v in like.values()])
+    return {n: part.view(v.shape) for (n, v), part in zip(like.items(), parts, strict=True)}
 
 
 class _OnSlices(ABC):
     """An optimizer's step on the slices in use: what has no gradient is not touched. The state is kept for whole
-    weights, under ``keys``, and exists from the start."""
+    weights, under ``keys``, and exists from the start: for each key one vector, of which the weights' own are views."""
 
     keys: tuple[str, ...]
     network: SlicedNetwork
     state: Any
     param_groups: list[dict[str, Any]]
 
+    def _join(self, network: SlicedNetwork) -> None:
+        self.network, weights = network, dict(network.weights.items())
+        self._vectors = {key: joined({n: self.state[w][key] for n, w in weights.items()}) for key in self.keys}
+        for key, vector in self._vectors.items():
+            for n, view in views(vector, weights).items():
+                self.state[weights[n]][key] = view
+
     @torch.no_grad()
     def step(self, closure: object = None) -> None:
         """Update and forget what is live."""
-        live = self.network.live
-        whole = [self.network.weights[n] for n in live]
-        slices, leaves = [s for s, _ in live.values()], [w for _, w in live.values()]
-        states = {k: [s.take(self.state[w][k]) for w, s in zip(whole, slices, strict=True)] for k in self.keys}
-        gradients = [w.grad for w in leaves if w.grad is not None]
-        self.update(whole, leaves, gradients, states)
-        for i, (w, s) in enumerate(zip(whole, slices, strict=True)):
-            s.put(w, leaves[i])
-            for key, values in states.items():
-                s.put(self.state[w][key], values[i])
-        self.network.live = {}
+        live, self.network.live = self.network.live, None
+        assert live is not None, "no forward pass with gradients"
+        states = {k: live.pieces.take(v) for k, v in self._vectors.items()}
+        self.update(live, live.values.detach(), live.gradient(), states)
+        live.pieces.put(self.network.vector, live.values.detach())
+        for key, values in states.items():
+            live.pieces.put(self._vectors[key], values)
 
     @abstractmethod
-    def update(self, whole: Tensors, leaves: Tensors, gradients: Tensors, states: dict[str, Tensors]) -> None:
-        """Change ``leaves`` and ``states``, copies of the slices of ``whole``, in place."""
+    def update(self, live: Live, values: torch.Tensor, gradient: torch.Tensor, states: dict[str, torch.Tensor]) -> None:
+        """Change ``values`` and ``states``, vectors of the slices that are live, in place."""
 
 
 class SliceAdagrad(_OnSlices, torch.optim.Adagrad):  # type: ignore[misc]
@@ -145,14 +176,12 @@ class SliceAdagrad(_OnSlices, torch.optim.Adagrad):  # type: ignore[misc]
 
     def __init__(self, network: SlicedNetwork, lr: float, eps: float) -> None:
         super().__init__(network.weights.values(), lr=lr, eps=eps)
-        self.network = network
+        self._join(network)
 
-    def update(self, whole: Tensors, leaves: Tensors, gradients: Tensors, states: dict[str, Tensors]) -> None:
+    def update(self, live: Live, values: torch.Tensor, gradient: torch.Tensor, states: dict[str, torch.Tensor]) -> None:
         group, sums = self.param_groups[0], states["sum"]
-        torch._foreach_addcmul_(sums, gradients, gradients, 1.0)
-        roots = torch._foreach_sqrt(sums)
-        torch._foreach_add_(roots, group["eps"])
-        torch._foreach_addcdiv_(leaves, gradients, roots, -group["lr"])
+        roots = sums.addcmul_(gradient, gradient).sqrt().add_(group["eps"])
+        values.addcdiv_(gradient, roots, value=-group["lr"])
 
 
 class SliceAdam(_OnSlices, torch.optim.Adam):  # type: ignore[misc]
@@ -167,25 +196,25 @@ class SliceAdam(_OnSlices, torch.optim.Adam):  # type: ignore[misc]
 
     def __init__(self, network: SlicedNetwork, lr: float) -> None:
         super().__init__(network.weights.values(), lr=lr, betas=(0.9, 0.99))
-        self.network = network
-        for w in network.weights.values():
+        self._steps = torch.zeros(len(network.weights))  # on the CPU: read in every step
+        for count, w in zip(self._steps.unbind(), network.weights.values(), strict=True):
             moments = {key: torch.zeros_like(w).detach() for key in self.keys}
-            self.state[w] = {"step": torch.zeros((), dtype=torch.float32), **moments}
+            self.state[w] = {"step": count, **moments}
+        self._join(network)
+        self._numbers = {n: i for i, n in enumerate(network.weights)}
 
-    def update(self, whole: Tensors, leaves: Tensors, gradients: Tensors, states: dict[str, Tensors]) -> None:
+    def update(self, live: Live, values: torch.Tensor, gradient: torch.Tensor, states: dict[str, torch.Tensor]) -> None:
         group, first, second = self.param_groups[0], states["exp_avg"], states["exp_avg_sq"]
         beta1, beta2 = group["betas"]
-        counts = []
-        for w in whole:
-            self.state[w]["step"] += 1
-            counts.append(int(self.state[w]["step"]))
-        torch._foreach_lerp_(first, gradients, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
-        roots = torch._foreach_sqrt(second)
-        torch._foreach_div_(roots, [math.sqrt(1 - beta2**n) for n in counts])
-        torch._foreach_add_(roots, group["eps"])
-        torch._foreach_addcdiv_(leaves, first, roots, [-group["lr"] / (1 - beta1**n) for n in counts])
+        used = torch.tensor([self._numbers[n] for n in live.pieces.slices])
+        self._steps[used] += 1
+        counts = self._steps[used].tolist()
+        first.lerp_(gradient, 1 - beta1)
+        roots = second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2).sqrt()
+        weights, moments, parts = (live.pieces.split(x) for x in (values, first, roots))
+        torch._foreach_div_(parts, [math.sqrt(1 - beta2**n) for n in counts])
+        roots.add_(group["eps"])
+        torch._foreach_addcdiv_(weights, moments, parts, [-group["lr"] / (1 - beta1**n) for n in counts])
 
 
 class ArchitectureSupernet(CTRModel):

@@ -42,6 +42,11 @@ class Slice:
         rows = self.rows[1] - self.rows[0]
         return (rows,) if self.columns is None else (rows, sum(b - a for a, b in self.columns))
 
+    @property
+    def size(self) -> int:
+        """How many numbers."""
+        return math.prod(self.shape)
+
     def take(self, whole: torch.Tensor) -> torch.Tensor:
         """A contiguous copy of that part."""
         part = whole[self.rows[0] : self.rows[1]]

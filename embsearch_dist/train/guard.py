@@ -149,7 +149,8 @@ def _weights(device: torch.device) -> torch.Tensor:
 
 def _sum(gradients: Sequence[torch.Tensor], none: torch.Tensor) -> torch.Tensor:
     # Several times cheaper than a norm, and these run in every step.
-    return torch.stack([g.sum() for g in gradients]).sum() if gradients else none
+    sums = [g.sum() for g in gradients]
+    return torch.stack(sums).sum() if len(sums) > 1 else sums[0] if sums else none
 
 
 def _name(fine: list[bool]) -> str:

@@ -48,14 +48,16 @@ def test_slices_are_the_masked_supernet(scheme: str) -> None:
         logits.square().sum().backward()
         sliced.zero_grad(set_to_none=True)
         expected.square().sum().backward()
-        for name, (part, leaf) in sliced.live.items():
+        assert sliced.live is not None
+        used, gradients = sliced.live.pieces.slices, sliced.live.pieces.named(sliced.live.gradient())
+        for name, part in used.items():
             whole = sliced.weights[name].grad
-            assert whole is not None and leaf.grad is not None, name
-            torch.testing.assert_close(leaf.grad, part.take(whole), rtol=1e-3, atol=1e-3)
+            assert whole is not None, name
+            torch.testing.assert_close(gradients[name], part.take(whole), rtol=1e-3, atol=1e-3)
             part.put(whole, torch.zeros(part.shape))
             # What is not in the slice has no influence on the loss.
             assert not whole.any(), name
-        left = [n for n, w in sliced.weights.items() if n not in sliced.live and w.grad is not None and w.grad.any()]
+        left = [n for n, w in sliced.weights.items() if n not in used and w.grad is not None and w.grad.any()]
         assert not left
 
 
@@ -66,10 +68,10 @@ def test_a_network_of_its_own_computes_what_its_slices_do(columns: int) -> None:
         architecture = draw(SPACE, SCHEMES[0], np.random.default_rng(seed))
         blocks = canonical(architecture).blocks
         alone = ArchitectureNetwork(architecture, SPACE, FIELDS, columns)
-        taken = sliced.take(blocks)
-        assert {n: w.shape for n, w in alone.weights.items()} == {n: w.shape for n, (_, w) in taken.items()}
+        taken = sliced.copies(blocks)
+        assert {n: w.shape for n, w in alone.weights.items()} == {n: w.shape for n, w in taken.items()}
         for name, w in alone.weights.items():
-            w.data.copy_(taken[name][1])
+            w.data.copy_(taken[name])
         torch.testing.assert_close(alone(u, dense), sliced(blocks, dense, u))
 
 
@@ -155,13 +157,13 @@ def test_adam_leaves_what_a_step_does_not_use() -> None:
         blocks = prune(training_architecture(SPACE, SCHEMES[0], 5, step, warmup_steps=4))
         before = {n: [x.clone() for x in (w, *ours.state[w].values())] for n, w in sliced.weights.items()}
         sliced(blocks, dense, u).square().mean().backward()
-        used = dict(sliced.live)
+        assert sliced.live is not None
+        used = sliced.live.pieces.slices
         ours.step()
         for name, w in sliced.weights.items():
             for old, new in zip(before[name], (w.detach(), *ours.state[w].values()), strict=True):
                 if name in used and new.ndim:
-                    part = used[name][0]
-                    part.put(old, part.take(new))
+                    used[name].put(old, used[name].take(new))
                 assert torch.equal(old, new) != (name in used and not new.ndim), name
 
 

@@ -119,7 +119,7 @@ class Scorer:
         """What the head reads, ``[n, C]``, and labels, chunk by chunk."""
         for start in range(0, len(rows.label), CHUNK):
             part = slice(start, start + CHUNK)
-            d, s = self.network.features(blocks, rows.dense[part], rows.u[part])
+            d, s = features(blocks, self.network.copies(blocks), rows.dense[part], rows.u[part].transpose(1, 2))
             yield torch.cat([d, s.reshape(len(s), -1)], 1), rows.label[part]
 
     def _tune(self, blocks: Blocks, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

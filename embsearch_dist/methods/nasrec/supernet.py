@@ -69,7 +69,7 @@ class SupernetTask:
         pass
 
     def after_skip(self) -> None:
-        self.model.head.live = {}
+        self.model.head.live = None
 
     def state(self) -> dict[str, Any]:
         return {"warmup": self.warmup}
