@@ -4,9 +4,9 @@
     python -m tools.pretend.count retrain nasrec --steps 20    some sides
     python -m tools.pretend.count adass --norm field --set optim.embedding=rowwise_adagrad
 
-The steps are those of the project's own Trainer, over the synthetic data (14 fields, one id each), one rank, on the
-pretend device; a step reaches from the end of one to the end of the next, so what is fetched ahead is counted once. No
-evaluation, checkpoint or update of sampling probabilities falls into them. Prints each place by file and line.
+The steps are those of the project's own Trainer, over random rows (14 fields of one id, two dense columns), one rank,
+on the pretend device; a step reaches from the end of one to the end of the next, so what is fetched ahead is counted
+once. No evaluation, checkpoint or update of sampling probabilities falls into them. Prints each place by file and line.
 """
 
 from __future__ import annotations
@@ -20,16 +20,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tools.pretend import Counts, install, watching
-
-install()
-
+import numpy as np
+import polars as pl
 import torch
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.architecture.space import full
 from embsearch_dist.config import TrainConfig, load_config
-from embsearch_dist.data.synthetic import make_synthetic
+from embsearch_dist.data.prepare import prepare
 from embsearch_dist.dist.context import Context, start
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.adafs.method import AdaFSTask
@@ -41,11 +39,12 @@ from embsearch_dist.schema import Schema
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.retrain import SubnetTask
 from embsearch_dist.train.trainer import Trainer
+from tools.pretend import Counts, install, watching
 
 CONFIGS = {name: method.config for name, method in METHODS.items()}
 SMALL = ["model.hidden=[16,8]", "model.unified_width=8", "run.device=cuda", "run.threads=1", "run.dir=not-written"]
 NASREC_SPACE = ["search.space.blocks=4", "search.space.dense_widths=[16,32,64]", "search.space.sparse_widths=[8,16]"]
-WARM_UP = 3
+WARM_UP, FIELDS, DENSE = 3, 14, 2
 
 
 @dataclass(frozen=True)
@@ -76,18 +75,17 @@ SIDES = {
 
 
 def count(name: str, data: Path, context: Context, steps: int, overrides: Sequence[str] = ()) -> Counts:
-    """The counts of ``steps`` steps of a side, after :data:`WARM_UP` that nobody counts."""
+    """The counts of ``steps`` steps of a side, after :data:`WARM_UP` that nobody counts; the device is installed."""
     side = SIDES[name]
     total, given = WARM_UP + steps, [*SMALL, f"data.path={data}", *side.overrides]
     given += [f"{side.section}.{key}" for key in (f"steps={total + 1}", "epochs=1", "batch_size=64", "log_every=1")]
     config = load_config(CONFIGS, None, [*given, *overrides], side.method)
     run = Run(config, Schema.load(data), context)
     training: TrainConfig = config.train if side.section == "train" else getattr(config.search, side.section[7:])
-    task, whole = make_task(side, run, total), full(nasrec.NASRecConfig().space.make())
-    if side.whole:
-        whole = full(config.search.space.make())
+    task = make_task(side, run, total)
     with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         if side.whole:
+            whole = full(config.search.space.make())
             stack.enter_context(mock.patch.object(nasrec, "training_architecture", lambda *_: whole))
         monitor = stack.enter_context(Monitor(folder, "count", 0, quiet=True))
         stream = run.stream("train", training.batch_size, shuffle=True)
@@ -128,23 +126,37 @@ def make_task(side: Side, run: Run, total: int) -> Any:
     return kinds[side.method](run, run.config.search, training=True)
 
 
+def make_data(folder: Path, rows: int = 2000) -> Path:
+    """A prepared data set of random rows."""
+    dice = np.random.default_rng(0)
+    columns = {"click": dice.integers(0, 2, rows)}
+    columns |= {f"f{i}": dice.integers(0, 20 * (i + 1), rows) for i in range(FIELDS)}
+    columns |= {f"x{i}": dice.standard_normal(rows) for i in range(DENSE)}
+    folder.mkdir(parents=True, exist_ok=True)
+    pl.DataFrame(columns).write_csv(folder / "rows.csv")
+    kinds = [f"{name}: {'dense' if name[0] == 'x' else 'categorical'}" for name in columns if name != "click"]
+    text = f"name: counted\nfiles: rows.csv\nlabel: click\nfields: {{{', '.join(kinds)}}}\n"
+    (folder / "rows.yaml").write_text(text)
+    prepare("table", folder / "rows.yaml", folder / "out", quiet=True)
+    return folder / "out"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sides", nargs="*", help=f"of {', '.join(SIDES)}; none = all")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--norm", help="the same as --set model.norm=NORM")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="config keys")
-    parser.add_argument("--data", type=Path, help="a prepared data set; default: synthetic rows, made anew")
+    parser.add_argument("--data", type=Path, help="a prepared data set; default: random rows, made anew")
     args = parser.parse_args()
     unknown = sorted(set(args.sides) - set(SIDES))
     if unknown:
         parser.error(f"{unknown[0]!r} is none of {', '.join(SIDES)}")
     overrides = [*args.set, *([f"model.norm={args.norm}"] if args.norm else [])]
     config = load_config(CONFIGS, None, SMALL, "ues")
+    install()
     with tempfile.TemporaryDirectory() as folder, start(config.run, config.dist) as context:
-        data = args.data or Path(folder, "data")
-        if not args.data:
-            make_synthetic(data, 4000, 0)
+        data = args.data or make_data(Path(folder))
         lines = ["| side | operators | kernels | syncs | copies | syncs + copies |", "| --- " * 6 + "|"]
         for name in args.sides or SIDES:
             torch.manual_seed(0)

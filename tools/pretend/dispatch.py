@@ -16,8 +16,8 @@ from tools.pretend.tensor import PretendTensor, to_device
 # The result's shape, or the result itself, is on the host: the card must be done first.
 WAITS = {
     *("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "bincount", "_unique", "_unique2"),
-    *("unique_consecutive", "unique_dim", "histc", "nonzero_static", "argwhere", "_assert_async"),
-} - {"nonzero_static", "histc", "_assert_async"}
+    *("unique_consecutive", "unique_dim", "argwhere"),
+}
 # Of both worlds by nature: copies; and look-ups by host indices, which are copied up first.
 MIXES = {"copy_", "_to_copy", "_local_scalar_dense", "index", "index_put", "index_put_", "_index_put_impl_"}
 STARTS_NOTHING = {
@@ -127,9 +127,8 @@ def check_places(func: Any, name: str, args: Any, host: list[torch.Tensor]) -> N
 
 
 def refuse(func: Any, why: str) -> None:
-    raise RuntimeError(
-        f"pretend cuda: expected all tensors to be on the same device, found cuda:0 and cpu: {func}, {why}, at {where()}"
-    )
+    expected = "expected all tensors to be on the same device, found cuda:0 and cpu"
+    raise RuntimeError(f"pretend cuda: {expected}: {func}, {why}, at {where()}")
 
 
 def check_generator(func: Any, kwargs: Any) -> None:

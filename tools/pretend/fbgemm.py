@@ -62,9 +62,7 @@ def _choice(own: Any) -> Any:
             return isinstance(x, own | _Slice)
 
     class TableBatchedEmbeddingSlice(metaclass=_Either):
-        def __new__(
-            cls, data: Any, start_offset: int, end_offset: int, num_embeddings: int, embedding_dim: int
-        ) -> Any:
+        def __new__(cls, data: Any, start_offset: int, end_offset: int, num_embeddings: int, embedding_dim: int) -> Any:
             kind = _Slice if isinstance(data, PretendTensor) else own
             return kind(data, start_offset, end_offset, num_embeddings, embedding_dim)
 

@@ -183,7 +183,12 @@ def _seed(seed: int) -> None:
 
 def _cuda() -> dict[str, Any]:
     properties = SimpleNamespace(
-        name=NAME, total_memory=MEMORY, major=CAPABILITY[0], minor=CAPABILITY[1], multi_processor_count=132, warp_size=32
+        name=NAME,
+        total_memory=MEMORY,
+        major=CAPABILITY[0],
+        minor=CAPABILITY[1],
+        multi_processor_count=132,
+        warp_size=32,
     )
     stream = Stream()
     return {
