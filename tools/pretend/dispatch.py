@@ -38,6 +38,8 @@ class Device(TorchDispatchMode):
             return made
         if state.is_cuda(kwargs.get("device")) or any(isinstance(x, PretendTensor) for x in leaves(args, kwargs)):
             return dispatch(func, args, kwargs)
+        if kwargs.get("generator") is not None:
+            check_generator(func, kwargs, on_device=False)
         return func(*args, **kwargs)
 
 
@@ -74,7 +76,7 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
         return to_device(args[0], bool(kwargs.get("non_blocking")), kwargs.get("dtype"))
     if mine and host:
         check_places(func, name, args, host)
-    check_generator(func, kwargs)
+    check_generator(func, kwargs, on_device=True)
     note(func, name, args, host)
     device = kwargs.get("device")
     if device is not None and torch.device(device).type != "meta":
@@ -131,10 +133,11 @@ def refuse(func: Any, why: str) -> None:
     raise RuntimeError(f"pretend cuda: {expected}: {func}, {why}, at {where()}")
 
 
-def check_generator(func: Any, kwargs: Any) -> None:
+def check_generator(func: Any, kwargs: Any, on_device: bool) -> None:
     found = kwargs.get("generator")
-    if found is not None and not generator.on_device(found):
-        raise RuntimeError(f"pretend cuda: {func} on cuda with a generator of the CPU, at {where()}")
+    if found is not None and generator.on_device(found) is not on_device:
+        places = ("cuda", "cpu") if on_device else ("cpu", "cuda")
+        raise RuntimeError(f"pretend cuda: {func} on {places[0]} with a generator of {places[1]}, at {where()}")
 
 
 def note(func: Any, name: str, args: Any, host: list[torch.Tensor]) -> None:

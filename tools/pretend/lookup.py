@@ -38,16 +38,11 @@ class Lookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, placeholder: torch.Tensor, optimizer: str, call: dict[str, Any]) -> torch.Tensor:
         check(optimizer, call)
-        ctx.rows, ctx.optimizer, ctx.call = rows_of(call), optimizer, call
-        bags = (call["offsets"].numel() - 1) // (call["D_offsets"].numel() - 1)
-        pooled = torch.zeros(bags, int(call["total_D"]))
-        for rows in ctx.rows:
-            values = rows.table[rows.ids]
-            if rows.weights is not None:
-                values = values * rows.weights[:, None]
-            pooled[:, rows.columns].index_add_(0, rows.bag, values)
+        ctx.optimizer, ctx.call = optimizer, call
         note_operator(f"fbgemm.lookup_{optimizer}", FORWARD_KERNELS)
-        return PretendTensor(pooled)
+        with torch._C._DisableTorchDispatch():  # what follows stands for two kernels
+            ctx.rows = rows_of(call)
+            return PretendTensor(pool(ctx.rows, call))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, None, None]:
@@ -55,14 +50,27 @@ class Lookup(torch.autograd.Function):
         if not isinstance(pooled, PretendTensor):
             raise RuntimeError("pretend cuda: the gradient of pooled rows is on the CPU")
         note_operator(f"fbgemm.update_{ctx.optimizer}", BACKWARD_KERNELS)
-        for rows in ctx.rows:
-            each = pooled.inner[:, rows.columns][rows.bag]
-            if rows.weights is not None:
-                each = each * rows.weights[:, None]
-            unique, place = torch.unique(rows.ids, return_inverse=True)
-            total = torch.zeros(len(unique), each.shape[1]).index_add_(0, place, each)
-            update(ctx.optimizer, ctx.call, rows, unique, total)
+        with torch._C._DisableTorchDispatch():
+            for rows in ctx.rows:
+                each = pooled.inner[:, rows.columns][rows.bag]
+                if rows.weights is not None:
+                    each = each * rows.weights[:, None]
+                unique, place = torch.unique(rows.ids, return_inverse=True)
+                total = torch.zeros(len(unique), each.shape[1]).index_add_(0, place, each)
+                update(ctx.optimizer, ctx.call, rows, unique, total)
         return None, None, None
+
+
+def pool(found: list[Rows], call: dict[str, Any]) -> torch.Tensor:
+    """``[B, sum of widths]``: of each table the sum of the rows of a bag, zeros for a bag of none."""
+    bags = (call["offsets"].numel() - 1) // (call["D_offsets"].numel() - 1)
+    pooled = torch.zeros(bags, int(call["total_D"]))
+    for rows in found:
+        values = rows.table[rows.ids]
+        if rows.weights is not None:
+            values = values * rows.weights[:, None]
+        pooled[:, rows.columns].index_add_(0, rows.bag, values)
+    return pooled
 
 
 def check(optimizer: str, call: dict[str, Any]) -> None:
@@ -78,9 +86,9 @@ def check(optimizer: str, call: dict[str, Any]) -> None:
             raise RuntimeError(f"pretend cuda: {name} of a look-up is on the CPU, at {where()}")
     if call["indice_weights"] is not None and call["indice_weights"].requires_grad:
         raise NotImplementedError("pretend cuda: weights of a list have no gradient here")
-    decays = {"adagrad": 1, "rowwise_adagrad": 1, "adam": 3}
-    decay = call["optim_float"][decays[optimizer]] if optimizer in decays and "optim_float" in call else 0
-    if decay or "optim_bool" in call and any(call["optim_bool"]):
+    numbers, place = call.get("optim_float", []), {"adagrad": 1, "rowwise_adagrad": 1, "adam": 3}.get(optimizer, 0)
+    decay = numbers[place] if 0 < place < len(numbers) else 0
+    if decay or any(call.get("optim_bool", [])):
         raise NotImplementedError("pretend cuda: weight decay and row-wise bias correction are not written")
 
 
