@@ -54,6 +54,7 @@ from embsearch_dist.train.bilevel import frozen
 from embsearch_dist.train.guard import Gate, agree
 from embsearch_dist.train.retrain import SubnetTask
 from tools.bench_steps import BATCHES, Clock, cardinalities, make_rows
+from tools.clock import now
 
 WIDTH, AIM = 16, 0.6
 PLAIN, GATED = f"UES-{WIDTH}", "iHAS search, gates on"
@@ -160,7 +161,7 @@ class Learner:
 
     def __init__(self, task: Any, run: Run, args: argparse.Namespace) -> None:
         self.task, self.context, self.steps, self.every = task, run.context, args.steps, args.every
-        self.stream, self.done, self.clock = Made(run.schema, args.batch), 0, Clock()
+        self.stream, self.done, self.clock = Made(run.schema, args.batch), 0, Clock(run.context.device)
         if isinstance(task, GatesTask):
             watch(task, self.clock)
         model, lr = task.model, run.config.optim.dense_lr
@@ -181,7 +182,7 @@ class Learner:
 
     def step(self) -> Parts:
         sharded = self.task.model.sharded
-        self.clock.__init__()  # type: ignore[misc]
+        self.clock.start()
         batch = self.stream.batch(self.done)
         self.done += 1
         self.clock.note("batch")
@@ -202,7 +203,7 @@ class Learner:
 
     def outer_step(self) -> float:
         """Seconds of one, on a held-out batch."""
-        begun = time.perf_counter()
+        begun = now(self.context.device)
         with frozen(self.head):
             loss = self.task.outer_loss(self.every * (1 + self.done // self.steps))
             self.optimizer.zero_grad()
@@ -210,7 +211,7 @@ class Learner:
         agree(self.context, loss, [], self.outer, False)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return time.perf_counter() - begun
+        return now(self.context.device) - begun
 
 
 def search(args: argparse.Namespace, context: Context) -> None:
@@ -249,9 +250,11 @@ class Passes(TorchDispatchMode):
         self.seconds = {"sigmoid": 0.0, "histogram": 0.0, "mask": 0.0}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        begun, name = time.perf_counter(), func.overloadpacket.__name__
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        device = tensors[0].device if tensors else "cpu"
+        begun, name = now(device), func.overloadpacket.__name__
         found = func(*args, **(kwargs or {}))
-        seconds = time.perf_counter() - begun
+        seconds = now(device) - begun
         if name == "sigmoid":
             self.part = "sigmoid"
         wide = any(isinstance(x, torch.Tensor) and x.shape[-1:] == (self.columns,) for x in (*args, found))
@@ -271,11 +274,11 @@ def threshold(args: argparse.Namespace, context: Context) -> None:
     decide(selector)
 
     def turn() -> Parts:
-        begun = time.perf_counter()
+        begun = now(e.device)
         logits = selector(e)
-        product = time.perf_counter()
+        product = now(e.device)
         deterministic(logits, gates.bins, gates.fallback, gates.smooth)
-        whole = time.perf_counter() - product
+        whole = now(e.device) - product
         with Passes(columns) as passes:
             deterministic(logits, gates.bins, gates.fallback, gates.smooth)
         scan = whole - sum(passes.seconds.values())
@@ -336,7 +339,7 @@ class Predictor:
     @torch.no_grad()
     def turn(self) -> Parts:
         """Seconds; ``models`` is all but the router and selecting rows."""
-        self.clock.__init__()  # type: ignore[misc]
+        self.clock.start()
         with mock.patch.object(routed, "select", noting(self.clock, "selecting rows", routed.select, "models")):
             for _ in range(self.batches):
                 self.predict(self.stream.batch(self.done))

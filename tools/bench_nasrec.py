@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
+import sys
 from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs without installation too
 
 import numpy as np
 import torch
@@ -28,6 +31,7 @@ from embsearch_dist.models.masked import MaskedNetwork
 from embsearch_dist.models.network import ArchitectureNetwork
 from embsearch_dist.models.sliced import SliceAdagrad, SlicedNetwork
 from embsearch_dist.models.slices import Layout
+from tools.clock import now
 
 
 def main() -> None:
@@ -52,12 +56,12 @@ def main() -> None:
     label = (torch.rand(args.batch) < 0.25).float()
 
     def step(forward: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer) -> float:
-        started = time.perf_counter()
+        started = now(u.device)
         optimizer.zero_grad(set_to_none=True)
         u.grad = None
         torch.nn.functional.binary_cross_entropy_with_logits(forward(), label).backward()
         optimizer.step()
-        return time.perf_counter() - started
+        return now(u.device) - started
 
     sliced = SlicedNetwork(Layout(space, args.columns, args.fields))
     masked = MaskedNetwork(sliced)

@@ -18,8 +18,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
+import sys
 from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs without installation too
 
 import numpy as np
 import torch
@@ -35,6 +38,7 @@ from embsearch_dist.dist.context import Context
 from embsearch_dist.models.network import features, head
 from embsearch_dist.models.sliced import Blocks, SliceAdagrad, SlicedNetwork
 from embsearch_dist.models.slices import Layout, slices_of
+from tools.clock import now
 
 
 class Whole(nn.Module):
@@ -74,11 +78,11 @@ def main() -> None:
         forward: Callable[[], torch.Tensor], exchange: Callable[[], object], optimizer: torch.optim.Optimizer
     ) -> float:
         dist.barrier()
-        started = time.perf_counter()
+        started = now(u.device)
         binary_cross_entropy_with_logits(forward(), label).backward()
         exchange()
         optimizer.step()
-        return time.perf_counter() - started
+        return now(u.device) - started
 
     times: dict[str, list[float]] = {
         "one network, its slices": [],

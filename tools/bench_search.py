@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import time
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs without installation too
 
 import torch
 
@@ -25,6 +27,7 @@ from embsearch_dist.methods.adass.supernet import load_supernet
 from embsearch_dist.methods.base import Run
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.metrics import evaluate
+from tools.clock import now
 
 
 def main() -> None:
@@ -44,21 +47,22 @@ def main() -> None:
         count = min(-(-args.rows // size), stream.batches_per_epoch)
         batches = list(itertools.islice(stream.epoch(0), count))
         rows = sum(b.size for b in batches)
-        started = time.perf_counter()
+        started = now(context.device)
         scorer = SubnetScorer(task.model, batches, context, args.precision)
-        build = time.perf_counter() - started
-        keep = torch.ones(scorer.fields, dtype=torch.bool)
+        build = now(context.device) - started
+        keep = torch.ones(scorer.fields, dtype=torch.bool, device=context.device)
         generator = torch.Generator().manual_seed(0)
         whole, cached, apart = [], [], []
         for _ in range(args.rounds):
             choices = torch.randint(scorer.candidates, (args.batch, scorer.fields), generator=generator)
-            started = time.perf_counter()
-            exact = evaluate(lambda b, c=choices[0]: task.model(b, c, keep)[0], batches, context)
-            whole.append(time.perf_counter() - started)
+            first = choices[0].to(context.device)
+            started = now(context.device)
+            exact = evaluate(lambda b, c=first: task.model(b, c, keep)[0], batches, context)  # type: ignore[misc]
+            whole.append(now(context.device) - started)
             scorer.archive.clear()
-            started = time.perf_counter()
+            started = now(context.device)
             found = scorer.score(choices)
-            cached.append((time.perf_counter() - started) / len(choices))
+            cached.append((now(context.device) - started) / len(choices))
             apart.append(abs(found[0]["auc"] - exact["auc"]))
     a, b = statistics.median(whole), statistics.median(cached)
     print(f"{rows:,} validation rows, {torch.get_num_threads()} thread(s), medians of {args.rounds} rounds")

@@ -13,7 +13,6 @@ import importlib
 import json
 import resource
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from embsearch_dist.models import dense
 from embsearch_dist.models.ctr import SubnetModel, SupernetModel
 from embsearch_dist.schema import Field, Schema
 from embsearch_dist.train.guard import Gate, agree
+from tools.clock import now
 
 # Criteo's 13 bucketed integers, about 50 values each, and 26 categories.
 CRITEO = [50] * len(NUMBERS) + [c.published for c in CATEGORIES]
@@ -64,16 +64,21 @@ def make_rows(sizes: list[int], batch: int, seed: int) -> list[tuple[np.ndarray,
 
 
 class Clock:
-    """Seconds since the last look, added up under a name."""
+    """Seconds since the last look, added up under a name; each look waits until ``device`` has done its work."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = device
+        self.start()
+
+    def start(self) -> None:
+        """Forget what was added up."""
         self.parts: dict[str, float] = {}
-        self.last = time.perf_counter()
+        self.last = now(self.device)
 
     def note(self, part: str) -> None:
-        now = time.perf_counter()
-        self.parts[part] = self.parts.get(part, 0.0) + now - self.last
-        self.last = now
+        moment = now(self.device)
+        self.parts[part] = self.parts.get(part, 0.0) + moment - self.last
+        self.last = moment
 
 
 def ours(spec: dict[str, Any], context: Context, config: Config) -> Step:
@@ -93,23 +98,23 @@ def ours(spec: dict[str, Any], context: Context, config: Config) -> Step:
     optimizer = torch.optim.Adam(head, lr=1e-3, fused=True)
     gate = Gate(model.sharded)
     gate.__enter__()
-    clock = Clock()
+    clock = Clock(context.device)
     model.tables.register_forward_hook(lambda *_: clock.note("look-up"))
-    everywhere = torch.ones(len(sizes), dtype=torch.bool)
+    everywhere = torch.ones(len(sizes), dtype=torch.bool, device=context.device)
     generator = torch.Generator().manual_seed(0)
 
     def step(number: int) -> dict[str, float]:
-        clock.__init__()  # type: ignore[misc]
+        clock.start()
         ids, label = rows[number % BATCHES]
         batch = Batch(
             torch.zeros(local, 0), maker.sparse(torch.from_numpy(ids)), torch.from_numpy(label), Position(0, 0)
-        )
+        ).to(context.device)
         clock.note("feeding")
         optimizer.zero_grad()
         model.sharded.zero_grad()
         if supernet:
             choice = torch.randint(len(candidates), (len(sizes),), generator=generator)
-            logits, _ = model(batch, choice, everywhere)
+            logits, _ = model(batch, choice.to(context.device), everywhere)
         else:
             logits, _ = model(batch)
         loss = binary_cross_entropy_with_logits(logits, batch.label)
@@ -168,9 +173,9 @@ def main() -> None:
         for line in sys.stdin:
             seconds, parts = [], []
             for _ in range(int(line)):
-                begun = time.perf_counter()
+                begun = now(context.device)
                 parts.append(dict(step(done)))
-                seconds.append(time.perf_counter() - begun)
+                seconds.append(now(context.device) - begun)
                 done += 1
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
             print(json.dumps({"seconds": seconds, "parts": parts, "memory_gib": peak}), flush=True)

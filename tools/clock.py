@@ -1,4 +1,4 @@
-"""Times of work on any device. A GPU works behind the program's back: without this one would time its launches alone."""
+"""Times of work on any device. A GPU works behind the program's back: without this one would time its launches."""
 
 from __future__ import annotations
 

@@ -43,7 +43,6 @@ def mixed(run: Run) -> SubnetTask:
 
 def cases(lab: Lab) -> dict[str, tuple[str, list[str], Make, float]]:
     """Name -> method, settings, task, tolerance."""
-    small = ["search.space.name=small", f"search.space.blocks={lab.pick(2, 7)}"]
     candidates = ["search.candidates=[0,2,4,16]"]
     found: dict[str, tuple[str, list[str], Make, float]] = {
         "deepfm": ("ues", [], uniform, FLOAT32),
@@ -56,7 +55,7 @@ def cases(lab: Lab) -> dict[str, tuple[str, list[str], Make, float]]:
         found[f"supernet_{norm}"] = ("adass", own, SupernetTask, FLOAT32)
     adafs = ["search.width=16", "search.dropout=0.0", "search.outer.pretrain_epochs=0"]
     found["adafs"] = ("adafs", adafs, lambda run: AdaFSTask(run, run.config.search, training=True), FLOAT32)
-    found["nasrec"] = ("nasrec", [*small, "optim.dense=adagrad"], NetworkTask, FLOAT32)
+    found["nasrec"] = ("nasrec", [*lab.network_space(), "optim.dense=adagrad"], NetworkTask, FLOAT32)
     return found
 
 

@@ -107,6 +107,11 @@ class Lab:
         data = self.prepared()
         return Run(self.config(f"data.path={data}", *overrides, method=method), Schema.load(data), context)
 
+    def network_space(self, name: str = "small") -> list[str]:
+        """Settings of NASRec's space of that name on a GPU, elsewhere of a much smaller one."""
+        tiny = ["search.space.blocks=2", "search.space.dense_widths=[16,32]", "search.space.sparse_widths=[16]"]
+        return [f"search.space.name={name}", *([] if self.real else tiny)]
+
     def marks(self) -> Marks:
         """Marks on the device's time line; the pretend device has the host's."""
         return Marks(self.device if self.real else "cpu")

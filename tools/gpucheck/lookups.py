@@ -98,7 +98,9 @@ def jagged(bags: Sequence[Bags], names: Sequence[str]) -> KeyedJaggedTensor:
 def compare(lab: Lab, context: Context, optimizer: str, weighted: bool) -> float:
     """Train tables of all widths for some steps; the largest difference of anything from the reference."""
     generator = torch.Generator().manual_seed(OPTIMIZERS.index(optimizer) * 2 + weighted)
-    tables = [Table(f"w{w}", ROWS, w, mean=not weighted and k % 2 == 1, weighted=weighted) for k, w in enumerate(WIDTHS)]
+    tables = [
+        Table(f"w{w}", ROWS, w, mean=not weighted and k % 2 == 1, weighted=weighted) for k, w in enumerate(WIDTHS)
+    ]
     config = lab.config(f"optim.embedding={optimizer}", f"optim.embedding_lr={LR}")
     ours = ShardedTables(tables, context, config.dist, config.optim, 0, 0.1)
     names = [t.name for t in tables]

@@ -1,4 +1,4 @@
-"""The peer of check 9: DeepFM (Guo et al. 2017) in torch alone, as people write it. It knows nothing of this project."""
+"""The peer of check 9: DeepFM (Guo et al. 2017) in torch alone, as people write it.."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ class DeepFM(nn.Module):
 
     Args:
         sizes: rows of each table.
-        bags: one ``nn.EmbeddingBag(sparse=True)`` a field; otherwise all fields share one big ``nn.Embedding``.
+        bags: one ``nn.EmbeddingBag`` a field; otherwise all fields share one big ``nn.Embedding``.
+        sparse: the gradients of bags are sparse tensors, as ``sparse=True`` makes them.
     """
 
-    def __init__(self, sizes: Sequence[int], width: int, dense: int, hidden: Sequence[int], bags: bool) -> None:
+    def __init__(
+        self, sizes: Sequence[int], width: int, dense: int, hidden: Sequence[int], bags: bool, sparse: bool = True
+    ) -> None:
         super().__init__()
         if bags:
-            self.tables = nn.ModuleList(nn.EmbeddingBag(n, width, mode="sum", sparse=True) for n in sizes)
+            self.tables = nn.ModuleList(nn.EmbeddingBag(n, width, mode="sum", sparse=sparse) for n in sizes)
         else:
             self.tables = nn.ModuleList([nn.Embedding(sum(sizes), width)])
             first = torch.tensor([0, *sizes[:-1]]).cumsum(0)
             self.register_buffer("first", first)
+            self.first: torch.Tensor
         inputs = len(sizes) * width + dense
         self.linear = nn.Linear(inputs, 1)
         layers: list[nn.Module] = []

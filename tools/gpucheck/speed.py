@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -30,7 +30,6 @@ from tools.gpucheck.peer import DeepFM, Training
 from tools.gpucheck.steps import in_turns, step_times
 
 WIDTH, CAP = 16, 1000  # CAP: rows of a table without a GPU
-CLOCKS_APART = 0.3  # a part of a step that the host's clock sees and the device's does not, at most
 
 
 def deepfm(lab: Lab, *overrides: str, method: str = "ues") -> tuple[Schema, Config]:
@@ -82,21 +81,13 @@ def roofline(lab: Lab) -> None:
         if lab.left() > lab.pick(2, 15):
             del task
             schema, config = deepfm(lab, "model.precision=bfloat16")
-            size = lab.pick(64, 65536)
-            times = step_times(
-                lab,
-                uniform(schema, config, context),
-                config,
-                Resident(schema, size, 2, lab.device),
-                context,
-                lab.pick(3, 30),
-            )
-            lab.note(**{f"bf16_rows_per_s_at_{size}": size / statistics.median(times)})
+            stream = Resident(schema, lab.pick(64, 65536), 2, lab.device)
+            task, steps = uniform(schema, config, context), lab.pick(3, 30)
+            seconds = statistics.median(step_times(lab, task, config, stream, context, steps))
+            lab.note(**{f"bf16_rows_per_s_at_{stream.global_batch}": stream.global_batch / seconds})
 
 
-def measure(
-    lab: Lab, task: SubnetTask, config: Config, stream: Resident, context: Context, bandwidth: float
-) -> None:
+def measure(lab: Lab, task: SubnetTask, config: Config, stream: Resident, context: Context, bandwidth: float) -> None:
     """Figures of one batch size."""
     steps, size = lab.pick(4, 40), stream.global_batch
     begun = time.perf_counter()
@@ -121,7 +112,9 @@ def peer(lab: Lab) -> None:
         ours = uniform(schema, config, context)
         sides: dict[str, Callable[[], list[float]]] = {}
         for name, bags in (("bags", True), ("big_table", False)):
-            model = DeepFM(schema.cardinalities, WIDTH, len(schema.dense), config.model.hidden, bags).to(lab.device)
+            # The pretend device has no sparse tensors.
+            sizes, hidden, sparse = schema.cardinalities, config.model.hidden, lab.kind != "pretend"
+            model = DeepFM(sizes, WIDTH, len(schema.dense), hidden, bags, sparse).to(lab.device)
             copy_weights(ours, model, schema)
             apart = logits_apart(ours, model, stream.batches[0], schema)
             lab.note(**{f"{name}_logits_apart": apart})
@@ -146,12 +139,12 @@ def columns(batch: Batch, schema: Schema) -> torch.Tensor:
 def copy_weights(ours: SubnetTask, theirs: DeepFM, schema: Schema) -> None:
     """Give the peer our tables and our dense part."""
     live = {s.table.name: s.tensor for s in ours.model.sharded.local_shards()}
-    start = 0
+    start, tables = 0, cast(Any, theirs.tables)
     for k, name in enumerate(schema.names):
         if theirs.bags:
-            theirs.tables[k].weight.copy_(live[name])
+            tables[k].weight.copy_(live[name])
         else:
-            theirs.tables[0].weight[start : start + len(live[name])].copy_(live[name])
+            tables[0].weight[start : start + len(live[name])].copy_(live[name])
             start += len(live[name])
     backbone: Any = ours.model.bare_head.backbone
     layers = [m for m in theirs.mlp if isinstance(m, torch.nn.Linear)]
@@ -207,7 +200,8 @@ def supernet(lab: Lab) -> None:
         lab.expect(float(rows.sum()) == sum(schema.cardinalities), "column sums count other rows than the tables have")
         seconds = statistics.median(lab.timed(lambda: column_sums(net.model.sharded), lab.pick(2, 3), 0))
         moved = sum(s.tensor.nbytes for s in net.model.sharded.local_shards())
-        lab.note(column_sums_ms=1000 * seconds, column_sums_of_copy_=100 * moved / seconds / copy_bandwidth(lab))
+        share = 100 * moved / seconds / copy_bandwidth(lab)
+        lab.note(**{"column_sums_ms": 1000 * seconds, "column_sums_of_copy_%": share})
 
 
 def plan(lab: Lab) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -49,10 +50,8 @@ def train(
         root = folder / "checkpoints"
         watched = Watched(task, done)
         trainer = Trainer(watched, settings, config.optim, stream, None, context, monitor, root)
-        try:
+        with contextlib.suppress(Enough):
             trainer.fit()
-        except Enough:
-            pass
 
 
 def step_times(lab: Lab, task: Any, config: Config, stream: Any, context: Context, steps: int) -> list[float]:

@@ -32,7 +32,12 @@ def text_table(results: Sequence[Result]) -> str:
 def markdown(results: Sequence[Result], facts: Mapping[str, str], command: str) -> str:
     """Ready to be pasted into docs/results.md."""
     where = ", ".join(f"{k} {v}" for k, v in facts.items())
-    head = [f"`{command}` ({where}):", "", "| # | check | status | seconds | figures |", "| --- | --- | --- | --- | --- |"]
+    head = [
+        f"`{command}` ({where}):",
+        "",
+        "| # | check | status | seconds | figures |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     rows = [
         f"| {r['number']} | {r['check']} | {r['status']} | {r['seconds']:.1f} | {_cell(told(r))} |" for r in results
     ]

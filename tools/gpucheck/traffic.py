@@ -115,8 +115,12 @@ def tasks(lab: Lab, context: Context) -> Iterator[tuple[str, Any, Any]]:
 
 def network(lab: Lab, context: Context, warmup: float) -> tuple[Any, Any]:
     """NASRec's supernet; with ``warmup`` 1 its first step trains all of it, with 0 none does."""
-    space = ["search.space.name=full"] if lab.real else ["search.space.name=small", "search.space.blocks=3"]
-    own = [*space, f"search.sampling.warmup={warmup}", "optim.dense=adagrad", "optim.dense_lr=0.001"]
+    own = [
+        *lab.network_space("full"),
+        f"search.sampling.warmup={warmup}",
+        "optim.dense=adagrad",
+        "optim.dense_lr=0.001",
+    ]
     run = lab.run(context, *MODEL, *own, method="nasrec")
     return NetworkTask(run, 1_000_000), run
 
@@ -133,7 +137,9 @@ def syncs(lab: Lab) -> None:
             lines = {place: n / COUNTED for place, n in found.syncs.most_common()}
             lab.note(**{name: each, f"{name}_lines": lines})
             if each > MOST_SYNCS[name]:
-                over.append(f"{name} waits {each:g} times a step (at most {MOST_SYNCS[name]}), first at {next(iter(lines))}")
+                over.append(
+                    f"{name} waits {each:g} times a step (at most {MOST_SYNCS[name]}), first at {next(iter(lines))}"
+                )
         lab.expect(not over, "; ".join(over))
 
 
