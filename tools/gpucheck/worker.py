@@ -31,6 +31,8 @@ def serve(connection: Connection, log: Path) -> None:
     """
     os.setsid()  # so that all that the check starts ends with it
     _redirect(log)
+    # Without it the monitor draws no pictures, which would take longer than the short trainings of the checks.
+    sys.modules["torch.utils.tensorboard"] = None  # type: ignore[assignment]
     for name in PRELOAD:
         # What does not import is the check's to report.
         with contextlib.suppress(Exception):
