@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,7 +15,6 @@ import torch.distributed as dist
 from embsearch_dist.config import Config, load_config
 from embsearch_dist.data.batch import Batch, Position
 from embsearch_dist.data.dataset import BatchMaker, BatchStream
-from embsearch_dist.data.prepare import prepare
 from embsearch_dist.dist.context import Context
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.base import Run
@@ -61,6 +59,10 @@ def make_data(folder: Path, rows: int = ROWS) -> Path:
     ``big`` has more than 2048 values in training, so that two ranks may split it by rows. The label
     depends on the pair (``left``, ``right``) and on ``x``.
     """
+    import polars as pl  # tests that make their data otherwise run without it
+
+    from embsearch_dist.data.prepare import prepare
+
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     left, right, x = rng.integers(0, 12, rows), rng.integers(0, 7, rows), rng.standard_normal(rows)
@@ -86,6 +88,8 @@ def prepared_rows(folder: Path, lines: Sequence[str], field: str) -> Path:
 
     Of 1000 rows 800 are for training, in four files of 4, 4, 4 and 1 row groups, and 100 each for the others, in 2.
     """
+    from embsearch_dist.data.prepare import prepare
+
     (folder / "r.csv").write_text(f"y,t,{field},x\n" + "\n".join(lines) + "\n")
     (folder / "r.yaml").write_text(f"files: r.csv\nlabel: y\ntime: t\nfields: {{{field}: categorical, x: dense}}\n")
     prepare("table", folder / "r.yaml", folder / "out", split="time", row_group_rows=64, rows_per_shard=256, quiet=True)

@@ -59,6 +59,11 @@ def test_no_end_of_a_check_stops_the_next_one(tmp_path: Path) -> None:
     assert "ZeroDivisionError" in log.read_text() and (tmp_path / "work" / "fine" / "file").exists()
 
 
+def test_processes_for_a_gpu_start_afresh_and_do_the_same(tmp_path: Path) -> None:
+    (found,) = run_checks([fake("fine")], "cpu", 200, tmp_path, None, WHERE, starter("cuda", tmp_path / "log.txt"))
+    assert found["status"] == "ok" and found["figures"]["answer"] == 42, found["why"]
+
+
 def test_checks_that_no_longer_fit_are_left_out(tmp_path: Path) -> None:
     checks = [fake("fine", least=1000.0), fake("wrong", least=1000.0)]
     found = list(run_checks(checks, "cpu", 60, tmp_path, None, WHERE, starter("cpu", tmp_path / "log.txt")))

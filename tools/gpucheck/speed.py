@@ -114,7 +114,9 @@ def peer(lab: Lab) -> None:
         for name, bags in (("bags", True), ("big_table", False)):
             # The pretend device has no sparse tensors.
             sizes, hidden, sparse = schema.cardinalities, config.model.hidden, lab.kind != "pretend"
-            model = DeepFM(sizes, WIDTH, len(schema.dense), hidden, bags, sparse).to(lab.device)
+            with torch.device(lab.device if lab.real else "cpu"):  # drawing the tables on a CPU takes seconds
+                model = DeepFM(sizes, WIDTH, len(schema.dense), hidden, bags, sparse)
+            model.to(lab.device)
             copy_weights(ours, model, schema)
             apart = logits_apart(ours, model, stream.batches[0], schema)
             lab.note(**{f"{name}_logits_apart": apart})
