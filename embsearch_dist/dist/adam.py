@@ -154,7 +154,8 @@ def update_by_kernel(storage: Storage, layout: Layout, bags: Bags, gradient: tor
     """:func:`update` on CPU; tables are shared out over torch's threads, which changes no bit."""
     library = kernel()
     assert library is not None
-    gradient, ids, offsets = gradient.float().contiguous(), bags.ids.long().contiguous(), bags.offsets.long().contiguous()
+    gradient = gradient.float().contiguous()
+    ids, offsets = bags.ids.long().contiguous(), bags.offsets.long().contiguous()
     weights = None if bags.weights is None else bags.weights.float().contiguous()
     tables, rows = len(layout.widths), len(gradient)
     heights, widths, places, starts = layout.arrays
