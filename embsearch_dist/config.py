@@ -180,23 +180,27 @@ class TrainConfig:
 
 @dataclass
 class PlannerConfig:
-    """What TorchRec's planner takes the machines to be. The defaults are TorchRec's own: NVIDIA V100, 8 a node."""
+    """What TorchRec's planner takes the machines to be. The defaults are a GPU's share of NVIDIA's DGX A100."""
 
+    # From the data sheets of A100 80GB SXM and DGX A100, their GB in GiB: NVLink 600 GB/s, one InfiniBand adapter of
+    # 200 Gb/s a GPU, PCIe 4.0 x16 32 GB/s a direction, DDR4-3200 on 16 channels and (the smaller model) 1 TB for 8.
     batch_size: int = option(512, "rows of one step on one rank, for the predicted times")
-    hbm_gb: float = option(32.0, "GPU memory of a rank, GiB")
+    hbm_gb: float = option(0.0, "GPU memory of a rank, GiB; 0 = the smallest GPU in use, 80 where none is (A100 80GB)")
     ddr_gb: float = option(128.0, "main memory of a rank, GiB")
     reserve: float = option(0.15, "share of that memory that is left to the dense part and the batches")
-    hbm_bandwidth: float = option(897.0, "GiB/s of GPU memory")
-    ddr_bandwidth: float = option(51.0, "GiB/s of main memory")
-    hbm_to_ddr_bandwidth: float = option(32.0, "GiB/s between the two")
-    intra_host_bandwidth: float = option(600.0, "GiB/s between ranks of one machine")
-    inter_host_bandwidth: float = option(12.5, "GiB/s between machines")
+    hbm_bandwidth: float = option(0.0, "GiB/s of GPU memory; 0 = of the GPU in use, 1899 where none is (A100 80GB)")
+    ddr_bandwidth: float = option(47.7, "GiB/s of main memory")
+    hbm_to_ddr_bandwidth: float = option(29.8, "GiB/s between the two")
+    intra_host_bandwidth: float = option(559.0, "GiB/s between ranks of one machine")
+    inter_host_bandwidth: float = option(23.3, "GiB/s between machines")
     column_width: int = option(16, "narrowest column shard; a multiple of 4")
     offload: bool = option(False, "GPU only: what does not fit HBM may lie in main memory (slow)")
 
     def check(self) -> None:
-        positive = ["batch_size", "hbm_gb", "ddr_gb", *(f.name for f in dataclasses.fields(self) if "width" in f.name)]
-        for key in positive:
+        widths = [f.name for f in dataclasses.fields(self) if "width" in f.name and f.name != "hbm_bandwidth"]
+        for key in ("hbm_gb", "hbm_bandwidth"):
+            require(getattr(self, key) >= 0, f"dist.planner.{key}", f"must be >= 0, got {getattr(self, key)}")
+        for key in ("batch_size", "ddr_gb", *widths):
             require(getattr(self, key) > 0, f"dist.planner.{key}", f"must be above 0, got {getattr(self, key)}")
         require(self.column_width % 4 == 0, "dist.planner.column_width", "must be a multiple of 4")
         require(0 <= self.reserve < 1, "dist.planner.reserve", f"must be in [0, 1), got {self.reserve}")

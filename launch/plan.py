@@ -9,8 +9,9 @@ Allocations are compared with the first. The plan is that of TorchRec's planner 
 `--dist.sharding auto` and the other values show the plan a run with that setting makes by hand.
 
 Options: --world-size N [8], --local-world-size N of one machine [8, or all], --device cuda|cpu [cuda],
---hbm-gb, --ddr-gb, --batch-size (rows a rank) and every other key as --dist.planner.KEY. The fields: --data
-(a prepared data set or a schema.json), --cardinalities NAME=ROWS,..., or data.path of --config or --run.
+--hbm-gb, --ddr-gb, --batch-size (rows a rank) and every other key as --dist.planner.KEY. Without --hbm-gb the GPU
+is the smallest one here, and an A100 80GB where there is none; the output says which. The fields: --data (a
+prepared data set or a schema.json), --cardinalities NAME=ROWS,..., or data.path of --config or --run.
 The widths: --allocation FILE or ues-WIDTH, several allowed, or --supernet (with search.candidates). With
 --cardinalities an allocation found on other data gives its widths. --out DIR draws plan.png, --json FILE
 (- for the terminal) writes all figures.
@@ -34,6 +35,9 @@ OPTIONS = ["world-size", "local-world-size", "device", "data", "cardinalities", 
 
 
 def main(argv: Sequence[str]) -> None:
+    import torch
+
+    from embsearch_dist.dist.card import fill, origin, read_card, smallest
     from embsearch_dist.dist.dry_run import Subject, make_plans, read_schema, read_subjects, supernet_subject
     from embsearch_dist.dist.plan import Topology
     from embsearch_dist.dist.plan_text import comparison, heading, plan_text, to_json
@@ -47,7 +51,10 @@ def main(argv: Sequence[str]) -> None:
     device = plain.get("device", "cuda")
     one_of("--device", device, ["cuda", "cpu"])
     world = whole_number(plain, "world-size", 8)
-    topology = Topology(world, whole_number(plain, "local-world-size", min(8, world)), device, config.dist.planner)
+    card = smallest([read_card(i) for i in range(torch.cuda.device_count())]) if device == "cuda" else None
+    gpu = origin(config.dist.planner, card) if device == "cuda" else ""
+    local = whole_number(plain, "local-world-size", min(8, world))
+    topology = Topology(world, local, device, fill(config.dist.planner, card))
     schema = read_schema(plain.get("data", config.data.path), plain.get("cardinalities", ""))
     subjects: list[Subject] = []
     if "supernet" in plain:
@@ -57,16 +64,17 @@ def main(argv: Sequence[str]) -> None:
         subjects += read_subjects(allocations or found, schema, any_data="cardinalities" in plain)
     plans = make_plans(subjects, topology, config)
     parameters = {s.name: s.parameters for s in subjects}
+    figures = to_json(plans, parameters) | {"gpu": gpu}
     if plain.get("json") == "-":
-        print(json.dumps(to_json(plans, parameters), indent=2))
+        print(json.dumps(figures, indent=2))
     else:
-        print(heading(topology))
+        print("\n".join([heading(topology), *([gpu] if gpu else [])]))
         for name, plan in plans.items():
             print(f"\n{plan_text(name, plan, parameters[name])}")
         if len(plans) > 1:
             print(f"\n{comparison(plans, parameters)}")
         if "json" in plain:
-            Path(plain["json"]).write_text(json.dumps(to_json(plans, parameters), indent=2) + "\n")
+            Path(plain["json"]).write_text(json.dumps(figures, indent=2) + "\n")
     if "out" in plain:
         from embsearch_dist.dist.plan_picture import draw_plans  # matplotlib: only for a picture
 

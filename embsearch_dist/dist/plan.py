@@ -22,17 +22,17 @@ from torchrec.distributed.types import (
 )
 
 from embsearch_dist.config import PlannerConfig
+from embsearch_dist.dist.card import GIB, fill
 from embsearch_dist.dist.tables import Table
 from embsearch_dist.errors import UserError
 
-GIB = 1024**3
 TIMES = ("forward compute", "forward comms", "backward compute", "backward comms")
 MEMORY = ("weights", "optimizer", "gradient", "buffers")
 
 
 @dataclass(frozen=True)
 class Topology:
-    """The ranks and the machines under them, as the config states them."""
+    """The ranks and the machines under them, as the config states them. A GPU it leaves open is the default one."""
 
     world_size: int
     local_world_size: int
@@ -45,6 +45,7 @@ class Topology:
                 f"{self.world_size} ranks cannot be spread over machines of {self.local_world_size}: "
                 "the local world size must divide the world size"
             )
+        object.__setattr__(self, "planner", fill(self.planner, None))
 
     @property
     def memory(self) -> str:

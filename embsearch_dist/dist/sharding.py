@@ -20,6 +20,7 @@ from torchrec import EmbeddingBagCollection, KeyedJaggedTensor, KeyedTensor
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardedTensor
 
 from embsearch_dist.config import DistConfig, OptimConfig
+from embsearch_dist.dist.card import fill_together
 from embsearch_dist.dist.context import Context
 from embsearch_dist.dist.placing import check_same_tables, place
 from embsearch_dist.dist.plan import Plan, Topology
@@ -108,8 +109,10 @@ class ShardedTables(nn.Module):
         if dist.sharding != "planner":
             return plan_by_hand(collection, tables, choose_sharding(tables, world, dist), world, local, device)
 
+        planner = fill_together(dist.planner, self.context)
+
         def search() -> dict[str, Any]:
-            return make_plan(tables, Topology(world, local, device, dist.planner), dist, optim.embedding).to_dict()
+            return make_plan(tables, Topology(world, local, device, planner), dist, optim.embedding).to_dict()
 
         # One rank searches and tells. TorchRec's own way broadcasts too, but keeps an error to that rank.
         body = self.context.share(self.context.first("planning the tables", search))

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import PlannerConfig, load_config
+from embsearch_dist.dist import card
+from embsearch_dist.dist.card import Card
 from embsearch_dist.dist.dry_run import allocation_subject, make_plans
 from embsearch_dist.dist.plan import Topology
 from embsearch_dist.dist.plan_text import to_json
@@ -40,6 +43,8 @@ def test_a_dry_run_of_64_ranks_in_a_process_of_its_own(tmp_path: Path, data: Pat
         "plan.py", *words, "--allocation", "ues-32", tmp_path / "a.json", env={"PYTHONHASHSEED": "1"}, fresh=True
     )
     assert done.stdout.startswith("64 rank(s) on 8 machines of 8, cuda: 16 GiB HBM a rank, 13.6 GiB of it for tables")
+    gpu = "GPU memory: 16 GiB (dist.planner.hbm_gb), 1,899 GiB/s (the default: A100 80GB SXM)"
+    assert done.stdout.splitlines()[1] == gpu
     for line in ("ues-32: 73,600,768 parameters", "adass: 25,600,000 parameters", "predicted step", "most memory"):
         assert line in done.stdout
     assert done.stdout.splitlines()[-1] == str(out / "plan.png")
@@ -48,7 +53,7 @@ def test_a_dry_run_of_64_ranks_in_a_process_of_its_own(tmp_path: Path, data: Pat
     subjects = [allocation_subject("ues-32", Allocation.uniform(schema, 32)), allocation_subject("adass", allocation)]
     config = load_config(CONFIGS, None, ["dist.sharding=planner"], method="adass")
     plans = make_plans(subjects, Topology(64, 8, "cuda", PlannerConfig(hbm_gb=16.0)), config)
-    expected = to_json(plans, {s.name: s.parameters for s in subjects})
+    expected = to_json(plans, {s.name: s.parameters for s in subjects}) | {"gpu": gpu}
     assert json.loads(figures.read_text()) == json.loads(json.dumps(expected))
 
 
@@ -60,6 +65,26 @@ def test_json_on_the_terminal_and_the_supernet(data: Path, capsys: pytest.Captur
     assert [(t["table"]["width"], t["kind"]) for t in supernet["tables"]][0] == (64, "row_wise")
     assert supernet["bytes"]["weights"] == 64 * 4 * sum(ROWS.values())
     assert body["topology"]["local_world_size"] == 4
+
+
+def test_the_smallest_gpu_here_is_planned_for(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--world-size", "2", "--data", str(data), "--allocation", "ues-32", "--json", "-"]
+    main(words)
+    default = json.loads(capsys.readouterr().out)
+    assert default["gpu"] == "GPU memory: 80 GiB (the default: A100 80GB SXM), 1,899 GiB/s (the default: A100 80GB SXM)"
+    cards = [Card("H100", 79.2, 3120.0), Card("small", 2.0, 949.5)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(card, "read_card", cards.__getitem__)
+    main(words)
+    here = json.loads(capsys.readouterr().out)
+    assert here["gpu"] == "GPU memory: 2 GiB (read from small), 950 GiB/s (read from small)"
+    assert [b["topology"]["planner"]["hbm_gb"] for b in (default, here)] == [80, 2]
+    # Half the default's bandwidth.
+    assert here["allocations"]["ues-32"]["step_ms"] > 1.5 * default["allocations"]["ues-32"]["step_ms"]
+    main([*words, "--device", "cpu"])
+    assert json.loads(capsys.readouterr().out)["gpu"] == ""
 
 
 @pytest.mark.parametrize(

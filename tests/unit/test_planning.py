@@ -94,7 +94,7 @@ def test_offload_uses_main_memory_only_where_hbm_is_short() -> None:
 
 def test_times_follow_bandwidth_and_batch() -> None:
     base = plan_of(MACHINES, TABLE, f="row_wise")
-    slow = replace(MACHINES, planner=PlannerConfig(inter_host_bandwidth=6.25))
+    slow = replace(MACHINES, planner=PlannerConfig(inter_host_bandwidth=PlannerConfig().inter_host_bandwidth / 2))
     assert plan_of(slow, TABLE, f="row_wise").per_rank("forward comms")[0] == pytest.approx(
         2 * base.per_rank("forward comms")[0]
     )
@@ -201,7 +201,10 @@ def test_machines_must_be_filled() -> None:
     [
         ("dist.sharding=planer", "did you mean 'planner'"),
         ("dist.tables.user=grid_shard", "grid_shard needs dist.sharding: planner"),
-        ("dist.planner.hbm_gb=0", "dist.planner.hbm_gb: must be above 0"),
+        ("dist.planner.hbm_gb=-1", "dist.planner.hbm_gb: must be >= 0"),
+        ("dist.planner.hbm_bandwidth=-1", "dist.planner.hbm_bandwidth: must be >= 0"),
+        ("dist.planner.ddr_gb=0", "dist.planner.ddr_gb: must be above 0"),
+        ("dist.planner.ddr_bandwidth=0", "dist.planner.ddr_bandwidth: must be above 0"),
         ("dist.planner.reserve=1", r"dist.planner.reserve: must be in \[0, 1\)"),
         ("dist.planner.column_width=6", "dist.planner.column_width: must be a multiple of 4"),
     ],
