@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,15 @@ import pytest
 import torch
 
 from embsearch_dist.dist.context import Context
+from embsearch_dist.train.metrics import score
 from tests.factories import one_rank
-from tools.gpucheck import agreement, facts, lookups, scoring, speed, storing
+from tools.gpucheck import agreement, facts, lookups, scoring, speed, storing, traffic
 from tools.gpucheck.command import main
 from tools.gpucheck.lab import Lab
 from tools.gpucheck.listing import CHECKS, ONE_CARD, Check
 from tools.gpucheck.runner import run_checks, starter
 from tools.gpucheck.table import markdown, text_table
-from tools.gpucheck.worker import Wrong
+from tools.gpucheck.worker import Skip, Wrong
 
 ROOT = Path(__file__).resolve().parents[2]
 WHERE = {"device": "none", "torch": "2", "commit": "abc"}
@@ -185,6 +187,45 @@ def test_a_device_that_computes_another_gradient_is_found(tmp_path: Path, monkey
     monkeypatch.setattr(torch.nn.functional, "batch_norm", drifting)
     with pytest.raises(Wrong, match="device and CPU disagree: supernet_field"):
         agreement.devices(lab)
+
+
+def test_waits_that_torch_warns_of_are_counted_by_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    # Other warnings are not counted, and a line of the project is named rather than that of who called it.
+    monkeypatch.setattr("embsearch_dist.train.metrics.logloss", lambda *_: warnings.warn("hot", stacklevel=1) or 0.0)
+
+    def synchronizing(*_: Any) -> float:
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        return 0.5
+
+    lab = OneRank(tmp_path)
+    with pytest.warns(UserWarning, match="hot"), traffic.counted_syncs(lab) as found:
+        for _ in range(3):
+            score(torch.randn(8), torch.ones(8), synchronizing)
+        synchronizing()
+    assert modes == ["warn", "default"]
+    (inside, three), (outside, one) = found.syncs.most_common()
+    assert (three, one) == (3, 1) and inside.startswith("embsearch_dist/train/metrics.py:")
+    assert outside.startswith("test_gpu_check.py:")
+
+
+def test_a_step_that_waits_too_often_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab, seen = OneRank(tmp_path), traffic.Traffic()
+    seen.syncs.update({"embsearch_dist/models/norm.py:47": 12})
+    monkeypatch.setattr(traffic, "watched_steps", lambda *_: seen)
+    monkeypatch.setattr(traffic, "tasks", lambda *_: [("retrain", None, None)])
+    with pytest.raises(Skip):
+        traffic.syncs(lab)
+    lab.kind = "cuda"
+    with pytest.raises(
+        Wrong, match="retrain waits 3 times a step .at most 2., first at embsearch_dist/models/norm.py:47"
+    ):
+        traffic.syncs(lab)
+    seen.syncs.clear()
+    seen.syncs.update({"embsearch_dist/train/guard.py:125": 8})
+    traffic.syncs(lab)
+    assert lab.found["retrain"] == 2.0
 
 
 def test_a_peer_that_is_another_model_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
