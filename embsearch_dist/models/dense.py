@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -85,6 +86,38 @@ class _PairProducts(torch.autograd.Function):
 def pair_products(s: torch.Tensor) -> torch.Tensor:
     """``2 sum_{i<j} s_i * s_j`` over the tokens of ``s [B, width, T]``, column by column: ``[B, width]``."""
     return _PairProducts.apply(s)  # type: ignore[no-any-return]
+
+
+class _Pairs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(z)
+        below, _ = _pair_places(z.shape[2], z.device)
+        return torch.bmm(z.transpose(1, 2), z).flatten(1).index_select(1, below)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        (z,) = ctx.saved_tensors
+        n = z.shape[2]
+        _, pairs = _pair_places(n, z.device)
+        both_ways = functional.pad(gradients[0], (0, 1)).index_select(1, pairs)
+        return torch.bmm(z, both_ways.view(-1, n, n))
+
+
+@cache
+def _pair_places(n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where a flat matrix ``[n * n]`` has its pairs, row by row below the diagonal: with fewer tokens the pairs are the
+    first of those with more. And which pair each number of the matrix belongs to; the diagonal to one behind the last.
+    """
+    rows, columns = torch.tril_indices(n, n, -1, device=device)
+    numbers = torch.full((n, n), len(rows), device=device)
+    numbers[rows, columns] = numbers[columns, rows] = torch.arange(len(rows), device=device)
+    return rows * n + columns, numbers.flatten()
+
+
+def pairs(z: torch.Tensor) -> torch.Tensor:
+    """``<z_i, z_j>`` for i > j, row by row, over the tokens of ``z [B, width, T]``: ``[B, T (T - 1) / 2]``."""
+    return _Pairs.apply(z)  # type: ignore[no-any-return]
 
 
 def fm(u: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,6 @@ and their LayerNorm read what lies side by side.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ from embsearch_dist.architecture.cost import network_cost
 from embsearch_dist.architecture.space import Space, load
 from embsearch_dist.errors import UserError
 from embsearch_dist.models.attention import attention
-from embsearch_dist.models.dense import linear, pair_products
+from embsearch_dist.models.dense import linear, pair_products, pairs
 from embsearch_dist.models.slices import Layout, initial, slices_of
 
 Weights = Mapping[str, torch.Tensor]
@@ -65,7 +64,7 @@ def features(
 
 def head(weights: Weights, dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
     """Logits ``[B]``: one linear unit on both outputs of the last block."""
-    logits = torch.addmv(weights["head_bias"].expand(len(dense)), dense, weights["head_dense"][0])
+    logits = torch.addmv(weights["head_bias"].expand(len(dense)), dense, weights["head_dense"].reshape(-1))
     return logits.addmv_(sparse.reshape(len(sparse), -1), weights["head_sparse"].reshape(-1))
 
 
@@ -101,9 +100,7 @@ def _dense(
     if "dot_product" in block.dense:
         tokens = own.linear("dot_tokens", _joined([sparses[s] for s in block.sparse_sources], 2))
         z = torch.cat([own.linear("dot_dense", x)[:, :, None], tokens], 2)
-        products = torch.bmm(z.transpose(1, 2), z)
-        pairs = products.view(len(z), -1).index_select(1, _below_diagonal(z.shape[2], z.device))
-        found.append(own.norm("dot", own.linear("dot", pairs)))
+        found.append(own.norm("dot", own.linear("dot", pairs(z))))
     if "gating" in block.dense:
         gate = torch.sigmoid(own.linear("gate", _joined([denses[s] for s in block.left], 1)))
         right = [denses[s] for s in block.right]
@@ -146,14 +143,6 @@ def _added(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     widest = max(x.shape[-1] for x in parts)
     padded = [functional.pad(x, (0, widest - x.shape[-1])) if x.shape[-1] < widest else x for x in parts]
     return padded[0] + padded[1] if len(padded) == 2 else torch.stack(padded).sum(0)
-
-
-@cache
-def _below_diagonal(n: int, device: torch.device) -> torch.Tensor:
-    """Where a flat matrix ``[n * n]`` has the pairs of n tokens, row by row: with fewer tokens the pairs are the first
-    of those with more."""
-    rows, columns = torch.tril_indices(n, n, -1, device=device)
-    return rows * n + columns
 
 
 def read_network(path: str, fields: int, width: int, dense: int) -> ArchitectureNetwork:

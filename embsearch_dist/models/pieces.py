@@ -75,7 +75,7 @@ class Pieces:
     def take(self, outer: torch.Tensor) -> torch.Tensor:
         """The inner vector ``[size]``, a copy."""
         if outer.device.type != "cpu":
-            return outer.index_select(0, self._numbers(outer.device))
+            return outer.index_select(0, self.numbers(outer.device))
         inner = outer.new_empty(self.size)
         theirs, own = self._views(outer, inner)
         torch._foreach_copy_(own, theirs)
@@ -84,7 +84,7 @@ class Pieces:
     def put(self, outer: torch.Tensor, inner: torch.Tensor) -> None:
         """Write an inner vector back."""
         if outer.device.type != "cpu":
-            outer.index_copy_(0, self._numbers(outer.device), inner)
+            outer.index_copy_(0, self.numbers(outer.device), inner)
         else:
             theirs, own = self._views(outer, inner)
             torch._foreach_copy_(theirs, own)
@@ -122,7 +122,7 @@ class Pieces:
             [inner.as_strided((p.rows, p.columns), (p.inner_stride, 1), b + p.inner) for p in self._pieces],
         )
 
-    def _numbers(self, device: torch.device) -> torch.Tensor:
+    def numbers(self, device: torch.device) -> torch.Tensor:
         """For each number of the inner vector its position in the outer one: made on the device, of one small copy.
 
         Number i of all pieces in turn, in row r of its piece, lies at ``i + shift + r gap`` in either vector.

@@ -119,8 +119,7 @@ def agree(
     """
     value = loss.detach()
     gradients = [p.grad for p in parameters if p.grad is not None]
-    none = value.new_zeros(())
-    sums = torch.stack([value, _sum(pooled, none), _sum(gradients, none)]).double()
+    sums = torch.stack([value, _sum(pooled, value), _sum(gradients, value)]).double()
     if context.world_size == 1:
         mean, *others = sums.tolist()  # the one look at the device
         fine = [math.isfinite(v) for v in (mean, *others)]
@@ -147,10 +146,10 @@ def _weights(device: torch.device) -> torch.Tensor:
     return torch.tensor(list(WHAT), dtype=torch.float64, device=device)
 
 
-def _sum(gradients: Sequence[torch.Tensor], none: torch.Tensor) -> torch.Tensor:
+def _sum(gradients: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
     # Several times cheaper than a norm, and these run in every step.
     sums = [g.sum() for g in gradients]
-    return torch.stack(sums).sum() if len(sums) > 1 else sums[0] if sums else none
+    return torch.stack(sums).sum() if len(sums) > 1 else sums[0] if sums else like.new_zeros(())
 
 
 def _name(fine: list[bool]) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from embsearch_dist.models.backbones import make_backbone
-from embsearch_dist.models.dense import Linear, fm, linear
+from embsearch_dist.models.dense import Linear, fm, linear, pair_products, pairs
 
 
 def values(*shape: int, seed: int) -> torch.Tensor:
@@ -34,12 +34,24 @@ def test_frozen_inputs_get_no_gradient() -> None:
 
 def test_fm_equals_the_pairs_and_their_gradients() -> None:
     u = values(6, 4, 3, seed=0)
-    pairs = sum((u[:, f] * u[:, g]).sum(1) for f in range(4) for g in range(f + 1, 4))
+    written = sum((u[:, f] * u[:, g]).sum(1) for f in range(4) for g in range(f + 1, 4))
     weight = torch.arange(1.0, 7.0)
-    (expected,) = torch.autograd.grad((pairs * weight).sum(), u)
-    torch.testing.assert_close(fm(u), pairs, rtol=1e-5, atol=1e-5)
+    (expected,) = torch.autograd.grad((written * weight).sum(), u)
+    torch.testing.assert_close(fm(u), written, rtol=1e-5, atol=1e-5)
     (found,) = torch.autograd.grad((fm(u) * weight).sum(), u)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [2, 5])
+def test_pairs_of_tokens_and_their_sums_equal_those_written_out(tokens: int) -> None:
+    z = values(6, 3, tokens, seed=0)
+    both = [(z[:, :, i], z[:, :, j]) for i in range(tokens) for j in range(i)]  # row by row below the diagonal
+    written = [torch.stack([(a * b).sum(1) for a, b in both], 1), 2 * torch.stack([a * b for a, b in both]).sum(0)]
+    for found, expected in zip([pairs(z), pair_products(z)], written, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        weight = torch.arange(1.0, found.numel() + 1).view_as(found)
+        ours, theirs = (torch.autograd.grad((x * weight).sum(), z, retain_graph=True)[0] for x in (found, expected))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
 def test_bfloat16_is_for_hidden_products_only() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +17,7 @@ from embsearch_dist.architecture.sampling import SCHEMES, draw, training_archite
 from embsearch_dist.architecture.space import Space, full
 from embsearch_dist.models.masked import MaskedNetwork
 from embsearch_dist.models.network import ArchitectureNetwork
+from embsearch_dist.models.pieces import LINE
 from embsearch_dist.models.sliced import Blocks, SliceAdagrad, SliceAdam, SlicedNetwork
 from embsearch_dist.models.slices import Layout, Slice, merged, slices_of
 
@@ -181,6 +185,46 @@ def test_merged_slices_hold_their_parts() -> None:
         assert torch.equal(part.take(back), part.take(whole))
         assert back.count_nonzero() == part.take(whole).count_nonzero()
     assert merged([Slice((0, 3)), Slice((0, 5))]) == Slice((0, 5))
+
+
+def test_a_network_is_cut_out_of_the_vector_of_all_weights_and_put_back() -> None:
+    """Slice by slice, and number by number, as a GPU does it."""
+    sliced = network()
+    for seed in range(10):
+        blocks = prune(draw(SPACE, SCHEMES[seed % 3], np.random.default_rng(seed)))
+        pieces = sliced.pieces(blocks)
+        taken = pieces.take(sliced.vector)
+        for name, w in pieces.named(taken).items():
+            assert torch.equal(w, pieces.slices[name].take(sliced.weights[name])), name
+        assert torch.equal(taken, sliced.vector[pieces.numbers(taken.device)])
+        before, values = sliced.vector.clone(), torch.randn(pieces.size)
+        pieces.put(before, values)
+        expected = sliced.vector.detach().clone()
+        expected[pieces.numbers(taken.device)] = values
+        assert torch.equal(before, expected)
+
+
+@pytest.mark.parametrize("change", [copy.deepcopy, lambda n: n.to(torch.float64).to(torch.float32)])
+def test_weights_stay_one_vector(change: Callable[[SlicedNetwork], SlicedNetwork]) -> None:
+    """After a copy and a move: what is written into a weight is what a network reads."""
+    found, blocks = change(network()), full(SPACE).blocks
+    with torch.no_grad():
+        for k, w in enumerate(found.weights.values()):
+            w.fill_(k)
+    copied = found.copies(blocks)
+    assert all(torch.equal(copied[n], w) for n, w in found.weights.items())
+    assert not torch.equal(found.vector, network().vector)
+
+
+def test_a_networks_weights_begin_where_products_read_them_fast() -> None:
+    """All whose size allows it, in a space of the published widths."""
+    layout = Layout(Space(blocks=3), 13, 26)
+    sliced = SlicedNetwork(layout)
+    for seed in range(5):
+        pieces = sliced.pieces(prune(draw(layout.space, SCHEMES[0], np.random.default_rng(seed))))
+        even = [n for n, s in pieces.slices.items() if s.size % LINE == 0]
+        assert len(even) > 0.7 * len(pieces.slices)
+        assert all(pieces.places[n].start % LINE == 0 for n in even)
 
 
 def test_the_whole_supernet_is_all_of_its_weights() -> None:

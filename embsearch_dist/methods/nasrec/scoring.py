@@ -22,10 +22,11 @@ from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.nasrec.config import NASRecConfig
 from embsearch_dist.methods.nasrec.supernet import load_supernet
-from embsearch_dist.models.network import features, head
+from embsearch_dist.models.network import Weights, features, head
 from embsearch_dist.models.sliced import Blocks
 
-CHUNK = 4096  # rows whose features are made at once
+CHUNK = 4096  # rows whose features are made at once: on a CPU, where they should stay in its cache
+DEVICE_CHUNK = 16384  # and on a GPU, which waits for its host with fewer
 LATENCY_ROWS = 512
 EPS = 1e-2  # of the fine-tuning's Adagrad, as in the published scripts
 
@@ -96,12 +97,14 @@ class Scorer:
     def __call__(self, architecture: Architecture) -> Score:
         """Fine-tune the candidate's head and measure it. No collective: ranks need not score alike."""
         blocks = prune(architecture)
-        weight, bias = self._head(blocks)
+        weights = self.network.copies(blocks)
+        weight = torch.cat([weights[n].reshape(-1) for n in ("head_dense", "head_sparse", "head_bias")])
         if self.tuning is not None:
-            weight, bias = self._tune(blocks, weight, bias)
-        total = 0.0
-        for x, label in self._features(blocks, self.validation):
-            total += float(binary_cross_entropy_with_logits(x @ weight + bias, label, reduction="sum"))
+            self._tune(blocks, weights, weight)
+        losses = []
+        for x, label in self._features(blocks, weights, self.validation):
+            losses.append(binary_cross_entropy_with_logits(x @ weight, label, reduction="sum"))
+        total = float(torch.stack(losses).double().sum())  # the one look at the device
         if not math.isfinite(total):
             raise UserError(
                 f"candidate {key(architecture)}: its logloss is {total}, so the supernet's weights are of no use. "
@@ -111,36 +114,31 @@ class Scorer:
         latency = self._latency(blocks) if self.with_latency else 0.0
         return Score(total / len(self.validation.label), cost.flops, cost.parameters, latency)
 
-    def _head(self, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
-        taken = self.network.copies(blocks)
-        return torch.cat([taken["head_dense"][0], taken["head_sparse"].reshape(-1)]), taken["head_bias"]
+    def _features(self, blocks: Blocks, weights: Weights, rows: Rows) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """What the head reads and a column of ones for its bias, ``[n, C + 1]``, and labels, chunk by chunk."""
+        chunk = CHUNK if rows.u.device.type == "cpu" else DEVICE_CHUNK
+        for start in range(0, len(rows.label), chunk):
+            part = slice(start, start + chunk)
+            d, s = features(blocks, weights, rows.dense[part], rows.u[part].transpose(1, 2))
+            yield torch.cat([d, s.reshape(len(s), -1), d.new_ones(len(d), 1)], 1), rows.label[part]
 
-    def _features(self, blocks: Blocks, rows: Rows) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """What the head reads, ``[n, C]``, and labels, chunk by chunk."""
-        for start in range(0, len(rows.label), CHUNK):
-            part = slice(start, start + CHUNK)
-            d, s = features(blocks, self.network.copies(blocks), rows.dense[part], rows.u[part].transpose(1, 2))
-            yield torch.cat([d, s.reshape(len(s), -1)], 1), rows.label[part]
-
-    def _tune(self, blocks: Blocks, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logistic regression on the frozen features, by Adagrad from the supernet's head on."""
+    def _tune(self, blocks: Blocks, weights: Weights, weight: torch.Tensor) -> None:
+        """Logistic regression on the frozen features, by Adagrad from the supernet's head on, which is changed."""
         assert self.tuning is not None
         c = self.config
-        parts = [x for x, _ in self._features(blocks, self.tuning)]
+        parts = [x for x, _ in self._features(blocks, weights, self.tuning)]
         x, label = torch.cat(parts), self.tuning.label
         del parts
-        sums, bias_sum = torch.zeros_like(weight), torch.zeros_like(bias)
+        sums = torch.zeros_like(weight)
         size = min(c.tune_batch, len(label))
         places = len(label) // size
         for step in range(c.tune_steps):
             start = step % places * size
             rows = x[start : start + size]
-            error = (torch.sigmoid(rows @ weight + bias) - label[start : start + size]) / size
+            g = (torch.sigmoid(rows @ weight) - label[start : start + size]).div_(size) @ rows
             lr = c.tune_lr * 0.5 * (1 + math.cos(math.pi * step / c.tune_steps))
-            for value, total, g in ((weight, sums, error @ rows), (bias, bias_sum, error.sum()[None])):
-                total.addcmul_(g, g)
-                value.addcdiv_(g, total.sqrt().add_(EPS), value=-lr)
-        return weight, bias
+            sums.addcmul_(g, g)
+            weight.addcdiv_(g, sums.sqrt().add_(EPS), value=-lr)
 
     def _latency(self, blocks: Blocks) -> float:
         rows = self.validation
