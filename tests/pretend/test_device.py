@@ -89,6 +89,8 @@ WAITS: dict[str, tuple[Callable[[torch.Tensor, torch.Tensor], Any], int]] = {
     "masked assignment": (lambda x, y: x.__setitem__(x > 0, x * 2), 1),
     "masked fill": (lambda x, y: x.__setitem__(x > 0, 0.0), 0),
     "unique": (lambda x, y: torch.unique(x), 1),
+    "repeat_interleave of unknown size": (lambda x, y: torch.repeat_interleave(x.long()), 1),
+    "repeat_interleave": (lambda x, y: torch.repeat_interleave(x.long(), output_size=3), 0),
     "equal": (lambda x, y: torch.equal(x, x), 1),
     "one_hot of unknown width": (lambda x, y: nn.functional.one_hot(x.long()), 1),
     "one_hot": (lambda x, y: nn.functional.one_hot(x.long(), 4), 0),

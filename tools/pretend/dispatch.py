@@ -77,7 +77,7 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     if mine and host:
         check_places(func, name, args, host)
     check_generator(func, kwargs, on_device=True)
-    note(func, name, args, host)
+    note(func, name, args, kwargs, host)
     device = kwargs.get("device")
     if device is not None and torch.device(device).type != "meta":
         kwargs = {**kwargs, "device": torch.device("cpu")}
@@ -140,7 +140,7 @@ def check_generator(func: Any, kwargs: Any, on_device: bool) -> None:
         raise RuntimeError(f"pretend cuda: {func} on {places[0]} with a generator of {places[1]}, at {where()}")
 
 
-def note(func: Any, name: str, args: Any, host: list[torch.Tensor]) -> None:
+def note(func: Any, name: str, args: Any, kwargs: Any, host: list[torch.Tensor]) -> None:
     """Count this call: an operator, its kernel, a wait, a copy."""
     if func.namespace == "c10d":
         note_operator(f"c10d.{name}", 1)
@@ -148,7 +148,7 @@ def note(func: Any, name: str, args: Any, host: list[torch.Tensor]) -> None:
     note_operator(f"{func.namespace}.{name}", 0 if name in STARTS_NOTHING or is_view(func) else 1)
     if name in WAITS:
         note_sync("item" if name == "_local_scalar_dense" else name)
-    elif name == "repeat_interleave" and func._overloadname == "Tensor":
+    elif name == "repeat_interleave" and func._overloadname == "Tensor" and kwargs.get("output_size") is None:
         note_sync("repeat_interleave without output_size")
     elif name == "copy_" and host:
         note_copy_(args)
