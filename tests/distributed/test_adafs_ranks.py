@@ -95,5 +95,6 @@ def test_one_rank_measures_what_two_have_trained(searched: tuple[Path, Any, Any]
     stream = run.stream("test", 200, shuffle=False)
     found = evaluate_gated(load_searched(run), stream, "test", run.context, config, "adafs-soft")
     before = json.loads((folder / "retrain" / "adafs-soft" / "evaluation.json").read_text())
-    assert found["auc"] == pytest.approx(before["auc"], abs=1e-6)
-    assert found["logloss"] == pytest.approx(before["logloss"], rel=1e-6)
+    # Batches of other sizes may be added up in another order; of 400 rows a pair that changes places is 2.5e-5.
+    assert found["auc"] == pytest.approx(before["auc"], abs=1e-4)
+    assert found["logloss"] == pytest.approx(before["logloss"], rel=1e-5)

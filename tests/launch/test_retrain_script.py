@@ -81,6 +81,6 @@ def test_two_ranks_under_torchrun_get_what_one_gets(run: Path, run_script: Calla
     assert results[1]["logloss"] == pytest.approx(results[0]["logloss"], rel=1e-4)
     losses = [recorded(run / "retrain" / n, "retrain", "loss") for n in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    # What two ranks have trained, one evaluates.
+    # What two ranks have trained, one evaluates: in other batches, so that rows as good as equal may change places.
     shown = run_script("evaluate.py", "--run", run / "retrain" / "two")
-    assert json.loads(shown.stdout)["auc"] == pytest.approx(results[1]["auc"], abs=1e-6)
+    assert json.loads(shown.stdout)["auc"] == pytest.approx(results[1]["auc"], abs=1e-4)
