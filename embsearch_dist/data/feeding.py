@@ -117,11 +117,13 @@ class Feeder:
         return Packed(buffer, pinned, spans, (batch.size, batch.dense.shape[1]), counts, batch.position)
 
     def _take(self, words: int) -> torch.Tensor | None:
-        while self._free:
-            buffer = self._free.popleft()
+        while True:
+            try:  # not by its length: another epoch of the stream may take the last one meanwhile
+                buffer = self._free.popleft()
+            except IndexError:
+                return None
             if len(buffer) >= words:
                 return buffer  # one that is too small is forgotten: the larger one takes its place
-        return None
 
     def send(self, packed: Packed) -> tuple[Packed, torch.Tensor, Any]:
         """Begin the batch's copy."""
