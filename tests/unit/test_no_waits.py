@@ -98,12 +98,17 @@ def test_subnets_drawn_ahead_are_those_drawn_step_by_step(mode: str, rank: int) 
                 update(one)
 
 
-def test_a_loaded_state_and_another_step_are_drawn_anew() -> None:
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_loaded_state_and_another_step_are_drawn_anew(in_place: bool) -> None:
     ahead, other = sampler(), sampler()
     update(other)
     subnets = Subnets(ahead, one_rank())
     subnets.of(10)
-    ahead.load_state(other.state())
+    if in_place:
+        ahead.logits_e.copy_(other.logits_e)
+        ahead.logits_f.copy_(other.logits_f)
+    else:
+        ahead.load_state(other.state())
     for step in (11, 3, 40):
         for found, expected in zip(subnets.of(step), other.draw(step), strict=True):
             assert torch.equal(found, expected)

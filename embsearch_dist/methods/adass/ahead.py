@@ -14,7 +14,8 @@ class Subnets:
     """What ``sampler.draw`` gives this rank for each step, on the rank's device.
 
     A draw depends on (seed, step, rank), P_E and P_F, and the last two stay as they are up to the next update. So
-    subnets are drawn up to there, and again when the sampler's logits were replaced (an update, a loaded state).
+    subnets are drawn up to there, and again when the sampler's logits were replaced or written (an update, a loaded
+    state).
     """
 
     def __init__(self, sampler: Sampler, context: Context) -> None:
@@ -22,7 +23,7 @@ class Subnets:
         self._first = 0
         self._drawn: list[tuple[torch.Tensor, torch.Tensor]] = []  # as drawn, on the CPU
         self._choices = self._keeps = torch.empty(0)
-        self._of: tuple[torch.Tensor, ...] = ()
+        self._of: list[tuple[torch.Tensor, int]] = []
 
     def of(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Candidate index ``[F]`` int64 and kept fields ``[F]`` bool of the step after ``step`` done ones."""
@@ -34,14 +35,17 @@ class Subnets:
         return self._drawn[self._place(step)][1].nonzero().squeeze(1).to(self.context.device)
 
     def _place(self, step: int) -> int:
-        same = len(self._of) == 2 and all(a is b for a, b in zip(self._of, self._logits, strict=True))
+        same = bool(self._of) and all(
+            a is b and seen == now for (a, seen), (b, now) in zip(self._of, self._logits, strict=True)
+        )
         if not same or not self._first <= step < self._first + len(self._drawn):
             self._draw(step)
         return step - self._first
 
     @property
-    def _logits(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.sampler.logits_e, self.sampler.logits_f
+    def _logits(self) -> list[tuple[torch.Tensor, int]]:
+        """The tensors and how often each was written."""
+        return [(t, t._version) for t in (self.sampler.logits_e, self.sampler.logits_f)]
 
     def _draw(self, first: int) -> None:
         last = first
