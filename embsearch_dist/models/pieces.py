@@ -123,8 +123,9 @@ class Pieces:
         )
 
     def numbers(self, device: torch.device) -> torch.Tensor:
-        """For each number of the inner vector its position in the outer one: made on the device, of one small copy.
+        """For each number of the inner vector its position in the outer one ``[size]``: how a GPU takes and puts.
 
+        Made on the device, of one small copy that nobody waits for; about 80 bytes a number while it is made.
         Number i of all pieces in turn, in row r of its piece, lies at ``i + shift + r gap`` in either vector.
         """
         if self._index is None:

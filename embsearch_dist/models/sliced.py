@@ -1,8 +1,8 @@
 """The NASRec supernet: tables of one width, and the weights of every architecture behind them, trained slice by slice.
 
 DDP would exchange the gradient of all weights in every step, some 80 million numbers of which a drawn network uses one
-or two. So the network hands out copies of the slices in use, backward fills their gradients, the ranks average those
-and nothing else, and the optimizer writes them back.
+or two. So the network copies the slices in use into one vector, backward fills its gradient, the ranks average that and
+nothing else, and the optimizer writes the vector back.
 """
 
 from __future__ import annotations
