@@ -115,7 +115,9 @@ class ModelConfig:
 class OptimConfig:
     """Optimizers of the tables and of the dense part."""
 
-    embedding: str = option("adam", "adam | adagrad | rowwise_adagrad | sgd (the last three run fused in backward)")
+    embedding: str = option(
+        "adam", "adam | adagrad | rowwise_adagrad | sgd: of the tables; rows that a step does not look up stay"
+    )
     embedding_lr: float = option(1e-3, "learning rate of the tables")
     embedding_l2: float = option(0.0, "L2 on the looked-up embeddings, added to the loss (mean over the batch)")
     dense: str = option("adam", "adam | adagrad: of the dense part")

@@ -8,7 +8,6 @@ are read from package metadata, and imports are tried in a process of their own,
 from __future__ import annotations
 
 import argparse
-import importlib.machinery
 import importlib.metadata
 import json
 import re
@@ -19,6 +18,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from embsearch_dist import compiled
 
 OK, WARN, FAIL, SKIP = "ok", "warn", "FAIL", "skip"
 
@@ -269,12 +270,16 @@ def check_torchx(timeout: float = 60) -> Check:
     return Check("torchx", FAIL, f"{text[:200]}, should be launch.dist", fix)
 
 
-def check_kernel(folder: Path = Path(__file__).parent / "models") -> Check:
-    """The compiled attention is there; without it everything runs, NASRec on CPU at half the speed."""
-    if any((folder / f"_attention{suffix}").exists() for suffix in importlib.machinery.EXTENSION_SUFFIXES):
-        return Check("kernel", OK, "attention is compiled")
-    fix = ("apt-get install gcc", f"pip install --no-deps --no-build-isolation -e {folder.parent.parent}")
-    return Check("kernel", WARN, "attention is not compiled (no C compiler?): NASRec is slower on CPU", fix)
+def check_kernel(folder: Path = compiled.FOLDER) -> Check:
+    """The compiled kernels are there; without them everything runs on CPU, but slower."""
+    missing = [name for name in compiled.KERNELS if not compiled.built(name, folder)]
+    if not missing:
+        return Check("kernel", OK, f"{' and '.join(compiled.KERNELS)} are compiled")
+    fix = ("apt-get install gcc", f"pip install --no-deps --no-build-isolation -e {folder.parent}")
+    costs = {"attention": "NASRec", "adam": "optim.embedding adam"}
+    slower = " and ".join(costs[name] for name in missing)
+    text = f"not compiled (no C compiler?): {', '.join(missing)}; on CPU {slower} will be slower"
+    return Check("kernel", WARN, text, fix)
 
 
 def check_space(folder: Path, shm: Path = Path("/dev/shm")) -> Check:

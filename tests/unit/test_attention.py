@@ -143,7 +143,10 @@ def test_what_is_no_number_stays_none(value: float) -> None:
 
 def test_the_doctor_says_whether_it_is_compiled(tmp_path: Path) -> None:
     assert doctor.check_kernel(tmp_path).status == doctor.WARN
-    (tmp_path / f"_attention{importlib.machinery.EXTENSION_SUFFIXES[0]}").touch()
+    for folder, name in (("models", "_attention"), ("dist", "_adam")):
+        assert name[1:] in doctor.check_kernel(tmp_path).detail
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{name}{importlib.machinery.EXTENSION_SUFFIXES[0]}").touch()
     assert doctor.check_kernel(tmp_path).status == doctor.OK
 
 
