@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -239,6 +240,22 @@ def test_evaluating_between_two_steps_changes_nothing() -> None:
         found.append(whole_tables(tables) | optimizer_state(tables))
     assert found[0]["adam steps"] == 3
     assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
+
+
+def test_fbgemms_own_count_is_set_to_the_steps_before_each_look_up_that_trains() -> None:
+    """FBGEMM counts every look-up, and at zero it asks ``iter``, which it has counted up as well."""
+    tables = adam_tables()
+    fbgemm = SimpleNamespace(iter_cpu=torch.tensor([7]), iter=torch.tensor([7]))
+    assert tables.adam is not None
+    tables.adam._counting.append(fbgemm)  # type: ignore[arg-type]
+    with torch.no_grad():
+        tables(random_batch(SCHEMA).sparse)
+    assert (int(fbgemm.iter_cpu), int(fbgemm.iter)) == (7, 7)
+    for steps in range(3):
+        fbgemm.iter_cpu.add_(5)
+        train_step(tables, steps)
+        assert int(fbgemm.iter_cpu) == steps
+    assert int(fbgemm.iter) == 0
 
 
 @pytest.mark.parametrize("scheme", ["shared", "independent"])
