@@ -15,16 +15,16 @@ from tests.pretend.worker import Worker
 STEPS = 4
 # Side of a step -> (host waits and copies, operators), as means over the steps.
 CEILINGS = {
-    "retrain": (7, 154),
-    "adass": (9, 153),
-    "adass-field": (15, 181),
-    "adass-width": (20, 262),
-    "ihas": (7, 135),
-    "ihas-outer": (15, 275),
-    "adafs": (19, 219),
-    "adafs-outer": (34, 401),
-    "nasrec": (7, 1500),
-    "nasrec-whole": (7, 4235),
+    "retrain": (2, 166),
+    "adass": (2, 226),
+    "adass-field": (2, 254),
+    "adass-width": (2, 336),
+    "ihas": (2, 206),
+    "ihas-outer": (5, 356),
+    "adafs": (2, 276),
+    "adafs-outer": (7, 462),
+    "nasrec": (3, 640),
+    "nasrec-whole": (3, 1735),
 }
 
 
