@@ -120,7 +120,7 @@ def fail_all_ways(rank: int, world_size: int) -> list[dict[str, Any]]:
     def tables(found: list[Table], dist: DistConfig) -> ShardedTables:
         return ShardedTables(found, context, dist, OptimConfig(), 0, 0.1)
 
-    planner = DistConfig(sharding="planner", planner=PlannerConfig(ddr_gb=0.001))
+    planner = DistConfig(sharding="planner", planner=PlannerConfig(ddr_gb=0.0005))
     other = [Table("f0", 9000 + rank, 8), *TABLES[1:]]
     odd = [Table("f0", 9000, 8 - 2 * rank)]
     results = [
@@ -148,7 +148,7 @@ def fail_all_ways(rank: int, world_size: int) -> list[dict[str, Any]]:
 def test_what_fails_on_one_rank_fails_on_both_within_seconds(tmp_path: Path) -> None:
     first, second = run_ranks(fail_all_ways, 2, tmp_path)
     infeasible, rows, count, width, wise, parallel, fine = zip(first, second, strict=True)
-    assert infeasible[0]["text"].startswith("no plan for 2 ranks with 1.02 MiB DDR each")
+    assert infeasible[0]["text"].startswith("no plan for 2 ranks with 524 KiB DDR each")
     assert infeasible[1]["text"] == f"rank 0 failed while planning the tables: {infeasible[0]['text']}"
     assert rows[1]["text"].startswith(
         "rank 1 has table 'f0' of 9,001 rows x 8, rank 0 has table 'f0' of 9,000 rows x 8"
