@@ -27,9 +27,9 @@ SMALL = [
         "optim.embedding_l2=0.001",
     ),
     *("model.hidden=[8,4]", "model.unified_width=8", "train.batch_size=128", "train.eval_batch_size=200"),
-    *("train.epochs=1", "train.log_every=1", "train.save_every=1"),
+    *("train.epochs=1", "train.steps=3", "train.log_every=1", "train.save_every=1"),
 ]
-TRAINING = ("batch_size=128", "eval_batch_size=200", "epochs=2", "steps=7", "log_every=1", "save_every=3")
+TRAINING = ("batch_size=128", "eval_batch_size=200", "epochs=2", "steps=6", "log_every=1", "save_every=3")
 SEARCH = {
     "adass": (
         *("search.candidates=[0,4,8]", "search.sampling.update_every=3", "search.policy.steps=2"),
