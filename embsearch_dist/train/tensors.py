@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -92,7 +93,10 @@ def _copies(tensors: Any, group: Any, copy: Callable[[torch.Tensor, str], torch.
     for s in tensors.local_shards():
         place = tuple(s.metadata.shard_offsets)
         shards.append(Shard(copy(s.tensor, f"{name}{list(place)}").contiguous(), moved[place]))
-    metadata = ShardedTensorMetadata(parts, whole.size, whole.tensor_properties)
+    # A ShardedTensor refuses shards that are pinned where its properties say that they are not.
+    pinned = any(s.tensor.is_pinned() for s in shards)
+    properties = dataclasses.replace(whole.tensor_properties, pin_memory=pinned)
+    metadata = ShardedTensorMetadata(parts, whole.size, properties)
     return ShardedTensor._init_from_local_shards_and_global_metadata(shards, metadata, process_group=group)
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from embsearch_dist import doctor
 
+TIERS = {"unit", "distributed", "launch", "pretend", "gpu", "slow"}
 SCRIPTS = ("tools/setup.sh", "tools/test.sh", "tools/demo.sh", ".ci/run")
 PIP_NAME = {"yaml": "pyyaml", "sklearn": "scikit-learn", "fbgemm_gpu": "fbgemm-gpu"}
 
@@ -134,7 +135,7 @@ def test_torchx_registration(repo_root: Path, setup_call: dict) -> None:
 
 def test_markers_and_default_selection(repo_root: Path) -> None:
     options = tomllib.loads((repo_root / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
-    assert {line.split(":")[0] for line in options["markers"]} == {"unit", "distributed", "launch", "gpu", "slow"}
+    assert {line.split(":")[0] for line in options["markers"]} == TIERS
     assert options["addopts"][-2:] == ["-m", "not slow"]
 
 
