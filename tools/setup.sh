@@ -62,7 +62,7 @@ make_venv() {
 # A stamp holds what a finished installation was made from; a mark says that one has begun.
 kind=$variant${pair:+-$pair}
 stamp=$folder/.embsearch-$kind mark=$folder/.embsearch-unfinished
-digest() { cat "$@" setup.py embsearch_dist/models/attention.c | sha256sum | cut -d ' ' -f 1; }
+digest() { cat "$@" setup.py embsearch_dist/*/*.c | sha256sum | cut -d ' ' -f 1; }
 common_digest=$(digest requirements/common.txt "requirements/$variant.txt" ${pair:+"requirements/pair-$pair.txt"})
 test_digest=$(digest requirements/test.txt)
 here=$(pwd -P)
