@@ -5,6 +5,7 @@ The functions that run there are those of the test files, at module level, so th
 
 from __future__ import annotations
 
+import gc
 import os
 import traceback
 from collections.abc import Callable
@@ -59,6 +60,8 @@ def _serve(pipe: Connection) -> None:
             fn, args = pipe.recv()
         except EOFError:
             return
+        if not gc.get_freeze_count():
+            gc.freeze()  # what the libraries hold stays: no need to look through it again and again
         torch.manual_seed(0)
         try:
             answer = "", fn(*args)

@@ -92,7 +92,7 @@ class AdaFSTask(gated.GatedTask):
         controller.eval()  # without dropout
         chosen = self.choose(controller(u)).double()
         controller.train()
-        return torch.cat([chosen.sum(0), (chosen > 0).sum(0), chosen.new_tensor([len(u)])])
+        return torch.cat([chosen.sum(0), (chosen > 0).sum(0), chosen.new_full((1,), len(u))])
 
     def after_step(self, step: int, monitor: Monitor) -> None:
         super().after_step(step, monitor)
