@@ -228,7 +228,8 @@ class ArchitectureSupernet(CTRModel):
         m, seed = config.model, config.run.seed
         uniform = Allocation.uniform(schema, space.width)
         self.context = context
-        self.tables = MixedTables(uniform, context, config.dist, config.optim, seed, m.init_std, partial=True)
+        # Not ``partial``: the head reads tokens, so every network reads every column of the tables.
+        self.tables = MixedTables(uniform, context, config.dist, config.optim, seed, m.init_std)
         self.layout = Layout(space, max(1, len(schema.dense)), len(schema.fields))
         with seeded(seed):
             self.head = SlicedNetwork(self.layout).to(context.device)

@@ -20,11 +20,11 @@ CEILINGS = {
     "adass-field": (2, 254),
     "adass-width": (2, 336),
     "ihas": (2, 206),
-    "ihas-outer": (5, 356),
+    "ihas-outer": (6, 360),
     "adafs": (2, 276),
-    "adafs-outer": (7, 462),
-    "nasrec": (3, 640),
-    "nasrec-whole": (3, 1735),
+    "adafs-outer": (6, 465),
+    "nasrec": (3, 570),
+    "nasrec-whole": (3, 1680),
 }
 
 
