@@ -39,7 +39,8 @@ LAUNCHER_ENVIRONMENT = {
     # of the restarts hang or fail on gloo. With a store of its own per attempt all of them recovered.
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     # TorchX kills the agent 10 s after it asked it to stop; the agent must be done with its workers
-    # before that (its own default is 30 s), or they outlive it.
+    # before that (its own default is 30 s), or they outlive it. torch 2.11 does not read this: there a rank that
+    # ignores SIGTERM outlives a job that is interrupted.
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",
 }
 
