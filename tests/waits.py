@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-READ = {"nonzero", "masked_select", "_local_scalar_dense", "equal", "bincount", "_unique2"}
+from tools.pretend.dispatch import WAITS
+
 INDEXED = {"index", "index_put_", "_index_put_impl_"}
 
 
@@ -21,6 +22,6 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.split("::")[1]
         masks = [i for i in args[1] if i is not None and i.dtype == torch.bool] if name in INDEXED else []
-        if name in READ or masks:
+        if name in WAITS or masks:
             self.found.append(f"{name} by mask" if masks else name)
         return func(*args, **(kwargs or {}))

@@ -44,7 +44,7 @@ for setting in "${settings[@]}"; do
     read -ra limits <<< "$(environment "${setting%-*}")"
     if [[ ! -e $log ]]; then
         env "${limits[@]}" EMBSEARCH_TEST_THREADS="$threads" OMP_NUM_THREADS="$threads" \
-            "$python" -m pytest -q -n "$workers" --dist loadfile -p no:cacheprovider "$@" > "$log.part" 2>&1 && code=0 || code=$?
+            "$python" -m pytest -q -n "$workers" --dist loadfile --no-loadscope-reorder -p no:cacheprovider "$@" > "$log.part" 2>&1 && code=0 || code=$?
         # 0 and 1: all tests ran. What was interrupted begins anew next time.
         [[ $code -le 1 ]] && mv "$log.part" "$log"
     fi

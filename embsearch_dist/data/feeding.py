@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from embsearch_dist.data.batch import Batch, Position
-from embsearch_dist.data.making import BatchMaker
+from embsearch_dist.data.making import BatchMaker, keyed
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -153,7 +153,7 @@ class Feeder:
             weights = part["weights"].view(torch.float32) if "weights" in part else None
             counts = packed.counts
             assert counts is not None, "fields without lists have no weights"
-            sparse = self.maker.keyed(part["ids"], weights, part["lengths"], part["offsets"], rows, counts)
+            sparse = keyed(self.maker.keys, part["ids"], weights, part["lengths"], part["offsets"], rows, counts)
         dense, label = (part[name].view(torch.float32) for name in ("dense", "label"))
         return Batch(dense.view(rows, columns), sparse, label, packed.position)
 

@@ -29,7 +29,7 @@ class BatchMaker:
         """``[F, B]`` int32 ids, one per field and sample -> the jagged tensor TorchRec wants."""
         n_fields, size = ids.shape
         lengths, offsets = self._constant(n_fields * size, ids.device)
-        return self.keyed(ids.reshape(-1), None, lengths, offsets, size, [size] * n_fields)
+        return keyed(self.keys, ids.reshape(-1), None, lengths, offsets, size, [size] * n_fields)
 
     def _constant(self, total: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Lengths and offsets of ``total`` bags of one id."""
@@ -40,27 +40,6 @@ class BatchMaker:
             lengths = torch.ones(total, dtype=torch.int32, device=device)
             self._ones[total, device] = lengths, torch.arange(total + 1, dtype=torch.int32, device=device)
         return self._ones[total, device]
-
-    def keyed(
-        self,
-        ids: torch.Tensor,
-        weights: torch.Tensor | None,
-        lengths: torch.Tensor,
-        offsets: torch.Tensor,
-        size: int,
-        counts: list[int],
-    ) -> KeyedJaggedTensor:
-        """``size`` bags of each field, fields one after the other; ``counts``: ids of each field."""
-        return KeyedJaggedTensor(
-            keys=self.keys,
-            values=ids,
-            weights=weights,
-            lengths=lengths,
-            offsets=offsets,
-            stride=size,
-            length_per_key=counts,
-            offset_per_key=list(itertools.accumulate(counts, initial=0)),
-        )
 
     def jagged(self, rows: Rows) -> KeyedJaggedTensor:
         """Rows with list fields. If any field is weighted, all are: TorchRec knows no weights of some."""
@@ -77,7 +56,8 @@ class BatchMaker:
                 given = None if bags is None else bags.weights
                 weights.append(np.ones(len(ids[-1]), np.float32) if given is None else given)
         flat = lengths.reshape(-1)
-        return self.keyed(
+        return keyed(
+            self.keys,
             torch.from_numpy(np.concatenate(ids)),
             torch.from_numpy(np.concatenate(weights)) if weights is not None else None,
             torch.from_numpy(flat),
@@ -89,3 +69,25 @@ class BatchMaker:
     def __call__(self, rows: Rows, position: Position) -> Batch:
         sparse = self.jagged(rows) if rows.bags else self.sparse(torch.from_numpy(rows.ids))
         return Batch(torch.from_numpy(rows.dense), sparse, torch.from_numpy(rows.label), position)
+
+
+def keyed(
+    keys: list[str],
+    ids: torch.Tensor,
+    weights: torch.Tensor | None,
+    lengths: torch.Tensor,
+    offsets: torch.Tensor,
+    size: int,
+    counts: list[int],
+) -> KeyedJaggedTensor:
+    """``size`` bags of each field, fields one after the other; ``counts``: ids of each field."""
+    return KeyedJaggedTensor(
+        keys=keys,
+        values=ids,
+        weights=weights,
+        lengths=lengths,
+        offsets=offsets,
+        stride=size,
+        length_per_key=counts,
+        offset_per_key=list(itertools.accumulate(counts, initial=0)),
+    )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embsearch_dist.data.batch import Batch
+from embsearch_dist.data.making import keyed
 
 
 def select(batch: Batch, rows: torch.Tensor, single: bool | None = None) -> Batch:
@@ -33,7 +32,7 @@ def _single(sparse: KeyedJaggedTensor, rows: torch.Tensor, size: int) -> KeyedJa
     ids = sparse.values().view(len(keys), size).index_select(1, rows).reshape(-1)
     lengths = torch.ones(len(ids), dtype=torch.int32, device=ids.device)
     offsets = torch.arange(len(ids) + 1, dtype=torch.int32, device=ids.device)
-    return _keyed(sparse, ids, None, lengths, offsets, n, [n] * len(keys))
+    return keyed(keys, ids, None, lengths, offsets, n, [n] * len(keys))
 
 
 def _jagged(sparse: KeyedJaggedTensor, rows: torch.Tensor, size: int) -> KeyedJaggedTensor:
@@ -50,25 +49,4 @@ def _jagged(sparse: KeyedJaggedTensor, rows: torch.Tensor, size: int) -> KeyedJa
     weights = sparse.weights_or_none()
     ids = sparse.values().index_select(0, places)
     kept = None if weights is None else weights.index_select(0, places)
-    return _keyed(sparse, ids, kept, flat, offsets, len(rows), counts)
-
-
-def _keyed(
-    sparse: KeyedJaggedTensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor | None,
-    lengths: torch.Tensor,
-    offsets: torch.Tensor,
-    stride: int,
-    counts: list[int],
-) -> KeyedJaggedTensor:
-    return KeyedJaggedTensor(
-        keys=sparse.keys(),
-        values=ids,
-        weights=weights,
-        lengths=lengths,
-        offsets=offsets,
-        stride=stride,
-        length_per_key=counts,
-        offset_per_key=list(itertools.accumulate(counts, initial=0)),
-    )
+    return keyed(sparse.keys(), ids, kept, flat, offsets, len(rows), counts)

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
+
 from embsearch_dist.config import load_config
 from embsearch_dist.schema import read_json
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.trainer import Trainer
 from launch import evaluate, retrain, search
 from tests.factories import CONFIGS, recorded
+from tests.pretend.worker import Worker
 
 SMALL = [
     *(
@@ -173,3 +176,14 @@ def figures(path: Path) -> dict[str, Any]:
     body = read_json(path)
     assert 0 < body["auc"] < 1 and 0 < body["logloss"] < 5
     return {key: body[key] for key in ("auc", "logloss", "embedding_parameters") if key in body}
+
+
+def check_killed(worker: Worker, chain: Chain, data: Path, folder: Path) -> None:
+    """A chain killed in every training ends as an unbroken one, to the bit."""
+    unbroken, killed = (worker(walk, chain, data, folder, "cuda", kill) for kill in (False, True))
+    assert killed == unbroken
+
+
+def chains_of(*methods: str) -> Any:
+    """A test for each chain of these methods."""
+    return pytest.mark.parametrize("chain", [c for c in CHAINS if c.method in methods], ids=lambda c: c.label)

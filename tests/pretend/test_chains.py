@@ -8,12 +8,8 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-import pytest
-
-from tests.pretend.chains import CHAINS, Chain, walk
+from tests.pretend.chains import CHAINS, Chain, chains_of, check_killed
 from tests.pretend.worker import Worker
-
-METHODS = ("adass", "nasrec")
 
 
 def test_every_pair_of_choices_is_walked() -> None:
@@ -27,10 +23,8 @@ def test_every_pair_of_choices_is_walked() -> None:
         assert {pair for pair in missing if (left, right, pair[0]) != ("method", "norm", "adafs")} == set()
 
 
-@pytest.mark.parametrize("chain", [c for c in CHAINS if c.method in METHODS], ids=lambda c: c.label)
+@chains_of("adass", "nasrec")
 def test_a_killed_chain_ends_like_an_unbroken_one(
     pretend: Worker, ids: Path, lists: Path, tmp_path: Path, chain: Chain
 ) -> None:
-    data = lists if chain.lists else ids
-    unbroken, killed = (pretend(walk, chain, data, tmp_path, "cuda", kill) for kill in (False, True))
-    assert killed == unbroken
+    check_killed(pretend, chain, lists if chain.lists else ids, tmp_path)
