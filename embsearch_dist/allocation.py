@@ -2,12 +2,13 @@
 
 Widths are *nominal* (what the method counts, 0 = the field is dropped). FBGEMM needs local widths
 divisible by 4, so a table is stored at the *physical* width: the next multiple of 4. Both are counted.
+Where every value has a first-order weight of its own (``model.first_order value``), its column is counted too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from embsearch_dist.errors import UserError
@@ -23,14 +24,18 @@ def physical_width(width: int) -> int:
     return (width + 3) // 4 * 4
 
 
-def cost(resource: str, cardinality: int, width: int) -> int:
-    """What one table costs: its ``widths`` (columns), nominal ``parameters``, or physical ``bytes``."""
+def cost(resource: str, cardinality: int, width: int, extra: int = 0) -> int:
+    """What one table costs: its ``widths`` (columns of the embedding), nominal ``parameters``, or physical ``bytes``.
+
+    ``extra``: columns beside the width, which a dropped field lacks; parameters and bytes count them.
+    """
+    columns = width + extra if width else 0
     if resource == "widths":
         return width
     if resource == "parameters":
-        return cardinality * width
+        return cardinality * columns
     if resource == "bytes":
-        return cardinality * physical_width(width) * BYTES_PER_PARAMETER
+        return cardinality * physical_width(columns) * BYTES_PER_PARAMETER
     raise UserError(f"resource {resource!r} is none of {', '.join(RESOURCES)}")
 
 
@@ -42,11 +47,14 @@ class Allocation:
         schema: the schema the widths belong to.
         widths: field name -> nominal width >= 0, for every field of the schema.
         provenance: method, seed, budget, score, ...: anything JSON can hold.
+        extra: columns that each kept field's table has beside its width; the config that a model is built with says
+            how many (``ModelConfig.extra``), see :meth:`counted`.
     """
 
     schema: Schema
     widths: dict[str, int]
     provenance: dict[str, object] = field(default_factory=dict)
+    extra: int = 0
 
     def __post_init__(self) -> None:
         known = set(self.schema.names)
@@ -66,6 +74,14 @@ class Allocation:
         """UES: the same width for every field, the baseline of every report."""
         return cls(schema, dict.fromkeys(schema.names, width), {"method": "ues", "name": f"ues-{width}"})
 
+    def counted(self, extra: int) -> Allocation:
+        """The same widths, counted with ``extra`` columns beside them."""
+        return replace(self, extra=extra)
+
+    def columns(self, name: str) -> int:
+        """Physical columns of a field's table; 0 where it is dropped."""
+        return physical_width(self.widths[name] + self.extra) if self.widths[name] else 0
+
     @property
     def kept(self) -> list[str]:
         """Names of the fields with a width above 0, in schema order."""
@@ -73,11 +89,11 @@ class Allocation:
 
     def total(self, resource: str) -> int:
         """Sum over fields of ``widths`` (columns), ``parameters`` (nominal) or ``bytes`` (physical)."""
-        return sum(cost(resource, f.cardinality, self.widths[f.name]) for f in self.schema.fields)
+        return sum(cost(resource, f.cardinality, self.widths[f.name], self.extra) for f in self.schema.fields)
 
     def reduction(self, reference_width: int = 32) -> float:
         """P-R: share of nominal embedding parameters saved against the uniform reference width."""
-        return 1 - self.total("parameters") / (reference_width * sum(self.schema.cardinalities))
+        return 1 - self.total("parameters") / ((reference_width + self.extra) * sum(self.schema.cardinalities))
 
     def save(self, path: Path) -> None:
         """Write the allocation as JSON, sizes included for the reader's eye."""
@@ -88,6 +104,7 @@ class Allocation:
                 "dataset": self.schema.dataset,
                 "schema": self.schema.fingerprint,
                 "widths": {n: self.widths[n] for n in self.schema.names},
+                "extra_columns": self.extra,
                 "sizes": {r: self.total(r) for r in RESOURCES} | {"P-R": round(self.reduction(), 4)},
                 "provenance": self.provenance,
             },
@@ -113,6 +130,6 @@ class Allocation:
                 "or point --data.path to the data set the allocation was made for"
             )
         try:
-            return cls(schema, dict(widths), dict(body.get("provenance", {})))
+            return cls(schema, dict(widths), dict(body.get("provenance", {})), int(body.get("extra_columns", 0)))
         except UserError as e:
             raise UserError(f"{path}: {e}") from e

@@ -22,11 +22,15 @@ from omegaconf.errors import OmegaConfBaseException
 from embsearch_dist.errors import UserError
 
 
-def option(default: Any, text: str) -> Any:
-    """A config field with its help text."""
+def option(default: Any, text: str, before: Any = None) -> Any:
+    """A config field with its help text.
+
+    ``before``: what versions without this key did, where that is not today's default.
+    """
+    metadata = {"help": text} if before is None else {"help": text, "before": before}
     if isinstance(default, list | dict):
-        return field(default_factory=lambda: default.copy(), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+        return field(default_factory=lambda: default.copy(), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def require(condition: bool, key: str, message: str) -> None:
@@ -90,8 +94,19 @@ class ModelConfig:
     bottom: list[int] = option([64], "hidden layers of DLRM's MLP on the dense columns")
     dropout: float = option(0.0, "dropout after each hidden layer")
     precision: str = option("float32", "float32 | bfloat16: products of the MLP; bfloat16 where hardware has it")
-    unified_width: int = option(32, "d_f: the common width every field is transformed to")
+    transform: str = option(
+        "identity",
+        "to a common width: identity (none learned, zeros fill up) | width (a linear map per width) | field (per field "
+        "and width) | mlp (per width, with a layer behind a ReLU)",
+        before="width",
+    )
+    unified_width: int = option(32, "d_f: the common width of the learned transforms; identity takes the widest width")
     unify: str = option("always", "always | mixed: 'mixed' skips the transform when all widths are equal")
+    first_order: str = option(
+        "embedding",
+        "the linear part of fm, deepfm, wide_deep: embedding (linear in it) | value (a weight per value, as published: "
+        "one more column of each table)",
+    )
     norm: str = option("none", "BatchNorm of the transform: none | field (statistics per field) | width (as printed)")
     gain: float = option(0.1, "initial scale of that BatchNorm; small, so that FM starts near zero")
     init_std: float = option(0.01, "standard deviation of the initial embedding values")
@@ -100,7 +115,9 @@ class ModelConfig:
         one_of("model.backbone", self.backbone, ["wide_deep", "deepfm", "fm", "mlp", "dlrm", "nasrec"])
         given = (self.backbone == "nasrec") == bool(self.architecture)
         require(given, "model.architecture", "belongs to model.backbone nasrec, and that needs it: a file of a search")
+        one_of("model.transform", self.transform, ["identity", "width", "field", "mlp"])
         one_of("model.unify", self.unify, ["always", "mixed"])
+        one_of("model.first_order", self.first_order, ["embedding", "value"])
         one_of("model.norm", self.norm, ["field", "width", "none"])
         one_of("model.precision", self.precision, ["float32", "bfloat16"])
         require(self.backbone != "mlp" or bool(self.hidden), "model.hidden", "an mlp needs at least one hidden layer")
@@ -109,6 +126,11 @@ class ModelConfig:
         for key in ("hidden", "bottom"):
             widths = getattr(self, key)
             require(all(h > 0 for h in widths), f"model.{key}", f"every width must be above 0, got {widths}")
+
+    @property
+    def extra(self) -> int:
+        """Columns of a kept field's table beside its width: 1 where each value has a first-order weight of its own."""
+        return int(self.first_order == "value" and self.backbone in ("fm", "deepfm", "wide_deep"))
 
 
 @dataclass
@@ -325,6 +347,19 @@ def _read_yaml(path: Path) -> DictConfig:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from e
     if not isinstance(body, DictConfig):
         raise UserError(f"{path}: expected a mapping of sections (run, data, model, ...)")
+    return _as_it_was(body)
+
+
+def _as_it_was(body: DictConfig) -> DictConfig:
+    """A file that :meth:`Config.save` of an older version wrote: keys added since mean what that version did.
+
+    It holds every section and the order to overwrite. A person writes some sections and keys, and today's defaults
+    hold for the others.
+    """
+    written = {"method", "search", *SECTIONS} <= set(body) and "overwrite" in body["run"]
+    for name, cls in SECTIONS.items() if written else ():
+        before = {f.name: f.metadata["before"] for f in dataclasses.fields(cls) if "before" in f.metadata}
+        body[name] = OmegaConf.merge(before, body[name])
     return body
 
 
@@ -383,7 +418,8 @@ def fingerprint(*parts: Any) -> str:
 
 
 def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any], search: type | None = None) -> list[str]:
-    """Dotted keys whose values differ. A key that an older version did not have counts as its default.
+    """Dotted keys whose values differ. A key that an older version did not have counts as what that version did: the
+    ``before`` of :func:`option`, or its default.
 
     Args:
         old, new: flat settings, as a checkpoint or a stage recorded them and as they are now.
@@ -394,19 +430,22 @@ def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any], search: typ
 
 def tell_changed(old: Mapping[str, Any], new: Mapping[str, Any], keys: Sequence[str]) -> str:
     """The first of the changed settings for a message: ``optim.dense was 'adam', now 'adagrad'``."""
-    return ", ".join(f"{k} was {old.get(k)!r}, now {new.get(k)!r}" for k in keys[:3])
+    return ", ".join(f"{k} was {old.get(k, _default(k, None))!r}, now {new.get(k)!r}" for k in keys[:3])
 
 
 def _default(key: str, search: type | None) -> Any:
-    """Default of a dotted key, a list as JSON gives it back; of a bare one that of training; None for what has none."""
+    """What a dotted key that is not there means, a list as JSON gives it back; a bare one is of training; None for
+    what has no default."""
     section, _, rest = key.rpartition(".")
     found: Any = {**SECTIONS, "search": search}.get(section.partition(".")[0]) if section else TrainConfig
     if found is None:
         return None
     found = found()
-    for name in [*section.split(".")[1:], rest]:
+    for name in section.split(".")[1:]:
         found = getattr(found, name, None)
-    return found
+    fields = dataclasses.fields(found) if dataclasses.is_dataclass(found) else ()
+    before = {f.name: f.metadata["before"] for f in fields if "before" in f.metadata}
+    return before.get(rest, getattr(found, rest, None))
 
 
 def describe(methods: Mapping[str, type]) -> str:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from embsearch_dist.allocation import RESOURCES, Allocation
@@ -38,6 +38,10 @@ class GroupedAllocation:
         if len(self.rows) != len(self.allocations):
             raise UserError(f"{len(self.allocations)} groups, but rows of {len(self.rows)}")
 
+    def counted(self, extra: int) -> GroupedAllocation:
+        """The same widths, counted with ``extra`` columns beside them."""
+        return replace(self, allocations=tuple(a.counted(extra) for a in self.allocations))
+
     def total(self, resource: str) -> int:
         """Sum over groups of :meth:`Allocation.total`; what routes the rows is not in it."""
         return sum(a.total(resource) for a in self.allocations)
@@ -52,6 +56,7 @@ class GroupedAllocation:
             {
                 "rows": rows,
                 "widths": {n: a.widths[n] for n in self.schema.names},
+                "extra_columns": a.extra,
                 "sizes": {r: a.total(r) for r in RESOURCES},
             }
             for a, rows in zip(self.allocations, self.rows, strict=True)
@@ -77,7 +82,10 @@ class GroupedAllocation:
                     "--data.path to the data set it was made for"
                 )
             provenance = dict(body.get("provenance", {}))
-            found = tuple(Allocation(schema, dict(g["widths"]), provenance) for g in body["groups"])
+            found = tuple(
+                Allocation(schema, dict(g["widths"]), provenance, int(g.get("extra_columns", 0)))
+                for g in body["groups"]
+            )
             rows = tuple({str(k): int(v) for k, v in g["rows"].items()} for g in body["groups"])
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise UserError(f"{path}: not a grouped allocation ({e!r}). Run search.py again") from e

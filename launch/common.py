@@ -26,6 +26,7 @@ from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.ihas.router import ROUTER
 from embsearch_dist.methods.nasrec.searching import RESULT
+from embsearch_dist.models.ctr import common_width
 from embsearch_dist.models.network import check_width
 from embsearch_dist.schema import Schema
 from embsearch_dist.train import signals
@@ -155,8 +156,7 @@ def open_retraining(config: Config, schema: Schema, found: Allocation | GroupedA
     if config.model.architecture:
         network, space = _network(config.model.architecture)
         for widths in ({w for w in part.values() if w} for part in _widths(found)):
-            one = config.model.unify == "mixed" and len(widths) == 1
-            check_width(config.model.architecture, space, widths.pop() if one else config.model.unified_width)
+            check_width(config.model.architecture, space, common_width(config.model, sorted(widths)))
     kinds: dict[str, type[Allocation | GroupedAllocation]] = {"allocation.json": Allocation, GROUPS: GroupedAllocation}
     for file, kind in kinds.items():
         if (directory / file).exists() and not config.run.overwrite:
@@ -192,8 +192,9 @@ def searched_network(directory: Path, overrides: Sequence[str]) -> list[str]:
     if not path.exists() or any(o.startswith("model.backbone=") for o in overrides):
         return []
     _, space = load_architecture(path)
-    width = f"model.unified_width={space.width}"
-    return ["model.backbone=nasrec", f"model.architecture={path}", "model.unify=mixed", width]
+    # Other widths than the space's are mapped to it.
+    width = ["model.unify=mixed", "model.transform=width", f"model.unified_width={space.width}"]
+    return ["model.backbone=nasrec", f"model.architecture={path}", *width]
 
 
 def read_result(text: str, run_dir: Path, schema: Schema) -> tuple[str, Allocation | GroupedAllocation]:

@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
         subjects.append(supernet_subject(schema, config))
     if allocations or not subjects:
         found = [str(Path(plain["run"]) / "allocation.json")] if "run" in plain and not subjects else []
-        subjects += read_subjects(allocations or found, schema, any_data="cardinalities" in plain)
+        subjects += read_subjects(allocations or found, schema, "cardinalities" in plain, config.model.extra)
     plans = make_plans(subjects, topology, config)
     parameters = {s.name: s.parameters for s in subjects}
     figures = to_json(plans, parameters) | {"gpu": gpu}

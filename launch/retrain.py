@@ -65,6 +65,7 @@ def main(argv: Sequence[str]) -> None:
         schema = open_data(config, context)
         with context.together("reading the allocation"):
             name, found = read_result(plain.get("allocation", config.model.allocation), run_dir, schema)
+            found = found.counted(config.model.extra)
         if config.model.architecture and name.startswith("ues-"):
             name = f"nasrec-{name}"  # not the uniform baseline: a found network stands behind its tables
         name = plain.get("name", name)
@@ -79,10 +80,10 @@ def main(argv: Sequence[str]) -> None:
         else:
             results = {name: retrain_one(Run(config, schema, context), found, directory, name)}
         for label, result in results.items() if context.rank == 0 else ():
-            size = result["embedding_parameters"]
+            size, whole = result["embedding_parameters"], Allocation.uniform(schema, 32).counted(config.model.extra)
             print(
                 f"{label}: test auc {result['auc']:.5f}  logloss {result['logloss']:.5f}  embedding parameters "
-                f"{size:,} ({size / Allocation.uniform(schema, 32).total('parameters'):.1%} of UES-32)  -> {directory}"
+                f"{size:,} ({size / whole.total('parameters'):.1%} of UES-32)  -> {directory}"
             )
 
 

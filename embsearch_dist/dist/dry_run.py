@@ -62,11 +62,12 @@ def _field(text: str) -> Field:
     return Field(name, int(number))
 
 
-def read_subjects(words: Sequence[str], schema: Schema, any_data: bool = False) -> list[Subject]:
+def read_subjects(words: Sequence[str], schema: Schema, any_data: bool = False, extra: int = 0) -> list[Subject]:
     """``ues-WIDTH`` or allocation files; files of one name are told apart by their path.
 
     Args:
         any_data: take the widths of an allocation that was found on other data with the same fields.
+        extra: columns of every table beside its width.
     """
     if not words:
         raise UserError("nothing to plan; give --allocation FILE or ues-WIDTH (several may follow), or --supernet")
@@ -79,7 +80,7 @@ def read_subjects(words: Sequence[str], schema: Schema, any_data: bool = False) 
             allocation = _read_allocation(word, schema, any_data)
             name = str(allocation.provenance.get("name", Path(word).stem))
             name = word if name in found else name
-        found[name] = allocation_subject(name, allocation)
+        found[name] = allocation_subject(name, allocation.counted(extra))
     return list(found.values())
 
 
@@ -97,7 +98,7 @@ def _read_allocation(path: str, schema: Schema, any_data: bool) -> Allocation:
 
 def allocation_subject(name: str, allocation: Allocation) -> Subject:
     """The tables that retraining this allocation makes; a dropped field has none."""
-    fields = [(f, physical_width(allocation.widths[f.name])) for f in allocation.schema.fields]
+    fields = [(f, allocation.columns(f.name)) for f in allocation.schema.fields]
     tables = [Table.of(f, width) for f, width in fields if width]
     return Subject(name, tables, allocation.total("parameters"))
 
@@ -108,6 +109,6 @@ def supernet_subject(schema: Schema, config: Config) -> Subject:
     if not candidates:
         raise UserError(f"--supernet: method {config.method!r} has no supernet (no search.candidates)")
     independent = getattr(config.search, "scheme", "shared") == "independent"
-    width = sum(candidates) if independent else max(candidates)
+    width = (sum(candidates) if independent else max(candidates)) + config.model.extra
     tables = [Table.of(f, physical_width(width)) for f in schema.fields]
     return Subject("supernet", tables, width * sum(schema.cardinalities))

@@ -4,13 +4,18 @@ All of them are sums over fields and pairs of fields, up to the MLP's first non-
 
     logit = sum_f linear_f(u_f) + sum_{f<g} <u_f, u_g> + MLP(relu(sum_f first_f(u_f) + first(dense)))
 
+As FM, DeepFM and Wide & Deep were published, ``linear_f`` is a weight of the value itself, not linear in its
+embedding: with ``values`` it comes from the tables, summed over the fields, and the embeddings have no linear part.
+
 A search that scores many subnets on the same rows caches the terms of each field and pair once and only adds
 them up.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -18,6 +23,7 @@ from torch.nn import functional
 
 from embsearch_dist.errors import UserError
 from embsearch_dist.models.dense import Linear, fm, linear
+from embsearch_dist.models.pooled import Move, moved
 
 
 class Backbone(nn.Module):
@@ -31,6 +37,9 @@ class Backbone(nn.Module):
         hidden: hidden layers of the MLP; empty = no MLP (FM).
         precision: ``float32``, or ``bfloat16`` for the products of the MLP's hidden layers. What is added up to
             the logit is float32 in either case, and so are all weights.
+        values: the linear part of the fields are weights of the values, given to :meth:`forward`.
+        widths: of each field, where they are not ``width`` alike: fields then come side by side, and no weight is spent
+            on columns that would be zero. The FM fills them up to ``width``.
     """
 
     def __init__(
@@ -42,12 +51,18 @@ class Backbone(nn.Module):
         hidden: Sequence[int],
         dropout: float = 0.0,
         precision: str = "float32",
+        values: bool = False,
+        widths: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        self.precision = getattr(torch, precision)
+        self.precision, self.values = getattr(torch, precision), values
         self.fields, self.width, self.fm, self.deep = fields, width, fm, bool(hidden)
-        inputs = fields * width + dense
-        self.linear = nn.Linear(inputs, 1)
+        self.widths = list(widths) or [width] * fields
+        self.starts = list(accumulate(self.widths, initial=0))
+        inputs = self.starts[-1] + dense
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # no dense columns: a bias alone
+            self.linear = nn.Linear(dense if values else inputs, 1)
         if hidden:
             self.first = Linear(inputs, hidden[0])
             layers: list[nn.Module] = [nn.ReLU(), nn.Dropout(dropout)]
@@ -55,15 +70,24 @@ class Backbone(nn.Module):
                 layers += [Linear(a, b), nn.ReLU(), nn.Dropout(dropout)]
             self.rest = nn.Sequential(*layers, Linear(hidden[-1], 1))
 
-    def forward(self, u: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
-        """``u [B, F, d]``, ``dense [B, n_dense]`` -> logits ``[B]``."""
+    def forward(self, u: torch.Tensor, dense: torch.Tensor, first_order: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits ``[B]``.
+
+        Args:
+            u: ``[B, F, d]``, or with ``widths`` ``[B, sum of widths]``.
+            dense: ``[B, n_dense]``.
+            first_order: with ``values``, the sum over the fields of the values' weights, ``[B]``.
+        """
         x = u.reshape(len(u), -1)
         if dense.shape[1]:
             x = torch.cat([x, dense], 1)
+        part = dense if self.values else x
         if self.deep and self.precision is torch.bfloat16:
             with torch.autocast(u.device.type, self.precision):
                 hidden = self.rest[:-1](self.first(x))
-            logit = self.linear(x) + self.rest[-1](hidden.float())
+            logit = self.linear(part) + self.rest[-1](hidden.float())
+        elif self.deep and self.values:
+            logit = self.linear(part) + self.rest(self.first(x))
         elif self.deep:
             # One product for both: the inputs are wide, and each more would read and, in backward, write them again.
             # Rows of zeros fill it up to whole vectors: 257 outputs take up to three times as long as 272.
@@ -73,9 +97,24 @@ class Backbone(nn.Module):
             hidden, logit, _ = linear(x, weight, bias).split([self.first_width, 1, fill], 1)
             logit = logit + self.rest(hidden)
         else:
-            logit = self.linear(x)
+            logit = self.linear(part)
         logit = logit.squeeze(1)
-        return logit + fm(u) if self.fm else logit
+        if self.values:
+            assert first_order is not None
+            logit = logit + first_order
+        return logit + fm(self._alike(u)) if self.fm else logit
+
+    def _alike(self, u: torch.Tensor) -> torch.Tensor:
+        """The fields at one width ``[B, F, d]``."""
+        if u.dim() == 3:
+            return u
+        places = zip(self.starts, range(0, self.fields * self.width, self.width), self.widths, strict=False)
+        filled = moved(u, [Move(*place) for place in places], self.fields * self.width)
+        return filled.unflatten(1, (self.fields, self.width))
+
+    def columns(self, field: int) -> slice:
+        """Inputs of the first layer that are one field's."""
+        return slice(self.starts[field], self.starts[field + 1])
 
     @property
     def first_width(self) -> int:
@@ -88,9 +127,12 @@ class Backbone(nn.Module):
         return [m for m in self.rest if isinstance(m, nn.Linear)] if self.deep else []
 
     def field_terms(self, field: int, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Share of one field ``u [N, d]`` in the linear part ``[N]`` and in the first layer ``[N, first_width]``."""
-        columns = slice(field * self.width, (field + 1) * self.width)
-        return u @ self.linear.weight[0, columns], u @ self.first.weight[:, columns].T if self.deep else u[:, :0]
+        """Share of one field ``u [N, d]`` in the linear part ``[N]`` and in the first layer ``[N, first_width]``.
+
+        With ``values`` the first is zero: its share is the weight of its value."""
+        columns = self.columns(field)
+        linear = u.new_zeros(len(u)) if self.values else u @ self.linear.weight[0, columns]
+        return linear, u @ self.first.weight[:, columns].T if self.deep else u[:, :0]
 
     def pair_terms(self, u: torch.Tensor) -> torch.Tensor:
         """Share of pairs in the FM part: ``u [N, P, d]`` -> ``[N, P, P]``, of which a caller takes what it needs."""
@@ -98,8 +140,9 @@ class Backbone(nn.Module):
 
     def dense_terms(self, dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Share of the dense columns and of all biases, shaped as :meth:`field_terms`."""
-        start = self.fields * self.width
-        linear = dense @ self.linear.weight[0, start:] + self.linear.bias
+        start = self.starts[-1]
+        own = self.linear.weight[0, 0 if self.values else start :]
+        linear = dense @ own + self.linear.bias
         return linear, dense @ self.first.weight[:, start:].T + self.first.bias if self.deep else dense[:, :0]
 
 
@@ -111,16 +154,19 @@ def make_backbone(
     hidden: Sequence[int],
     dropout: float = 0.0,
     precision: str = "float32",
+    values: bool = False,
+    widths: Sequence[int] = (),
 ) -> Backbone:
     """Build ``wide_deep`` (Cheng et al. 2016), ``deepfm`` (Guo et al. 2017), ``fm`` (Rendle 2010) or ``mlp``.
 
-    The wide part is linear in the unified embeddings: a linear part over raw ids would keep a
-    full-width path for a field that the search has dropped.
+    The wide part is linear in the unified embeddings, or with ``values`` the sum of a weight per value as published.
+    That weight is a column of the field's table, so that a dropped field leaves no path either way. An mlp has none.
     """
     if kind in ("dlrm", "nasrec"):
         raise UserError(f"config key model.backbone: {kind} is for the model of an allocation (retrain.py) alone")
     fm = kind in ("deepfm", "fm")
-    found = Backbone(fields, width, dense, fm, [] if kind == "fm" else hidden, dropout, precision)
+    values = values and kind != "mlp"
+    found = Backbone(fields, width, dense, fm, [] if kind == "fm" else hidden, dropout, precision, values, widths)
     if kind == "mlp":
         # The linear part stays, at zero, so that all backbones have the same terms; in the first product it is one
         # output of several hundred.

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import Config, OptimConfig
+from embsearch_dist.config import Config, ModelConfig, OptimConfig
 from embsearch_dist.data.batch import Batch
 from embsearch_dist.dist.context import Context
 from embsearch_dist.dist.sharding import ShardedTables
@@ -20,7 +20,7 @@ from embsearch_dist.models.embeddings import MaxTables, MixedTables
 from embsearch_dist.models.folded import FoldedMLP, can_fold
 from embsearch_dist.models.network import ArchitectureNetwork, read_network
 from embsearch_dist.models.pooled import Pooled
-from embsearch_dist.models.unify import MixedUnify, NoUnify, SupernetUnify
+from embsearch_dist.models.unify import MixedIdentity, MixedUnify, NoUnify, SupernetUnify
 from embsearch_dist.schema import Schema
 
 
@@ -32,7 +32,20 @@ class Head(nn.Module):
         self.unify, self.backbone = unify, backbone
 
     def forward(self, dense: torch.Tensor, *embeddings: Any) -> torch.Tensor:
-        return self.backbone(self.unify(*embeddings), dense)
+        u = self.unify(*embeddings)
+        if not (isinstance(self.backbone, Backbone) and self.backbone.values):
+            return self.backbone(u, dense)
+        return self.backbone(u, dense, self._first_order(*embeddings))
+
+    def _first_order(
+        self, pooled: Pooled, choice: torch.Tensor | None = None, keep: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Sum of the values' weights over the fields that a subnet keeps (all without one): ``[B]``."""
+        weights = pooled.first_order()
+        if choice is None or keep is None:
+            return weights.sum(1)
+        assert isinstance(self.unify, SupernetUnify)
+        return weights @ (keep & self.unify.present[choice]).to(weights.dtype)
 
 
 class CTRModel(nn.Module):
@@ -95,24 +108,22 @@ class SubnetModel(CTRModel):
         super().__init__()
         m, seed = config.model, config.run.seed
         self.folds, self._folded = False, list[FoldedMLP]()  # in a list: no part of the state
-        self.tables = MixedTables(allocation, context, config.dist, config.optim, seed, m.init_std)
-        widths = self.tables.widths
+        tables = MixedTables(allocation, context, config.dist, config.optim, seed, m.init_std, extra=m.extra)
+        self.tables, widths = tables, tables.widths
         with seeded(seed):
-            unify: nn.Module
-            if m.unify == "mixed" and len(set(widths)) == 1:
-                unify, width = NoUnify(), widths[0]
-            else:
-                unify = MixedUnify(widths, m.unified_width, m.norm, m.gain, context.world_size > 1)
-                width = m.unified_width
-            n_dense = len(allocation.schema.dense)
+            side_by_side = m.backbone not in ("nasrec", "dlrm")
+            unify = make_unify(m, widths, context.world_size > 1, side_by_side)
+            fields, width, n_dense = len(widths), common_width(m, widths), len(allocation.schema.dense)
             backbone: Any
             if m.backbone == "nasrec":
                 with context.together("reading the architecture"):
-                    backbone = read_network(m.architecture, len(widths), width, n_dense)
+                    backbone = read_network(m.architecture, fields, width, n_dense)
             elif m.backbone == "dlrm":
-                backbone = DLRM(len(widths), width, n_dense, m.bottom, m.hidden, m.dropout)
+                backbone = DLRM(fields, width, n_dense, m.bottom, m.hidden, m.dropout)
             else:
-                backbone = make_backbone(m.backbone, len(widths), width, n_dense, m.hidden, m.dropout, m.precision)
+                own = widths if isinstance(unify, MixedIdentity) else []
+                sizes = (fields, width, n_dense, m.hidden, m.dropout, m.precision, bool(m.extra), own)
+                backbone = make_backbone(m.backbone, *sizes)
         self.head = self._wrap(Head(unify, backbone), context)
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, Pooled]:
@@ -138,7 +149,7 @@ class SubnetModel(CTRModel):
         head: Head = self.bare_head
         backbone: Any = head.backbone
         layers = sum(m.in_features * m.out_features for m in head.modules() if isinstance(m, nn.Linear))
-        unify = sum(self.tables.widths) * backbone.width if isinstance(head.unify, MixedUnify) else 0
+        unify = head.unify.products if isinstance(head.unify, MixedUnify) else 0
         own = backbone.flops if isinstance(backbone, ArchitectureNetwork | DLRM) else 0
         return 2.0 * (layers + unify) + own
 
@@ -159,20 +170,41 @@ class SupernetModel(CTRModel):
     ) -> None:
         super().__init__()
         m, seed = config.model, config.run.seed
-        self.tables = MaxTables(schema, candidates, scheme, context, config.dist, config.optim, seed, m.init_std)
+        tables = MaxTables(schema, candidates, scheme, context, config.dist, config.optim, seed, m.init_std, m.extra)
+        self.tables = tables
         with seeded(seed):
             # Ranks that draw their own subnets share no batch statistics.
             synchronise = context.world_size > 1 and same_subnet
-            fields = len(schema.fields)
-            unify = SupernetUnify(fields, self.tables.mask.cpu(), m.unified_width, m.norm, m.gain, synchronise)
-            width, n_dense = m.unified_width, len(schema.dense)
-            backbone = make_backbone(m.backbone, fields, width, n_dense, m.hidden, m.dropout, m.precision)
+            fields, n_dense = len(schema.fields), len(schema.dense)
+            width = max(candidates) if m.transform == "identity" else m.unified_width
+            unify = SupernetUnify(fields, tables.mask.cpu(), width, m.norm, m.gain, synchronise, m.transform)
+            sizes = (fields, width, n_dense, m.hidden, m.dropout, m.precision, bool(m.extra))
+            backbone = make_backbone(m.backbone, *sizes)
         self.head = self._wrap(Head(unify, backbone), context)
 
     def forward(self, batch: Batch, choice: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, Pooled]:
         """Logits ``[B]`` of the subnet ``choice [F]``, ``keep [F]``, and the pooled rows of the max-tables."""
         pooled = self.tables(batch.sparse)
         return self.head(batch.dense, pooled, choice, keep), pooled
+
+
+def common_width(model: ModelConfig, widths: Sequence[int]) -> int:
+    """Width at which the kept fields of an allocation reach the backbone."""
+    alike = model.unify == "mixed" and len(set(widths)) == 1
+    return max(widths) if alike or model.transform == "identity" else model.unified_width
+
+
+def make_unify(model: ModelConfig, widths: Sequence[int], synchronise: bool, side_by_side: bool) -> nn.Module:
+    """The transform of an allocation's kept fields.
+
+    ``side_by_side``: the backbone takes fields of different widths as they are.
+    """
+    alike, identity = len(set(widths)) == 1, model.transform == "identity"
+    if alike and (model.unify == "mixed" or (identity and model.norm == "none")):
+        return NoUnify()
+    if identity:
+        return MixedIdentity(widths, model.norm, model.gain, synchronise, side_by_side)
+    return MixedUnify(widths, model.unified_width, model.norm, model.gain, synchronise, model.transform)
 
 
 def bare(module: nn.Module) -> nn.Module:

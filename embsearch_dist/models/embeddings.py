@@ -27,6 +27,9 @@ class MaxTables(nn.Module):
       in one physical table, so that one look-up serves all of them; no column is shared.
 
     A candidate of width 0 has no columns: choosing it drops the field.
+
+    With ``extra`` the column behind the last candidate's holds a first-order weight of each value, and every candidate
+    that has columns reads it.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class MaxTables(nn.Module):
         optim: OptimConfig,
         seed: int,
         init_std: float,
+        extra: int = 0,
     ) -> None:
         super().__init__()
         self.names = schema.names
@@ -46,23 +50,31 @@ class MaxTables(nn.Module):
         self.scheme = scheme
         starts = [0] * len(candidates) if scheme == "shared" else [sum(candidates[:j]) for j in range(len(candidates))]
         self.columns = [(s, s + d) for s, d in zip(starts, candidates, strict=True)]
-        self.width = physical_width(self.columns[-1][1])
+        last = self.columns[-1][1]
+        self.width = physical_width(last + extra)
+        self.weights = [last] * (len(self.names) if extra else 0)
         mask = torch.zeros(len(candidates), self.width)
         for j, (start, stop) in enumerate(self.columns):
             mask[j, start:stop] = 1
         self.register_buffer("mask", mask.to(context.device), persistent=False)
         self.mask: torch.Tensor
+        read = mask.clone()
+        read[:, last : last + extra] = (mask.sum(1, keepdim=True) > 0).float()
+        # [T, width]: as ``mask``, with the first-order weight.
+        self.register_buffer("read", read.to(context.device), persistent=False)
+        self.read: torch.Tensor
         tables = [Table.of(f, self.width) for f in schema.fields]
         self.sharded = ShardedTables(tables, context, dist, optim, seed, init_std, partial=True)
 
     def forward(self, sparse: KeyedJaggedTensor) -> Pooled:
         """Pooled max-table rows, all columns of all fields, nothing masked yet."""
-        return Pooled.of(self.sharded(sparse), self.names, [self.width] * len(self.names))
+        return Pooled.of(self.sharded(sparse), self.names, [self.width] * len(self.names), self.weights)
 
 
 class MixedTables(nn.Module):
     """One table per kept field, each at its own width, as an allocation says.
 
+    ``extra``: columns behind the width; 1 for a first-order weight of each value.
     ``partial``: what stands behind them may close columns or fields in a step, which are then to stay as they are.
     """
 
@@ -75,18 +87,21 @@ class MixedTables(nn.Module):
         seed: int,
         init_std: float,
         partial: bool = False,
+        extra: int = 0,
     ) -> None:
         super().__init__()
+        allocation = allocation.counted(extra)
         self.names = list(allocation.kept)
         self.widths = [allocation.widths[n] for n in self.names]
+        self.weights = self.widths if extra else []
         fields = {f.name: f for f in allocation.schema.fields}
         by_width = sorted(zip(self.widths, self.names, strict=True), key=lambda pair: pair[0])
-        tables = [Table.of(fields[n], physical_width(w)) for w, n in by_width]
+        tables = [Table.of(fields[n], allocation.columns(n)) for _, n in by_width]
         self.sharded = ShardedTables(tables, context, dist, optim, seed, init_std, partial)
 
     def forward(self, sparse: KeyedJaggedTensor) -> Pooled:
         """Pooled embeddings of the kept fields at their nominal widths."""
-        return Pooled.of(self.sharded(sparse), self.names, self.widths)
+        return Pooled.of(self.sharded(sparse), self.names, self.widths, self.weights)
 
 
 def check_candidates(candidates: Sequence[int], key: str = "search.candidates") -> list[int]:

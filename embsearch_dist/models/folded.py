@@ -8,39 +8,48 @@ from torch import nn
 from embsearch_dist.models.backbones import Backbone
 from embsearch_dist.models.dense import linear
 from embsearch_dist.models.pooled import Pooled
-from embsearch_dist.models.unify import MixedUnify
+from embsearch_dist.models.unify import MixedIdentity, MixedUnify
 
 
 def can_fold(unify: nn.Module, backbone: nn.Module) -> bool:
-    """Whether maps and first layer make one product: no statistics between them, and no FM, which is not linear."""
-    plain = isinstance(unify, MixedUnify) and unify.norm.kind == "none" and isinstance(backbone, Backbone)
-    return plain and backbone.deep and not backbone.fm and backbone.precision is torch.float32  # type: ignore[union-attr,return-value]
+    """Whether maps and first layer make one product: linear maps without statistics between them, and no FM."""
+    linear_maps = isinstance(unify, MixedUnify) and unify.after is None
+    plain = (linear_maps or isinstance(unify, MixedIdentity)) and unify.norm.kind == "none"  # type: ignore[union-attr]
+    deep = isinstance(backbone, Backbone) and backbone.deep and not backbone.fm
+    return plain and deep and backbone.precision is torch.float32
 
 
 class FoldedMLP(nn.Module):
     """Transform, first layer and linear part of a trained model as one matrix on the embeddings where they lie.
 
     With ``u_f = M^T e_f + b`` (AdaS&S Eq. 7) and the first layer's columns ``W_f`` it is
-    ``W_f u_f = (W_f M^T) e_f + W_f b``: a field of width w costs w columns instead of a map and d_f columns.
+    ``W_f u_f = (W_f M^T) e_f + W_f b``: a field of width w costs w columns instead of a map and d_f columns. Without a
+    map nothing is multiplied, but the embeddings need not be put in order. A weight per value joins the linear part.
 
     Args:
         unify, backbone: of a trained model; later changes of their weights are not seen.
         example: any batch's embeddings: they tell where the fields lie.
     """
 
-    def __init__(self, unify: MixedUnify, backbone: Backbone, example: Pooled) -> None:
+    def __init__(self, unify: MixedUnify | MixedIdentity, backbone: Backbone, example: Pooled) -> None:
         super().__init__()
         self.first_width = backbone.first_width
-        whole = torch.cat([backbone.first.weight, backbone.linear.weight]).detach()
+        inputs, last = backbone.starts[-1], backbone.linear.weight
+        if backbone.values:
+            last = nn.functional.pad(last, (inputs, 0))
+        whole = torch.cat([backbone.first.weight, last]).detach()
         bias = torch.cat([backbone.first.bias, backbone.linear.bias]).detach().clone()
-        columns, d = example.values.shape[1], backbone.width
         fill = -len(whole) % 16  # whole vectors, as in the backbone
-        weight = whole.new_zeros(len(whole) + fill, columns)
+        weight = whole.new_zeros(len(whole) + fill, example.values.shape[1])
         for f, (start, width) in enumerate(zip(example.starts, example.widths, strict=True)):
-            own, j = whole[:, f * d : (f + 1) * d], unify.groups.index(width)
-            weight[: len(whole), start : start + width] = own @ unify.weights[j].detach().T
-            bias += own @ unify.bias[j].detach()
-        dense = nn.functional.pad(whole[:, backbone.fields * d :], (0, 0, 0, fill))
+            own = whole[:, backbone.columns(f)]
+            if isinstance(unify, MixedUnify):
+                map_, shift = unify.map_of(f)
+                bias += own @ shift.detach()
+                own = own @ map_.detach().T
+            weight[: len(whole), start : start + width] = own
+        weight[self.first_width, list(example.weights)] = 1.0
+        dense = nn.functional.pad(whole[:, inputs:], (0, 0, 0, fill))
         self.register_buffer("weight", torch.cat([weight, dense], 1), persistent=False)
         self.register_buffer("bias", nn.functional.pad(bias, (0, fill)), persistent=False)
         self.weight: torch.Tensor

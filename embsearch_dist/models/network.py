@@ -161,7 +161,8 @@ def check_width(path: str, space: Space, width: int) -> None:
     if space.width != width:
         raise UserError(
             f"{path}: its space has embeddings of width {space.width}, and here they come with {width}. "
-            f"Set --model.unify always and --model.unified_width {space.width}, or --allocation ues-{space.width}"
+            f"Set --model.unify always, --model.transform width and --model.unified_width {space.width}, "
+            f"or --allocation ues-{space.width}"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,22 +19,36 @@ class Pooled:
         values: ``[B, C]``.
         starts: first column of each field, fields in schema order.
         widths: columns of each field that count; a table may be padded to a wider physical width.
+        weights: column of each field's first-order weight; empty where values have none of their own.
     """
 
     values: torch.Tensor
     starts: tuple[int, ...]
     widths: tuple[int, ...]
+    weights: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, pooled: KeyedTensor, names: Sequence[str], widths: Sequence[int]) -> Pooled:
-        """The fields ``names``, found by name: the key order of a KeyedTensor depends on the plan."""
+    def of(
+        cls, pooled: KeyedTensor, names: Sequence[str], widths: Sequence[int], weights: Sequence[int] = ()
+    ) -> Pooled:
+        """The fields ``names``, found by name: the key order of a KeyedTensor depends on the plan.
+
+        ``weights``: where the first-order weight lies in each field's table.
+        """
         offsets = dict(zip(pooled.keys(), pooled.offset_per_key(), strict=False))
-        return cls(pooled.values(), tuple(offsets[n] for n in names), tuple(widths))
+        starts = tuple(offsets[n] for n in names)
+        own = tuple(s + w for s, w in zip(starts, weights, strict=True)) if weights else ()
+        return cls(pooled.values(), starts, tuple(widths), own)
+
+    def first_order(self) -> torch.Tensor:
+        """Every field's first-order weight ``[B, F]``."""
+        return self.values.index_select(1, _places(self.weights, self.values.device))
 
     def used(self) -> list[torch.Tensor]:
         """Views ``[B, n]`` of all columns that count, as few as possible."""
         runs: list[list[int]] = []
-        for start, width in sorted(zip(self.starts, self.widths, strict=True)):
+        own = [(start, 1) for start in self.weights]
+        for start, width in sorted([*zip(self.starts, self.widths, strict=True), *own]):
             if runs and runs[-1][1] == start:
                 runs[-1][1] += width
             else:
@@ -66,6 +81,57 @@ class _Arrange(torch.autograd.Function):
         for k, s in enumerate(ctx.starts):
             out[:, s : s + ctx.width] = gradients[0][:, k]
         return out, None, None
+
+
+@cache
+def _places(columns: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Column numbers on a device: made there once, not copied to it in every step."""
+    return torch.tensor(columns, device=device)
+
+
+@dataclass(frozen=True)
+class Move:
+    """``count`` columns from ``source`` on, which come to lie at ``target``."""
+
+    source: int
+    target: int
+    count: int
+
+
+class _Moved(torch.autograd.Function):
+    """See :func:`moved`."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, moves: Sequence[Move], columns: int) -> torch.Tensor:
+        ctx.moves, ctx.columns = moves, values.shape[1]
+        return _copy(values, moves, columns)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        back = [Move(m.target, m.source, m.count) for m in ctx.moves]
+        return _copy(gradients[0], back, ctx.columns), None, None
+
+
+def _copy(values: torch.Tensor, moves: Sequence[Move], columns: int) -> torch.Tensor:
+    """One ``cat``, on a GPU one launch for many fields, of slices and of the zeros between them."""
+    parts, at = [], 0
+    gaps = values.new_zeros(1, 1).expand(len(values), columns)
+    for move in sorted(moves, key=lambda m: m.target):
+        if move.target > at:
+            parts.append(gaps[:, at : move.target])
+        parts.append(values[:, move.source : move.source + move.count])
+        at = move.target + move.count
+    if at < columns:
+        parts.append(gaps[:, at:])
+    return torch.cat(parts, 1)
+
+
+def moved(values: torch.Tensor, moves: Sequence[Move], columns: int) -> torch.Tensor:
+    """Columns of ``values [B, C]`` at other places of ``[B, columns]``, zeros everywhere else.
+
+    No two moves share a column, neither where they read nor where they write.
+    """
+    return _Moved.apply(values, tuple(moves), columns)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

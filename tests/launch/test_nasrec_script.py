@@ -219,7 +219,7 @@ def test_one_config_names_an_allocation_and_an_architecture(run: Path, tmp_path:
     Allocation(Schema.load(run), MIXED, {"method": "adass", "name": "mixed"}).save(tmp_path / "mixed.json")
     body = yaml.safe_load((run / "config.yaml").read_text())
     model = {"backbone": "nasrec", "architecture": str(run / "architecture.json"), "unify": "always"}
-    body["model"] |= model | {"unified_width": 8, "allocation": str(tmp_path / "mixed.json")}
+    body["model"] |= model | {"transform": "width", "unified_width": 8, "allocation": str(tmp_path / "mixed.json")}
     body["run"]["dir"] = str(tmp_path / "run")
     (tmp_path / "both.yaml").write_text(yaml.safe_dump(body))
     run_script("retrain.py", "--config", tmp_path / "both.yaml", "--train.steps", 2)
@@ -306,9 +306,12 @@ BAD_FILES: dict[str, tuple[Callable[[dict[str, Any]], object], list[str]]] = {
 }
 UNREADABLE = {"cut short": b'{"format": 1, "ki', "not text": b"\x80\xff", "a list": b"[]"}
 SETTINGS = {
-    "unified width": (["model.unified_width=4"], ["its space has embeddings of width 8", "--model.unified_width 8"]),
+    "unified width": (
+        ["model.transform=width", "model.unified_width=4"],
+        ["its space has embeddings of width 8", "--model.unified_width 8"],
+    ),
     "always unified to another": (
-        ["model.unify=always", "model.unified_width=16"],
+        ["model.unify=always", "model.transform=width", "model.unified_width=16"],
         ["its space has embeddings of width 8, and here they come with 16", "--model.unified_width 8"],
     ),
 }

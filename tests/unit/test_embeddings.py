@@ -36,7 +36,9 @@ def max_tables(scheme: str) -> MaxTables:
 
 
 def supernet(scheme: str, norm: str = "none", backbone: str = "deepfm") -> SupernetModel:
-    overrides = [f"model.norm={norm}", f"model.backbone={backbone}", "model.init_std=0.5", *STEEP]
+    # The learned map of each width; the other transforms are in test_transforms.py.
+    kind = ["model.transform=width", f"model.norm={norm}", f"model.backbone={backbone}"]
+    overrides = [*kind, "model.init_std=0.5", *STEEP]
     model = SupernetModel(small_config("no-data", "no-run", *overrides), SCHEMA, CANDIDATES, scheme, one_rank(), True)
     with torch.no_grad():  # away from the identity, so that a mixed-up weight shows
         generator = torch.Generator().manual_seed(5)
@@ -119,7 +121,7 @@ def test_dropped_fields_and_candidate_zero_reach_the_backbone_as_zeros(norm: str
 
 def mixed(widths: Sequence[int], *overrides: str) -> tuple[SubnetModel, Allocation]:
     allocation = Allocation(SCHEMA, dict(zip(SCHEMA.names, widths, strict=True)))
-    config = small_config("no-data", "no-run", "model.init_std=0.5", *STEEP, *overrides)
+    config = small_config("no-data", "no-run", "model.transform=width", "model.init_std=0.5", *STEEP, *overrides)
     model = SubnetModel(config, allocation, one_rank())
     with torch.no_grad():
         generator = torch.Generator().manual_seed(6)

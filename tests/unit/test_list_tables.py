@@ -116,7 +116,7 @@ def test_the_scorer_scores_subnets_of_lists_as_the_supernet_does(norm: str) -> N
         with torch.no_grad():
             pooled = torch.cat([model.tables(b.sparse).stack() for b in batches], 1)
             for j in range(len(candidates)):
-                u = unify.linear(pooled, torch.full((4,), j))
+                u = unify.mapped(pooled, torch.full((4,), j))
                 unify.norm.mean[:, j], unify.norm.variance[:, j] = u.mean(1), u.var(1, unbiased=False)
     keep = torch.ones(4, dtype=torch.bool)
     with torch.no_grad():

@@ -50,7 +50,7 @@ def use_statistics_of(model: SupernetModel, batches: list[Batch]) -> None:
     with torch.no_grad():
         pooled = torch.cat([model.tables(b.sparse).stack() for b in batches], 1)
         for j in range(len(CANDIDATES)):
-            u = unify.linear(pooled, torch.full((3,), j))
+            u = unify.mapped(pooled, torch.full((3,), j))
             unify.norm.mean[:, j] = u.mean(1)
             unify.norm.variance[:, j] = u.var(1, unbiased=False)
 

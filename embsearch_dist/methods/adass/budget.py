@@ -29,8 +29,10 @@ class Budget:
     text: str
 
 
-def parse_budget(text: str, schema: Schema, key: str = "search.budget") -> Budget:
+def parse_budget(text: str, schema: Schema, key: str = "search.budget", extra: int = 0) -> Budget:
     """``'200000'`` parameters, ``'1.5MB'`` of table bytes, ``'80%'`` of the parameters of UES-32.
+
+    ``extra``: columns of every table beside its width, those of UES-32 too.
 
     Raises:
         UserError: not of one of these forms, or not above 0.
@@ -44,15 +46,15 @@ def parse_budget(text: str, schema: Schema, key: str = "search.budget") -> Budge
     if number <= 0:
         raise UserError(f"config key {key}: a budget must be above 0, got {text!r}")
     if unit == "%":
-        return Budget("parameters", int(number / 100 * REFERENCE_WIDTH * sum(schema.cardinalities)), text)
+        return Budget("parameters", int(number / 100 * (REFERENCE_WIDTH + extra) * sum(schema.cardinalities)), text)
     if unit:
         return Budget("bytes", int(number * UNITS[unit]), text)
     return Budget("parameters", int(number), text)
 
 
-def cost_table(schema: Schema, candidates: Sequence[int], resource: str) -> torch.Tensor:
-    """``[F, T]`` float64: cost of each candidate of each field."""
-    rows = [[cost(resource, f.cardinality, d) for d in candidates] for f in schema.fields]
+def cost_table(schema: Schema, candidates: Sequence[int], resource: str, extra: int = 0) -> torch.Tensor:
+    """``[F, T]`` float64: cost of each candidate of each field, with ``extra`` columns beside a width above 0."""
+    rows = [[cost(resource, f.cardinality, d, extra) for d in candidates] for f in schema.fields]
     return torch.tensor(rows, dtype=torch.float64)
 
 
@@ -61,19 +63,21 @@ def total_cost(choice: Sequence[int], costs: torch.Tensor) -> float:
     return float(sum(costs[f, j] for f, j in enumerate(choice)))
 
 
-def relative_costs(schema: Schema, candidates: Sequence[int], resource: str) -> torch.Tensor:
+def relative_costs(schema: Schema, candidates: Sequence[int], resource: str, extra: int = 0) -> torch.Tensor:
     """Costs for Eq. 9 on the scale of the printed widths: divided by what one column of a field of mean
     cardinality costs, so that lambda_r keeps its meaning whatever the resource."""
-    costs = cost_table(schema, candidates, resource)
+    costs = cost_table(schema, candidates, resource, extra)
     if resource == "widths":
         return costs.float()
     per_column = sum(schema.cardinalities) / len(schema.fields) * (4 if resource == "bytes" else 1)
     return (costs / per_column).float()
 
 
-def check_feasible(budget: Budget, schema: Schema, candidates: Sequence[int], key: str = "search.budget") -> None:
+def check_feasible(
+    budget: Budget, schema: Schema, candidates: Sequence[int], key: str = "search.budget", extra: int = 0
+) -> None:
     """Raise ``UserError`` when even the narrowest allocation is too large."""
-    costs = cost_table(schema, candidates, budget.resource)
+    costs = cost_table(schema, candidates, budget.resource, extra)
     least = int(costs.min(1).values.sum())
     if not any(candidates[:1]):
         # All-dropped is no model: the cheapest field must get its narrowest real width.

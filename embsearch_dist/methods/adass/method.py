@@ -17,4 +17,4 @@ class AdaSS(Method):
         return [SupernetStage(), SearchStage()]
 
     def check(self, run: Run) -> None:
-        budgets_of(run.config.search, run.schema)
+        budgets_of(run.config.search, run.schema, run.config.model.extra)

@@ -86,19 +86,24 @@ class SubnetScorer:
             self.layout = layout_for(context.device, self.rows)
             labels = context.gather(torch.cat([b.label.to(context.device) for b in batches]))
             self.labels = labels if self.layout.together else labels.cpu()
-            self._make_terms(unify, pooled, dense)
+            self._make_terms(unify, pooled, dense, model.tables.weights)
             layers = self.backbone.later_layers
             self.layers = [(x.weight.to(self.dtype).T.contiguous(), x.bias.to(self.dtype)) for x in layers]
         if self.labels.sum() in (0, len(self.labels)):
             raise UserError(f"the validation sample of {len(self.labels)} rows has one class only: AUC is undefined")
 
-    def _make_terms(self, unify: SupernetUnify, pooled: torch.Tensor, dense: torch.Tensor) -> None:
+    def _make_terms(
+        self, unify: SupernetUnify, pooled: torch.Tensor, dense: torch.Tensor, weights: Sequence[int]
+    ) -> None:
         """Fill ``first [chunks, blocks, chunk rows * width]`` and ``logit [chunks, numbers, chunk rows]``.
 
         A block is a (field, candidate), the last one the dense columns'. The numbers are the linear parts in the
         same order, then the pairs of :func:`pair_offsets`. Chunk by chunk in memory: with whole columns side by
         side the blocks of a chunk would lie megabytes apart, in the same few lines of every cache. The last
         chunk is filled up with rows of zeros.
+
+        Args:
+            weights: column of each field's first-order weight; empty where values have none of their own.
         """
         rows, device = pooled.shape[1], pooled.device
         size, slab = self.layout.chunk_rows, self.layout.slab_chunks
@@ -120,6 +125,9 @@ class SubnetScorer:
                     else self.backbone.field_terms(k // self.candidates, u[:, k])
                 )
                 self.logit[target, k] = chunked(terms[0], size)
+                if weights and k < blocks - 1 and unify.present[k % self.candidates]:
+                    field = k // self.candidates
+                    self.logit[target, k] += chunked(pooled[field, part, weights[field]], size)
                 if width:
                     self.first[target, k] = chunked(terms[1], size)
             if len(pairs):
@@ -133,11 +141,12 @@ class SubnetScorer:
         for j in range(self.candidates):
             if unify.present[j]:
                 choice = torch.full((self.fields,), j, device=x.device)
-                u = unify.linear(x, choice)
+                u = unify.mapped(x, choice)
                 if moments is None:
-                    out[:, :, j] = unify.norm(u, choice)
+                    u = unify.norm(u, choice)
                 else:
-                    out[:, :, j] = unify.norm.apply_statistics(u, choice, *(m[j] for m in moments))
+                    u = unify.norm.apply_statistics(u, choice, *(m[j] for m in moments))
+                out[:, :, j] = unify.filled(u, choice)
         return out.flatten(1, 2)
 
     def _moments(self, unify: SupernetUnify, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,7 +155,7 @@ class SubnetScorer:
         count = self.context.sum(torch.tensor(float(x.shape[1]), device=x.device))
         means, variances = [], []
         for j in range(self.candidates):
-            u = unify.linear(x, torch.full((self.fields,), j, device=x.device))
+            u = unify.mapped(x, torch.full((self.fields,), j, device=x.device))
             means.append(self.context.sum(u.sum(1)) / count)
             square = torch.stack([(v - m).square_().sum(0) for v, m in zip(u, means[-1], strict=True)])
             variances.append(self.context.sum(square) / count)

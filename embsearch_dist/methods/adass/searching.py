@@ -43,18 +43,21 @@ class Found:
 
 
 class Searcher:
-    """Many searches over one frozen supernet; they share the archive of scored subnets."""
+    """Many searches over one frozen supernet; they share the archive of scored subnets.
 
-    def __init__(self, schema: Schema, config: AdassConfig, scorer: SubnetScorer) -> None:
-        self.schema, self.config, self.scorer = schema, config, scorer
+    ``extra``: columns of a kept field's table beside its width (``ModelConfig.extra``).
+    """
+
+    def __init__(self, schema: Schema, config: AdassConfig, scorer: SubnetScorer, extra: int = 0) -> None:
+        self.schema, self.config, self.scorer, self.extra = schema, config, scorer, extra
         self.candidates = config.candidates
 
     def find(self, seed: int, budget: Budget | None = None, monitor: Monitor | None = None) -> Found:
         """One search: the policy, then the hard budget, then the local search (all under ``config.policy``)."""
         policy: PolicyConfig = self.config.policy
-        costs = relative_costs(self.schema, self.candidates, policy.resource)
+        costs = relative_costs(self.schema, self.candidates, policy.resource, self.extra)
         resource = budget.resource if budget else "parameters"
-        absolute = cost_table(self.schema, self.candidates, resource)
+        absolute = cost_table(self.schema, self.candidates, resource, self.extra)
         limit = float(budget.limit) if budget else None
 
         def watch(trace: SearchTrace) -> None:
@@ -122,7 +125,7 @@ class Searcher:
         widths = {n: self.candidates[j] for n, j in zip(self.schema.names, found.choice, strict=True)}
         scores = {f"supernet_{k}": found.metrics[k] for k in ("auc", "logloss")}
         budget = {"budget": found.budget.text} if found.budget else {}
-        return Allocation(self.schema, widths, {"method": "adass", **provenance, **budget, **scores})
+        return Allocation(self.schema, widths, {"method": "adass", **provenance, **budget, **scores}, self.extra)
 
 
 def make_scorer(run: Run, task: SupernetTask | None = None) -> SubnetScorer:
@@ -158,8 +161,9 @@ class SearchStage(Stage):
 
     def run(self, run: Run) -> None:
         config: AdassConfig = run.config.search
-        budgets = budgets_of(config, run.schema)
-        searcher = Searcher(run.schema, config, make_scorer(run))
+        extra = run.config.model.extra
+        budgets = budgets_of(config, run.schema, extra)
+        searcher = Searcher(run.schema, config, make_scorer(run), extra)
         with Monitor(run.dir, self.name, run.context.rank) as monitor:
             monitor.resume_at(0)
             size = f"{config.policy.steps} steps x {config.policy.batch} subnets"
@@ -191,7 +195,7 @@ class SearchStage(Stage):
             # Earlier searches of the same supernet stay in the picture.
             names = {p["name"] for p in points}
             points = points + [{**p, "chosen": False} for p in read_json(path)["points"] if p["name"] not in names]
-        costs = cost_table(searcher.schema, searcher.candidates, "parameters")
+        costs = cost_table(searcher.schema, searcher.candidates, "parameters", searcher.extra)
         archive = list(searcher.scorer.archive.items())
         every = archive[:: max(1, len(archive) // SCORED_POINTS)]
         scored = [[int(total_cost(c, costs)), round(m["auc"], 6)] for c, m in every]
@@ -212,7 +216,7 @@ class SearchStage(Stage):
         }
 
 
-def budgets_of(config: AdassConfig, schema: Schema) -> list[tuple[str, Budget | None]]:
+def budgets_of(config: AdassConfig, schema: Schema, extra: int = 0) -> list[tuple[str, Budget | None]]:
     """(allocation name, budget) of every search of this stage, the main one first; all checked.
 
     Raises:
@@ -222,9 +226,9 @@ def budgets_of(config: AdassConfig, schema: Schema) -> list[tuple[str, Budget | 
     texts = [(config.name, config.budget, "search.budget")]
     texts += [(f"{config.name}-{t.strip()}", t, "search.pareto") for t in config.pareto]
     for name, text, key in texts:
-        budget = parse_budget(text, schema, key) if text else None
+        budget = parse_budget(text, schema, key, extra) if text else None
         if budget:
-            check_feasible(budget, schema, config.candidates, key)
+            check_feasible(budget, schema, config.candidates, key, extra)
         found.append((name.replace("%", "pct").replace(" ", ""), budget))
     return found
 
@@ -232,7 +236,7 @@ def budgets_of(config: AdassConfig, schema: Schema) -> list[tuple[str, Budget | 
 def describe(searcher: Searcher, point: dict[str, Any], directory: Path) -> str:
     """The found widths and the next command, for the terminal."""
     widths = "  ".join(f"{n}={w}" for n, w in point["widths"].items())
-    reference = 32 * sum(searcher.schema.cardinalities)
+    reference = (32 + searcher.extra) * sum(searcher.schema.cardinalities)
     return (
         f"found: {widths}\n"
         f"embedding parameters {point['parameters']:,} ({point['parameters'] / reference:.1%} of UES-32), "

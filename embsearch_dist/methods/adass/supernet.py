@@ -54,7 +54,7 @@ class SupernetTask:
         logits, pooled = self.model(batch, choice, keep)
         loss = binary_cross_entropy_with_logits(logits, batch.label)
         if self.l2:
-            active = self.model.tables.mask[choice] * keep[:, None]
+            active = self.model.tables.read[choice] * keep[:, None]
             loss = loss + self.l2 * (pooled.stack().square().sum(1) * active).sum() / batch.size
         if self.sampler.due(step):
             self._watch(pooled, choice, keep, self._subnets.kept(step))

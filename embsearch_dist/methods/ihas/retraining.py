@@ -98,7 +98,8 @@ def evaluate_groups(
     """
     context = search.context
     with context.together("comparing with the groups of the search"):
-        if GroupedAllocation.load(search.dir / GROUPS, search.schema) != grouped:
+        # The search's own models have no columns beside the widths; those of the groups may.
+        if GroupedAllocation.load(search.dir / GROUPS, search.schema).counted(0) != grouped.counted(0):
             raise UserError(
                 f"{search.dir} has other groups than those that {directory} was trained on; nothing can route rows to "
                 "these any more. Train the new ones: retrain.py with another --name"
