@@ -20,6 +20,7 @@ from embsearch_dist.schema import read_json, write_json
 NAME = "manifest.json"
 FORMAT = 3
 LAZY_ADAM = 3  # from this format on Adam moves looked-up rows alone, and the count of its steps is saved
+FORM = ("model.transform", "model.first_order")  # settings that say what tensors of one shape mean
 
 
 def write_manifest(directory: Path, facts: dict[str, Any]) -> None:
@@ -95,7 +96,7 @@ def check_facts(directory: Path, old: dict[str, Any], new: dict[str, Any], exact
 
     Args:
         old, new: the manifest, and :func:`facts_of` this run.
-        exact: training is to continue, so the settings must be the same, too.
+        exact: training is to continue, so all settings must be the same, too; else :data:`FORM` must.
 
     Raises:
         UserError: saying what differs and what to do.
@@ -110,6 +111,14 @@ def check_facts(directory: Path, old: dict[str, Any], new: dict[str, Any], exact
             f"checkpoint {directory} was made for data with another schema ({old['schema']}, now {new['schema']}); "
             "set --data.path to the data it was made with, or start anew in another --run.dir"
         )
+    if new["settings"] and old.get("settings"):
+        # Tensors of the same shapes may mean other things under these.
+        keys = [k for k in changed_settings(old["settings"], new["settings"]) if k in FORM]
+        if keys:
+            raise UserError(
+                f"checkpoint {directory} holds another model: {tell_changed(old['settings'], new['settings'], keys)}. "
+                "Put that back, or start anew in another --run.dir"
+            )
     key = "optim.embedding"
     both = old.get("settings", {}).get(key), new["settings"].get(key)
     if exact and both == ("adam", "adam") and old.get("format", 1) < LAZY_ADAM:

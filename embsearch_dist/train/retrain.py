@@ -106,7 +106,7 @@ def load_best(config: Config, allocation: Allocation, context: Context, director
     """
     task = SubnetTask(config, allocation, context)
     root, schema = directory / "checkpoints" / STAGE, allocation.schema.fingerprint
-    checkpointer = Checkpointer(root, task.model, None, context, schema=schema)
+    checkpointer = Checkpointer(root, task.model, None, context, schema=schema, settings=task.settings)
     best = checkpointer.best()
     if best is None:
         raise UserError(f"{directory} holds no trained model; train it first: python launch/retrain.py --help")

@@ -109,3 +109,14 @@ def test_a_bad_width_in_a_file_is_refused_by_path_and_field(tmp_path: Path) -> N
     (tmp_path / "a.json").write_text((tmp_path / "a.json").read_text().replace('"f1": 4', '"f1": "wide"'))
     with pytest.raises(UserError, match="a.json: allocation, field 'f1'.*'wide'"):
         Allocation.load(tmp_path / "a.json", SCHEMA)
+
+
+def test_a_weight_per_value_is_a_column_more_of_each_kept_table(tmp_path: Path) -> None:
+    a = allocation(2, 8, 0).counted(1)
+    assert a.total("widths") == 10  # what the search speaks of
+    assert a.total("parameters") == 100 * 3 + 10 * 9
+    assert a.total("bytes") == 4 * (100 * 4 + 10 * 12)  # 3 columns fit into 4, 9 need 12
+    assert [a.columns(n) for n in SCHEMA.names] == [4, 12, 0]
+    assert allocation(32, 32, 32).counted(1).reduction() == 0  # UES-32 has the column too
+    a.save(tmp_path / "a.json")
+    assert Allocation.load(tmp_path / "a.json", SCHEMA) == a != a.counted(0)

@@ -86,6 +86,17 @@ def test_cost_tables_count_each_resource() -> None:
     assert total_cost([2, 1, 0], cost_table(SCHEMA, [0, 2, 8], "parameters")) == 8200
 
 
+def test_a_weight_per_value_counts_in_costs_and_budgets() -> None:
+    assert cost_table(SCHEMA, [0, 2, 8], "parameters", 1).tolist()[1] == [0, 300, 900]
+    assert cost_table(SCHEMA, [0, 2, 8], "bytes", 1).tolist()[1] == [0, 1600, 4800]
+    assert cost_table(SCHEMA, [0, 2, 8], "widths", 1).tolist() == [[0, 2, 8]] * 3
+    assert parse_budget("50%", SCHEMA, extra=1).limit == 33 * parse_budget("50%", SCHEMA).limit // 32
+    least = "3450"  # 3 columns of 1,150 rows
+    check_feasible(parse_budget(least, SCHEMA), SCHEMA, [2, 8], extra=1)
+    with pytest.raises(UserError, match="needs 3,450 parameters"):
+        check_feasible(parse_budget("3449", SCHEMA), SCHEMA, [2, 8], extra=1)
+
+
 def test_relative_costs_keep_the_mean_of_the_widths() -> None:
     for resource in ("widths", "parameters", "bytes"):
         costs = relative_costs(SCHEMA, [0, 4, 8], resource)

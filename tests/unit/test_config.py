@@ -6,8 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
-from embsearch_dist.config import Config, changed_settings, describe, fingerprint, load_config, split_arguments
+from embsearch_dist.config import (
+    Config,
+    changed_settings,
+    describe,
+    fingerprint,
+    load_config,
+    split_arguments,
+    tell_changed,
+)
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.nasrec.config import NASRecConfig
 from tests.factories import CONFIGS
@@ -234,3 +243,24 @@ def test_settings_differ_by_value_and_what_an_older_version_lacked_is_its_defaul
     other = {**new, "optim.dense": "adagrad", "schedule": "cosine", "search.space.blocks": 3, "widths": [1]}
     assert changed_settings(old, other, NASRecConfig) == ["optim.dense", "schedule", "search.space.blocks", "widths"]
     assert changed_settings(old, {"optim.dense_lr": 0.2, "model.hidden": [4]}) == ["optim.dense_lr", "gone"]
+
+
+def test_a_run_directory_of_a_version_without_transforms_had_a_map_per_width(tmp_path: Path) -> None:
+    load("train.epochs=7").save(tmp_path)
+    assert load(file=tmp_path / "config.yaml").model.transform == "identity"
+    body = OmegaConf.load(tmp_path / "config.yaml")
+    del body.model["transform"], body.model["first_order"]
+    OmegaConf.save(body, tmp_path / "config.yaml")
+    old = load(file=tmp_path / "config.yaml")
+    assert (old.model.transform, old.model.first_order, old.train.epochs) == ("width", "embedding", 7)
+    assert load("model.transform=field", file=tmp_path / "config.yaml").model.transform == "field"
+    # A person's file has what is today's default.
+    del body["dist"]
+    OmegaConf.save(body, tmp_path / "my.yaml")
+    assert load(file=tmp_path / "my.yaml").model.transform == "identity"
+    # So does what a checkpoint or a stage recorded.
+    old_settings = {"model.norm": "none", "optim.dense": "adam"}
+    assert changed_settings(old_settings, {**old_settings, "model.transform": "width"}) == []
+    new = {**old_settings, "model.transform": "identity"}
+    assert changed_settings(old_settings, new) == ["model.transform"]
+    assert tell_changed(old_settings, new, ["model.transform"]) == "model.transform was 'width', now 'identity'"

@@ -90,7 +90,7 @@ def test_a_key_that_an_older_version_did_not_have_counts_as_its_default(
     run(two)
     assert Recorded.log == ["recorded", "repeated"]
     monkeypatch.setattr(Recorded, "settings", {"a": {"b": 1, "c": [1, 2]}, "optim": {"dense": "adagrad"}})
-    with pytest.raises(UserError, match="optim.dense was None, now 'adagrad'"):
+    with pytest.raises(UserError, match="optim.dense was 'adam', now 'adagrad'"):
         run(two)
 
 

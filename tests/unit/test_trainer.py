@@ -147,8 +147,11 @@ def test_it_does_not_matter_when_a_run_is_stopped(data: Path, tmp_path: Path, st
     assert continued.losses == unbroken.losses
 
 
-def test_a_continued_supernet_draws_and_samples_as_the_unbroken_one(data: Path, tmp_path: Path) -> None:
-    overrides = ["train.evals_per_epoch=3", "train.patience=0", "model.norm=field"]
+@pytest.mark.parametrize("model", [["model.norm=field"], ["model.transform=mlp", "model.first_order=value"]])
+def test_a_continued_supernet_draws_and_samples_as_the_unbroken_one(
+    data: Path, tmp_path: Path, model: list[str]
+) -> None:
+    overrides = ["train.evals_per_epoch=3", "train.patience=0", *model]
     unbroken = fit(data, tmp_path / "unbroken", *overrides, kind="supernet")
     fit(data, tmp_path / "broken", *overrides, kind="supernet", stop_at=18)
     continued = fit(data, tmp_path / "broken", *overrides, kind="supernet")
@@ -176,7 +179,7 @@ def test_a_finished_run_is_not_trained_again(data: Path, tmp_path: Path) -> None
 
 def test_the_best_checkpoint_is_kept_and_comes_back(data: Path, tmp_path: Path) -> None:
     # A high learning rate overfits soon, so that the best of eight evaluations is not the last.
-    overrides = ["train.evals_per_epoch=4", "train.patience=0", "optim.dense_lr=0.1"]
+    overrides = ["train.evals_per_epoch=4", "train.patience=0", "optim.dense_lr=0.1", "model.transform=width"]
     found = fit(data, tmp_path, *overrides)
     curve = recorded(tmp_path, "fit", "auc", "validation")
     steps = recorded(tmp_path, "fit", "step", "validation")
@@ -187,7 +190,7 @@ def test_the_best_checkpoint_is_kept_and_comes_back(data: Path, tmp_path: Path) 
     found.trainer.restore_best()
     task = found.trainer.task
     task.model.eval()
-    config = small_config(data, tmp_path)
+    config = small_config(data, tmp_path, "model.transform=width")
     again = evaluate(task.predict, streams(open_run(config, one_rank()))[1].epoch(0), one_rank())
     assert again["auc"] == curve[best]
 
@@ -255,15 +258,58 @@ def test_a_directory_without_training_is_refused(data: Path, tmp_path: Path) -> 
         load_best(config, Allocation(run.schema, WIDTHS), run.context, tmp_path)
 
 
-def test_l2_is_the_mean_squared_size_of_the_looked_up_rows(data: Path, tmp_path: Path) -> None:
-    run = open_run(small_config(data, tmp_path), one_rank())
+@pytest.mark.parametrize("first_order", ["embedding", "value"])
+def test_l2_is_the_mean_squared_size_of_the_looked_up_rows(data: Path, tmp_path: Path, first_order: str) -> None:
+    """With a first-order weight per value, that one too; in a found model and in a subnet of the supernet."""
+    run, extra = open_run(small_config(data, tmp_path), one_rank()), int(first_order == "value")
     batch = next(iter(streams(run)[0].epoch(0)))
-    losses = []
+    losses: dict[str, list[float]] = {"subnet": [], "supernet": []}
     for l2 in (0.0, 0.5):
-        config = small_config(data, tmp_path, f"optim.embedding_l2={l2}", "model.init_std=0.3")
+        settings = [f"optim.embedding_l2={l2}", "model.init_std=0.3", f"model.first_order={first_order}"]
+        config = small_config(data, tmp_path, *settings)
         task = SubnetTask(config, Allocation(run.schema, WIDTHS), run.context)
-        losses.append(float(task.loss(batch, 0)))
+        losses["subnet"].append(float(task.loss(batch, 0).detach()))
+        whole = SupernetTask(open_run(config, one_rank()))
+        losses["supernet"].append(float(whole.loss(batch, 0).detach()))
+    choice, keep = whole.sampler.draw(0, 0)
+    read = [whole.model.tables.columns[j] for j in choice.tolist()]
+    tables = whole_tables(whole.model.sharded)
+    expected = 0.0
+    for name, (start, stop), kept in zip(run.schema.names, read, keep.tolist(), strict=True):
+        rows = tables[name][batch.sparse[name].values().long()]
+        if kept and stop:
+            expected += float(rows[:, start:stop].square().sum() + rows[:, 8 : 8 + extra].square().sum())
+    assert losses["supernet"][1] - losses["supernet"][0] == pytest.approx(0.5 * expected / batch.size, rel=1e-4)
     tables = whole_tables(task.model.sharded)
-    rows = [tables[n][batch.sparse[n].values().long()][:, : WIDTHS[n]] for n in ("left", "big", "right")]
+    rows = [tables[n][batch.sparse[n].values().long()][:, : WIDTHS[n] + extra] for n in ("left", "big", "right")]
     expected = 0.5 * sum(float(r.square().sum()) for r in rows) / batch.size
-    assert losses[1] - losses[0] == pytest.approx(expected, rel=1e-4)
+    assert losses["subnet"][1] - losses["subnet"][0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_step_moves_the_value_weights_of_the_fields_that_it_keeps(data: Path, tmp_path: Path) -> None:
+    """And no other column of the supernet's tables, under Adam as it starts out; width 0 drops both."""
+    config = small_config(data, tmp_path, "model.first_order=value", "train.steps=1", "train.patience=0")
+    run = open_run(config, one_rank())
+    task = SupernetTask(run)
+    choice, keep = torch.tensor([2, 1, 0, 3]), torch.tensor([True, True, True, False])
+    before = whole_tables(task.model.sharded)
+    batch = next(iter(streams(run)[0].epoch(0)))
+    task.model(batch, choice, keep)[0].square().sum().backward()
+    task.model.sharded.step()
+    moved = {n: (whole_tables(task.model.sharded)[n] != before[n]).any(0) for n in run.schema.names}
+    widths = [4, 2, 0, 0]  # of the candidates 0, 2, 4, 8; the last field is not kept
+    for name, width in zip(run.schema.names, widths, strict=True):
+        assert moved[name].nonzero().flatten().tolist() == ([*range(width), 8] if width else [])
+
+
+def test_weights_of_another_transform_are_refused(data: Path, tmp_path: Path) -> None:
+    """They would be read as another model; so would those of a version that had learned maps alone."""
+    settings = ["train.epochs=1", "model.transform=width"]
+    run = open_run(small_config(data, tmp_path, *settings), one_rank())
+    retrain(run.config, Allocation(run.schema, WIDTHS), *streams(run), run.context, tmp_path, quiet=True)
+    for other in (["model.transform=identity"], ["model.transform=width", "model.first_order=value"]):
+        config = small_config(data, tmp_path, "train.epochs=1", *other)
+        with pytest.raises(UserError, match=r"model\.(transform|first_order)"):
+            load_best(config, Allocation(run.schema, WIDTHS), run.context, tmp_path)
+        with pytest.raises(UserError, match="was 'width', now 'identity'|was 'embedding', now 'value'"):
+            retrain(config, Allocation(run.schema, WIDTHS), *streams(run), run.context, tmp_path, quiet=True)
