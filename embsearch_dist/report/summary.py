@@ -112,7 +112,9 @@ def compare(runs: Sequence[Run]) -> Comparison | None:
     baseline = next((r for r in uniform if r.uniform_width == 32), uniform[0] if uniform else None)
     schema = next((run.schema for run in runs if run.schema is not None), None)
     ues32: float | None = None
-    if schema is not None:
+    if baseline is not None and baseline.uniform_width == 32 and baseline.parameters is not None:
+        ues32 = baseline.parameters  # with the values' own weights, where the models have them
+    elif schema is not None:
         ues32 = 32.0 * sum(schema.cardinalities)
     elif baseline is not None and baseline.parameters is not None and baseline.uniform_width:
         ues32 = baseline.parameters * 32 / baseline.uniform_width

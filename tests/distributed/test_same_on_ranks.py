@@ -119,9 +119,11 @@ def test_batch_statistics_are_those_of_the_global_batch(tmp_path: Path, data: st
     compare(tmp_path, data, "subnet", f"model.norm={norm}", "optim.embedding_l2=0.01")
 
 
-@pytest.mark.parametrize("norm", ["none", "field"])
-def test_a_supernet_with_one_subnet_for_all_ranks_trains_as_on_one(tmp_path: Path, data: str, norm: str) -> None:
-    overrides = ["dist.sharding=row_wise", "dist.tables.left=table_wise", f"model.norm={norm}"]
+@pytest.mark.parametrize("model", [["model.transform=mlp", "model.first_order=value"], ["model.norm=field"]])
+def test_a_supernet_with_one_subnet_for_all_ranks_trains_as_on_one(
+    tmp_path: Path, data: str, model: list[str]
+) -> None:
+    overrides = ["dist.sharding=row_wise", "dist.tables.left=table_wise", *model]
     one, two = compare(tmp_path, data, "supernet", *overrides, rtol=1e-3)
     for key in ("logits_e", "logits_f"):
         torch.testing.assert_close(
@@ -130,9 +132,9 @@ def test_a_supernet_with_one_subnet_for_all_ranks_trains_as_on_one(tmp_path: Pat
     assert torch.tensor(one["state"]["sampler"]["logits_e"]).unique().numel() > 1
 
 
-@pytest.mark.parametrize("norm", ["none", "field"])
-def test_ranks_with_subnets_of_their_own_agree_on_probabilities(tmp_path: Path, data: str, norm: str) -> None:
-    overrides = ["search.sampling.same_subnet=false", f"model.norm={norm}"]
+@pytest.mark.parametrize("model", ["model.transform=field", "model.norm=field"])
+def test_ranks_with_subnets_of_their_own_agree_on_probabilities(tmp_path: Path, data: str, model: str) -> None:
+    overrides = ["search.sampling.same_subnet=false", model]
     two = run_ranks(train, 2, tmp_path, data, str(tmp_path / "run"), "supernet", *overrides)
     assert two[0] == two[1]
     assert all(np.isfinite(recorded(tmp_path / "run", "fit", "loss")))
