@@ -120,9 +120,7 @@ def test_batch_statistics_are_those_of_the_global_batch(tmp_path: Path, data: st
 
 
 @pytest.mark.parametrize("model", [["model.transform=mlp", "model.first_order=value"], ["model.norm=field"]])
-def test_a_supernet_with_one_subnet_for_all_ranks_trains_as_on_one(
-    tmp_path: Path, data: str, model: list[str]
-) -> None:
+def test_a_supernet_with_one_subnet_for_all_ranks_trains_as_on_one(tmp_path: Path, data: str, model: list[str]) -> None:
     overrides = ["dist.sharding=row_wise", "dist.tables.left=table_wise", *model]
     one, two = compare(tmp_path, data, "supernet", *overrides, rtol=1e-3)
     for key in ("logits_e", "logits_f"):
