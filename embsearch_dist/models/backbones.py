@@ -87,10 +87,16 @@ class Backbone(nn.Module):
         """The MLP's layers behind the first; a ReLU stands in front of each."""
         return [m for m in self.rest if isinstance(m, nn.Linear)] if self.deep else []
 
-    def field_terms(self, field: int, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Share of one field ``u [N, d]`` in the linear part ``[N]`` and in the first layer ``[N, first_width]``."""
+    def field_terms(
+        self, field: int, u: torch.Tensor, precision: torch.dtype = torch.float32
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Share of one field ``u [N, d]`` in the linear part ``[N]`` and in the first layer ``[N, first_width]``, the
+        latter in ``precision``."""
         columns = slice(field * self.width, (field + 1) * self.width)
-        return u @ self.linear.weight[0, columns], u @ self.first.weight[:, columns].T if self.deep else u[:, :0]
+        linear = u @ self.linear.weight[0, columns]
+        if not self.deep:
+            return linear, u[:, :0]
+        return linear, u.to(precision) @ self.first.weight[:, columns].to(precision).T
 
     def pair_terms(self, u: torch.Tensor) -> torch.Tensor:
         """Share of pairs in the FM part: ``u [N, P, d]`` -> ``[N, P, P]``, of which a caller takes what it needs."""

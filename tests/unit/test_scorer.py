@@ -84,7 +84,7 @@ def test_the_layout_of_an_accelerator_gives_the_same_metrics(
 ) -> None:
     model, batches = supernet("none", backbone), sample()
     expected = SubnetScorer(model, batches, one_rank()).score(CHOICES)
-    monkeypatch.setattr(scorer, "CPU", Layout(chunk_rows, slab_chunks=1, together=True))
+    monkeypatch.setattr(scorer, "CPU", Layout(chunk_rows, together=True))
     for one, other in zip(expected, SubnetScorer(model, batches, one_rank()).score(CHOICES), strict=True):
         assert other["auc"] == pytest.approx(one["auc"], abs=1e-4)  # a logit on the edge of a bin may be in the next
         assert other["logloss"] == pytest.approx(one["logloss"], rel=1e-6)
@@ -166,17 +166,3 @@ def test_the_relu_of_bfloat16_bits_is_the_relu() -> None:
     assert torch.equal(relu_(x.clone()), x.relu())
 
 
-def test_the_sample_shrinks_to_the_memory_it_may_use() -> None:
-    deepfm = supernet("none").bare_head.backbone
-    fm = supernet("none", "fm").bare_head.backbone
-    blocks, pairs, first = 3 * 4 + 1, 3 * 4 * 4, deepfm.first_width
-
-    def fitting(wanted: int, rows: int, backbone: Backbone, precision: str, cache_mb: int) -> int:
-        return sample_rows(rows, wanted, 3, 4, backbone, precision, cache_mb)
-
-    assert fitting(5_000, 10_000, deepfm, "float32", 4096) == 5_000
-    assert fitting(5_000, 3_000, deepfm, "float32", 4096) == 3_000
-    for precision, size in (("float32", 4), ("bfloat16", 2)):
-        one_mb = (1 << 20) // (4 * (blocks + pairs) + size * blocks * first)
-        assert fitting(10**6, 10**6, deepfm, precision, 1) == one_mb
-    assert fitting(10**6, 10**6, fm, "bfloat16", 1) == (1 << 20) // (4 * (blocks + pairs))
