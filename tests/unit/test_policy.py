@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +44,13 @@ class AdditiveScorer:
             self.archive[tuple(row)] = {"auc": auc, "logloss": 1 - auc, "accuracy": auc}
             out.append(self.archive[tuple(row)])
         return out
+
+    def score_near(self, base: Sequence[int], choices: torch.Tensor) -> list[dict[str, float]]:
+        (own,) = self.score(torch.tensor([list(base)]))
+        return [{**m, "gain": own["logloss"] - m["logloss"], "gain_se": 1e-6} for m in self.score(choices)]
+
+    def part(self, rows: int) -> AdditiveScorer:
+        return self
 
 
 @dataclass

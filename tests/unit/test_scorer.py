@@ -12,8 +12,7 @@ from embsearch_dist.data.batch import Batch
 from embsearch_dist.dist.sharding import ShardedTables
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.adass import scorer
-from embsearch_dist.methods.adass.scorer import ACCELERATOR, CPU, Layout, SubnetScorer, layout_for, relu_, sample_rows
-from embsearch_dist.models.backbones import Backbone
+from embsearch_dist.methods.adass.scorer import ACCELERATOR, CPU, Layout, SubnetScorer, layout_for, relu_
 from embsearch_dist.models.ctr import SupernetModel
 from embsearch_dist.train.metrics import score
 from tests.factories import one_rank, random_batch, small_config, small_schema
@@ -164,5 +163,3 @@ def test_the_relu_of_bfloat16_bits_is_the_relu() -> None:
     x = torch.tensor([-float("inf"), -1e30, -2.5, -1e-40, -0.0, 0.0, 1e-40, 3.0, float("inf")])
     assert torch.equal(relu_(x.bfloat16()), x.bfloat16().relu())
     assert torch.equal(relu_(x.clone()), x.relu())
-
-

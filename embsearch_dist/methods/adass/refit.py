@@ -1,4 +1,4 @@
-"""Fit the head of each candidate before it is scored: the supernet's own serves all subnets at once, hence none best."""
+"""Fit the head of each candidate before it is scored: the supernet's own serves all subnets, hence none best."""
 
 from __future__ import annotations
 

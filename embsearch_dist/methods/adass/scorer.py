@@ -14,6 +14,7 @@ what it costs does not grow with the number of fields.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,8 +25,8 @@ from torch.nn import functional
 from embsearch_dist.data.batch import Batch
 from embsearch_dist.dist.context import Context
 from embsearch_dist.errors import UserError
-from embsearch_dist.models.backbones import Backbone
 from embsearch_dist.methods.adass.refit import HeadFit, Inherited
+from embsearch_dist.models.backbones import Backbone
 from embsearch_dist.models.ctr import SupernetModel
 from embsearch_dist.models.unify import SupernetUnify
 from embsearch_dist.train.metrics import METRICS, binned_auc, score, score_many
@@ -133,8 +134,8 @@ class SubnetScorer:
             self.rows = self.pooled.shape[1]
             row_bytes = term_bytes(self.fields, self.candidates, self.backbone, precision)
             self.layout = layout_for(context.device, -(-self.rows // 2) if refit != "none" else self.rows, row_bytes)
-            own = torch.cat([b.label.to(context.device) for b in batches])
-            self._share_labels(own, refit != "none")
+            self.own_labels = torch.cat([b.label.to(context.device) for b in batches])
+            self._share_labels(refit != "none")
             self.moments = self._moments(self.unify, self.pooled) if self.unify.norm.kind == "field" else None
             layers = self.backbone.later_layers
             self.layers = [(x.weight.to(self.dtype).T.contiguous(), x.bias.to(self.dtype)) for x in layers]
@@ -145,7 +146,23 @@ class SubnetScorer:
         if self.labels.sum() in (0, len(self.labels)):
             raise UserError(f"the validation sample of {len(self.labels)} rows has one class only: AUC is undefined")
 
-    def _share_labels(self, own: torch.Tensor, refit: bool) -> None:
+    def part(self, rows: int) -> SubnetScorer:
+        """A scorer of the first ``rows`` rows over all ranks, or a few more (whole chunks); they are shared with this
+        one. Itself if it has no more."""
+        chunks = max(2 if self.fit_chunks else 1, -(-rows // (self.context.world_size * self.layout.chunk_rows)))
+        least = min(self.context.every(self.chunks))
+        if chunks >= least:
+            return self
+        few = copy.copy(self)
+        few.rows = chunks * self.layout.chunk_rows
+        few.own_labels = self.own_labels[: few.rows]
+        few._share_labels(self.fit_chunks > 0)
+        if self.terms is not None:
+            few.terms = Terms(*(x[:chunks] for x in vars(self.terms).values()))
+        few.archive, few._states, few._near_archive = {}, {}, {}
+        return few
+
+    def _share_labels(self, refit: bool) -> None:
         """Decide which rows fit heads and which score, and let every rank know the labels of the latter.
 
         Raises:
@@ -157,7 +174,7 @@ class SubnetScorer:
         if refit and min(self.context.every(self.fit_chunks)) == 0:
             raise UserError("config key search.policy.refit: too few validation rows to hold half of them apart")
         fitted = self.fit_chunks * size
-        self.fit_labels, scored = own[:fitted].view(-1, size), own[fitted:]
+        self.fit_labels, scored = self.own_labels[:fitted].view(-1, size), self.own_labels[fitted:]
         self.scored = len(scored)
         self.rows_of = self.context.every(self.scored)
         labels = self.context.gather(scored)
@@ -366,9 +383,7 @@ class SubnetScorer:
         if reference is not None:
             share[:, len(METRICS) :].copy_(compare(own, reference, self.labels))
         rows = float(len(self.labels))
-        return [
-            {**dict(zip(names, values, strict=True)), "rows": rows} for values in self.context.sum(table).tolist()
-        ]
+        return [{**dict(zip(names, values, strict=True)), "rows": rows} for values in self.context.sum(table).tolist()]
 
     def _exchange(self, local: torch.Tensor, shares: list[int]) -> torch.Tensor:
         """Logits of this rank's rows and all candidates ``[K, rows]`` -> of all rows and this rank's candidates.
