@@ -12,7 +12,8 @@ from embsearch_dist.data.batch import Batch
 from embsearch_dist.dist.sharding import ShardedTables
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.adass import scorer
-from embsearch_dist.methods.adass.scorer import ACCELERATOR, CPU, Layout, SubnetScorer, layout_for, relu_
+from embsearch_dist.methods.adass.passes import relu_
+from embsearch_dist.methods.adass.scorer import ACCELERATOR, CPU, Layout, SubnetScorer, layout_for
 from embsearch_dist.models.ctr import SupernetModel
 from embsearch_dist.train.metrics import score
 from tests.factories import one_rank, random_batch, small_config, small_schema

@@ -112,9 +112,8 @@ def within_budget(problem: Problem, scores: torch.Tensor) -> list[int]:
     choice = knapsack(scores, torch.from_numpy(problem.costs), min(problem.limit, float(problem.costs.max(1).sum())))
     if problem.widths[choice].sum() > 0:
         return choice
-    fields = np.arange(len(choice))
     # All were dropped: the field and width that lose least are added.
-    moves = [(f, int(k)) for f in fields for k in np.flatnonzero(problem.allowed[f] & (problem.widths > 0))]
+    moves = [(f, int(k)) for f in range(len(choice)) for k in np.flatnonzero(problem.allowed[f] & (problem.widths > 0))]
     moves = [m for m in moves if problem.fit(changed(choice, [m]))[0]]
     f, k = max(moves, key=lambda m: float(scores[m] - scores[m[0], choice[m[0]]]))
     return [k if i == f else j for i, j in enumerate(choice)]

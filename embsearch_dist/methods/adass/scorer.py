@@ -20,13 +20,22 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from torch.nn import functional
 
 from embsearch_dist.data.batch import Batch
 from embsearch_dist.dist.context import Context
 from embsearch_dist.errors import UserError
-from embsearch_dist.methods.adass.refit import HeadFit, Inherited
-from embsearch_dist.models.backbones import Backbone
+from embsearch_dist.methods.adass.passes import Output, compare, look_up
+from embsearch_dist.methods.adass.terms import (
+    STATES,
+    Sums,
+    Terms,
+    add_up,
+    chunked,
+    difference,
+    plus,
+    slices,
+    term_bytes,
+)
 from embsearch_dist.models.ctr import SupernetModel
 from embsearch_dist.models.unify import SupernetUnify
 from embsearch_dist.train.metrics import METRICS, binned_auc, score, score_many
@@ -35,7 +44,6 @@ CANDIDATES_PER_PASS = 256  # that share the terms of a slab, where they are made
 CANDIDATES_TOGETHER = 64  # of these whose activations are held at a time
 SLAB_BYTES = 64 << 20  # terms that are made at a time, when not all are kept
 NEAR_FIELDS = 64  # fields whose terms a slab of :meth:`SubnetScorer.score_near` holds, about
-STATES = 2  # subnets whose sums are kept for others that differ little
 
 
 @dataclass(frozen=True)
@@ -71,32 +79,6 @@ def layout_for(device: torch.device, rows: int, row_bytes: int = 1) -> Layout:
     return replace(layout, chunk_rows=size)
 
 
-@dataclass
-class Terms:
-    """Terms of some fields for some chunks of rows. Blocks are the (field, candidate) pairs, the last one the dense
-    columns'. Chunk by chunk in memory: with whole columns side by side the blocks of a chunk would lie megabytes
-    apart, in the same few lines of every cache.
-
-    Attributes:
-        number: ``[chunks, blocks, chunk rows]`` float32, linear part less half the square of u.
-        u: ``[chunks, blocks, chunk rows * d]`` float32, unified embeddings; no columns without an FM part.
-        first: ``[chunks, blocks, chunk rows * width]``, shares in the first layer.
-    """
-
-    number: torch.Tensor
-    u: torch.Tensor
-    first: torch.Tensor
-
-
-@dataclass
-class Sums:
-    """Terms added up to subnets: the same three, ``[subnets or chunks, ...]``."""
-
-    number: torch.Tensor
-    u: torch.Tensor
-    first: torch.Tensor
-
-
 class SubnetScorer:
     """Inherited-weight metrics of subnets on a fixed sample of validation rows, spread over the ranks.
 
@@ -122,8 +104,9 @@ class SubnetScorer:
         """
         self.context, self.dtype = context, getattr(torch, precision)
         head = model.bare_head
-        self.unify, self.backbone = head.unify, head.backbone
-        assert isinstance(self.unify, SupernetUnify)
+        assert isinstance(head.unify, SupernetUnify)
+        self.unify: SupernetUnify = head.unify
+        self.backbone = head.backbone
         self.fields, self.candidates = len(model.tables.names), len(self.unify.mask)
         self.archive: dict[tuple[int, ...], dict[str, float]] = {}
         self._states: dict[tuple[int, ...], Sums] = {}
@@ -265,7 +248,7 @@ class SubnetScorer:
         dense = torch.full((len(choices), 1), self.fields * self.candidates)
         blocks = torch.cat([choices + first, dense], 1).to(self.context.device)
         offsets = torch.arange(len(choices), device=blocks.device) * blocks.shape[1]
-        out = self._output(len(choices))
+        out = Output(self, len(choices))
         for start, terms, _ in self._slabs():
             for k in range(len(terms.number)):
                 for part in slices(len(choices), CANDIDATES_TOGETHER):
@@ -276,7 +259,7 @@ class SubnetScorer:
     @torch.no_grad()
     def logits_near(self, base: Sequence[int], choices: torch.Tensor) -> torch.Tensor:
         """:meth:`logits` of subnets ``[K, F]`` that differ from ``base [F]`` in few fields, from its sums."""
-        state, out = self._state(tuple(base)), self._output(len(choices))
+        state, out = self._state(tuple(base)), Output(self, len(choices))
         own = torch.tensor(list(base))
         rows, changed = (choices != own).nonzero(as_tuple=True)
         fields = changed.unique().tolist()
@@ -293,9 +276,6 @@ class SubnetScorer:
                     sums = difference(terms, k, new[some], old[some], own_offsets)
                     out.take(start + k, part, plus(state, start + k, sums, self.dtype))
         return out.logits()
-
-    def _output(self, count: int) -> _Output:
-        return _Output(self, count)
 
     def _state(self, base: tuple[int, ...]) -> Sums:
         """Sums ``[chunks, ...]`` float32 of a subnet, from those of a kept one if it differs in less than half."""
@@ -407,133 +387,3 @@ class SubnetScorer:
             return score_many(logits, self.labels)
         found = [score(row, self.labels, binned_auc) for row in logits]
         return torch.tensor([[m[n] for n in METRICS] for m in found], dtype=torch.float64).view(-1, len(METRICS))
-
-
-class _Output:
-    """Where the sums of a pass go, chunk by chunk: through the rest of the MLP to logits, or first to a fit."""
-
-    def __init__(self, scorer: SubnetScorer, count: int) -> None:
-        self.scorer, size = scorer, scorer.layout.chunk_rows
-        device, skipped = scorer.context.device, scorer.fit_chunks
-        self.found = torch.empty(count, scorer.chunks - skipped, size, device=device)
-        self.fit = HeadFit(count, inherited(scorer), scorer.context) if skipped else None
-
-    def take(self, chunk: int, candidates: slice, sums: Sums) -> None:
-        """Sums ``[candidates, ...]`` of one chunk."""
-        scorer, count = self.scorer, len(sums.number)
-        plain = sums.number
-        if sums.u.shape[1]:
-            plain = plain + 0.5 * sums.u.view(*plain.shape, -1).square().sum(2)
-        hidden = sums.first.view(count * plain.shape[1], scorer.backbone.first_width)
-        if hidden.shape[1]:
-            last = len(scorer.layers) - 1
-            for weight, bias in scorer.layers[:last]:
-                hidden = torch.addmm(bias, relu_(hidden), weight)
-            hidden = relu_(hidden)
-        if chunk < scorer.fit_chunks:
-            assert self.fit is not None
-            self.fit.add(candidates, hidden.view(*plain.shape, -1), plain, scorer.fit_labels[chunk])
-            return
-        target = self.found[candidates, chunk - scorer.fit_chunks]
-        if self.fit is not None:
-            target.copy_(self.fit.predict(candidates, hidden.view(*plain.shape, -1), plain))
-        elif hidden.shape[1]:
-            weight, bias = scorer.layers[-1]
-            target.copy_(torch.addmm(bias, hidden, weight).view(count, -1) + plain)
-        else:
-            target.copy_(plain)
-
-    def logits(self) -> torch.Tensor:
-        return self.found.view(len(self.found), -1)[:, : self.scorer.scored]
-
-
-def inherited(scorer: SubnetScorer) -> Inherited:
-    """The supernet's own last layer."""
-    if not scorer.layers:
-        return Inherited(torch.zeros(0, device=scorer.context.device), 0.0)
-    weight, bias = scorer.layers[-1]
-    return Inherited(weight[:, 0].float(), float(bias))
-
-
-def look_up(model: SupernetModel, batches: Sequence[Batch], context: Context) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pooled rows ``[F, n, table width]`` and dense columns ``[n, n_dense]`` of all batches."""
-    pooled: torch.Tensor | None = None
-    start, rows = 0, sum(b.size for b in batches)
-    for batch in batches:
-        part = model.tables(batch.to(context.device).sparse).stack()
-        if pooled is None:
-            pooled = part.new_empty(part.shape[0], rows, part.shape[2])
-        pooled[:, start : start + part.shape[1]] = part
-        start += part.shape[1]
-    assert pooled is not None
-    return pooled, torch.cat([b.dense.to(context.device) for b in batches])
-
-
-def slices(count: int, size: int) -> Iterator[slice]:
-    """``0..count`` in parts of ``size``."""
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
-
-
-def add_up(terms: Terms, chunk: int, blocks: torch.Tensor, offsets: torch.Tensor) -> Sums:
-    """Sums of the given blocks of a chunk, a bag from each offset on."""
-    return Sums(
-        *(
-            functional.embedding_bag(blocks, x[chunk], offsets, mode="sum")
-            if x.shape[2]
-            else x.new_zeros(len(offsets), 0)
-            for x in (terms.number, terms.u, terms.first)
-        )
-    )
-
-
-def difference(terms: Terms, chunk: int, new: torch.Tensor, old: torch.Tensor, offsets: torch.Tensor) -> Sums:
-    """Sums of the new blocks less those of the old ones."""
-    plus, minus = (vars(add_up(terms, chunk, x, offsets)).values() for x in (new, old))
-    return Sums(*(a - b for a, b in zip(plus, minus, strict=True)))
-
-
-def plus(state: Sums, chunk: int, change: Sums, dtype: torch.dtype) -> Sums:
-    """A subnet's sums of one chunk and changes ``[K, ...]`` to it, added; first layers in ``dtype``."""
-    first = (state.first[chunk] + change.first).to(dtype)
-    return Sums(state.number[chunk] + change.number, state.u[chunk] + change.u, first)
-
-
-def compare(logits: torch.Tensor, reference: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean loss of ``reference [N]`` less that of each of ``logits [K, N]``, and its standard error: ``[K, 2]``."""
-    labels, out = labels.to(logits.device), torch.zeros(len(logits), 2, dtype=torch.float64, device=logits.device)
-    base = functional.binary_cross_entropy_with_logits(reference, labels, reduction="none")
-    for k, row in enumerate(logits):
-        gain = base - functional.binary_cross_entropy_with_logits(row, labels, reduction="none")
-        out[k, 0] = gain.mean(dtype=torch.float64)
-        out[k, 1] = gain.double().std() / len(gain) ** 0.5
-    return out
-
-
-def chunked(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """``[n, ...]`` -> ``[chunks, rows * ...]``, filled up with zeros."""
-    missing = -len(x) % rows
-    return functional.pad(x, (0, 0) * (x.dim() - 1) + (0, missing)).reshape(-1, rows * x[0].numel())
-
-
-def relu_(x: torch.Tensor) -> torch.Tensor:
-    """ReLU in place. A bfloat16 is negative when its bits are as an int16, whose maximum the CPU takes many
-    times faster than that of bfloat16, which goes through float32."""
-    if x.dtype == torch.bfloat16:
-        x.view(torch.int16).clamp_(min=0)
-        return x
-    return x.relu_()
-
-
-def term_bytes(fields: int, candidates: int, backbone: Backbone, precision: str) -> int:
-    """Bytes that the terms of one row take."""
-    of_block = 4 + 4 * backbone.width * backbone.fm + getattr(torch, precision).itemsize * backbone.first_width
-    return (fields * candidates + 1) * of_block
-
-
-def sample_rows(rows: int, wanted: int, fields: int, table_width: int, backbone: Backbone, cache_mb: int) -> int:
-    """Rows of the sample: as wanted, unless pooled rows and the sums of :data:`STATES` subnets would take more than
-    ``cache_mb`` MiB."""
-    sums = 4 * (1 + backbone.width * backbone.fm + backbone.first_width)
-    row = 4 * (fields * table_width + 1) + STATES * sums
-    return max(1, min(rows, wanted, (cache_mb << 20) // row))

@@ -22,8 +22,9 @@ from embsearch_dist.methods.adass.budget import (
 from embsearch_dist.methods.adass.config import AdassConfig, PolicyConfig
 from embsearch_dist.methods.adass.local import ROUNDS, SWEEPS, Problem, Tick, prune, refine, sweep, within_budget
 from embsearch_dist.methods.adass.policy import SearchTrace, argmax_choice, nearest_allowed, search
-from embsearch_dist.methods.adass.scorer import SubnetScorer, sample_rows
+from embsearch_dist.methods.adass.scorer import SubnetScorer
 from embsearch_dist.methods.adass.supernet import SupernetTask, load_supernet
+from embsearch_dist.methods.adass.terms import sample_rows
 from embsearch_dist.methods.base import Run, Stage
 from embsearch_dist.schema import Schema, read_json, write_json
 from embsearch_dist.train.monitor import Monitor
