@@ -138,3 +138,19 @@ def test_a_large_knapsack_is_quick_and_within_the_limit() -> None:
     scores = torch.from_numpy(rng.normal(size=(40, 6)))
     limit = 0.2 * float(costs[:, -1].sum())
     assert total_cost(knapsack(scores, costs, limit), costs) <= limit
+
+
+def test_a_large_knapsack_of_many_fields_is_exact_in_its_masked_candidates() -> None:
+    rng = np.random.default_rng(1)
+    costs = torch.from_numpy(np.outer(rng.integers(1, 10**6, 1200), [0, 2, 8, 16, 32])).double()
+    scores = torch.from_numpy(rng.normal(size=(1200, 5)))
+    masked = torch.from_numpy(rng.random((1200, 5)) < 0.3)
+    masked[:, 0] = False
+    limit = 0.2 * float(costs[:, -1].sum())
+    choice = knapsack(scores.masked_fill(masked, -np.inf), costs, limit)
+    assert total_cost(choice, costs) <= limit
+    assert not masked[np.arange(1200), choice].any()
+    # No single exchange that fits is better.
+    spare = limit - total_cost(choice, costs)
+    own_cost, own_score = (x[np.arange(1200), choice][:, None] for x in (costs, scores))
+    assert not ((scores > own_score) & (costs - own_cost <= spare) & ~masked).any()

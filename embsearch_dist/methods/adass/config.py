@@ -65,7 +65,7 @@ class PolicyConfig:
     heads: int = option(4, "attention heads")
     column_cost: float = option(0.0, "what a column has to add to the metric, whatever its field's cardinality")
     refine: bool = option(True, "finish with a local search over single and paired changes of width")
-    moves: int = option(256, "changes of the local search that are scored a round; every single one if they are fewer")
+    moves: int = option(384, "changes of the local search that are scored a round; every single one if they are fewer")
     evidence: float = option(
         1.0, "at last a field gets a narrower width unless its rows' loss rises by so many standard errors; -1 = off"
     )

@@ -156,7 +156,7 @@ def refine(
     problem: Problem,
     start: Sequence[int],
     seed: int,
-    moves: int = 256,
+    moves: int = 384,
     promise: np.ndarray | None = None,
     rounds: int = ROUNDS,
     tick: Tick = lambda n: None,
@@ -177,11 +177,11 @@ def refine(
     rng = np.random.default_rng(seed)
     best = list(start)
     best_value = problem.value(best)
+    pairs = min(PAIRS, moves // 2)
     for _ in range(rounds):
         tick(1)
-        singles = changed(best, _some(single_moves(problem, best), best, max(moves - PAIRS, moves // 2), promise, rng))
-        pairs = pair_moves(problem, best, min(PAIRS, moves), rng)
-        tried = np.unique(np.concatenate([singles, pairs]), axis=0)
+        singles = changed(best, _some(single_moves(problem, best), best, moves - pairs, promise, rng))
+        tried = np.unique(np.concatenate([singles, pair_moves(problem, best, pairs, rng)]), axis=0)
         tried = tried[problem.fit(tried)]
         if not len(tried):
             break
