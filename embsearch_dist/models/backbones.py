@@ -87,16 +87,18 @@ class Backbone(nn.Module):
         """The MLP's layers behind the first; a ReLU stands in front of each."""
         return [m for m in self.rest if isinstance(m, nn.Linear)] if self.deep else []
 
-    def field_terms(
-        self, field: int, u: torch.Tensor, precision: torch.dtype = torch.float32
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Share of one field ``u [N, d]`` in the linear part ``[N]`` and in the first layer ``[N, first_width]``, the
-        latter in ``precision``."""
+    def field_terms(self, field: int, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Share of one field ``u [N, d]`` in the linear part ``[N]`` and in the first layer ``[N, first_width]``."""
         columns = slice(field * self.width, (field + 1) * self.width)
-        linear = u @ self.linear.weight[0, columns]
+        return u @ self.linear.weight[0, columns], u @ self.first.weight[:, columns].T if self.deep else u[:, :0]
+
+    def field_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What :meth:`field_terms` multiplies with, of all fields: ``[F, d]`` and ``[F, d, first_width]``."""
+        inputs = self.fields * self.width
+        linear = self.linear.weight[0, :inputs].view(self.fields, self.width)
         if not self.deep:
-            return linear, u[:, :0]
-        return linear, u.to(precision) @ self.first.weight[:, columns].to(precision).T
+            return linear, linear.new_zeros(self.fields, self.width, 0)
+        return linear, self.first.weight[:, :inputs].T.reshape(self.fields, self.width, self.first_width)
 
     def pair_terms(self, u: torch.Tensor) -> torch.Tensor:
         """Share of pairs in the FM part: ``u [N, P, d]`` -> ``[N, P, P]``, of which a caller takes what it needs."""

@@ -199,9 +199,9 @@ def test_near_subnets_need_the_terms_of_their_own_fields_alone(monkeypatch: pyte
     found.logits_near((1, 1, 1), torch.tensor([[1, 1, 1]]))
     original = found._make_terms
 
-    def watched(chunks: slice, fields: Sequence[int]) -> object:
+    def watched(chunks: slice, fields: Sequence[int], *rest: object) -> object:
         asked.append(list(fields))
-        return original(chunks, fields)
+        return original(chunks, fields, *rest)
 
     monkeypatch.setattr(found, "_make_terms", watched)
     found.logits_near((1, 1, 1), torch.tensor([[1, 0, 1], [1, 3, 1]]))

@@ -49,6 +49,7 @@ class PolicyConfig:
 
     finder: str = option("auto", "policy (as printed) | sweeps over single changes | auto: sweeps above 64 fields")
     rows: int = option(100_000, "validation rows every candidate is scored on, drawn at random from all of them")
+    policy_rows: int = option(0, "of these, how many the policy learns from; all that follows sees all; 0 = all")
     precision: str = option("bfloat16", "of the cached MLP sums: bfloat16 (about twice as fast) | float32")
     cache_mb: int = option(4096, "memory of the scored rows over all ranks: terms if they fit, else pooled rows")
     refit: str = option("none", "linear = fit every candidate's head on half of the scored rows, score on the others")
@@ -77,6 +78,7 @@ class PolicyConfig:
         one_of("search.policy.resource", self.resource, RESOURCES)
         one_of("search.policy.refit", self.refit, REFITS)
         one_of("search.policy.finder", self.finder, FINDERS)
+        require(self.policy_rows >= 0, "search.policy.policy_rows", f"must not be negative, got {self.policy_rows}")
         require(self.column_cost >= 0, "search.policy.column_cost", f"must not be negative, got {self.column_cost}")
         for key in ("rows", "steps", "model_width", "layers", "heads", "cache_mb", "moves"):
             require(getattr(self, key) >= 1, f"search.policy.{key}", f"must be at least 1, got {getattr(self, key)}")

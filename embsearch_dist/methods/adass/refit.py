@@ -8,7 +8,7 @@ import torch
 
 from embsearch_dist.dist.context import Context
 
-RIDGE = 1e-3  # of the mean curvature of a weight: how strongly it is held at the inherited one
+RIDGE = 1e-2  # of the mean curvature of a weight: how strongly it is held at the inherited one
 REFITS = ("none", "linear")
 
 

@@ -120,30 +120,42 @@ class SubnetScorer:
             self.own_labels = torch.cat([b.label.to(context.device) for b in batches])
             self._share_labels(refit != "none")
             self.moments = self._moments(self.unify, self.pooled) if self.unify.norm.kind == "field" else None
+            self.linear, weight = self.backbone.field_weights()
+            self.weight = weight.to(self.dtype).contiguous()
             layers = self.backbone.later_layers
             self.layers = [(x.weight.to(self.dtype).T.contiguous(), x.bias.to(self.dtype)) for x in layers]
             self.terms: Terms | None = None
-            if max(context.every(self.rows)) * context.world_size * row_bytes <= cache_mb << 20:
-                self.terms = self._make_terms(slice(0, self.chunks), range(self.fields))
+            self.cache_bytes = cache_mb << 20
+            self._keep_terms(self.cache_bytes)
+            if self.terms is not None:
                 del self.pooled
         if self.labels.sum() in (0, len(self.labels)):
             raise UserError(f"the validation sample of {len(self.labels)} rows has one class only: AUC is undefined")
 
     def part(self, rows: int) -> SubnetScorer:
         """A scorer of the first ``rows`` rows over all ranks, or a few more (whole chunks); they are shared with this
-        one. Itself if it has no more."""
+        one. Itself if it has no more. Its terms are kept if the memory that pooled rows leave is enough."""
         chunks = max(2 if self.fit_chunks else 1, -(-rows // (self.context.world_size * self.layout.chunk_rows)))
-        least = min(self.context.every(self.chunks))
-        if chunks >= least:
+        if chunks >= min(self.context.every(self.chunks)):
             return self
         few = copy.copy(self)
         few.rows = chunks * self.layout.chunk_rows
         few.own_labels = self.own_labels[: few.rows]
         few._share_labels(self.fit_chunks > 0)
-        if self.terms is not None:
-            few.terms = Terms(*(x[:chunks] for x in vars(self.terms).values()))
         few.archive, few._states, few._near_archive = {}, {}, {}
+        if self.terms is not None:
+            few.terms = self.terms.part(chunks)
+        else:
+            left = self.cache_bytes - max(self.context.every(self.pooled.nbytes)) * self.context.world_size
+            few._keep_terms(left)
         return few
+
+    @torch.no_grad()
+    def _keep_terms(self, room: int) -> None:
+        """Make all terms once and for all, if they take at most ``room`` bytes over all ranks."""
+        row_bytes = term_bytes(self.fields, self.candidates, self.backbone, str(self.dtype).removeprefix("torch."))
+        if max(self.context.every(self.rows)) * self.context.world_size * row_bytes <= room:
+            self.terms = self._make_terms(slice(0, self.chunks), range(self.fields))
 
     def _share_labels(self, refit: bool) -> None:
         """Decide which rows fit heads and which score, and let every rank know the labels of the latter.
@@ -163,35 +175,50 @@ class SubnetScorer:
         labels = self.context.gather(scored)
         self.labels = labels if self.layout.together else labels.cpu()
 
-    def _make_terms(self, chunks: slice, fields: Sequence[int]) -> Terms:
-        """The terms of some fields, in this order, for some chunks of rows; missing rows of the last are zeros."""
-        size, width = self.layout.chunk_rows, self.backbone.first_width
+    def _make_terms(self, chunks: slice, fields: Sequence[int], out: Terms | None = None) -> Terms:
+        """The terms of some fields, in this order, for some chunks of rows; missing rows of the last are zeros.
+
+        Args:
+            out: where they go, if it is large enough; its further chunks stay as they are.
+        """
+        size, width, depth = self.layout.chunk_rows, self.backbone.first_width, self.backbone.width
         count, blocks = chunks.stop - chunks.start, len(fields) * self.candidates + 1
-        device, depth = self.pooled.device, self.backbone.width if self.backbone.fm else 0
-        terms = Terms(
-            torch.zeros(count, blocks, size, device=device),
-            torch.zeros(count, blocks, size * depth, device=device),
-            torch.zeros(count, blocks, size * width, dtype=self.dtype, device=device),
-        )
-        all_fields = len(fields) == self.fields
-        slab = max(1, SLAB_BYTES // (blocks * size * self.backbone.width * 4))  # the unified embeddings of a slab
+        terms = out.part(count) if out is not None else self._room(count, blocks)
+        every = len(fields) == self.fields
+        linear, weight = self.linear[list(fields)], self.weight[list(fields)].repeat_interleave(self.candidates, 0)
+        slab = max(1, SLAB_BYTES // (blocks * size * depth * 4))  # the unified embeddings of a slab
         for start in range(0, count, slab):
             stop = min(start + slab, count)
             part = slice((chunks.start + start) * size, (chunks.start + stop) * size)
-            pooled = self.pooled[:, part] if all_fields else self.pooled[list(fields), part]
+            pooled = self.pooled[:, part] if every else self.pooled[list(fields), part]
             u = self._unified(self.unify, pooled, self.moments, fields)
-            for k in range(blocks):
-                linear, first = (
-                    self.backbone.dense_terms(self.dense[part])
-                    if k == blocks - 1
-                    else self.backbone.field_terms(fields[k // self.candidates], u[:, k], self.dtype)
-                )
-                if depth and k < blocks - 1:
-                    linear = linear - 0.5 * u[:, k].square().sum(1)
-                    terms.u[start:stop, k] = chunked(u[:, k], size)
-                terms.number[start:stop, k] = chunked(linear, size)
-                if width:
-                    terms.first[start:stop, k] = chunked(first, size)
+            number = (u.view(len(u), len(fields), self.candidates, depth) @ linear[:, :, None]).view(len(u), -1)
+            if self.backbone.fm:
+                number -= 0.5 * u.square().sum(2)
+            u, number = chunked(u, size), chunked(number, size)
+            terms.number[start:stop, :-1] = number.view(stop - start, size, -1).transpose(1, 2)
+            # Chunk by chunk [blocks, rows, d], as the products read it.
+            u = u.view(stop - start, size, blocks - 1, depth).transpose(1, 2)
+            if self.backbone.fm:
+                terms.u[start:stop, :-1] = u.flatten(2)
+            if width:
+                inputs = u.to(self.dtype, memory_format=torch.contiguous_format)
+                for k in range(stop - start):
+                    torch.bmm(inputs[k], weight, out=terms.first[start + k, :-1].view(blocks - 1, size, width))
+            dense = self.backbone.dense_terms(self.dense[part])
+            terms.number[start:stop, -1] = chunked(dense[0], size)
+            terms.first[start:stop, -1] = chunked(dense[1], size)
+        return terms
+
+    def _room(self, chunks: int, blocks: int) -> Terms:
+        """Terms that are not made yet. The dense columns have no unified embedding: zeros."""
+        size, device, depth = self.layout.chunk_rows, self.context.device, self.backbone.width * self.backbone.fm
+        terms = Terms(
+            torch.empty(chunks, blocks, size, device=device),
+            torch.empty(chunks, blocks, size * depth, device=device),
+            torch.empty(chunks, blocks, size * self.backbone.first_width, dtype=self.dtype, device=device),
+        )
+        terms.u[:, -1] = 0
         return terms
 
     def _unified(
@@ -237,9 +264,10 @@ class SubnetScorer:
         fields = range(self.fields) if fields is None else fields
         of_row = term_bytes(len(fields), self.candidates, self.backbone, str(self.dtype).removeprefix("torch."))
         slab = max(1, SLAB_BYTES // (of_row * self.layout.chunk_rows))
-        places = {f: i for i, f in enumerate(fields)}
+        slab = min(slab, self.chunks)
+        places, room = {f: i for i, f in enumerate(fields)}, self._room(slab, len(fields) * self.candidates + 1)
         for start in range(0, self.chunks, slab):
-            yield start, self._make_terms(slice(start, min(start + slab, self.chunks)), fields), places
+            yield start, self._make_terms(slice(start, min(start + slab, self.chunks)), fields, room), places
 
     @torch.no_grad()
     def logits(self, choices: torch.Tensor) -> torch.Tensor:
@@ -262,7 +290,7 @@ class SubnetScorer:
         state, out = self._state(tuple(base)), Output(self, len(choices))
         own = torch.tensor(list(base))
         rows, changed = (choices != own).nonzero(as_tuple=True)
-        fields = changed.unique().tolist()
+        fields = changed.unique().tolist() or [0]  # no subnet differs: any field gives the empty sums
         counts = torch.bincount(rows, minlength=len(choices))
         offsets = (counts.cumsum(0) - counts).to(self.context.device)
         for start, terms, places in self._slabs(fields):

@@ -61,6 +61,7 @@ class Searcher:
         self.candidates = config.candidates
         shape = len(schema.fields), len(config.candidates)
         self.allowed = torch.ones(shape, dtype=torch.bool) if distinct is None else distinct.cpu()
+        self._few = scorer.part(config.policy.policy_rows) if config.policy.policy_rows else None
         finder = config.policy.finder
         self.sweeps = finder == "sweeps" or (finder == "auto" and shape[0] > MANY_FIELDS)
 
@@ -86,6 +87,12 @@ class Searcher:
             choice = prune(problem, choice, policy.evidence, lambda n: tick(len(choice)))
         gone = int(problem.widths[kept].sum() - problem.widths[choice].sum())
         return Found(choice, p, self.scorer.score_near(choice, torch.tensor([choice]))[0], budget, gone)
+
+    @property
+    def archive(self) -> dict[tuple[int, ...], dict[str, float]]:
+        """All scored subnets; where only the policy has seen one, from its share of the rows."""
+        few = self._few.archive if self._few else {}
+        return few | self.scorer.archive
 
     def subnets(self) -> int:
         """How many subnets a search scores at most, about: the whole of a progress bar."""
@@ -125,7 +132,8 @@ class Searcher:
         limit = None if problem.limit == float("inf") else problem.limit
         column = policy.column_cost * torch.tensor(self.candidates, dtype=torch.float32)
         absolute = torch.from_numpy(problem.costs).float()
-        p = search(self.scorer.score, costs, policy, seed, absolute, limit, watch, self.allowed, column)
+        scorer = self._few or self.scorer
+        p = search(scorer.score, costs, policy, seed, absolute, limit, watch, self.allowed, column)
         choice = argmax_choice(p)
         if not problem.fit(np.array([choice]))[0]:
             choice = self._project(p, problem)
@@ -174,7 +182,7 @@ class Searcher:
                 "penalty": trace.penalty,
                 "expected_width": float((trace.p * widths).sum(1).mean()),
                 "expected_cost": trace.expected_cost,
-                "scored": len(self.scorer.archive),
+                "scored": len(self.archive),
             },
         )
         every = steps if len(trace.p) > MANY_FIELDS else max(1, steps // 20)
@@ -258,7 +266,7 @@ class SearchStage(Stage):
             names = {p["name"] for p in points}
             points = points + [{**p, "chosen": False} for p in read_json(path)["points"] if p["name"] not in names]
         costs = cost_table(searcher.schema, searcher.candidates, "parameters")
-        archive = list(searcher.scorer.archive.items())
+        archive = list(searcher.archive.items())
         every = archive[:: max(1, len(archive) // SCORED_POINTS)]
         scored = [[int(total_cost(c, costs)), round(m["auc"], 6)] for c, m in every]
         write_json(path, {"resource": "parameters", "points": points, "scored": scored})
@@ -305,7 +313,7 @@ def describe(searcher: Searcher, point: dict[str, Any], directory: Path) -> str:
     return (
         f"found: {widths}\n"
         f"embedding parameters {point['parameters']:,} ({point['parameters'] / reference:.1%} of UES-32), "
-        f"supernet auc {point['auc']:.5f}, {len(searcher.scorer.archive):,} subnets scored, "
+        f"supernet auc {point['auc']:.5f}, {len(searcher.archive):,} subnets scored, "
         f"{point['pruned_columns']:,} columns taken away for want of evidence\n"
         f"next: python launch/retrain.py --run {directory}"
     )

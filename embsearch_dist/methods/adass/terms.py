@@ -29,6 +29,10 @@ class Terms:
     u: torch.Tensor
     first: torch.Tensor
 
+    def part(self, chunks: int) -> Terms:
+        """The first chunks, in the same memory."""
+        return Terms(*(x[:chunks] for x in vars(self).values()))
+
 
 @dataclass
 class Sums:
