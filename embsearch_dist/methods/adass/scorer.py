@@ -207,7 +207,8 @@ class SubnetScorer:
                     torch.bmm(inputs[k], weight, out=terms.first[start + k, :-1].view(blocks - 1, size, width))
             dense = self.backbone.dense_terms(self.dense[part])
             terms.number[start:stop, -1] = chunked(dense[0], size)
-            terms.first[start:stop, -1] = chunked(dense[1], size)
+            if width:
+                terms.first[start:stop, -1] = chunked(dense[1], size)
         return terms
 
     def _room(self, chunks: int, blocks: int) -> Terms:
