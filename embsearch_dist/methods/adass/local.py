@@ -54,8 +54,12 @@ class Problem:
     def near(self, base: Sequence[int], choices: np.ndarray) -> tuple[np.ndarray, list[Metrics]]:
         """Values ``[K]`` and metrics of ``choices [K, F]``."""
         metrics = self.score_near(base, torch.from_numpy(choices))
+        return self.values(choices, metrics), metrics
+
+    def values(self, choices: np.ndarray, metrics: Sequence[Metrics]) -> np.ndarray:
+        """Values ``[K]`` of ``choices [K, F]`` with these metrics."""
         price = self.price[np.arange(choices.shape[1]), choices].sum(1)
-        return np.array([self.reward(m) for m in metrics]) - price, metrics
+        return np.array([self.reward(m) for m in metrics]) - price
 
     def value(self, choice: Sequence[int]) -> float:
         return float(self.near(choice, np.array([choice]))[0][0])

@@ -33,8 +33,9 @@ SCORED_POINTS = 4000  # dots of the Pareto picture
 MANY_FIELDS = 64
 """With more, ``finder: auto`` sweeps: a policy that draws all fields anew in each subnet learns little of each one, and
 what it costs grows with the fields. Heat maps of more fields are recorded once a stage."""
-SWEPT = 24_000_000  # changes times rows of a sweep; it takes fewer rows where that would be more
+SWEPT = 16_000_000  # changes times rows of a sweep; it takes fewer rows where that would be more
 LEAST_SWEPT_ROWS = 2048
+SWEPT_ROUNDS = 6  # of the local search behind sweeps, which have done most of its work
 SAMPLE_SEED = 0x5EED  # beside run.seed: the scored rows are the same for all searches of a supernet
 
 
@@ -64,6 +65,7 @@ class Searcher:
         self._few = scorer.part(config.policy.policy_rows) if config.policy.policy_rows else None
         finder = config.policy.finder
         self.sweeps = finder == "sweeps" or (finder == "auto" and shape[0] > MANY_FIELDS)
+        self.rounds = SWEPT_ROUNDS if self.sweeps else ROUNDS
 
     def find(
         self, seed: int, budget: Budget | None = None, monitor: Monitor | None = None, tick: Tick = lambda n: None
@@ -81,7 +83,11 @@ class Searcher:
             choice, p = self._by_policy(problem, seed, monitor, tick)
         if policy.refine:
             promise = p.clamp(min=1e-6).log().numpy()
-            choice = refine(problem, choice, seed, policy.moves, promise, tick=lambda n: tick(n * policy.moves))
+
+            def refined(rounds: int) -> None:
+                tick(rounds * policy.moves)
+
+            choice = refine(problem, choice, seed, policy.moves, promise, self.rounds, refined)
         kept = choice
         if policy.evidence >= 0:
             choice = prune(problem, choice, policy.evidence, lambda n: tick(len(choice)))
@@ -98,7 +104,7 @@ class Searcher:
         """How many subnets a search scores at most, about: the whole of a progress bar."""
         policy, (fields, candidates) = self.config.policy, self.allowed.shape
         found = SWEEPS * fields * (candidates - 1) if self.sweeps else policy.steps * policy.batch
-        found += ROUNDS * policy.moves if policy.refine else 0
+        found += self.rounds * policy.moves if policy.refine else 0
         return found + (fields * (candidates - 1) if policy.evidence >= 0 else 0)
 
     def _problem(self, budget: Budget | None) -> Problem:
@@ -143,12 +149,13 @@ class Searcher:
         """From the best uniform width; P says of each candidate how its gain compares with the field's others."""
         fields, candidates = self.allowed.shape
         rows = max(LEAST_SWEPT_ROWS, SWEPT // (fields * (candidates - 1)))
-        few = replace(problem, score_near=self.scorer.part(rows).score_near)
+        part = self.scorer.part(rows)
+        few = replace(problem, score_near=part.score_near)
         starts = (
             nearest_allowed(torch.arange(candidates)[:, None].repeat(1, fields), self.allowed).unique(dim=0).tolist()
         )
         able = [s for s in starts if few.fit(np.array([s]))[0]] or starts[:1]
-        start = max(able, key=few.value)
+        start = able[int(few.values(np.array(able), part.score(torch.tensor(able))).argmax())]
         choice, gains = sweep(few, start, tick=tick)
         if not problem.fit(np.array([choice]))[0]:
             choice = within_budget(problem, gains.masked_fill(~self.allowed, -np.inf))
