@@ -134,6 +134,15 @@ class Backbone(nn.Module):
         linear = u.new_zeros(len(u)) if self.values else u @ self.linear.weight[0, columns]
         return linear, u @ self.first.weight[:, columns].T if self.deep else u[:, :0]
 
+    def field_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What :meth:`field_terms` multiplies with, of all fields: ``[F, d]`` and ``[F, d, first_width]``."""
+        inputs = self.fields * self.width
+        shape = (self.fields, self.width)
+        linear = self.linear.weight.new_zeros(shape) if self.values else self.linear.weight[0, :inputs].view(shape)
+        if not self.deep:
+            return linear, linear.new_zeros(self.fields, self.width, 0)
+        return linear, self.first.weight[:, :inputs].T.reshape(self.fields, self.width, self.first_width)
+
     def pair_terms(self, u: torch.Tensor) -> torch.Tensor:
         """Share of pairs in the FM part: ``u [N, P, d]`` -> ``[N, P, P]``, of which a caller takes what it needs."""
         return u @ u.transpose(1, 2)

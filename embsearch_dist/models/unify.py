@@ -113,15 +113,17 @@ class SupernetUnify(nn.Module):
         self.present: torch.Tensor
         self.norm = UnifyNorm(fields, candidates, width, norm, gain, synchronise)
 
-    def mapped(self, x: torch.Tensor, choice: torch.Tensor) -> torch.Tensor:
-        """``x [F, B, table width]``, ``choice [F]`` -> ``[F, B, d]`` before normalisation."""
+    def mapped(self, x: torch.Tensor, choice: torch.Tensor, fields: Sequence[int] | None = None) -> torch.Tensor:
+        """``x [F, B, table width]``, ``choice [F]`` -> ``[F, B, d]`` before normalisation.
+
+        ``fields``: which ones ``x`` and ``choice`` are of; all by default."""
         if self.transform == "identity":
             if all(first == 0 for first, _ in self.columns):
                 u = x[..., : self.width]
             else:
                 u = x.gather(2, self.source[choice][:, None].expand(-1, x.shape[1], -1))
             return u * self.lead[choice][:, None]
-        own = self.first_map + choice
+        own = (self.first_map if fields is None else self.first_map[list(fields)]) + choice
         weight = self.weight[own] * self.mask[choice][..., None]
         u = torch.baddbmm(self.bias[own][:, None], x, weight)
         return u if self.after is None else self.after(u, choice)

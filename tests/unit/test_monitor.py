@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from embsearch_dist.train import monitor as module
-from embsearch_dist.train.monitor import Monitor
+from embsearch_dist.train.monitor import Monitor, _draw
 
 
 def read(path: Path) -> list[dict]:
@@ -177,3 +177,18 @@ def test_tensorboard_gets_scalars_and_images_and_resume_purges(tmp_path: Path) -
     assert events.Tags()["scalars"] == ["supernet/loss", "supernet/validation/auc"]
     assert [(e.step, e.value) for e in events.Scalars("supernet/loss")] == [(1, 1.0), (2, -2.0)]
     assert events.Tags()["images"] == ["supernet/P_E"]
+
+
+@pytest.mark.parametrize(("count", "shown"), [(8, 8), (64, 64), (65, 33), (1200, 64)])
+def test_a_heat_map_of_many_fields_names_some_of_them(count: int, shown: int) -> None:
+    names = [f"f{i}" for i in range(count)]
+    for rows, columns in ((names, ["2", "8"]), (["keep"], names)):
+        axes = _draw(np.zeros((len(rows), len(columns))), rows, columns, "P").axes[0]
+        axis = axes.yaxis if rows is names else axes.xaxis
+        found = {
+            int(place): label.get_text()
+            for place, label in zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
+        }
+        assert 0.45 * min(count, 64) < len(found) <= 64
+        assert all(label == names[place] for place, label in found.items())
+        assert count > 64 or len(found) == shown

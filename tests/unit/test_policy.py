@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from embsearch_dist.methods.adass.policy import (
     SearchTrace,
     argmax_choice,
     factored_advantage,
+    nearest_allowed,
     penalty,
     search,
 )
@@ -43,6 +45,13 @@ class AdditiveScorer:
             self.archive[tuple(row)] = {"auc": auc, "logloss": 1 - auc, "accuracy": auc}
             out.append(self.archive[tuple(row)])
         return out
+
+    def score_near(self, base: Sequence[int], choices: torch.Tensor) -> list[dict[str, float]]:
+        (own,) = self.score(torch.tensor([list(base)]))
+        return [{**m, "gain": own["logloss"] - m["logloss"], "gain_se": 1e-6} for m in self.score(choices)]
+
+    def part(self, rows: int) -> AdditiveScorer:
+        return self
 
 
 @dataclass
@@ -199,9 +208,9 @@ def test_the_watcher_sees_every_update() -> None:
     assert traces[-1].reward_mean > traces[0].reward_mean
 
 
-def searcher(scorer: Any, **changes: Any) -> Searcher:
+def searcher(scorer: Any, distinct: torch.Tensor | None = None, **changes: Any) -> Searcher:
     config = AdassConfig(candidates=CANDIDATES, policy=policy(**changes))
-    return Searcher(SCHEMA, config, scorer)
+    return Searcher(SCHEMA, config, scorer, distinct)
 
 
 @pytest.mark.parametrize("refine", [True, False])
@@ -261,3 +270,69 @@ def test_every_pareto_budget_gets_a_name_of_its_own() -> None:
         ("adass-2KB", 2000),
         ("adass-900", 900),
     ]
+
+
+def test_a_masked_candidate_is_never_drawn_nor_found() -> None:
+    allowed = torch.tensor([[True, True, False, True]] * 4)
+    scorer = AdditiveScorer([2, 2, 2, 2])
+    for changes in ({}, {"finder": "sweeps"}, {"refine": False}):
+        s = searcher(scorer, distinct=allowed, **changes)
+        for budget in (None, parse_budget("20%", SCHEMA)):
+            found = s.find(0, budget)
+            assert 2 not in found.choice
+            assert not found.probabilities[:, 2].any()
+            assert torch.isfinite(found.probabilities).all()
+    assert all(2 not in key for key in scorer.archive)
+
+
+def test_the_nearest_allowed_candidate_is_taken_the_lower_of_two() -> None:
+    allowed = torch.tensor([[True, False, False, True], [False, True, False, True]])
+    found = nearest_allowed(torch.arange(4)[:, None].repeat(1, 2), allowed)
+    assert found.T.tolist() == [[0, 0, 3, 3], [1, 1, 1, 3]]
+
+
+@pytest.mark.parametrize("budget", ["3%", "1_000", "40%"])
+def test_sweeps_obey_the_budget_and_find_the_best_of_independent_fields(budget: str) -> None:
+    parsed = parse_budget(budget, SCHEMA)
+    costs = cost_table(SCHEMA, CANDIDATES, parsed.resource)
+    found = searcher(GrowingScorer([]), finder="sweeps", refine=False).find(0, parsed)
+    assert total_cost(found.choice, costs) <= parsed.limit
+    assert searcher(AdditiveScorer(BEST), finder="sweeps", refine=False).find(0).choice == BEST
+
+
+def test_many_fields_are_swept_unless_the_policy_is_asked_for() -> None:
+    many = small_schema(*[10] * 65)
+    for finder, expected in (("auto", True), ("policy", False)):
+        config = AdassConfig(candidates=CANDIDATES, policy=policy(finder=finder))
+        assert Searcher(many, config, AdditiveScorer([0] * 65)).sweeps is expected  # type: ignore[arg-type]
+    assert not searcher(AdditiveScorer(BEST)).sweeps
+
+
+def test_a_price_of_a_column_narrows_what_gains_less() -> None:
+    # A step up gains 0.02 whatever its columns: 2, 2 and 4. At 0.006 a column the last does not pay.
+    for finder in ("policy", "sweeps"):
+        found = searcher(GrowingScorer([]), column_cost=0.006, finder=finder, steps=5).find(0)
+        assert found.choice == [2, 2, 2, 2]
+        assert searcher(GrowingScorer([]), finder=finder, steps=5).find(0).choice == [3, 3, 3, 3]
+
+
+def test_columns_without_evidence_are_taken_away_and_counted() -> None:
+    @dataclass
+    class Flat(AdditiveScorer):
+        """The first field gains, the others do not matter."""
+
+        def score(self, choices: torch.Tensor) -> list[dict[str, float]]:
+            return [{"auc": 0.6 + 0.02 * c[0], "logloss": 0.4 - 0.02 * c[0], "accuracy": 0.5} for c in choices.tolist()]
+
+    found = searcher(Flat([]), steps=1, refine=False).find(0)
+    kept = searcher(Flat([]), steps=1, refine=False, evidence=-1.0).find(0)
+    assert found.choice == [kept.choice[0], 0, 0, 0]
+    assert found.pruned == sum(CANDIDATES[j] for j in kept.choice[1:]) > 0
+    assert kept.pruned == 0
+
+
+def test_a_search_tells_how_far_it_is_and_scores_no_more_than_it_said() -> None:
+    for finder in ("policy", "sweeps"):
+        s, done = searcher(AdditiveScorer(BEST), finder=finder, steps=7), []
+        s.find(0, tick=done.append)
+        assert len(done) > 2 and 0 < sum(done) <= s.subnets()

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from embsearch_dist.data.batch import Batch
 from embsearch_dist.dist.sharding import ShardedTables
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.adass import scorer
-from embsearch_dist.methods.adass.scorer import ACCELERATOR, CPU, Layout, SubnetScorer, layout_for, relu_, sample_rows
+from embsearch_dist.methods.adass.passes import relu_
+from embsearch_dist.methods.adass.refit import HeadFit, Inherited
+from embsearch_dist.methods.adass.scorer import ACCELERATOR, CPU, Layout, SubnetScorer, layout_for
+from embsearch_dist.methods.adass.terms import STATES, sample_rows, slices
 from embsearch_dist.models.backbones import Backbone
 from embsearch_dist.models.ctr import SupernetModel
 from embsearch_dist.train.metrics import score
@@ -84,7 +89,7 @@ def test_the_layout_of_an_accelerator_gives_the_same_metrics(
 ) -> None:
     model, batches = supernet("none", backbone), sample()
     expected = SubnetScorer(model, batches, one_rank()).score(CHOICES)
-    monkeypatch.setattr(scorer, "CPU", Layout(chunk_rows, slab_chunks=1, together=True))
+    monkeypatch.setattr(scorer, "CPU", Layout(chunk_rows, together=True))
     for one, other in zip(expected, SubnetScorer(model, batches, one_rank()).score(CHOICES), strict=True):
         assert other["auc"] == pytest.approx(one["auc"], abs=1e-4)  # a logit on the edge of a bin may be in the next
         assert other["logloss"] == pytest.approx(one["logloss"], rel=1e-6)
@@ -166,17 +171,124 @@ def test_the_relu_of_bfloat16_bits_is_the_relu() -> None:
     assert torch.equal(relu_(x.clone()), x.relu())
 
 
+@pytest.mark.parametrize("norm", ["none", "field"])
+def test_terms_that_do_not_fit_are_made_anew_in_each_pass_and_give_the_same_logits(
+    monkeypatch: pytest.MonkeyPatch, norm: str
+) -> None:
+    model, batches = supernet(norm), sample()
+    kept = SubnetScorer(model, batches, one_rank())
+    monkeypatch.setattr(scorer, "CPU", Layout(chunk_rows=50, together=False))
+    monkeypatch.setattr(scorer, "SLAB_BYTES", 50 * 13 * 80 * 2)  # two chunks at a time, and not all five
+    made = SubnetScorer(model, batches, one_rank(), cache_mb=0)
+    assert kept.terms is not None and made.terms is None
+    torch.testing.assert_close(made.logits(CHOICES), kept.logits(CHOICES), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cache_mb", [0, 4096])
+@pytest.mark.parametrize("backbone", ["deepfm", "wide_deep", "fm"])
+def test_a_subnet_scored_from_one_near_it_is_scored_alike(backbone: str, cache_mb: int) -> None:
+    model, batches = supernet("field", backbone), sample()
+    found = SubnetScorer(model, batches, one_rank(), cache_mb=cache_mb)
+    expected = SubnetScorer(model, batches, one_rank()).logits(CHOICES)
+    for base in ((1, 2, 3), (1, 2, 0), (0, 0, 0)):  # the second state is made from the first
+        torch.testing.assert_close(found.logits_near(base, CHOICES), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_near_subnets_need_the_terms_of_their_own_fields_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, asked = SubnetScorer(supernet("none"), sample(), one_rank(), cache_mb=0), []
+    found.logits_near((1, 1, 1), torch.tensor([[1, 1, 1]]))
+    original = found._make_terms
+
+    def watched(chunks: slice, fields: Sequence[int], *rest: object) -> object:
+        asked.append(list(fields))
+        return original(chunks, fields, *rest)
+
+    monkeypatch.setattr(found, "_make_terms", watched)
+    found.logits_near((1, 1, 1), torch.tensor([[1, 0, 1], [1, 3, 1]]))
+    assert asked and all(fields == [1] for fields in asked)
+
+
+def test_near_scores_tell_the_gain_over_the_base_and_its_standard_error() -> None:
+    model, batches = supernet("none"), sample()
+    labels, base = torch.cat([b.label for b in batches]), (1, 2, 3)
+    found = SubnetScorer(model, batches, one_rank())
+    losses = [
+        torch.nn.functional.binary_cross_entropy_with_logits(forward(model, batches, c), labels, reduction="none")
+        for c in torch.tensor([base, (1, 0, 3), (3, 2, 3)])
+    ]
+    for own, metrics in zip(losses[1:], found.score_near(base, torch.tensor([[1, 0, 3], [3, 2, 3]])), strict=True):
+        gain = losses[0] - own
+        assert metrics["gain"] == pytest.approx(float(gain.mean()), rel=1e-3)
+        assert metrics["gain_se"] == pytest.approx(float(gain.std()) / len(labels) ** 0.5, rel=1e-3)
+        assert metrics["logloss"] == pytest.approx(float(own.mean()), rel=1e-4)
+
+
+def test_a_part_of_a_scorer_scores_its_first_rows() -> None:
+    model, batches = supernet("none"), sample()
+    for cache_mb in (0, 4096):
+        whole = SubnetScorer(model, batches, one_rank(), cache_mb=cache_mb)
+        part = whole.part(100)
+        assert part.rows == CPU.chunk_rows < whole.rows
+        assert torch.equal(part.logits(CHOICES), whole.logits(CHOICES)[:, : part.rows])
+        assert part.score(CHOICES[:1])[0]["rows"] == part.rows
+        assert whole.part(200) is whole  # the last chunk is not full
+
+
+@pytest.mark.parametrize("backbone", ["deepfm", "fm"])
+def test_a_head_is_fitted_on_half_of_the_rows_and_scored_on_the_others(backbone: str) -> None:
+    batch = random_batch(SCHEMA, 1024, 3)
+    model, choice = supernet("none", backbone), torch.tensor([[2, 3, 1]])
+    plain = forward(model, [batch], choice[0])
+    # Labels that follow the logits turned round: the inherited head is wrong in a way that a fit can undo.
+    uniform = torch.rand(1024, generator=torch.Generator().manual_seed(0))
+    labels = (uniform < (-2 * (plain - plain.mean()) / plain.std()).sigmoid()).float()
+    batch = Batch(batch.dense, batch.sparse, labels, batch.position)
+    without = SubnetScorer(model, [batch], one_rank()).score(choice)[0]
+    fitted = SubnetScorer(model, [batch], one_rank(), refit="linear")
+    found = fitted.score(choice)[0]
+    assert (without["rows"], found["rows"]) == (1024, 512)
+    assert without["auc"] < 0.5 < 0.6 < found["auc"]
+    # The labels of the scored half play no part in the fit.
+    others = torch.cat([labels[:512], 1 - labels[512:]])
+    turned = SubnetScorer(model, [Batch(batch.dense, batch.sparse, others, batch.position)], one_rank(), refit="linear")
+    torch.testing.assert_close(turned.logits(choice), fitted.logits(choice))
+
+
+def test_the_fitted_head_is_one_newton_step_of_logistic_regression() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4000, 3, generator=generator)
+    hidden, plain = x[None, :, :2], x[None, :, 2]
+    truth = torch.tensor([0.3, -0.2, 0.9, 0.1])
+    own = Inherited(torch.tensor([0.2, -0.1]), 0.0)  # close by, so that one step is nearly all
+    logits = x @ truth[:3] + truth[3]
+    labels = (torch.rand(4000, generator=generator) < logits.sigmoid()).float()
+    fit = HeadFit(1, own, one_rank())
+    for part in slices(4000, 500):
+        fit.add(slice(0, 1), hidden[:, part], plain[:, part], labels[part])
+    best = LogisticRegression(C=1e6).fit(x.numpy(), labels.numpy())
+    torch.testing.assert_close(fit.solve()[0, :3], torch.from_numpy(best.coef_[0]).float(), atol=0.01, rtol=0)
+
+
+def test_a_refit_needs_rows_to_hold_apart() -> None:
+    one = [Batch(b.dense, b.sparse, torch.ones(1), b.position) for b in [random_batch(SCHEMA, 1)]]
+    with pytest.raises(UserError, match=r"search.policy.refit: too few"):
+        SubnetScorer(supernet("none"), one, one_rank(), refit="linear")
+
+
 def test_the_sample_shrinks_to_the_memory_it_may_use() -> None:
-    deepfm = supernet("none").bare_head.backbone
-    fm = supernet("none", "fm").bare_head.backbone
-    blocks, pairs, first = 3 * 4 + 1, 3 * 4 * 4, deepfm.first_width
+    deepfm, fm = (supernet("none", b).bare_head.backbone for b in ("deepfm", "fm"))
+    sums, pooled = 1 + deepfm.width + deepfm.first_width, 4 * (39 * 64 + 1)
+    assert sample_rows(10_000, 5_000, 39, 64, deepfm, 4096) == 5_000
+    assert sample_rows(3_000, 5_000, 39, 64, deepfm, 4096) == 3_000
+    assert sample_rows(10**6, 10**6, 39, 64, deepfm, 1) == (1 << 20) // (pooled + STATES * 4 * sums)
+    assert sample_rows(10**6, 10**6, 39, 64, fm, 1) == (1 << 20) // (pooled + STATES * 4 * (1 + fm.width))
 
-    def fitting(wanted: int, rows: int, backbone: Backbone, precision: str, cache_mb: int) -> int:
-        return sample_rows(rows, wanted, 3, 4, backbone, precision, cache_mb)
 
-    assert fitting(5_000, 10_000, deepfm, "float32", 4096) == 5_000
-    assert fitting(5_000, 3_000, deepfm, "float32", 4096) == 3_000
-    for precision, size in (("float32", 4), ("bfloat16", 2)):
-        one_mb = (1 << 20) // (4 * (blocks + pairs) + size * blocks * first)
-        assert fitting(10**6, 10**6, deepfm, precision, 1) == one_mb
-    assert fitting(10**6, 10**6, fm, "bfloat16", 1) == (1 << 20) // (4 * (blocks + pairs))
+def test_criteos_fields_score_200_000_rows_in_4_gib() -> None:
+    backbone = Backbone(39, 32, 0, True, [400, 400])
+    assert sample_rows(10**7, 10**7, 39, 64, backbone, 4096) >= 200_000
+
+
+def test_chunks_shrink_with_the_terms_of_a_row() -> None:
+    assert layout_for(torch.device("cpu"), 10**5, scorer.SLAB_BYTES // 10).chunk_rows == 10
+    assert layout_for(torch.device("cpu"), 10**5, 10 * scorer.SLAB_BYTES).chunk_rows == 1

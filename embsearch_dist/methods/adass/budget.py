@@ -1,9 +1,9 @@
-"""Hard budgets: what a user writes, the allocation that obeys it, and the local search inside it."""
+"""Hard budgets: what a user writes, and the allocation that obeys it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,7 +60,7 @@ def cost_table(schema: Schema, candidates: Sequence[int], resource: str, extra: 
 
 def total_cost(choice: Sequence[int], costs: torch.Tensor) -> float:
     """Cost of one subnet under ``costs [F, T]``."""
-    return float(sum(costs[f, j] for f, j in enumerate(choice)))
+    return float(costs.gather(1, torch.as_tensor(choice).view(-1, 1)).sum(dtype=torch.float64))
 
 
 def relative_costs(schema: Schema, candidates: Sequence[int], resource: str, extra: int = 0) -> torch.Tensor:
@@ -94,7 +94,7 @@ def knapsack(scores: torch.Tensor, costs: torch.Tensor, limit: float) -> list[in
     """Exact multiple-choice knapsack: one candidate per field, cost at most ``limit``, highest score sum.
 
     Args:
-        scores: ``[F, T]``, e.g. log-probabilities of the policy.
+        scores: ``[F, T]``, e.g. log-probabilities of the policy; -inf for a candidate that must not be chosen.
         costs: ``[F, T]``.
 
     Raises:
@@ -102,6 +102,8 @@ def knapsack(scores: torch.Tensor, costs: torch.Tensor, limit: float) -> list[in
     """
     fields, candidates = scores.shape
     variables = fields * candidates
+    open_ = torch.isfinite(scores).numpy().ravel()
+    scores = scores.double().nan_to_num(neginf=0.0)
     scale = max(float(costs.max()), 1.0)  # the solver's tolerances are absolute
     of_field = np.repeat(np.arange(fields), candidates)
     one_each = csr_array((np.ones(variables), (of_field, np.arange(variables))), shape=(fields, variables))
@@ -109,9 +111,9 @@ def knapsack(scores: torch.Tensor, costs: torch.Tensor, limit: float) -> list[in
     constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(weight, -np.inf, limit / scale)]
     for _ in range(RETRIES):
         result = milp(
-            -scores.double().numpy().ravel(),
+            -scores.numpy().ravel(),
             constraints=constraints,
-            bounds=Bounds(0, 1),
+            bounds=Bounds(0, open_.astype(float)),
             integrality=np.ones(variables),
             options={"mip_rel_gap": 0.0},
         )
@@ -124,74 +126,20 @@ def knapsack(scores: torch.Tensor, costs: torch.Tensor, limit: float) -> list[in
         taken = np.zeros((1, variables))
         taken[0, np.arange(fields) * candidates + choice] = 1
         constraints.append(LinearConstraint(taken, -np.inf, fields - 1))
-    return _repair(choice, scores, costs, limit)
+    return _repair(choice, scores, costs, limit, open_.reshape(fields, candidates))
 
 
-def _repair(choice: list[int], scores: torch.Tensor, costs: torch.Tensor, limit: float) -> list[int]:
+def _repair(choice: list[int], scores: torch.Tensor, costs: torch.Tensor, limit: float, open_: np.ndarray) -> list[int]:
     """The solver works in floating point; the budget holds in exact integers all the same."""
-    while sum(float(costs[f, j]) for f, j in enumerate(choice)) > limit:
+    while total_cost(choice, costs) > limit:
         moves = [
             (float(scores[f, j] - scores[f, k]), f, k)
             for f, j in enumerate(choice)
             for k in range(scores.shape[1])
-            if costs[f, k] < costs[f, j]
+            if open_[f, k] and costs[f, k] < costs[f, j]
         ]
         if not moves:
             raise ValueError(f"no choice costs at most {limit}")
         _, field, candidate = min(moves)
         choice[field] = candidate
     return choice
-
-
-def refine(
-    start: Sequence[int],
-    score: Callable[[torch.Tensor], list[dict[str, float]]],
-    value: Callable[[Sequence[int], dict[str, float]], float],
-    allowed: Callable[[Sequence[int]], bool],
-    candidates: int,
-    seed: int,
-    pairs: int = 128,
-    rounds: int = 20,
-) -> list[int]:
-    """Hill-climb from ``start`` over changes of one field's candidate and of two fields' together.
-
-    Args:
-        value: what to maximise, from a choice and its metrics.
-        allowed: whether a choice obeys the budget.
-        pairs: at most this many two-field moves per round, drawn by ``seed``.
-
-    Returns:
-        A choice no sampled move improves; never one that is not allowed, unless ``start`` was not.
-    """
-    rng = np.random.default_rng(seed)
-    best = list(start)
-    best_value = value(best, score(torch.tensor([best]))[0])
-    for _ in range(rounds):
-        moves = [(*best[:f], k, *best[f + 1 :]) for f in range(len(best)) for k in range(candidates) if k != best[f]]
-        moves += _pair_moves(best, candidates, pairs, rng)
-        moves = [m for m in dict.fromkeys(moves) if allowed(m)]
-        if not moves:
-            break
-        values = [value(m, metrics) for m, metrics in zip(moves, score(torch.tensor(moves)), strict=True)]
-        top = int(np.argmax(values))
-        if values[top] <= best_value:
-            break
-        best, best_value = list(moves[top]), values[top]
-    return best
-
-
-def _pair_moves(choice: list[int], candidates: int, count: int, rng: np.random.Generator) -> list[tuple[int, ...]]:
-    """Moves that no single change reaches: two fields up together (fields that matter as a pair gain nothing
-    one by one), and one up while another goes down (what a tight budget needs to get unstuck)."""
-    up = [f for f, j in enumerate(choice) if j + 1 < candidates]
-    every = [(a, b, choice[b] + 1) for a in up for b in up if a < b]
-    every += [(a, b, k) for a in up for b in range(len(choice)) if a != b for k in range(choice[b])]
-    if len(every) > count:
-        every = [every[i] for i in rng.choice(len(every), count, replace=False)]
-    moves = []
-    for raised, other, k in every:
-        move = list(choice)
-        move[raised] += 1
-        move[other] = k
-        moves.append(tuple(move))
-    return moves

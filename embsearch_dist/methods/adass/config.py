@@ -11,6 +11,8 @@ from embsearch_dist.models.embeddings import SCHEMES, check_candidates
 MODES = ("adaptive", "random", "vanilla_uniform", "weighted_uniform")
 PRECISIONS = ("bfloat16", "float32")
 METRICS = ("auc", "logloss", "accuracy")
+REFITS = ("none", "linear")
+FINDERS = ("auto", "policy", "sweeps")
 
 
 @dataclass
@@ -45,9 +47,12 @@ class SamplingConfig:
 class PolicyConfig:
     """The search itself (section 3.2, Eq. 8-9)."""
 
-    rows: int = option(100_000, "validation rows every candidate is scored on")
+    finder: str = option("auto", "policy (as printed) | sweeps over single changes | auto: sweeps above 64 fields")
+    rows: int = option(100_000, "validation rows every candidate is scored on, drawn at random from all of them")
+    policy_rows: int = option(0, "of these, how many the policy learns from; all that follows sees all; 0 = all")
     precision: str = option("bfloat16", "of the cached MLP sums: bfloat16 (about twice as fast) | float32")
-    cache_mb: int = option(4096, "memory of the cached activations over all ranks; bounds the rows")
+    cache_mb: int = option(4096, "memory of the scored rows over all ranks: terms if they fit, else pooled rows")
+    refit: str = option("none", "linear = fit every candidate's head on half of the scored rows, score on the others")
     steps: int = option(200, "updates of the policy")
     batch: int = option(32, "candidates sampled per update")
     lr: float = option(2e-3, "learning rate of the policy (Adam); the paper's 5e-4 needs several times the steps")
@@ -59,14 +64,23 @@ class PolicyConfig:
     model_width: int = option(32, "width of the transformer")
     layers: int = option(2, "layers of the transformer")
     heads: int = option(4, "attention heads")
+    column_cost: float = option(0.0, "what a column has to add to the metric, whatever its field's cardinality")
     refine: bool = option(True, "finish with a local search over single and paired changes of width")
+    moves: int = option(384, "changes of the local search that are scored a round; every single one if they are fewer")
+    evidence: float = option(
+        1.0, "at last a field gets a narrower width unless its rows' loss rises by so many standard errors; -1 = off"
+    )
     seed: int = option(0, "seed of this search, beside run.seed, which the supernet shares")
 
     def check(self) -> None:
         one_of("search.policy.metric", self.metric, METRICS)
         one_of("search.policy.precision", self.precision, PRECISIONS)
         one_of("search.policy.resource", self.resource, RESOURCES)
-        for key in ("rows", "steps", "model_width", "layers", "heads", "cache_mb"):
+        one_of("search.policy.refit", self.refit, REFITS)
+        one_of("search.policy.finder", self.finder, FINDERS)
+        require(self.policy_rows >= 0, "search.policy.policy_rows", f"must not be negative, got {self.policy_rows}")
+        require(self.column_cost >= 0, "search.policy.column_cost", f"must not be negative, got {self.column_cost}")
+        for key in ("rows", "steps", "model_width", "layers", "heads", "cache_mb", "moves"):
             require(getattr(self, key) >= 1, f"search.policy.{key}", f"must be at least 1, got {getattr(self, key)}")
         require(self.batch >= 2, "search.policy.batch", "must be at least 2: the baseline is the others' mean")
         require(self.lr > 0, "search.policy.lr", "must be above 0")

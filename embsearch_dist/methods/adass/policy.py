@@ -11,6 +11,8 @@ from torch.nn import functional
 
 from embsearch_dist.methods.adass.config import PolicyConfig
 
+FAR = 1e4  # a logit so far below the others has probability 0, and unlike -inf none of its products is NaN
+
 
 class Policy(nn.Module):
     """Transformer over the fields: state (chosen candidate per field) -> logits of the next choice.
@@ -120,6 +122,8 @@ def search(
     absolute_costs: torch.Tensor | None = None,
     budget: float | None = None,
     watch: Callable[[SearchTrace], None] | None = None,
+    allowed: torch.Tensor | None = None,
+    column_price: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """REINFORCE over subnets; returns the final probabilities P ``[F, T]``.
 
@@ -132,8 +136,14 @@ def search(
         absolute_costs: ``[F, T]`` costs in the budget's unit.
         budget: when given, a multiplier on the expected cost rises while it exceeds the budget (dual
             ascent), so that P ends near allocations that are affordable.
+        allowed: ``[F, T]`` bool, candidates that may be drawn; P is 0 at all others.
+        column_price: ``[T]``, what a field with each candidate takes from the reward, before ``reward_weight``.
     """
     fields, candidates = costs.shape
+    price = config.lambda_r * costs
+    if column_price is not None:
+        price = price + fields * config.reward_weight * column_price
+    closed = torch.zeros(costs.shape, dtype=torch.bool) if allowed is None else ~allowed
     generator = torch.Generator().manual_seed(seed)
     state_before = torch.random.get_rng_state()
     torch.manual_seed(seed)
@@ -141,17 +151,17 @@ def search(
     torch.random.set_rng_state(state_before)
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.lr)
     value = AdditiveValue(fields, candidates)
-    state = torch.randint(candidates, (config.batch, fields), generator=generator)
+    state = nearest_allowed(torch.randint(candidates, (config.batch, fields), generator=generator), ~closed)
     multiplier, sign = 0.0, -1.0 if config.metric == "logloss" else 1.0
     for step in range(config.steps):
-        logits = policy(state)
+        logits = policy(state).masked_fill(closed, -FAR)
         p = logits.softmax(2)
         action = torch.multinomial(p.detach().flatten(0, 1), 1, generator=generator).view(config.batch, fields)
         reward = torch.tensor([sign * m[config.metric] for m in score(action)])
         advantage = config.reward_weight * factored_advantage(reward, action, value.values())
         value.update(action, reward)
         log_p = logits.log_softmax(2).gather(2, action[..., None]).squeeze(2)
-        extra = penalty(p, costs, config.lambda_r, config.lambda_c)
+        extra = penalty(p, price, 1.0, config.lambda_c)
         objective = -(log_p * advantage).sum(1).mean() + extra
         expected = torch.zeros(())
         if absolute_costs is not None:
@@ -179,7 +189,15 @@ def search(
                 )
             )
     with torch.no_grad():
-        return policy(state).softmax(2).mean(0)
+        return policy(state).masked_fill(closed, -FAR).softmax(2).mean(0)
+
+
+def nearest_allowed(choices: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    """``choices [K, F]`` with every candidate that is not allowed replaced by the nearest that is, the lower first."""
+    distance = (torch.arange(allowed.shape[1])[:, None] - torch.arange(allowed.shape[1])).abs().double()
+    # To which candidate each one goes: [F, T].
+    nearest = distance.expand(len(allowed), -1, -1).masked_fill(~allowed[:, None], float("inf")).argmin(2)
+    return nearest.gather(1, choices.T).T
 
 
 def argmax_choice(p: torch.Tensor) -> list[int]:

@@ -1,31 +1,49 @@
 """Score many subnets of a frozen supernet without touching its tables again.
 
 The supernet does not change during the search, so the pooled max-table rows of the validation sample are
-looked up once. From them every (field, candidate) gives its share of the linear part and of the MLP's first
-layer, and every pair of them its inner product in the FM part (see models/backbones.py). A subnet's first layer
-is then a sum of F cached blocks, and its linear and FM parts a sum of cached numbers: neither a table nor a
-wide matrix product is left in the loop.
+looked up once. From them every (field, candidate) gives its terms: its share of the linear part and of the MLP's
+first layer, and its unified embedding u, of which the FM part needs two sums over the fields:
+``sum_{f<g} <u_f, u_g> = (|sum_f u_f|^2 - sum_f |u_f|^2) / 2``. A subnet is then a sum of F blocks: neither a table
+nor a wide matrix product is left in the loop.
+
+Terms that fit into memory are made once. Otherwise the pooled rows are kept, which are some ten times smaller, and
+each pass makes the terms of a slab of rows, takes them for all its candidates, and goes on to the next slab. A subnet
+that differs from another in few fields needs the terms of these fields alone (:meth:`SubnetScorer.score_near`), so
+what it costs does not grow with the number of fields.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from torch.nn import functional
 
 from embsearch_dist.data.batch import Batch
 from embsearch_dist.dist.context import Context
 from embsearch_dist.errors import UserError
-from embsearch_dist.models.backbones import Backbone
+from embsearch_dist.methods.adass.passes import Output, compare, look_up
+from embsearch_dist.methods.adass.terms import (
+    STATES,
+    Sums,
+    Terms,
+    add_up,
+    chunked,
+    difference,
+    plus,
+    slices,
+    term_bytes,
+)
 from embsearch_dist.models.ctr import SupernetModel
 from embsearch_dist.models.unify import SupernetUnify
 from embsearch_dist.train.metrics import METRICS, binned_auc, score, score_many
 
-CANDIDATES_PER_PASS = 64
+CANDIDATES_PER_PASS = 256  # that share the terms of a slab, where they are made anew in each pass
+CANDIDATES_TOGETHER = 64  # of these whose activations are held at a time
+SLAB_BYTES = 64 << 20  # terms that are made at a time, when not all are kept
+NEAR_FIELDS = 64  # fields whose terms a slab of :meth:`SubnetScorer.score_near` holds, about
 
 
 @dataclass(frozen=True)
@@ -34,27 +52,31 @@ class Layout:
 
     Args:
         chunk_rows: rows whose terms lie together; a pass takes one chunk after another.
-        slab_chunks: chunks whose terms are made at a time.
         together: metrics of all candidates of a pass at once, where the logits lie; else one by one on the CPU.
     """
 
     chunk_rows: int
-    slab_chunks: int
     together: bool
 
 
 # A CPU keeps the terms of a small chunk in its caches while all candidates of a pass use them. On a GPU each chunk
 # costs a number of launches, and it waits at every candidate whose metrics are worked out elsewhere.
-CPU = Layout(chunk_rows=128, slab_chunks=32, together=False)
-ACCELERATOR = Layout(chunk_rows=8192, slab_chunks=1, together=True)
+CPU = Layout(chunk_rows=128, together=False)
+ACCELERATOR = Layout(chunk_rows=8192, together=True)
 
 
-def layout_for(device: torch.device, rows: int) -> Layout:
-    """The layout of ``rows`` rows. Large chunks are of one size, so that the last need not be filled up."""
-    if device.type == "cpu":
-        return CPU
-    chunks = -(-rows // ACCELERATOR.chunk_rows)
-    return replace(ACCELERATOR, chunk_rows=-(-rows // chunks))
+def layout_for(device: torch.device, rows: int, row_bytes: int = 1) -> Layout:
+    """The layout of ``rows`` rows whose terms take ``row_bytes`` each.
+
+    Large chunks are of one size, so that the last need not be filled up. With many fields a chunk is smaller, so
+    that its terms are at most :data:`SLAB_BYTES` (on a GPU 16 times as much).
+    """
+    layout, bound = (CPU, SLAB_BYTES) if device.type == "cpu" else (ACCELERATOR, 16 * SLAB_BYTES)
+    size = max(1, min(layout.chunk_rows, bound // row_bytes))
+    if device.type != "cpu":
+        chunks = -(-rows // size)
+        size = -(-rows // chunks)
+    return replace(layout, chunk_rows=size)
 
 
 class SubnetScorer:
@@ -64,88 +86,167 @@ class SubnetScorer:
     """
 
     def __init__(
-        self, model: SupernetModel, batches: Sequence[Batch], context: Context, precision: str = "float32"
+        self,
+        model: SupernetModel,
+        batches: Sequence[Batch],
+        context: Context,
+        precision: str = "float32",
+        cache_mb: int = 4096,
+        refit: str = "none",
     ) -> None:
         """
         Args:
             batches: this rank's share of the sample; all ranks hold equally many batches.
             precision: of the MLP's sums, ``float32`` or ``bfloat16``; linear and FM parts are always float32.
+            cache_mb: MiB over all ranks that terms may take to be kept; else they are made in each pass.
+            refit: ``linear`` fits the head of every candidate on the first half of the rows (of each rank), and
+                scores it on the others; see :class:`embsearch_dist.methods.adass.refit.HeadFit`.
         """
         self.context, self.dtype = context, getattr(torch, precision)
         head = model.bare_head
-        unify, self.backbone = head.unify, head.backbone
-        assert isinstance(unify, SupernetUnify)
-        self.fields, self.candidates = len(model.tables.names), len(unify.mask)
+        assert isinstance(head.unify, SupernetUnify)
+        self.unify: SupernetUnify = head.unify
+        self.backbone = head.backbone
+        self.fields, self.candidates = len(model.tables.names), len(self.unify.mask)
+        self.values = model.tables.weights  # column of each field's first-order weight; empty: there are none
         self.archive: dict[tuple[int, ...], dict[str, float]] = {}
+        self._states: dict[tuple[int, ...], Sums] = {}
+        self._near_archive: dict[tuple[tuple[int, ...], tuple[int, ...]], dict[str, float]] = {}
         model.eval()
         with torch.no_grad():
-            pooled = torch.cat([model.tables(b.to(context.device).sparse).stack() for b in batches], 1)
-            dense = torch.cat([b.dense.to(context.device) for b in batches])
-            self.rows = pooled.shape[1]
-            self.rows_of = context.every(self.rows)
-            self.layout = layout_for(context.device, self.rows)
-            labels = context.gather(torch.cat([b.label.to(context.device) for b in batches]))
-            self.labels = labels if self.layout.together else labels.cpu()
-            self._make_terms(unify, pooled, dense, model.tables.weights)
+            self.pooled, self.dense = look_up(model, batches, context)
+            self.rows = self.pooled.shape[1]
+            row_bytes = term_bytes(self.fields, self.candidates, self.backbone, precision)
+            self.layout = layout_for(context.device, -(-self.rows // 2) if refit != "none" else self.rows, row_bytes)
+            self.own_labels = torch.cat([b.label.to(context.device) for b in batches])
+            self._share_labels(refit != "none")
+            self.moments = self._moments(self.unify, self.pooled) if self.unify.norm.kind == "field" else None
+            self.linear, weight = self.backbone.field_weights()
+            self.weight = weight.to(self.dtype).contiguous()
             layers = self.backbone.later_layers
             self.layers = [(x.weight.to(self.dtype).T.contiguous(), x.bias.to(self.dtype)) for x in layers]
+            self.terms: Terms | None = None
+            self.cache_bytes = cache_mb << 20
+            self._keep_terms(self.cache_bytes)
+            if self.terms is not None:
+                del self.pooled
         if self.labels.sum() in (0, len(self.labels)):
             raise UserError(f"the validation sample of {len(self.labels)} rows has one class only: AUC is undefined")
 
-    def _make_terms(
-        self, unify: SupernetUnify, pooled: torch.Tensor, dense: torch.Tensor, weights: Sequence[int]
-    ) -> None:
-        """Fill ``first [chunks, blocks, chunk rows * width]`` and ``logit [chunks, numbers, chunk rows]``.
+    def part(self, rows: int) -> SubnetScorer:
+        """A scorer of the first ``rows`` rows over all ranks, or a few more (whole chunks); they are shared with this
+        one. Itself if it has no more. Its terms are kept if the memory that pooled rows leave is enough."""
+        chunks = max(2 if self.fit_chunks else 1, -(-rows // (self.context.world_size * self.layout.chunk_rows)))
+        if chunks >= min(self.context.every(self.chunks)):
+            return self
+        few = copy.copy(self)
+        few.rows = chunks * self.layout.chunk_rows
+        few.own_labels = self.own_labels[: few.rows]
+        few._share_labels(self.fit_chunks > 0)
+        few.archive, few._states, few._near_archive = {}, {}, {}
+        if self.terms is not None:
+            few.terms = self.terms.part(chunks)
+        else:
+            left = self.cache_bytes - max(self.context.every(self.pooled.nbytes)) * self.context.world_size
+            few._keep_terms(left)
+        return few
 
-        A block is a (field, candidate), the last one the dense columns'. The numbers are the linear parts in the
-        same order, then the pairs of :func:`pair_offsets`. Chunk by chunk in memory: with whole columns side by
-        side the blocks of a chunk would lie megabytes apart, in the same few lines of every cache. The last
-        chunk is filled up with rows of zeros.
+    @torch.no_grad()
+    def _keep_terms(self, room: int) -> None:
+        """Make all terms once and for all, if they take at most ``room`` bytes over all ranks."""
+        row_bytes = term_bytes(self.fields, self.candidates, self.backbone, str(self.dtype).removeprefix("torch."))
+        if max(self.context.every(self.rows)) * self.context.world_size * row_bytes <= room:
+            self.terms = self._make_terms(slice(0, self.chunks), range(self.fields))
+
+    def _share_labels(self, refit: bool) -> None:
+        """Decide which rows fit heads and which score, and let every rank know the labels of the latter.
+
+        Raises:
+            UserError: one chunk of rows, and heads to be fitted.
+        """
+        size = self.layout.chunk_rows
+        self.chunks = -(-self.rows // size)
+        self.fit_chunks = self.chunks // 2 if refit else 0
+        if refit and min(self.context.every(self.fit_chunks)) == 0:
+            raise UserError("config key search.policy.refit: too few validation rows to hold half of them apart")
+        fitted = self.fit_chunks * size
+        self.fit_labels, scored = self.own_labels[:fitted].view(-1, size), self.own_labels[fitted:]
+        self.scored = len(scored)
+        self.rows_of = self.context.every(self.scored)
+        labels = self.context.gather(scored)
+        self.labels = labels if self.layout.together else labels.cpu()
+
+    def _make_terms(self, chunks: slice, fields: Sequence[int], out: Terms | None = None) -> Terms:
+        """The terms of some fields, in this order, for some chunks of rows; missing rows of the last are zeros.
 
         Args:
-            weights: column of each field's first-order weight; empty where values have none of their own.
+            out: where they go, if it is large enough; its further chunks stay as they are.
         """
-        rows, device = pooled.shape[1], pooled.device
-        size, slab = self.layout.chunk_rows, self.layout.slab_chunks
-        chunks, blocks = -(-rows // size), self.fields * self.candidates + 1
-        pairs, offsets = pair_offsets(self.fields, self.candidates, self.backbone.fm)
-        width = self.backbone.first_width
-        self.first = torch.zeros(chunks, blocks, size * width, dtype=self.dtype, device=device)
-        self.logit = torch.zeros(chunks, blocks + len(pairs), size, device=device)
-        moments = self._moments(unify, pooled) if unify.norm.kind == "field" else None
-        pairs, self.offsets = pairs.to(device), offsets.to(device)
-        for start in range(0, chunks, slab):
-            part = slice(start * size, (start + slab) * size)
-            u = self._unified(unify, pooled[:, part], moments)
-            target = slice(start, start + slab)
-            for k in range(blocks):
-                terms = (
-                    self.backbone.dense_terms(dense[part])
-                    if k == blocks - 1
-                    else self.backbone.field_terms(k // self.candidates, u[:, k])
-                )
-                self.logit[target, k] = chunked(terms[0], size)
-                if weights and k < blocks - 1 and unify.present[k % self.candidates]:
-                    field = k // self.candidates
-                    self.logit[target, k] += chunked(pooled[field, part, weights[field]], size)
-                if width:
-                    self.first[target, k] = chunked(terms[1], size)
-            if len(pairs):
-                self.logit[target, blocks:] = self._pairs(u, pairs)
+        size, width, depth = self.layout.chunk_rows, self.backbone.first_width, self.backbone.width
+        count, blocks = chunks.stop - chunks.start, len(fields) * self.candidates + 1
+        terms = out.part(count) if out is not None else self._room(count, blocks)
+        every = len(fields) == self.fields
+        linear, weight = self.linear[list(fields)], self.weight[list(fields)].repeat_interleave(self.candidates, 0)
+        slab = max(1, SLAB_BYTES // (blocks * size * depth * 4))  # the unified embeddings of a slab
+        for start in range(0, count, slab):
+            stop = min(start + slab, count)
+            part = slice((chunks.start + start) * size, (chunks.start + stop) * size)
+            pooled = self.pooled[:, part] if every else self.pooled[list(fields), part]
+            u = self._unified(self.unify, pooled, self.moments, fields)
+            number = (u.view(len(u), len(fields), self.candidates, depth) @ linear[:, :, None]).view(len(u), -1)
+            if self.backbone.fm:
+                number -= 0.5 * u.square().sum(2)
+            if self.values:
+                values = torch.stack([pooled[k, :, self.values[f]] for k, f in enumerate(fields)], 1)
+                number += (values[:, :, None] * self.unify.present).flatten(1)
+            u, number = chunked(u, size), chunked(number, size)
+            terms.number[start:stop, :-1] = number.view(stop - start, size, -1).transpose(1, 2)
+            # Chunk by chunk [blocks, rows, d], as the products read it.
+            u = u.view(stop - start, size, blocks - 1, depth).transpose(1, 2)
+            if self.backbone.fm:
+                terms.u[start:stop, :-1] = u.flatten(2)
+            if width:
+                inputs = u.to(self.dtype, memory_format=torch.contiguous_format)
+                for k in range(stop - start):
+                    torch.bmm(inputs[k], weight, out=terms.first[start + k, :-1].view(blocks - 1, size, width))
+            dense = self.backbone.dense_terms(self.dense[part])
+            terms.number[start:stop, -1] = chunked(dense[0], size)
+            if width:
+                terms.first[start:stop, -1] = chunked(dense[1], size)
+        return terms
+
+    def _room(self, chunks: int, blocks: int) -> Terms:
+        """Terms that are not made yet. The dense columns have no unified embedding: zeros."""
+        size, device, depth = self.layout.chunk_rows, self.context.device, self.backbone.width * self.backbone.fm
+        terms = Terms(
+            torch.empty(chunks, blocks, size, device=device),
+            torch.empty(chunks, blocks, size * depth, device=device),
+            torch.empty(chunks, blocks, size * self.backbone.first_width, dtype=self.dtype, device=device),
+        )
+        terms.u[:, -1] = 0
+        return terms
 
     def _unified(
-        self, unify: SupernetUnify, x: torch.Tensor, moments: tuple[torch.Tensor, torch.Tensor] | None
+        self,
+        unify: SupernetUnify,
+        x: torch.Tensor,
+        moments: tuple[torch.Tensor, torch.Tensor] | None,
+        fields: Sequence[int],
     ) -> torch.Tensor:
-        """Unified embeddings ``[n, F * T, d]`` of every (field, candidate), zero for a dropped field."""
-        out = x.new_zeros(x.shape[1], self.fields, self.candidates, self.backbone.width)
+        """Unified embeddings ``[n, F' * T, d]`` of every (field, candidate), zero for a dropped field.
+
+        Args:
+            x: pooled rows ``[F', n, table width]`` of the given ``fields`` in this order.
+        """
+        out = x.new_zeros(x.shape[1], len(fields), self.candidates, self.backbone.width)
         for j in range(self.candidates):
             if unify.present[j]:
-                choice = torch.full((self.fields,), j, device=x.device)
-                u = unify.mapped(x, choice)
+                choice = torch.full((len(fields),), j, device=x.device)
+                u = unify.mapped(x, choice, fields)
                 if moments is None:
                     u = unify.norm(u, choice)
                 else:
-                    u = unify.norm.apply_statistics(u, choice, *(m[j] for m in moments))
+                    u = unify.norm.apply_statistics(u, choice, *(m[j, list(fields)] for m in moments))
                 out[:, :, j] = unify.filled(u, choice)
         return out.flatten(1, 2)
 
@@ -161,44 +262,142 @@ class SubnetScorer:
             variances.append(self.context.sum(square) / count)
         return torch.stack(means), torch.stack(variances)
 
-    def _pairs(self, u: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
-        """FM terms ``[chunks, pairs, chunk rows]`` of the unified embeddings ``[n, F * T, d]``."""
-        products, size = self.backbone.pair_terms(u).flatten(1), self.layout.chunk_rows
-        return chunked(products[:, pairs], size).view(-1, size, len(pairs)).transpose(1, 2)
+    def _slabs(self, fields: Sequence[int] | None = None) -> Iterator[tuple[int, Terms, dict[int, int]]]:
+        """First chunk and terms of each slab of rows, and at which place among them each field is."""
+        if self.terms is not None:
+            yield 0, self.terms, {f: f for f in range(self.fields)}
+            return
+        fields = range(self.fields) if fields is None else fields
+        of_row = term_bytes(len(fields), self.candidates, self.backbone, str(self.dtype).removeprefix("torch."))
+        slab = max(1, SLAB_BYTES // (of_row * self.layout.chunk_rows))
+        slab = min(slab, self.chunks)
+        places, room = {f: i for i, f in enumerate(fields)}, self._room(slab, len(fields) * self.candidates + 1)
+        for start in range(0, self.chunks, slab):
+            yield start, self._make_terms(slice(start, min(start + slab, self.chunks)), fields, room), places
 
     @torch.no_grad()
     def logits(self, choices: torch.Tensor) -> torch.Tensor:
-        """``choices [K, F]`` candidate indices -> logits of this rank's rows ``[K, rows]``."""
-        count, device, width = len(choices), self.logit.device, self.backbone.first_width
-        blocks, numbers = term_indices(choices.to(device), self.candidates, self.offsets)
-        out = torch.empty(count, len(self.logit), self.layout.chunk_rows, device=device)
-        for k in range(len(self.logit)):
-            out[:, k] = functional.embedding_bag(numbers, self.logit[k], mode="sum")
-            if width:
-                hidden = functional.embedding_bag(blocks, self.first[k], mode="sum").view(-1, width)
-                for weight, bias in self.layers:
-                    hidden = torch.addmm(bias, relu_(hidden), weight)
-                out[:, k] += hidden.view(count, -1)
-        return out.view(count, -1)[:, : self.rows]
+        """``choices [K, F]`` candidate indices -> logits of this rank's scored rows ``[K, rows]``."""
+        first = torch.arange(self.fields) * self.candidates
+        dense = torch.full((len(choices), 1), self.fields * self.candidates)
+        blocks = torch.cat([choices + first, dense], 1).to(self.context.device)
+        offsets = torch.arange(len(choices), device=blocks.device) * blocks.shape[1]
+        out = Output(self, len(choices))
+        for start, terms, _ in self._slabs():
+            for k in range(len(terms.number)):
+                for part in slices(len(choices), CANDIDATES_TOGETHER):
+                    sums = add_up(terms, k, blocks[part].flatten(), offsets[: part.stop - part.start])
+                    out.take(start + k, part, sums)
+        return out.logits()
+
+    @torch.no_grad()
+    def logits_near(self, base: Sequence[int], choices: torch.Tensor) -> torch.Tensor:
+        """:meth:`logits` of subnets ``[K, F]`` that differ from ``base [F]`` in few fields, from its sums."""
+        state, out = self._state(tuple(base)), Output(self, len(choices))
+        own = torch.tensor(list(base))
+        rows, changed = (choices != own).nonzero(as_tuple=True)
+        fields = changed.unique().tolist() or [0]  # no subnet differs: any field gives the empty sums
+        counts = torch.bincount(rows, minlength=len(choices))
+        offsets = (counts.cumsum(0) - counts).to(self.context.device)
+        for start, terms, places in self._slabs(fields):
+            first = torch.tensor([places[f] * self.candidates for f in changed.tolist()], dtype=torch.int64)
+            new, old = ((first + c).to(self.context.device) for c in (choices[rows, changed], own[changed]))
+            bounds = [*offsets.tolist(), len(rows)]
+            for k in range(len(terms.number)):
+                for part in slices(len(choices), CANDIDATES_TOGETHER):
+                    some = slice(bounds[part.start], bounds[part.stop])
+                    own_offsets = offsets[part] - some.start
+                    sums = difference(terms, k, new[some], old[some], own_offsets)
+                    out.take(start + k, part, plus(state, start + k, sums, self.dtype))
+        return out.logits()
+
+    def _state(self, base: tuple[int, ...]) -> Sums:
+        """Sums ``[chunks, ...]`` float32 of a subnet, from those of a kept one if it differs in less than half."""
+        if base in self._states:
+            return self._states[base]
+        own = torch.tensor(base)
+        kept = {k: int((torch.tensor(k) != own).sum()) for k in self._states}
+        near = min(kept, key=lambda k: kept[k], default=None)
+        old = near if near is not None and 2 * kept[near] < self.fields else None
+        device, size = self.context.device, self.layout.chunk_rows
+        if old is None:
+            depth = self.backbone.width if self.backbone.fm else 0
+            widths = (size, size * depth, size * self.backbone.first_width)
+            state = Sums(*(torch.zeros(self.chunks, w, device=device) for w in widths))
+            fields = list(range(self.fields))
+        else:
+            state = Sums(*(x.clone() for x in vars(self._states[old]).values()))
+            fields = [f for f in range(self.fields) if base[f] != old[f]]
+        for part in slices(len(fields), NEAR_FIELDS):
+            some = fields[part]
+            for start, terms, places in self._slabs(some):
+                new = torch.tensor([places[f] * self.candidates + base[f] for f in some], device=device)
+                if old is None and part.start == 0:
+                    new = torch.cat([new, new.new_tensor([terms.number.shape[1] - 1])])
+                gone = [] if old is None else [places[f] * self.candidates + old[f] for f in some]
+                for k in range(len(terms.number)):
+                    for total, values in zip(vars(state).values(), vars(terms).values(), strict=True):
+                        total[start + k] += values[k, new].float().sum(0) - values[k, gone].float().sum(0)
+        while len(self._states) >= STATES:
+            del self._states[next(iter(self._states))]
+        self._states[base] = state
+        return state
 
     def score(self, choices: torch.Tensor) -> list[dict[str, float]]:
         """Metrics (auc, logloss, accuracy) of subnets ``[K, F]``, on every rank, from the archive if known."""
         keys = [tuple(row) for row in choices.tolist()]
         new = list(dict.fromkeys(k for k in keys if k not in self.archive))
-        for start in range(0, len(new), CANDIDATES_PER_PASS):
-            self._score_new(new[start : start + CANDIDATES_PER_PASS])
+        for part in slices(len(new), CANDIDATES_PER_PASS):
+            some = new[part]
+            for key, metrics in zip(some, self._measured(self.logits(torch.tensor(some))), strict=True):
+                self.archive[key] = {n: metrics[n] for n in (*METRICS, "rows")}
         return [self.archive[k] for k in keys]
 
-    def _score_new(self, keys: list[tuple[int, ...]]) -> None:
-        """Score the candidates of one pass; the archive has them then. One copy comes back from the device."""
+    def score_near(self, base: Sequence[int], choices: torch.Tensor) -> list[dict[str, float]]:
+        """Metrics of subnets ``[K, F]`` that differ from ``base [F]`` in few fields, and how they compare with it.
+
+        Returns:
+            As :meth:`score`, with ``gain`` (the mean over the scored rows of the base's loss less the subnet's, in
+            nats) and ``gain_se`` (the standard error of this mean of paired differences).
+        """
+        own = tuple(int(j) for j in base)
+        keys = [tuple(row) for row in choices.tolist()]
+        known = self._near_archive
+        new = sorted(
+            {k for k in keys if (own, k) not in known},
+            # Subnets that change the same fields share their terms.
+            key=lambda k: [(f, j) for f, (j, b) in enumerate(zip(k, own, strict=True)) if j != b],
+        )
+        reference = self.context.gather(self.logits_near(own, torch.tensor([own]))[0]) if new else None
+        for key_part in slices(len(new), CANDIDATES_TOGETHER):
+            some = new[key_part]
+            found = self._measured(self.logits_near(own, torch.tensor(some)), reference)
+            for key, metrics in zip(some, found, strict=True):
+                known[own, key] = metrics
+                self.archive.setdefault(key, {n: metrics[n] for n in (*METRICS, "rows")})
+        found = [known[own, k] for k in keys]
+        if len(known) > 4 * len(keys) + 20_000:
+            known.clear()
+        return found
+
+    def _measured(self, local: torch.Tensor, reference: torch.Tensor | None = None) -> list[dict[str, float]]:
+        """Metrics of the candidates of a pass from this rank's logits ``[K, rows]``, on every rank. One copy comes
+        back from the device.
+
+        Args:
+            reference: logits ``[all rows]`` that the losses are compared with.
+        """
         world, rank = self.context.world_size, self.context.rank
-        shares = [len(range(r, len(keys), world)) for r in range(world)]
-        own = self._exchange(self.logits(torch.tensor(keys)), shares)
-        table = torch.zeros(len(keys), len(METRICS), dtype=torch.float64, device=self.context.device)
-        table.split(shares)[rank].copy_(self._measure(own))
+        shares = [len(range(r, len(local), world)) for r in range(world)]
+        own = self._exchange(local, shares)
+        names = METRICS if reference is None else (*METRICS, "gain", "gain_se")
+        table = torch.zeros(len(local), len(names), dtype=torch.float64, device=self.context.device)
+        share = table.split(shares)[rank]
+        share[:, : len(METRICS)].copy_(self._measure(own))
+        if reference is not None:
+            share[:, len(METRICS) :].copy_(compare(own, reference, self.labels))
         rows = float(len(self.labels))
-        for key, values in zip(keys, self.context.sum(table).tolist(), strict=True):
-            self.archive[key] = {**dict(zip(METRICS, values, strict=True)), "rows": rows}
+        return [{**dict(zip(names, values, strict=True)), "rows": rows} for values in self.context.sum(table).tolist()]
 
     def _exchange(self, local: torch.Tensor, shares: list[int]) -> torch.Tensor:
         """Logits of this rank's rows and all candidates ``[K, rows]`` -> of all rows and this rank's candidates.
@@ -210,7 +409,7 @@ class SubnetScorer:
         world, rank = self.context.world_size, self.context.rank
         if world == 1:
             return local
-        sent, received = [k * self.rows for k in shares], [shares[rank] * n for n in self.rows_of]
+        sent, received = [k * self.scored for k in shares], [shares[rank] * n for n in self.rows_of]
         out = local.new_empty(sum(received))
         dist.all_to_all_single(out, local.flatten(), received, sent)
         parts = zip(out.split(received), self.rows_of, strict=True)
@@ -222,55 +421,3 @@ class SubnetScorer:
             return score_many(logits, self.labels)
         found = [score(row, self.labels, binned_auc) for row in logits]
         return torch.tensor([[m[n] for n in METRICS] for m in found], dtype=torch.float64).view(-1, len(METRICS))
-
-
-def pair_offsets(fields: int, candidates: int, fm: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the FM terms of two fields are.
-
-    Returns:
-        The flat places, in a ``[F * T, F * T]`` table of products, of all pairs of different fields, lower
-        field first; and ``[pairs of fields, 3]``: both fields and where their T * T numbers begin.
-    """
-    couples = list(itertools.combinations(range(fields), 2)) if fm else []
-    size, square = fields * candidates, candidates**2
-    inner = torch.arange(candidates)
-    flat = [((f * candidates + inner[:, None]) * size + g * candidates + inner).flatten() for f, g in couples]
-    start = size + 1
-    rows = [[f, g, start + k * square] for k, (f, g) in enumerate(couples)]
-    places = torch.tensor(rows, dtype=torch.int64).view(-1, 3)
-    return torch.cat([torch.zeros(0, dtype=torch.int64), *flat]), places
-
-
-def term_indices(choices: torch.Tensor, candidates: int, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blocks ``[K, F + 1]`` and numbers ``[K, F + 1 + pairs of fields]`` that make up each subnet ``[K, F]``."""
-    fields = choices.shape[1]
-    dense = choices.new_full((len(choices), 1), fields * candidates)
-    first = torch.arange(fields, device=choices.device) * candidates
-    blocks = torch.cat([choices + first, dense], 1)
-    low, high, start = offsets.unbind(1)
-    return blocks, torch.cat([blocks, start + choices[:, low] * candidates + choices[:, high]], 1)
-
-
-def chunked(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """``[n, ...]`` -> ``[chunks, rows * ...]``, filled up with zeros."""
-    missing = -len(x) % rows
-    return functional.pad(x, (0, 0) * (x.dim() - 1) + (0, missing)).reshape(-1, rows * x[0].numel())
-
-
-def relu_(x: torch.Tensor) -> torch.Tensor:
-    """ReLU in place. A bfloat16 is negative when its bits are as an int16, whose maximum the CPU takes many
-    times faster than that of bfloat16, which goes through float32."""
-    if x.dtype == torch.bfloat16:
-        x.view(torch.int16).clamp_(min=0)
-        return x
-    return x.relu_()
-
-
-def sample_rows(
-    rows: int, wanted: int, fields: int, candidates: int, backbone: Backbone, precision: str, cache_mb: int
-) -> int:
-    """Rows of the sample: as wanted, unless their terms would take more than ``cache_mb`` MiB."""
-    pairs, _ = pair_offsets(fields, candidates, backbone.fm)
-    blocks = fields * candidates + 1
-    row = 4 * (blocks + len(pairs)) + getattr(torch, precision).itemsize * blocks * backbone.first_width
-    return max(1, min(rows, wanted, (cache_mb << 20) // row))

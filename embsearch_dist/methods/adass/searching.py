@@ -2,106 +2,191 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from embsearch_dist.allocation import Allocation
+from embsearch_dist.data.sample import random_batches
 from embsearch_dist.methods.adass.budget import (
     Budget,
     check_feasible,
     cost_table,
-    knapsack,
     parse_budget,
-    refine,
     relative_costs,
     total_cost,
 )
 from embsearch_dist.methods.adass.config import AdassConfig, PolicyConfig
-from embsearch_dist.methods.adass.policy import SearchTrace, argmax_choice, search
-from embsearch_dist.methods.adass.scorer import SubnetScorer, sample_rows
+from embsearch_dist.methods.adass.local import ROUNDS, SWEEPS, Problem, Tick, prune, refine, sweep, within_budget
+from embsearch_dist.methods.adass.policy import SearchTrace, argmax_choice, nearest_allowed, search
+from embsearch_dist.methods.adass.scorer import SubnetScorer
 from embsearch_dist.methods.adass.supernet import SupernetTask, load_supernet
+from embsearch_dist.methods.adass.terms import sample_rows
 from embsearch_dist.methods.base import Run, Stage
 from embsearch_dist.schema import Schema, read_json, write_json
 from embsearch_dist.train.monitor import Monitor
 
 SCORED_POINTS = 4000  # dots of the Pareto picture
+MANY_FIELDS = 64
+"""With more, ``finder: auto`` sweeps: a policy that draws all fields anew in each subnet learns little of each one, and
+what it costs grows with the fields. Heat maps of more fields are recorded once a stage."""
+SWEPT = 16_000_000  # changes times rows of a sweep; it takes fewer rows where that would be more
+LEAST_SWEPT_ROWS = 2048
+SWEPT_ROUNDS = 6  # of the local search behind sweeps, which have done most of its work
+SAMPLE_SEED = 0x5EED  # beside run.seed: the scored rows are the same for all searches of a supernet
 
 
 @dataclass(frozen=True)
 class Found:
-    """What one search gave: the choice, the policy's last word, and the inherited metrics of the choice."""
+    """What one search gave: the choice, the policy's last word, the inherited metrics of the choice, and how many
+    columns the last check for evidence took away."""
 
     choice: list[int]
     probabilities: torch.Tensor
     metrics: dict[str, float]
     budget: Budget | None
+    pruned: int = 0
 
 
 class Searcher:
-    """Many searches over one frozen supernet; they share the archive of scored subnets.
+    """Many searches over one frozen supernet; they share the archive of scored subnets."""
 
-    ``extra``: columns of a kept field's table beside its width (``ModelConfig.extra``).
-    """
-
-    def __init__(self, schema: Schema, config: AdassConfig, scorer: SubnetScorer, extra: int = 0) -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        config: AdassConfig,
+        scorer: SubnetScorer,
+        distinct: torch.Tensor | None = None,
+        extra: int = 0,
+    ) -> None:
+        """
+        Args:
+            distinct: ``[F, T]`` bool, candidates that may be chosen; None: all.
+            extra: columns of a kept field's table beside its width (``ModelConfig.extra``).
+        """
         self.schema, self.config, self.scorer, self.extra = schema, config, scorer, extra
         self.candidates = config.candidates
+        shape = len(schema.fields), len(config.candidates)
+        self.allowed = torch.ones(shape, dtype=torch.bool) if distinct is None else distinct.cpu()
+        self._few = scorer.part(config.policy.policy_rows) if config.policy.policy_rows else None
+        finder = config.policy.finder
+        self.sweeps = finder == "sweeps" or (finder == "auto" and shape[0] > MANY_FIELDS)
+        self.rounds = SWEPT_ROUNDS if self.sweeps else ROUNDS
 
-    def find(self, seed: int, budget: Budget | None = None, monitor: Monitor | None = None) -> Found:
-        """One search: the policy, then the hard budget, then the local search (all under ``config.policy``)."""
+    def find(
+        self, seed: int, budget: Budget | None = None, monitor: Monitor | None = None, tick: Tick = lambda n: None
+    ) -> Found:
+        """One search: the policy or sweeps, then the hard budget, the local search, and the check for evidence.
+
+        Args:
+            tick: told how many of :meth:`subnets` are done.
+        """
         policy: PolicyConfig = self.config.policy
-        costs = relative_costs(self.schema, self.candidates, policy.resource, self.extra)
+        problem = self._problem(budget)
+        if self.sweeps:
+            choice, p = self._by_sweeps(problem, monitor, tick)
+        else:
+            choice, p = self._by_policy(problem, seed, monitor, tick)
+        if policy.refine:
+            promise = p.clamp(min=1e-6).log().numpy()
+
+            def refined(rounds: int) -> None:
+                tick(rounds * policy.moves)
+
+            choice = refine(problem, choice, seed, policy.moves, promise, self.rounds, refined)
+        kept = choice
+        if policy.evidence >= 0:
+            choice = prune(problem, choice, policy.evidence, lambda n: tick(len(choice)))
+        gone = int(problem.widths[kept].sum() - problem.widths[choice].sum())
+        return Found(choice, p, self.scorer.score_near(choice, torch.tensor([choice]))[0], budget, gone)
+
+    @property
+    def archive(self) -> dict[tuple[int, ...], dict[str, float]]:
+        """All scored subnets; where only the policy has seen one, from its share of the rows."""
+        few = self._few.archive if self._few else {}
+        return few | self.scorer.archive
+
+    def subnets(self) -> int:
+        """How many subnets a search scores at most, about: the whole of a progress bar."""
+        policy, (fields, candidates) = self.config.policy, self.allowed.shape
+        found = SWEEPS * fields * (candidates - 1) if self.sweeps else policy.steps * policy.batch
+        found += self.rounds * policy.moves if policy.refine else 0
+        return found + (fields * (candidates - 1) if policy.evidence >= 0 else 0)
+
+    def _problem(self, budget: Budget | None) -> Problem:
+        policy = self.config.policy
         resource = budget.resource if budget else "parameters"
-        absolute = cost_table(self.schema, self.candidates, resource, self.extra)
-        limit = float(budget.limit) if budget else None
+        costs = cost_table(self.schema, self.candidates, resource, self.extra).numpy()
+        widths = np.array(self.candidates)
+        relative = relative_costs(self.schema, self.candidates, policy.resource, self.extra).double().numpy()
+        column = policy.reward_weight * policy.column_cost * widths
+        sign = -1.0 if policy.metric == "logloss" else 1.0
+        return Problem(
+            self.scorer.score_near,
+            lambda m: policy.reward_weight * sign * m[policy.metric],
+            policy.lambda_r * relative / len(relative) + column,
+            costs,
+            float(budget.limit) if budget else float("inf"),
+            self.allowed.numpy(),
+            widths,
+        )
+
+    def _by_policy(
+        self, problem: Problem, seed: int, monitor: Monitor | None, tick: Tick
+    ) -> tuple[list[int], torch.Tensor]:
+        policy = self.config.policy
 
         def watch(trace: SearchTrace) -> None:
+            tick(policy.batch)
             if monitor is not None:
                 self._record(monitor, trace, policy.steps)
 
-        p = search(self.scorer.score, costs, policy, seed, absolute.float(), limit, watch)
+        costs = relative_costs(self.schema, self.candidates, policy.resource, self.extra)
+        limit = None if problem.limit == float("inf") else problem.limit
+        column = policy.column_cost * torch.tensor(self.candidates, dtype=torch.float32)
+        absolute = torch.from_numpy(problem.costs).float()
+        scorer = self._few or self.scorer
+        p = search(scorer.score, costs, policy, seed, absolute, limit, watch, self.allowed, column)
         choice = argmax_choice(p)
-        if not self._allowed(choice, absolute, limit):
-            choice = self._project(p, absolute, limit)
-        if policy.refine:
-            sign = -1.0 if policy.metric == "logloss" else 1.0
+        if not problem.fit(np.array([choice]))[0]:
+            choice = self._project(p, problem)
+        return choice, p
 
-            def value(c: Sequence[int], m: dict[str, float]) -> float:
-                reward = policy.reward_weight * sign * m[policy.metric]
-                return reward - policy.lambda_r * total_cost(c, costs) / len(costs)
+    def _by_sweeps(self, problem: Problem, monitor: Monitor | None, tick: Tick) -> tuple[list[int], torch.Tensor]:
+        """From the best uniform width; P says of each candidate how its gain compares with the field's others."""
+        fields, candidates = self.allowed.shape
+        rows = max(LEAST_SWEPT_ROWS, SWEPT // (fields * (candidates - 1)))
+        part = self.scorer.part(rows)
+        few = replace(problem, score_near=part.score_near)
+        starts = (
+            nearest_allowed(torch.arange(candidates)[:, None].repeat(1, fields), self.allowed).unique(dim=0).tolist()
+        )
+        able = [s for s in starts if few.fit(np.array([s]))[0]] or starts[:1]
+        start = able[int(few.values(np.array(able), part.score(torch.tensor(able))).argmax())]
+        choice, gains = sweep(few, start, tick=tick)
+        if not problem.fit(np.array([choice]))[0]:
+            choice = within_budget(problem, gains.masked_fill(~self.allowed, -np.inf))
+        scale = gains.abs().amax(1, keepdim=True).clamp(min=1e-12)
+        p = (gains / scale * 4).masked_fill(~self.allowed, -np.inf).softmax(1).float()
+        if monitor is not None:
+            self._record(monitor, self._swept(problem, choice, p), 1)
+        return choice, p
 
-            choice = refine(
-                choice,
-                self.scorer.score,
-                value,
-                lambda c: self._allowed(c, absolute, limit),
-                len(self.candidates),
-                seed,
-            )
-        return Found(choice, p, self.scorer.score(torch.tensor([choice]))[0], budget)
+    def _swept(self, problem: Problem, choice: list[int], p: torch.Tensor) -> SearchTrace:
+        """What sweeps found, as one step of a search."""
+        fields, value = np.arange(len(choice)), problem.value(choice)
+        price = float(problem.price[fields, choice].sum())
+        entropy = float(-(p * p.clamp(min=1e-30).log()).sum(1).mean())
+        reward = (value + price) / self.config.policy.reward_weight
+        return SearchTrace(0, reward, reward, entropy, price, float(problem.costs[fields, choice].sum()), p)
 
-    def _allowed(self, choice: Sequence[int], costs: torch.Tensor, limit: float | None) -> bool:
-        some = any(self.candidates[j] for j in choice)
-        return some and (limit is None or total_cost(choice, costs) <= limit)
-
-    def _project(self, p: torch.Tensor, costs: torch.Tensor, limit: float | None) -> list[int]:
+    def _project(self, p: torch.Tensor, problem: Problem) -> list[int]:
         """The allowed choice the policy likes best; at least one field keeps a width above 0."""
-        scores = p.clamp(min=1e-6).log().double()
-        bound = float("inf") if limit is None else limit
-        choice = knapsack(scores, costs, min(bound, float(costs.max(1).values.sum())))
-        if any(self.candidates[j] for j in choice):
-            return choice
-        for field in sorted(range(len(choice)), key=lambda f: float(costs[f, 1])):
-            choice[field] = 1
-            if total_cost(choice, costs) <= bound:
-                return choice
-            choice[field] = 0
-        raise AssertionError("check_feasible lets no such budget through")
+        scores = p.clamp(min=1e-6).log().double().masked_fill(~self.allowed, -np.inf)
+        return within_budget(problem, scores)
 
     def _record(self, monitor: Monitor, trace: SearchTrace, steps: int) -> None:
         widths = torch.tensor(self.candidates, dtype=torch.float32)
@@ -114,10 +199,11 @@ class Searcher:
                 "penalty": trace.penalty,
                 "expected_width": float((trace.p * widths).sum(1).mean()),
                 "expected_cost": trace.expected_cost,
-                "scored": len(self.scorer.archive),
+                "scored": len(self.archive),
             },
         )
-        if trace.step % max(1, steps // 20) == 0 or trace.step == steps - 1:
+        every = steps if len(trace.p) > MANY_FIELDS else max(1, steps // 20)
+        if (trace.step % every == 0 and every < steps) or trace.step == steps - 1:
             columns = [str(d) for d in self.candidates]
             monitor.heatmap(trace.step, "policy", trace.p.numpy(), self.schema.names, columns)
 
@@ -129,23 +215,22 @@ class Searcher:
 
 
 def make_scorer(run: Run, task: SupernetTask | None = None) -> SubnetScorer:
-    """Load the finished supernet and cache the activations of the validation sample.
+    """Load the finished supernet and look up the validation sample: rows drawn at random from the whole split, the
+    same ones for any number of ranks.
 
     With several ranks each holds its share of the rows.
     """
     search_config: AdassConfig = run.config.search
     task = task or load_supernet(run)
     batch = search_config.supernet.eval_batch_size
-    stream = run.stream("validation", batch, shuffle=False)
-    policy, backbone = search_config.policy, task.model.bare_head.backbone
-    fields, candidates = len(run.schema.fields), len(search_config.candidates)
-    rows = sample_rows(
-        run.schema.rows["validation"], policy.rows, fields, candidates, backbone, policy.precision, policy.cache_mb
-    )
-    # Whole batches only, and all of them when no row is to be left out.
-    count = stream.batches_per_epoch if rows >= stream.rows else max(1, rows // batch)
-    batches = list(itertools.islice(stream.epoch(0), count))
-    return SubnetScorer(task.model, batches, run.context, policy.precision)
+    shards = run.stream("validation", batch, shuffle=False).shards
+    policy, context = search_config.policy, run.context
+    backbone, table_width = task.model.bare_head.backbone, task.model.tables.mask.shape[1]
+    rows = sample_rows(shards.rows, policy.rows, len(run.schema.fields), table_width, backbone, policy.cache_mb)
+    seed = run.config.run.seed * 7919 + SAMPLE_SEED
+    with context.together("drawing the scored validation rows"):
+        batches = random_batches(shards, rows, batch, seed, context.rank, context.world_size)
+    return SubnetScorer(task.model, batches, context, policy.precision, policy.cache_mb, policy.refit)
 
 
 class SearchStage(Stage):
@@ -163,21 +248,24 @@ class SearchStage(Stage):
         config: AdassConfig = run.config.search
         extra = run.config.model.extra
         budgets = budgets_of(config, run.schema, extra)
-        searcher = Searcher(run.schema, config, make_scorer(run), extra)
+        searcher = Searcher(run.schema, config, make_scorer(run), extra=extra)
         with Monitor(run.dir, self.name, run.context.rank) as monitor:
             monitor.resume_at(0)
-            size = f"{config.policy.steps} steps x {config.policy.batch} subnets"
-            monitor.say(f"search: {size} on {len(searcher.scorer.labels):,} validation rows")
+            size = "sweeps over single changes" if searcher.sweeps else f"{config.policy.steps} steps"
+            size += "" if searcher.sweeps else f" x {config.policy.batch} subnets"
+            split = run.schema.rows["validation"]
+            monitor.say(f"search: {size} on {len(searcher.scorer.labels):,} of {split:,} validation rows")
             seed = run.config.run.seed * 7919 + config.policy.seed
             points = []
-            with monitor.progress(len(budgets), "searches") as bar:
+            whole = searcher.subnets()
+            with monitor.progress(len(budgets) * whole, "subnets") as bar:
                 for k, (name, budget) in enumerate(budgets):
-                    found = searcher.find(seed, budget, monitor if k == 0 else None)
+                    found = searcher.find(seed, budget, monitor if k == 0 else None, bar.update)
                     provenance = {"name": name, "seed": run.config.run.seed, "search_seed": config.policy.seed}
                     allocation = searcher.allocation(found, provenance)
                     points.append(self._point(name, allocation, found, chosen=k == 0))
                     run.context.first("writing an allocation", lambda n=name, a=allocation: self._save(run.dir, n, a))  # type: ignore[misc]
-                    bar.update(1)
+                    bar.update((k + 1) * whole - bar.done)
             picked = torch.zeros(len(run.schema.fields), len(config.candidates))
             for f, name in enumerate(run.schema.names):
                 picked[f, config.candidates.index(points[0]["widths"][name])] = 1
@@ -196,7 +284,7 @@ class SearchStage(Stage):
             names = {p["name"] for p in points}
             points = points + [{**p, "chosen": False} for p in read_json(path)["points"] if p["name"] not in names]
         costs = cost_table(searcher.schema, searcher.candidates, "parameters", searcher.extra)
-        archive = list(searcher.scorer.archive.items())
+        archive = list(searcher.archive.items())
         every = archive[:: max(1, len(archive) // SCORED_POINTS)]
         scored = [[int(total_cost(c, costs)), round(m["auc"], 6)] for c, m in every]
         write_json(path, {"resource": "parameters", "points": points, "scored": scored})
@@ -212,6 +300,7 @@ class SearchStage(Stage):
             "auc": found.metrics["auc"],
             "logloss": found.metrics["logloss"],
             "budget": found.budget.limit if found.budget else None,
+            "pruned_columns": found.pruned,
             "chosen": chosen,
         }
 
@@ -235,11 +324,14 @@ def budgets_of(config: AdassConfig, schema: Schema, extra: int = 0) -> list[tupl
 
 def describe(searcher: Searcher, point: dict[str, Any], directory: Path) -> str:
     """The found widths and the next command, for the terminal."""
-    widths = "  ".join(f"{n}={w}" for n, w in point["widths"].items())
+    shown = list(point["widths"].items())[:MANY_FIELDS]
+    widths = "  ".join(f"{n}={w}" for n, w in shown)
+    widths += f"  and {more:,} fields more" if (more := len(point["widths"]) - len(shown)) else ""
     reference = (32 + searcher.extra) * sum(searcher.schema.cardinalities)
     return (
         f"found: {widths}\n"
         f"embedding parameters {point['parameters']:,} ({point['parameters'] / reference:.1%} of UES-32), "
-        f"supernet auc {point['auc']:.5f}, {len(searcher.scorer.archive):,} subnets scored\n"
+        f"supernet auc {point['auc']:.5f}, {len(searcher.archive):,} subnets scored, "
+        f"{point['pruned_columns']:,} columns taken away for want of evidence\n"
         f"next: python launch/retrain.py --run {directory}"
     )
