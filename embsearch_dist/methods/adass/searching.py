@@ -154,6 +154,7 @@ class SearchStage(Stage):
     def inputs(self, run: Run) -> dict[str, Any]:
         search_config: AdassConfig = run.config.search
         keys = {k: getattr(search_config, k) for k in ("name", "policy", "budget", "pareto")}
+        keys["supernet.keep"] = search_config.supernet.keep
         return {"schema": run.schema.fingerprint, "run.seed": run.config.run.seed, "search": keys}
 
     def run(self, run: Run) -> None:
