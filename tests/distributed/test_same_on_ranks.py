@@ -125,8 +125,11 @@ def test_a_supernet_with_the_same_subnets_on_all_ranks_trains_as_on_one(
 ) -> None:
     """With four subnets DDP's head is called four times before one backward."""
     overrides = ["dist.sharding=row_wise", "dist.tables.left=table_wise", f"model.norm={norm}"]
-    overrides += [f"search.sampling.subnets={subnets}", "search.supernet.panel=4"]
+    overrides += [f"search.sampling.subnets={subnets}", "search.supernet.panel=4", "search.supernet.panel_rows=100"]
     one, two = compare(tmp_path, data, "supernet", *overrides, rtol=1e-3)
+    for name in ("logloss", "logloss_narrowest", "rows"):  # of the panel, on the same rows
+        of_one, of_two = (recorded(tmp_path / n, "fit", name, "validation") for n in ("one", "two"))
+        np.testing.assert_allclose(of_two, of_one, rtol=1e-5)
     for key, near in (("logits_e", 1e-4), ("logits_f", 1e-3), ("initial", 0.0)):
         torch.testing.assert_close(
             torch.tensor(two["state"]["sampler"][key]), torch.tensor(one["state"]["sampler"][key]), rtol=1e-3, atol=near

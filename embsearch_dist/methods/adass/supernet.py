@@ -180,6 +180,11 @@ class SupernetStage(Stage):
                 f"supernet: {len(run.schema.fields)} fields x candidates {search.candidates}, {search.scheme} scheme, "
                 f"{search.sampling.mode} sampling, {task.model.sharded.context.world_size} rank(s)"
             )
+            if search.supernet.panel > 1:
+                rows = min(search.supernet.panel_rows, validation.rows)
+                monitor.say(
+                    f"validation figures: means of a fixed panel of {search.supernet.panel} subnets, {rows:,} rows"
+                )
             for line in describe(run.schema.names, search.candidates, task.distinct):
                 monitor.say(line)
             root, optim = gated.checkpoint_root(run, self.name), run.config.optim
