@@ -61,7 +61,11 @@ def test_a_panels_metrics_are_the_mean_of_its_subnets_each_by_itself(data: Path,
     task = SupernetTask(run)
     task.model.eval()
     choices = draw_panel(task.distinct, task.candidates, run.schema.cardinalities, 5, 0)
-    found = Panel(run, choices, 100_000, 150).judge(task.model)
+    panel, looked_up = Panel(run, choices, 100_000, 150), mock.Mock(return_value=None)
+    hook = task.model.tables.register_forward_hook(looked_up)
+    found = panel.judge(task.model)
+    hook.remove()
+    assert looked_up.call_count == len(panel._batches) == -(-run.schema.rows["validation"] // 150)
     keep = torch.ones(4, dtype=torch.bool)
     alone = [evaluate(lambda b, c=c: task.model(b, c, keep)[0], streams(run)[1].epoch(0), run.context) for c in choices]  # type: ignore[misc]
     for name in ("auc", "logloss", "accuracy"):
