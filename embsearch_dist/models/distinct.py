@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from embsearch_dist.config import ModelConfig
 from embsearch_dist.schema import Field, Schema
 
@@ -38,21 +40,28 @@ def largest_rank(field: Field, model: ModelConfig) -> int | None:
     return None
 
 
-def distinct_candidates(schema: Schema, candidates: Sequence[int], model: ModelConfig) -> list[list[int]]:
-    """For each field the numbers of the candidates that are not exactly another, cheaper one.
+def candidate_mask(ranks: Sequence[int | None], candidates: Sequence[int]) -> torch.Tensor:
+    """``[F, T]`` bool: each candidate but those above one that has a field's largest rank already.
+
+    Args:
+        ranks: of each field, at least 1; None: each candidate can differ.
+        candidates: widths, ascending.
+    """
+    cheaper = torch.tensor([0, *candidates[:-1]])  # candidates ascend: the neighbour below is the widest cheaper one
+    largest = torch.tensor([max(candidates) + 1 if rank is None else rank for rank in ranks])
+    return cheaper < largest[:, None]
+
+
+def distinct_candidates(schema: Schema, candidates: Sequence[int], model: ModelConfig) -> torch.Tensor:
+    """Which candidates of each field are not exactly another, cheaper one.
 
     Args:
         candidates: widths, ascending.
         model: transform, norm, backbone and the sizes behind them.
 
     Returns:
-        ``[F]`` lists, ascending, each with at least the first candidate. Every candidate that is left out can be
-        written as the last one of the list with the same logits for every row. What tells them apart is training
-        alone: their starts, their steps, an L2.
+        ``[F, T]`` bool, the first in each row True. Every candidate that is left out can be written as the last one
+        that is not with the same logits for every row. What tells them apart is training alone: their starts, their
+        steps, an L2.
     """
-    found = []
-    for field in schema.fields:
-        rank = largest_rank(field, model)
-        enough = [j for j, d in enumerate(candidates) if rank is not None and d >= rank]
-        found.append(list(range(len(candidates)))[: enough[0] + 1 if enough else None])
-    return found
+    return candidate_mask([largest_rank(f, model) for f in schema.fields], candidates)

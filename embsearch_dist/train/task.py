@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -39,3 +39,12 @@ class Task(Protocol):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what ``state`` gave."""
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """A task that has its own way of measuring what it trains."""
+
+    def judge(self) -> dict[str, float] | None:
+        """Metrics in evaluation mode, ``auc`` and ``logloss`` among them, the same on every rank; None: those of
+        ``predict`` on the validation rows are meant."""

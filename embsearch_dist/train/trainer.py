@@ -26,7 +26,7 @@ from embsearch_dist.train.checkpoint import Checkpointer, SaveError
 from embsearch_dist.train.guard import Gate, Verdict, agree
 from embsearch_dist.train.metrics import evaluate
 from embsearch_dist.train.monitor import Monitor
-from embsearch_dist.train.task import Task
+from embsearch_dist.train.task import Judge, Task
 
 SAVE_FAILURES = 3  # so many checkpoints in a row may fail before training stops: nothing would be left of it
 
@@ -306,7 +306,8 @@ class Trainer:
         p = self.progress
         if self.validation is not None:
             self.task.model.eval()
-            metrics = evaluate(self.task.predict, self.validation.epoch(0), self.context)
+            own = self.task.judge() if isinstance(self.task, Judge) else None
+            metrics = own or evaluate(self.task.predict, self.validation.epoch(0), self.context)
             self.monitor.scalars(p.step, metrics, split="validation", epoch=self._epochs())
             sign = 1 if self.config.metric == "auc" else -1
             value = sign * metrics[self.config.metric]

@@ -82,6 +82,10 @@ def bad_night(rank: int, world_size: int, data: str, folder: str) -> dict[str, A
     found = {"unbroken": run("unbroken", ""), "four": run("four", "", "train.steps=4")}
     found["signal"] = run("signal", "usr1 rank=1 step=4")
     found["after signal"] = run("signal", "")
+    several = "search.sampling.subnets=4"
+    found["several"] = run("several", "", several)
+    found["several, signal"] = run("several, signal", "usr1 rank=1 step=5", several)
+    found["several, after"] = run("several, signal", "", several)
     for optimizer in ("adam", "adagrad"):
         option = f"optim.embedding={optimizer}"
         found[f"before {optimizer}"] = run(f"before {optimizer}", "", option, "train.steps=5")
@@ -118,6 +122,13 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(night: list[dict[st
         assert found["signal"]["end"].startswith(f"stopped by {name} after step 5; ")
         assert found["signal"]["step"] == 5
     same_end(night, "after signal")
+
+
+def test_several_subnets_a_step_go_on_bitwise_too(night: list[dict[str, Any]]) -> None:
+    for found in night:
+        assert found["several, signal"]["step"] < STEPS
+        assert found["several"]["weights"] != found["unbroken"]["weights"]
+    same_end(night, "several, after", "several")
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adagrad"])

@@ -119,20 +119,32 @@ def test_batch_statistics_are_those_of_the_global_batch(tmp_path: Path, data: st
     compare(tmp_path, data, "subnet", f"model.norm={norm}", "optim.embedding_l2=0.01")
 
 
-@pytest.mark.parametrize("model", [["model.transform=mlp", "model.first_order=value"], ["model.norm=field"]])
-def test_a_supernet_with_one_subnet_for_all_ranks_trains_as_on_one(tmp_path: Path, data: str, model: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("model", "subnets"),
+    [(["model.transform=mlp", "model.first_order=value"], 1), (["model.norm=field"], 1), ([], 4)],
+)
+def test_a_supernet_with_the_same_subnets_on_all_ranks_trains_as_on_one(
+    tmp_path: Path, data: str, model: list[str], subnets: int
+) -> None:
+    """With four subnets DDP's head is called four times before one backward."""
     overrides = ["dist.sharding=row_wise", "dist.tables.left=table_wise", *model]
+    overrides += [f"search.sampling.subnets={subnets}", "search.supernet.panel=4", "search.supernet.panel_rows=100"]
     one, two = compare(tmp_path, data, "supernet", *overrides, rtol=1e-3)
-    for key in ("logits_e", "logits_f"):
+    for name in ("logloss", "logloss_narrowest", "rows"):  # of the panel, on the same rows
+        of_one, of_two = (recorded(tmp_path / n, "fit", name, "validation") for n in ("one", "two"))
+        np.testing.assert_allclose(of_two, of_one, rtol=1e-5)
+    for key, near in (("logits_e", 1e-4), ("logits_f", 1e-3), ("initial", 0.0)):
         torch.testing.assert_close(
-            torch.tensor(two["state"]["sampler"][key]), torch.tensor(one["state"]["sampler"][key]), rtol=1e-3, atol=1e-3
+            torch.tensor(two["state"]["sampler"][key]), torch.tensor(one["state"]["sampler"][key]), rtol=1e-3, atol=near
         )
     assert torch.tensor(one["state"]["sampler"]["logits_e"]).unique().numel() > 1
 
 
-@pytest.mark.parametrize("model", ["model.transform=field", "model.norm=field"])
-def test_ranks_with_subnets_of_their_own_agree_on_probabilities(tmp_path: Path, data: str, model: str) -> None:
-    overrides = ["search.sampling.same_subnet=false", model]
+@pytest.mark.parametrize(("model", "subnets"), [("model.transform=field", 3), ("model.norm=field", 1)])
+def test_ranks_with_subnets_of_their_own_agree_on_probabilities(
+    tmp_path: Path, data: str, model: str, subnets: int
+) -> None:
+    overrides = ["search.sampling.same_subnet=false", model, f"search.sampling.subnets={subnets}"]
     two = run_ranks(train, 2, tmp_path, data, str(tmp_path / "run"), "supernet", *overrides)
     assert two[0] == two[1]
     assert all(np.isfinite(recorded(tmp_path / "run", "fit", "loss")))

@@ -18,7 +18,8 @@ CANDIDATES = [0, 2, 6, 8, 12, 16]
 
 
 def numbers(*overrides: str) -> list[list[int]]:
-    return distinct_candidates(SCHEMA, CANDIDATES, small_config("none", "none", *overrides).model)
+    found = distinct_candidates(SCHEMA, CANDIDATES, small_config("none", "none", *overrides).model)
+    return [row.nonzero()[:, 0].tolist() for row in found]
 
 
 def first(*counts: int) -> list[list[int]]:

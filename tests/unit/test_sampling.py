@@ -1,7 +1,9 @@
-"""Adaptive Sampling: the direction of Eq. 5 and 6, the floors, and what a draw depends on."""
+"""Adaptive Sampling: Eq. 5 as printed, Eq. 6, the floors, and what a draw depends on; Eq. 5 by growth has a file of
+its own."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ EVEN = torch.ones(3)
 
 
 def sampler(seed: int = 0, candidates: Sequence[int] = CANDIDATES, **changes: Any) -> Sampler:
-    return Sampler(SamplingConfig(**changes), SCHEMA, candidates, seed)
+    return Sampler(SamplingConfig(**{"eq5": "layernorm", **changes}), SCHEMA, candidates, seed)
 
 
 def test_the_first_draws_favour_no_candidate() -> None:
@@ -70,11 +72,53 @@ def test_shipped_candidates_of_width_zero_are_drawn_with_the_floor() -> None:
         search = load_config(CONFIGS, path, []).search
         s = Sampler(search.sampling, SCHEMA, search.candidates, 0)
         widths = torch.tensor(search.candidates).expand(3, -1)
+        s.start(widths)
         for _ in range(100):
             s.update(torch.where(widths > 0, 1 + 1 / widths, 0.0), EVEN, EVEN)
         torch.testing.assert_close(s.probabilities()[0][:, 0], torch.full((3,), search.sampling.floor_e))
         found += 1
     assert found
+
+
+def printed(logits: torch.Tensor, variance: torch.Tensor, own: torch.Tensor, config: SamplingConfig) -> torch.Tensor:
+    """The update of Eq. 5 with LayerNorm as results before ``eq5`` were made with it."""
+    x = variance[:, own].double()
+    x = x / x.abs().amax(-1, keepdim=True).clamp(min=1e-300)
+    step = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-8).float()
+    spread = math.log((1 - logits.shape[1] * config.floor_e) / config.floor_e)
+    new, out = logits[:, own] - config.eta_e * step, logits.clone()
+    out[:, own] = (new - new.amax(1, keepdim=True)).clamp(min=-spread)
+    return out
+
+
+@pytest.mark.parametrize("candidates", [CANDIDATES, WITH_ZERO])
+def test_layernorm_is_to_the_bit_what_it_was(candidates: list[int]) -> None:
+    s, own = sampler(candidates=candidates), torch.tensor(candidates) > 0
+    logits, generator = torch.zeros(3, 4), torch.Generator().manual_seed(0)
+    for _ in range(50):
+        variance = torch.rand(3, 4, generator=generator, dtype=torch.float64) * own
+        s.update(variance, EVEN, EVEN)
+        logits = printed(logits, variance, own, s.config)
+        assert torch.equal(s.logits_e, logits)
+        share = (1 - 4 * s.config.floor_e) * logits.masked_fill(~own, -math.inf).softmax(1)
+        assert torch.equal(s.probabilities()[0], s.config.floor_e + share)
+
+
+def test_layernorm_compares_only_candidates_that_can_be_drawn() -> None:
+    """A field with fewer distinct candidates follows Eq. 5 as if it had no others."""
+    distinct = torch.tensor([[True] * 4, [True, True, False, False], [True] * 4])
+    config = SamplingConfig(eq5="layernorm")
+    masked = Sampler(config, SCHEMA, CANDIDATES, 0, distinct=distinct)
+    short, whole = sampler(candidates=CANDIDATES[:2]), sampler()
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(30):
+        variance = torch.rand(3, 4, generator=generator)
+        masked.update(variance, EVEN, EVEN)
+        short.update(variance[:, :2], EVEN, EVEN)
+        whole.update(variance, EVEN, EVEN)
+    p_e = masked.probabilities()[0]
+    assert torch.equal(p_e[[0, 2]], whole.probabilities()[0][[0, 2]])
+    torch.testing.assert_close(p_e[1], torch.cat([short.probabilities()[0][1], torch.zeros(2)]))
 
 
 def test_eq5_compares_within_a_field_only_and_ignores_its_scale() -> None:

@@ -10,6 +10,8 @@ from embsearch_dist.models.embeddings import SCHEMES, check_candidates
 
 MODES = ("adaptive", "random", "vanilla_uniform", "weighted_uniform")
 PRECISIONS = ("bfloat16", "float32")
+EQ5 = ("growth", "layernorm")
+KEEP = ("best", "last")
 METRICS = ("auc", "logloss", "accuracy")
 REFITS = ("none", "linear")
 FINDERS = ("auto", "policy", "sweeps")
@@ -20,7 +22,9 @@ class SamplingConfig:
     """How subnets are drawn while the supernet trains (section 3.1, Eq. 4-6, and Table 4)."""
 
     mode: str = option("adaptive", "adaptive | random | vanilla_uniform | weighted_uniform (the modes of Table 4)")
+    eq5: str = option("growth", "what Eq. 5 compares: growth of the variance since the start | layernorm (as printed)")
     eta_e: float = option(0.05, "step of Eq. 5 on the logits of P_E")
+    clip_e: float = option(0.5, "growth: bound of those logits; the ratio of two candidates is at most exp(2 clip_e)")
     eta_f: float = option(0.05, "step of Eq. 6 on the logits of P_F")
     lambda_fs: float = option(0.6, "Eq. 6: weight of the gradient against the size of the embedding")
     update_every: int = option(50, "steps between two updates of P_E and P_F")
@@ -28,12 +32,21 @@ class SamplingConfig:
     floor_f: float = option(0.5, "no field is kept with a smaller probability than this")
     keep_start: float = option(0.8, "probability to keep a field before the first update; 'random' uses 0.6")
     warmup: float = option(0.0, "share of the steps in which the whole supernet is trained, ever more rarely")
+    subnets: int = option(
+        1, "subnets of a step; 3 or more: the widest, the narrowest and sampled ones that learn from it"
+    )
     same_subnet: bool = option(True, "ranks draw one subnet together; false = each rank its own")
 
     def check(self, candidates: int) -> None:
         one_of("search.sampling.mode", self.mode, MODES)
         require(0 <= self.lambda_fs <= 1, "search.sampling.lambda_fs", f"must be in [0, 1], got {self.lambda_fs}")
         require(0 <= self.warmup <= 1, "search.sampling.warmup", f"must be in [0, 1], got {self.warmup}")
+        one_of("search.sampling.eq5", self.eq5, EQ5)
+        if self.eq5 == "growth":
+            require(0 < self.eta_e <= 1, "search.sampling.eta_e", f"must be in (0, 1] with growth, got {self.eta_e}")
+        require(self.clip_e > 0, "search.sampling.clip_e", f"must be above 0, got {self.clip_e}")
+        one, message = self.subnets, "must be 1, or 3 or more (the widest, the narrowest and sampled ones)"
+        require(one == 1 or one >= 3, "search.sampling.subnets", f"{message}, got {one}")
         require(self.update_every >= 1, "search.sampling.update_every", "must be at least 1")
         bound = 1 / candidates
         require(0 < self.floor_e < bound, "search.sampling.floor_e", f"must be in (0, {bound:g}), got {self.floor_e}")
@@ -41,6 +54,23 @@ class SamplingConfig:
         low = self.floor_f
         start = self.keep_start
         require(low < start < 1, "search.sampling.keep_start", f"must be in ({low}, 1), got {start}")
+
+
+@dataclass
+class SupernetConfig(TrainConfig):
+    """Training of the supernet, and the fixed panel of subnets that judges it."""
+
+    panel: int = option(16, "subnets whose mean metric cuts the rates, stops and marks the best step; 1 = the widest")
+    panel_rows: int = option(32_768, "validation rows they are judged on, spread over the whole split")
+    keep: str = option(
+        "best", "best | last: which weights are searched, those of the best step by the panel or the last"
+    )
+
+    def check(self, prefix: str = "search.supernet") -> None:
+        super().check(prefix)
+        require(self.panel >= 1, f"{prefix}.panel", f"must be at least 1, got {self.panel}")
+        require(self.panel_rows >= 1, f"{prefix}.panel_rows", f"must be at least 1, got {self.panel_rows}")
+        one_of(f"{prefix}.keep", self.keep, KEEP)
 
 
 @dataclass
@@ -96,7 +126,8 @@ class AdassConfig:
     candidates: list[int] = option([2, 8, 16, 32, 64], "candidate widths D, ascending; a leading 0 may drop fields")
     scheme: str = option("shared", "shared (max-table, leading columns) | independent (a table per candidate)")
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    supernet: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=10, patience=0))
+    distinct: bool = option(True, "draw and search candidates of a field that cannot differ once, at the cheapest")
+    supernet: SupernetConfig = field(default_factory=lambda: SupernetConfig(epochs=10, patience=0))
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     budget: str = option("", "hard bound on the tables: '200000' parameters, '1.5MB', or '80%' of UES-32's parameters")
     pareto: list[str] = option([], "further budgets to derive allocations for, e.g. [20%, 40%, 80%]")

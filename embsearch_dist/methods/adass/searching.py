@@ -20,6 +20,7 @@ from embsearch_dist.methods.adass.budget import (
     total_cost,
 )
 from embsearch_dist.methods.adass.config import AdassConfig, PolicyConfig
+from embsearch_dist.methods.adass.distinct import distinct_of
 from embsearch_dist.methods.adass.local import ROUNDS, SWEEPS, Problem, Tick, prune, refine, sweep, within_budget
 from embsearch_dist.methods.adass.policy import SearchTrace, argmax_choice, nearest_allowed, search
 from embsearch_dist.methods.adass.scorer import SubnetScorer
@@ -242,13 +243,14 @@ class SearchStage(Stage):
     def inputs(self, run: Run) -> dict[str, Any]:
         search_config: AdassConfig = run.config.search
         keys = {k: getattr(search_config, k) for k in ("name", "policy", "budget", "pareto")}
+        keys["supernet.keep"] = search_config.supernet.keep
         return {"schema": run.schema.fingerprint, "run.seed": run.config.run.seed, "search": keys}
 
     def run(self, run: Run) -> None:
         config: AdassConfig = run.config.search
         extra = run.config.model.extra
         budgets = budgets_of(config, run.schema, extra)
-        searcher = Searcher(run.schema, config, make_scorer(run), extra=extra)
+        searcher = Searcher(run.schema, config, make_scorer(run), distinct_of(run.config, run.schema), extra)
         with Monitor(run.dir, self.name, run.context.rank) as monitor:
             monitor.resume_at(0)
             size = "sweeps over single changes" if searcher.sweeps else f"{config.policy.steps} steps"
