@@ -30,8 +30,9 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from embsearch_dist.methods.adass.budget import knapsack, refine
+from embsearch_dist.methods.adass.budget import knapsack
 from embsearch_dist.methods.adass.config import PolicyConfig
+from embsearch_dist.methods.adass.local import Problem, refine, sweep
 from embsearch_dist.methods.adass.policy import search
 from embsearch_dist.width_table import Score, Space, WidthTable
 
@@ -55,9 +56,18 @@ class Task:
         return self.score(torch.tensor([list(choice)]))[0]["auc"]
 
     @property
-    def costs(self) -> torch.Tensor:
-        """``[groups, T]``; a width that a group may not have costs more than any budget."""
-        return self.table.costs.masked_fill(~self.table.allowed, 2.0 * self.limit + 1)
+    def problem(self) -> Problem:
+        """The same in the words of AdaS&S's local search."""
+        table = self.table
+        return Problem(
+            lambda _, choices: self.score(choices),
+            lambda metrics: metrics["auc"],
+            np.zeros(table.costs.shape),
+            table.costs.numpy(),
+            self.limit,
+            table.allowed.numpy(),
+            np.array(table.candidates),
+        )
 
 
 class Counted:
@@ -88,30 +98,33 @@ def additive(task: Task) -> list[int]:
     """Utilities from the widest allocation, one group narrowed at a time, then the exact knapsack."""
     widest = clipped(task.table, task.table.candidates[-1])
     assert widest is not None
-    utility = torch.full(task.table.costs.shape, -1e3, dtype=torch.float64)
+    utility = torch.full(task.table.costs.shape, -math.inf, dtype=torch.float64)
     for g, j in task.table.allowed.nonzero().tolist():
         utility[g, j] = task.value([*widest[:g], j, *widest[g + 1 :]])
-    return knapsack(utility, task.costs, task.limit)
+    return knapsack(utility, task.table.costs, task.limit)
 
 
 def climbed(task: Task) -> list[int]:
     """The additive knapsack, then AdaS&S's local search over one and two groups."""
-    count = len(task.table.candidates)
-    return refine(additive(task), task.score, lambda _, m: m["auc"], task.allowed, count, task.seed)
+    return refine(task.problem, additive(task), task.seed)
+
+
+def swept(task: Task) -> list[int]:
+    """AdaS&S's sweeps over all single changes, from the uniform width."""
+    return sweep(task.problem, uniform(task))[0]
 
 
 def policy(task: Task) -> list[int]:
     """AdaS&S's policy (REINFORCE, Eq. 8 and 9), then the knapsack over its log-probabilities."""
     config, table = PolicyConfig(steps=100, batch=16, lr=5e-3, reward_weight=50.0), task.table
     relative = (table.costs / table.costs.sum(1).mean()).float()
-    p = search(task.score, relative, config, task.seed, table.costs.float(), task.limit)
-    return knapsack(p.clamp(min=1e-9).log().double(), task.costs, task.limit)
+    p = search(task.score, relative, config, task.seed, table.costs.float(), task.limit, allowed=table.allowed)
+    return knapsack(p.log().double().masked_fill(~table.allowed, -math.inf), table.costs, task.limit)
 
 
 def policy_climbed(task: Task) -> list[int]:
     """The policy and the local search behind it: AdaS&S as it is."""
-    count = len(task.table.candidates)
-    return refine(policy(task), task.score, lambda _, m: m["auc"], task.allowed, count, task.seed)
+    return refine(task.problem, policy(task), task.seed)
 
 
 def random_search(task: Task) -> list[int]:
@@ -144,13 +157,14 @@ SEARCHES: dict[str, Callable[[Task], list[int]]] = {
     "uniform": uniform,
     "additive": additive,
     "additive + local": climbed,
+    "sweeps": swept,
     "policy": policy,
     "policy + local": policy_climbed,
     "random 64": random_search,
     "evolution 64": evolution,
     "every allocation": exhaustive,
 }
-SEEDLESS = {"uniform", "additive", "every allocation"}
+SEEDLESS = {"uniform", "additive", "sweeps", "every allocation"}
 
 
 def main() -> None:
@@ -234,7 +248,7 @@ def draw(rows: list[dict[str, Any]], table: WidthTable, path: Path) -> None:
             each = [summary(rows, b, name) for b in budgets]
             places = np.arange(len(budgets)) + (k - (len(names) - 1) / 2) * 0.09
             means, errors = [1000 * e[0] for e in each], [1000 * e[1] for e in each]
-            axis.errorbar(places, means, yerr=errors, fmt="os^vD<>p"[k % 8], capsize=2, markersize=5, label=name)
+            axis.errorbar(places, means, yerr=errors, fmt="os^vD<>pX"[k % 9], capsize=2, markersize=5, label=name)
         if math.isfinite(table.noise()):
             axis.axhspan(0, 1000 * table.noise(), color="0.9", zorder=0, label="noise between seeds (1 s.d.)")
         axis.set_xticks(range(len(budgets)), [f"at most {b}" for b in budgets])

@@ -165,3 +165,11 @@ def test_a_large_knapsack_of_many_fields_is_exact_in_its_masked_candidates() -> 
     spare = limit - total_cost(choice, costs)
     own_cost, own_score = (x[np.arange(1200), choice][:, None] for x in (costs, scores))
     assert not ((scores > own_score) & (costs - own_cost <= spare) & ~masked).any()
+
+
+def test_the_knapsack_may_spend_the_budget_to_the_last_unit() -> None:
+    """400/400 + 160/400 and 560/400 round differently."""
+    scores = torch.tensor([[0.73, 0.75, 0.76], [0.70, 0.73, 0.76]])
+    costs = torch.tensor([[0.0, 200, 400], [0, 80, 160]], dtype=torch.float64)
+    assert knapsack(scores, costs, 560) == [2, 2]
+    assert knapsack(scores, costs, 559) == [1, 2]

@@ -101,8 +101,8 @@ def test_every_search_obeys_the_budget_and_the_thorough_ones_find_the_best(table
     limits = {"60%": 0.6 * 560, "100%": 560}
     assert {r["search"] for r in rows} == set(SEARCHES)
     assert all(r["parameters"] <= limits[r["budget"]] for r in rows)
-    thorough = {"additive", "additive + local", "policy + local", "random 64", "evolution 64", "every allocation"}
-    assert {r["regret"] for r in rows if r["search"] in thorough} == {0}
+    quick = {"uniform", "policy"}
+    assert {r["regret"] for r in rows if r["search"] not in quick} == {0}
     assert next(r["regret"] for r in rows if r["search"] == "uniform") == pytest.approx(0.01)
     assert markdown(rows, table).count("\n| ") == len(SEARCHES) + 2
 

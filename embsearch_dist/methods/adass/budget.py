@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,7 +109,11 @@ def knapsack(scores: torch.Tensor, costs: torch.Tensor, limit: float) -> list[in
     of_field = np.repeat(np.arange(fields), candidates)
     one_each = csr_array((np.ones(variables), (of_field, np.arange(variables))), shape=(fields, variables))
     weight = costs.numpy().reshape(1, -1) / scale
-    constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(weight, -np.inf, limit / scale)]
+    # Half a unit more lets no choice of whole costs pass, and keeps one that costs just the limit from being lost to
+    # rounding.
+    whole = math.isfinite(limit) and bool((costs == costs.round()).all())
+    room = math.floor(limit) + 0.5 if whole else limit
+    constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(weight, -np.inf, room / scale)]
     for _ in range(RETRIES):
         result = milp(
             -scores.numpy().ravel(),
