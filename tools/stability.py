@@ -55,8 +55,9 @@ def search_again(directory: Path, searches: int, overrides: list[str]) -> tuple[
     config = load_config(sections, directory / "config.yaml", overrides)
     with start(config.run, config.dist) as context:
         schema = Schema.load(config.data.path)
-        searcher = Searcher(schema, config.search, make_scorer(Run(config, schema, context)))
-        _, budget = budgets_of(config.search, schema)[0]
+        extra = config.model.extra
+        searcher = Searcher(schema, config.search, make_scorer(Run(config, schema, context)), extra)
+        _, budget = budgets_of(config.search, schema, extra)[0]
         found = []
         for seed in range(searches):
             choice = searcher.find(1_000_000 + seed, budget).choice

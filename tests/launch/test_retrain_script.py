@@ -42,8 +42,12 @@ def test_retrain_evaluate_report(run: Path, run_script: Callable) -> None:
     assert result["embedding_parameters"] == Allocation(schema, WIDTHS).total("parameters")
     assert len(recorded(own, "retrain", "loss")) == 12
 
-    run_script("retrain.py", "--run", run, "--train.epochs", 1, "--allocation", "ues-8")
+    values = ["--model.first_order", "value"]
+    done = run_script("retrain.py", "--run", run, "--train.epochs", 1, "--allocation", "ues-8", *values)
     assert set(json.loads((run / "retrain" / "ues-8" / "allocation.json").read_text())["widths"].values()) == {8}
+    uniform = json.loads((run / "retrain" / "ues-8" / "evaluation.json").read_text())
+    assert uniform["embedding_parameters"] == 9 * sum(schema.cardinalities)  # each value has a weight of its own
+    assert "(27.3% of UES-32)" in done.stdout  # 9 of 33 columns
 
     shown = run_script("evaluate.py", "--run", own)
     assert json.loads(shown.stdout)["auc"] == result["auc"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torchrec import KeyedTensor
 
-from embsearch_dist.models.pooled import Pooled, Span, field_linear
+from embsearch_dist.models.pooled import Move, Pooled, Span, field_linear, moved
 
 
 def test_fields_are_found_by_name_whatever_the_key_order() -> None:
@@ -74,3 +74,24 @@ def test_the_maps_equal_slices_under_autograd() -> None:
     for a, b in zip([values, bias, *weights], [plain_values, plain_bias, *plain], strict=True):
         torch.testing.assert_close(a.grad, b.grad)
     assert values.grad is not None and not values.grad[:, 8].any()  # no map reads it
+
+
+def test_moved_columns_are_slices_with_zeros_between_forward_and_backward() -> None:
+    values = torch.randn(3, 9, requires_grad=True)
+    moves = [Move(6, 1, 2), Move(0, 5, 3)]  # columns 3 to 5 and 8 go nowhere
+    out = moved(values, moves, 10)
+    expected = torch.zeros(3, 10)
+    expected[:, 1:3], expected[:, 5:8] = values[:, 6:8].detach(), values[:, :3].detach()
+    assert torch.equal(out, expected)
+    weight = torch.randn(3, 10)
+    (out * weight).sum().backward()
+    gradient = torch.zeros(3, 9)
+    gradient[:, 6:8], gradient[:, :3] = weight[:, 1:3], weight[:, 5:8]
+    assert torch.equal(values.grad, gradient)
+
+
+def test_first_order_weights_are_read_where_they_lie_and_count_as_used() -> None:
+    values = torch.arange(20.0).view(2, 10)
+    pooled = Pooled(values, (6, 0), (2, 3), (8, 3))  # fields of width 2 and 3, a weight behind each, padding
+    assert pooled.first_order().tolist() == [[8, 3], [18, 13]]
+    assert [u[0].tolist() for u in pooled.used()] == [[0, 1, 2, 3], [6, 7, 8]]

@@ -188,6 +188,16 @@ def test_another_budget_only_searches_again(data: Path, searched: Path, capsys: 
     assert names == {"small": True, "small-2pct": False, "adass": False}  # earlier searches stay in the picture
 
 
+def test_a_search_counts_the_values_own_weights(data: Path, tmp_path: Path) -> None:
+    settings = ["model.first_order=value", "search.budget=20%", "search.supernet.epochs=1"]
+    found = search(data, tmp_path / "run", *settings)
+    columns = {n: w + 1 if w else 0 for n, w in found.widths.items()}
+    by_hand = sum(f.cardinality * columns[f.name] for f in found.schema.fields)
+    assert found.total("parameters") == by_hand <= 0.2 * 33 * sum(found.schema.cardinalities)
+    points = json.loads((tmp_path / "run" / "search" / "pareto.json").read_text())
+    assert points["points"][0]["parameters"] == by_hand
+
+
 def test_the_same_search_finds_the_same_again(data: Path, searched: Path, tmp_path: Path) -> None:
     schema = Schema.load(data)
     first = Allocation.load(searched / "allocations" / "adass.json", schema)
