@@ -138,16 +138,14 @@ def test_pruning_takes_columns_whose_use_the_rows_do_not_show(noise: float) -> N
 
 
 def test_pruning_never_loses_more_in_all_than_the_evidence_allows() -> None:
-    # 100 fields lose 0.7 standard errors each: none alone is significant, all together are.
-    rows, noise = 400, 0.2
-    losses = np.zeros((100, 2))
-    losses[:, 0] = 0.7 * noise * (2 / rows) ** 0.5
-    p = problem(Table(losses, noise, rows), np.tile([1.0, 2.0], (100, 1)), widths=np.array([2, 4]))
-    start = [1] * 100
-    end = prune(p, start, 1.0)
-    (metrics,) = p.near(start, np.array([end]))[1]
-    assert 0 < sum(j == 0 for j in end) < 100
-    assert -metrics["gain"] <= metrics["gain_se"]
+    def score_near(base: Sequence[int], choices: torch.Tensor) -> list[dict[str, float]]:
+        """Each narrowed field loses 0.7 standard errors; n of them together 0.7 n with an error of sqrt(n)."""
+        changed = [int((c < torch.tensor(base)).sum()) for c in choices]
+        return [{"logloss": 0.0, "gain": -0.7 * n, "gain_se": max(n, 1) ** 0.5} for n in changed]
+
+    p = problem(score_near, np.tile([1.0, 2.0], (100, 1)), widths=np.array([2, 4]))
+    assert sum(j == 0 for j in prune(p, [1] * 100, 1.0)) == 1  # of two the error would be 1.4, the loss 1.4
+    assert sum(j == 0 for j in prune(p, [1] * 100, 2.0)) == 6
 
 
 def test_pruning_keeps_a_field_and_skips_candidates_that_are_not_allowed() -> None:

@@ -72,7 +72,7 @@ def layout_for(device: torch.device, rows: int, row_bytes: int = 1) -> Layout:
     that its terms are at most :data:`SLAB_BYTES` (on a GPU 16 times as much).
     """
     layout, bound = (CPU, SLAB_BYTES) if device.type == "cpu" else (ACCELERATOR, 16 * SLAB_BYTES)
-    size = max(1, min(layout.chunk_rows, bound // row_bytes))
+    size = max(1, min(layout.chunk_rows, bound // row_bytes, rows))
     if device.type != "cpu":
         chunks = -(-rows // size)
         size = -(-rows // chunks)
