@@ -19,6 +19,7 @@ from embsearch_dist.models.ctr import SubnetModel
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.monitor import Monitor
 
+LEAST_GAIN = 1e-6  # nats; below it lies the rounding of float32 logits
 SCALE = 1e4  # of the scores: the knapsack's solver stops within 1e-6 of the best sum
 
 
@@ -36,7 +37,7 @@ def supported(changes: Changes, evidence: float) -> torch.Tensor:
         for j in range(1, count):
             gain, error = changes.gain(f, best, j)
             worth[f, j] = worth[f, best]
-            if gain > evidence * error:
+            if gain > max(evidence * error, LEAST_GAIN):
                 worth[f, j] += gain
                 best = j
     return worth
