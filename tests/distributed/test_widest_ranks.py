@@ -15,7 +15,6 @@ from tests.ranks import run_ranks
 
 SEARCHES = [
     ("utilities", ["search.candidates=[0,2,4,8]", "search.rounds=2", "search.budget=6%"]),
-    ("utilities", ["search.candidates=[0,2,4,8]", "search.utility=saliency", "search.budget=6%"]),
     ("truncation", ["search.rule=fdo", "search.budget=9%"]),
     ("truncation", ["search.rule=magnitude", "search.budget=9%"]),
 ]
