@@ -19,7 +19,7 @@ class UtilitiesConfig:
     candidates: list[int] = option([0, 2, 4, 8, 16, 32], "candidate widths, ascending; a leading 0 may drop fields")
     width: int = option(32, "width of every field of the model that is trained and cut down")
     utility: str = option("loss", "loss (measured on validation rows) | saliency (first order, of one backward pass)")
-    basis: str = option("sensitivity", "directions of a field: by sensitivity of the logit | by variance (plain PCA)")
+    basis: str = option("variance", "directions of a field: by variance (plain PCA) | sensitivity (of the logit)")
     evidence: float = option(1.0, "a wider candidate counts if it gains more than this many standard errors")
     rows: int = option(100_000, "validation rows that are measured, drawn from the whole split")
     basis_rows: int = option(50_000, "training rows that the directions are taken from")
