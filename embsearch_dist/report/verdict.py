@@ -118,7 +118,8 @@ def judge(found: Model, models: Sequence[Model], reference: float) -> Verdict | 
 def missing_width(found: Model, models: Sequence[Model], of_one: float) -> int | None:
     """The narrowest uniform width that is not smaller than what was found, if no model of it is there."""
     width = math.ceil(found.parameters / of_one * (1 - ROUNDING))
-    there = any(m.uniform and abs(m.parameters - width * of_one) < 0.5 for m in models)
+    least = found.parameters * (1 - ROUNDING)
+    there = any(m.uniform and least <= m.parameters < least + of_one for m in models)
     return None if there or width < 1 else width
 
 
