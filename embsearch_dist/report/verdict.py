@@ -133,7 +133,7 @@ def _model(row: Row) -> Model:
     auc: dict[int | None, float] = {}
     for result in row.results:
         auc[result.seed] = result.numbers["auc"]
-    return Model(display_name(row), row.parameters or 0.0, auc, "uniform" if uniform else "found", uniform)
+    return Model(display_name(row), row.parameters or 0.0, auc, "uniform" if uniform else display_name(row), uniform)
 
 
 def sentences(comparison: Comparison | None, directory: str) -> list[str]:
@@ -165,19 +165,17 @@ def draw(theme: Theme, models: Sequence[Model], split: str, label: bool = True) 
     """AUC against size; bars are one standard error over seeds, lines join the models of a group."""
     fig = figure(4.2)
     axes = fig.subplots()
-    groups = list(dict.fromkeys(m.group for m in sorted(models, key=lambda m: not m.uniform)))
-    colors: dict[str, str] = {}
-    for group in groups:
+    uniform = list(dict.fromkeys(m.group for m in models if m.uniform))
+    searched = list(dict.fromkeys(m.group for m in models if not m.uniform))
+    colors = dict.fromkeys(uniform, theme.uniform) | {g: theme.color(k) for k, g in enumerate(searched)}
+    for group in colors:
         own = sorted((m for m in models if m.group == group), key=lambda m: m.parameters)
-        plain = own[0].uniform
-        others = [g for g in colors if colors[g] != theme.uniform]
-        colors[group] = theme.uniform if plain else theme.color(len(others))
-        places = groups.index(group)
-        style = {"ls": ("-", (0, (4, 3)), ":")[places % 3] if plain else "-", "lw": 1.0 if plain else 1.2}
+        plain, first = own[0].uniform, group == next(iter(uniform), None)
         errors = [0.0 if math.isnan(m.error) else m.error for m in own]
         axes.errorbar(
-            [m.parameters for m in own], [m.mean for m in own], yerr=errors, fmt="s" if plain else "D",
-            ms=5 if plain else 6, color=colors[group], mec=theme.background, capsize=3, label=group, **style,
+            [m.parameters for m in own], [m.mean for m in own], yerr=errors, marker="s" if plain else "D",
+            ls="-" if first or not plain else "--", lw=1.0, ms=5 if plain else 6, color=colors[group],
+            mec=theme.background, capsize=3, label=group,
         )  # fmt: skip
     axes.set_xlabel("embedding parameters")
     seeds = max(len(m.auc) for m in models)
@@ -185,8 +183,8 @@ def draw(theme: Theme, models: Sequence[Model], split: str, label: bool = True) 
     size_axis(axes, [m.parameters for m in models])
     axes.margins(x=0.12, y=0.15)
     axes.yaxis.get_major_formatter().set_useOffset(False)  # type: ignore[attr-defined]
-    if len(groups) > 1:
-        fig.legend(loc="outside upper left", ncols=min(6, len(groups)), frameon=False)
+    if any(sum(m.group == g for m in models) > 1 for g in searched):
+        fig.legend(loc="outside upper left", ncols=min(6, len(colors)), frameon=False)
     if label:
         line = sorted((m.parameters, m.mean) for m in models if m.uniform)
         texts = [short(m.name, 22) for m in models]

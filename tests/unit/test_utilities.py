@@ -21,6 +21,7 @@ from embsearch_dist.methods.utilities.config import UtilitiesConfig
 from embsearch_dist.methods.utilities.searching import Searcher, choose, supported
 from embsearch_dist.methods.widest import Moments, Sample
 from embsearch_dist.models.ctr import SubnetModel
+from embsearch_dist.report import write_report
 from tests.factories import one_rank, open_run, prepared, set_tables, small_config, small_schema, whole_tables
 
 # Three pairs of fields, (rank, first column of that pair), and two idle fields.
@@ -148,6 +149,9 @@ def test_a_search_trains_once_and_leaves_what_reports_read(
     names = {p["name"]: p["chosen"] for p in body["points"]}
     assert names == {"small": True, "small-6pct": False, "utilities": False}
     assert all(0.5 < p["auc"] < 1 for p in body["points"])
+    html = write_report([tmp_path]).read_text()
+    assert "What each width is worth" in html and "Training of the widest model" in html
+    assert "No search curves" not in html
     for override, key in (("search.width=16", "search.width was 8, now 16"), ("optim.dense_lr=0.5", "optim.dense_lr")):
         with pytest.raises(UserError, match=f"stage 'widest' made with other settings: {key}"):
             search(data, tmp_path, override)
