@@ -141,7 +141,7 @@ class TruncatedModel:
         counts = torch.stack([sample.label.sum(), torch.full((), float(len(sample.label)), device=context.device)])
         positive, self.rows = map(int, context.sum(counts.double()).tolist())
         if positive in (0, self.rows):
-            raise UserError(f"the validation sample of {self.rows} rows has one class only: AUC is undefined")
+            raise UserError(f"the sample of {self.rows} rows has one class only: AUC is undefined")
 
     @torch.no_grad()
     def logits(self, ranks: Sequence[int]) -> torch.Tensor:

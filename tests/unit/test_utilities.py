@@ -109,6 +109,17 @@ def test_a_wider_candidate_counts_only_beyond_its_standard_error() -> None:
     assert supported(changes(-0.5, 0.1), 1.0).tolist() == [[0, 0]]
 
 
+def test_a_field_is_dropped_only_where_the_rows_say_that_it_does_harm() -> None:
+    held = torch.tensor([0.02])
+    unclear, harmful = changes(0.005, 0.1), changes(-0.02, 0.1)
+    assert supported(unclear, 1.0, held).tolist() == [
+        [0, pytest.approx(0.02)]
+    ]  # new users: nothing speaks against them
+    assert supported(changes(-0.005, 0.1), 1.0, held).tolist() == [[0, pytest.approx(0.02)]]
+    assert supported(harmful, 1.0, held).tolist() == [[0, 0]]  # learned by heart
+    assert supported(changes(0.03, 0.1), 1.0, held).tolist() == [[0, pytest.approx(0.03)]]
+
+
 def test_the_best_affordable_choice_is_taken_and_of_equals_the_cheapest() -> None:
     generator = torch.Generator().manual_seed(0)
     costs = torch.tensor([[0, 5, 9], [0, 2, 30], [0, 1, 3]], dtype=torch.float64)

@@ -23,22 +23,36 @@ LEAST_GAIN = 1e-6  # nats; below it lies the rounding of float32 logits
 SCALE = 1e4  # of the scores: the knapsack's solver stops within 1e-6 of the best sum
 
 
-def supported(changes: Changes, evidence: float) -> torch.Tensor:
+def supported(changes: Changes, evidence: float, held: torch.Tensor | None = None) -> torch.Tensor:
     """Worth ``[F, T]`` of each candidate of each field, in nats of logloss saved against the field's narrowest.
 
     A candidate is worth more than a narrower one only if its rows' losses, paired, are lower by more than ``evidence``
     standard errors. Else it is worth the same, so that nothing is paid for what noise may have given. What a field
     loses by a wider candidate does not count against it: the directions added last are the least important ones.
+
+    To drop a field asks for evidence as well. One that does nothing for validation rows may have done much in training:
+    user ids that are new in every later split take up there what items would have to explain without them. So unless
+    some width of it is worse than none, and none is better, its first width is worth what it is on training rows.
+
+    Args:
+        held: ``[F]``: worth of the first candidate above 0 on training rows; None where no candidate drops a field.
     """
     fields, count = changes.more.shape
     worth = torch.zeros(fields, count, dtype=torch.float64)
     for f in range(fields):
-        best = 0
-        for j in range(1, count):
+        best, first = 0, 1
+        if held is not None:
+            gains = [changes.gain(f, 0, j) for j in range(1, count)]
+            helps = any(gain > max(evidence * error, LEAST_GAIN) for gain, error in gains)
+            hurts = any(gain < -max(evidence * error, LEAST_GAIN) for gain, error in gains)
+            if helps or not hurts:
+                worth[f, 1] = max(float(held[f]), gains[0][0], 0.0)
+                best, first = 1, 2
+        for j in range(first, count):
             gain, error = changes.gain(f, best, j)
-            worth[f, j] = worth[f, best]
+            worth[f, j] = worth[f, j - 1]
             if gain > max(evidence * error, LEAST_GAIN):
-                worth[f, j] += gain
+                worth[f, j] = worth[f, best] + gain
                 best = j
     return worth
 
@@ -64,12 +78,16 @@ def choose(worth: torch.Tensor, costs: torch.Tensor, limit: float | None) -> lis
 
 @dataclass
 class Searcher:
-    """Searches of one widest model; budgets share what was measured."""
+    """Searches of one widest model; budgets share what was measured.
+
+    ``salient``: see :meth:`TruncatedModel.saliency`, None to measure losses; ``held``: see :func:`supported`.
+    """
 
     schema: Schema
     config: UtilitiesConfig
     model: TruncatedModel
     salient: torch.Tensor | None = None
+    held: torch.Tensor | None = None
     measured: dict[tuple[int, ...], Changes] = field(default_factory=dict)
 
     def around(self, choice: Sequence[int]) -> Changes:
@@ -85,7 +103,7 @@ class Searcher:
             summed = torch.nn.functional.pad(self.salient.cumsum(1), (1, 0))
             return summed[:, self.config.candidates] - summed[:, self.config.candidates[:1]]
         widest = [len(self.config.candidates) - 1] * len(self.schema.fields)
-        return supported(self.around(widest), self.config.evidence)
+        return supported(self.around(widest), self.config.evidence, self.held)
 
     def find(self, budget: Budget | None) -> list[int]:
         """The best measured allocation under a budget.
@@ -103,7 +121,7 @@ class Searcher:
         tried: list[list[int]] = []
         while choice not in tried:
             tried.append(choice)
-            worths.append(supported(self.around(choice), self.config.evidence))
+            worths.append(supported(self.around(choice), self.config.evidence, self.held))
             if len(tried) == self.config.rounds:
                 break
             choice = self._choose(worths, costs, limit)
@@ -129,8 +147,17 @@ def make_searcher(run: Run) -> Searcher:
     moments.sum(context)
     bases = principal(moments) if config.basis == "variance" else sensitive(moments, logit_gram(model, basis, context))
     truncated = TruncatedModel(model, rows_of(run, model, "validation", config.rows, config.seed), bases, context)
-    salient = truncated.saliency(model) if config.utility == "saliency" else None
-    return Searcher(run.schema, config, truncated, salient)
+    if config.utility == "saliency":
+        return Searcher(run.schema, config, truncated, truncated.saliency(model))
+    held = held_by_training(TruncatedModel(model, basis, bases, context), config) if not config.candidates[0] else None
+    return Searcher(run.schema, config, truncated, None, held)
+
+
+def held_by_training(model: TruncatedModel, config: UtilitiesConfig) -> torch.Tensor:
+    """``[F]``: what the first width above 0 saves on training rows against none, all other fields being whole."""
+    narrow = [*config.candidates[:2], config.width]
+    changes = model.changes([2] * model.sample.x.shape[0], narrow)
+    return changes.more[:, 0] - changes.more[:, 1]
 
 
 def rows_of(run: Run, model: SubnetModel, split: str, rows: int, seed: int) -> Sample:
