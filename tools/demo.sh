@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Set up, then the main job on bundled synthetic data: prepare, search, retrain the found widths and two
-# uniform baselines, evaluate, report.
+# Set up, then the main job on bundled synthetic data: prepare, search, retrain the found widths and what they have to
+# beat (UES-32, the uniform widths around the found size, FDO and magnitude pruning of that size), evaluate, report.
 #
 #   tools/demo.sh      ROWS=400000 RUN=runs/demo VENV=.venv VARIANT=cpu are the defaults
 set -euo pipefail
@@ -22,11 +22,20 @@ if [[ ! -e $data/schema.json ]]; then
 fi
 step python launch/search.py --config configs/synthetic/adass_deepfm.yaml --run.dir "$run"
 step python launch/retrain.py --run "$run" --name adass
-for width in 32 16; do
-    step python launch/retrain.py --run "$run" --allocation "ues-$width" --name "ues-$width"
+step python launch/retrain.py --run "$run" --allocation ues-32
+step python launch/retrain.py --run "$run" --allocation bracket
+# FDO drops no field, so it needs a column of each.
+size=$(python -c '
+import json, sys
+found, schema = (json.load(open(f"{sys.argv[1]}/{name}.json")) for name in ("allocation", "schema"))
+print(max(found["sizes"]["parameters"], sum(field["cardinality"] for field in schema["fields"])))' "$run")
+for rule in fdo magnitude; do
+    step python launch/search.py --config configs/synthetic/truncation.yaml --run.dir "$run/cut" --search.rule "$rule" \
+        --search.budget "$size"
+    step python launch/retrain.py --run "$run" --allocation "$run/cut/allocations/$rule.json" --name "$rule"
 done
-for name in adass ues-32 ues-16; do
-    step python launch/evaluate.py --run "$run/retrain/$name"
+for model in "$run"/retrain/*; do
+    step python launch/evaluate.py --run "$model"
 done
 step python launch/report.py "$run"
 

@@ -7,6 +7,16 @@ from embsearch_dist.methods.adass.method import AdaSS
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.ihas.method import IHAS
 from embsearch_dist.methods.nasrec.method import NASRec
+from embsearch_dist.methods.truncation.method import Truncation
 from embsearch_dist.methods.ues import UES
+from embsearch_dist.methods.utilities.method import Utilities
 
-METHODS: dict[str, type[Method]] = {"adafs": AdaFS, "adass": AdaSS, "ihas": IHAS, "nasrec": NASRec, "ues": UES}
+METHODS: dict[str, type[Method]] = {
+    "adafs": AdaFS,
+    "adass": AdaSS,
+    "ihas": IHAS,
+    "nasrec": NASRec,
+    "truncation": Truncation,
+    "ues": UES,
+    "utilities": Utilities,
+}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from embsearch_dist.report import architectures, groups, history, sections
+from embsearch_dist.report import architectures, groups, history, sections, verdict
 from embsearch_dist.report.page import page
 from embsearch_dist.report.runs import load_runs
 from embsearch_dist.report.summary import compare, headline
@@ -31,6 +31,7 @@ def write_report(run_dirs: Sequence[Path | str], out: Path | str | None = None) 
     directory.mkdir(parents=True, exist_ok=True)
     comparison = compare(runs)
     parts = [
+        sections.verdict(comparison, directory),
         sections.results(comparison),
         sections.allocation(runs, directory),
         groups.found(runs, directory),
@@ -50,6 +51,11 @@ def write_report(run_dirs: Sequence[Path | str], out: Path | str | None = None) 
     sentences = architectures.headline(runs, comparison) or headline(runs, comparison)
     if comparison is None and not any(r.widths or r.by_network for r in runs):
         sentences = [groups.headline(runs) or sentences[0]]
+    if not any(r.by_network or r.groups for r in runs):
+        final = [
+            f"{r.label}: {r.final['reason']}." if len(runs) > 1 else f"{r.final['reason']}." for r in runs if r.final
+        ]
+        sentences = [*verdict.sentences(comparison, str(run_dirs[0])), *final, *sentences]
     html = page(title, sentences, [p for p in parts if p is not None])
     target = directory / "index.html"
     temporary = target.with_name("index.html.tmp")

@@ -42,6 +42,12 @@ HEATMAPS = {
         "Probability the search policy gives each width, per field. It starts undecided (even rows) and should end "
         "with one bright cell per row: the width chosen for that field.",
     ),
+    "worth": (
+        "What each width is worth",
+        "Logloss (in 1/1000) that each width of a field saves against its narrowest one while all other fields are at "
+        "their widest, measured on validation rows by cutting the widest model down. A step that the rows do not show "
+        "beyond their standard error counts as nothing, so equal cells mean that the wider one is not needed.",
+    ),
     "field weights": (
         "How much each field weighs",
         "Weight that the controller gives each field, mean over the rows of a held-out batch. The weights of one row "
@@ -101,7 +107,7 @@ def search(runs: Sequence[Run], directory: Path) -> Section | None:
         if lines:
             panels.append((name, unit, lines))
     if not panels:
-        if any(r.by_instance or r.by_network for r in runs):
+        if any(r.by_instance or r.by_network or r.without_policy for r in runs):
             return None
         text = (
             "No search curves: metrics.jsonl has no line of stage 'search' (written while search.py runs that stage)."
@@ -123,7 +129,7 @@ def heatmaps(runs: Sequence[Run], directory: Path) -> Section | None:
     title = "Probabilities over time"
     run = next((r for r in runs if not all(map(groups.elsewhere, r.heatmaps))), None)
     if run is None:
-        if any(r.heatmaps or r.by_network for r in runs):
+        if any(r.heatmaps or r.by_network or r.without_policy for r in runs):
             return None
         return Section("heatmaps", title, page.missing(absent("heatmaps.jsonl")))
     body = page.paragraph(f"Shown for {run.label}.", "note") if len(runs) > 1 else ""
@@ -191,6 +197,11 @@ def _curve_caption(stage: str, networks: bool) -> str:
         return (
             "Training of tables and head: first with everything open, then with gates that choose, row by row, which "
             "columns pass. A step in the curves is where the gates set in; the bold line is the running median."
+        )
+    if stage == "widest":
+        return (
+            "Training of the widest model, from which the widths were read off: one uniform width, and the recipe of "
+            "every retrained model. The bold line is the running median."
         )
     return f"Stage {stage}: training loss (bold line: running median) and quality on validation data."
 

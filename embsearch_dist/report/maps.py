@@ -31,7 +31,7 @@ def snapshots(theme: Theme, lines: Sequence[Mapping[str, Any]]) -> Figure:
         _columns(axes, columns, count)
     _rows(panels[0], rows)
     panels[0].set_xlabel("candidate width" if _widths(columns) else "")
-    fig.colorbar(image, ax=list(panels), shrink=0.9, pad=0.01, fraction=0.02, label=_meaning(matrices))
+    fig.colorbar(image, ax=list(panels), shrink=0.9, pad=0.01, fraction=0.02, label=_meaning(matrices, picked[-1]))
     return fig
 
 
@@ -48,7 +48,7 @@ def over_time(theme: Theme, lines: Sequence[Mapping[str, Any]]) -> Figure:
     ticks = sorted({round(k * (len(steps) - 1) / 5) for k in range(6)})
     axes.set_xticks(ticks, [si(steps[t]) for t in ticks])
     axes.set_xlabel("step")
-    fig.colorbar(image, ax=axes, shrink=0.9, pad=0.01, fraction=0.02, label=_meaning([matrix]))
+    fig.colorbar(image, ax=axes, shrink=0.9, pad=0.01, fraction=0.02, label=_meaning([matrix], lines[-1]))
     return fig
 
 
@@ -88,7 +88,9 @@ def _probabilities(matrices: Sequence[np.ndarray]) -> bool:
     return all(bool(np.all((m[np.isfinite(m)] >= 0) & (m[np.isfinite(m)] <= 1))) for m in matrices)
 
 
-def _meaning(matrices: Sequence[np.ndarray]) -> str:
+def _meaning(matrices: Sequence[np.ndarray], line: Mapping[str, Any]) -> str:
+    if line.get("name") == "worth":
+        return "logloss saved / 1000"
     return "probability" if _probabilities(matrices) else "value"
 
 

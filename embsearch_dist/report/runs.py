@@ -131,11 +131,17 @@ class Run:
     heatmaps: list[dict[str, Any]] = field(default_factory=list)
     pareto: dict[str, Any] | None = None
     truth: dict[str, Any] | None = None
+    final: dict[str, Any] | None = None
     stability: dict[str, Any] | None = None
     results: list[Result] = field(default_factory=list)
     retrains: list[Retrain] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     skipped_lines: int = 0
+
+    @property
+    def without_policy(self) -> bool:
+        """Whether the widths came from one trained model, so that there is no policy to show."""
+        return any(line.get("stage") == "widest" for line in self.metrics)
 
     @property
     def by_instance(self) -> bool:
@@ -192,9 +198,12 @@ def load_run(directory: Path) -> Run:
     _load_groups(run)
     _load_networks(run)
     run.metrics, bad = _read_lines(directory / "metrics.jsonl")
+    widest, bad_widest = _read_lines(directory / "widest" / "metrics.jsonl")
+    run.metrics += [{**line, "stage": "widest"} for line in widest]
+    bad += bad_widest
     run.heatmaps, bad_maps = _read_lines(directory / "heatmaps.jsonl")
     run.skipped_lines = bad + bad_maps
-    never = ["search/pareto.json"] * run.by_instance
+    never = ["search/pareto.json"] * run.by_instance + ["metrics.jsonl", "heatmaps.jsonl"] * run.without_policy
     if run.by_network:
         never += ["allocation.json", "search/pareto.json", "heatmaps.jsonl"]
     if run.groups or any(line.get("stage") == "controller" for line in run.metrics):
@@ -202,6 +211,7 @@ def load_run(directory: Path) -> Run:
     run.missing = [name for name in run.missing if name not in never]
     run.pareto = _optional(directory / "search" / "pareto.json")
     run.truth = _optional(directory / "truth.json")
+    run.final = _optional(directory / "final.json")
     run.stability = _optional(directory / "stability.json")
     _load_result(run, directory)
     if (directory / "retrain").is_dir():

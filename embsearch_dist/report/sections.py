@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from embsearch_dist.report import architectures, groups, maps, page, plots
+from embsearch_dist.report import verdict as judging
 from embsearch_dist.report.page import Cell, Section
 from embsearch_dist.report.runs import FILES, Run
 from embsearch_dist.report.style import render
@@ -62,6 +63,20 @@ def results(comparison: Comparison | None) -> Section:
     elif base.uniform_width != 32:
         note += f"UES-32 was not retrained; differences are to {against}, the widest uniform width there is."
     return Section("results", "Results", tables + page.paragraph(note, "note") + groups.routed(comparison))
+
+
+def verdict(comparison: Comparison | None, directory: Path) -> Section | None:
+    """What was found and the uniform widths, size against AUC; None unless both were retrained."""
+    models = judging.models_of(comparison) if comparison is not None else []
+    if comparison is None or not comparison.found or len({m.uniform for m in models}) < 2:
+        return None
+    image = render("verdict", lambda t: judging.draw(t, models, comparison.split), directory)
+    caption = (
+        "Retrained models: embedding parameters against AUC; bars are one standard error over seeds, which one seed "
+        "has not. The verdict sets what was found against the best uniform width that is not smaller. Which one that "
+        "is was picked on these very rows, so it has luck on its side."
+    )
+    return Section("verdict", "Verdict", page.picture(image, caption, "AUC over size with error bars"))
 
 
 def allocation(runs: Sequence[Run], directory: Path) -> Section | None:

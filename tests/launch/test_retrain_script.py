@@ -77,6 +77,24 @@ def test_the_same_training_continues_and_another_one_is_refused(run: Path, run_s
     assert "mine-seed5: test auc" in seeded.stdout
 
 
+def test_the_uniform_widths_around_the_found_size_and_the_choice_between_two(run: Path, run_script: Callable) -> None:
+    schema, short = Schema.load(run), ["--train.epochs", 1, "--train.steps", 3]
+    size = Allocation(schema, WIDTHS).total("parameters")
+    below = size // sum(schema.cardinalities)
+    run_script("retrain.py", "--run", run, *short, "--allocation", "bracket")
+    assert {p.name for p in (run / "retrain").iterdir()} == {f"ues-{below}", f"ues-{below + 1}"}
+    for seed in (0, 0, 3):  # the second time both trainings are there
+        done = run_script("retrain.py", "--run", run, *short, "--or-uniform", "--run.seed", seed)
+        suffix = "" if seed == 0 else f"-seed{seed}"
+        final = json.loads((run / f"final{suffix}.json").read_text())
+        assert f"final model: {final['reason']}" in done.stdout
+        assert final["name"] in (f"adass{suffix}", f"ues-{below}{suffix}")
+        assert (run / final["model"] / "evaluation.json").exists()
+        assert set(final["parameters"]) == {f"adass{suffix}", f"ues-{below}{suffix}"}
+    refused = run_script("retrain.py", "--run", run, "--allocation", "bracket", "--name", "x", check=False)
+    assert "names its results ues-WIDTH" in refused.stderr
+
+
 def test_two_ranks_under_torchrun_get_what_one_gets(run: Path, run_script: Callable, start: Callable) -> None:
     finish(start(*TORCHRUN, "--", LAUNCH / "retrain.py", "--run", run, "--train.epochs", 1, "--name", "two"))
     run_script("retrain.py", "--run", run, "--train.epochs", 1, "--name", "one")

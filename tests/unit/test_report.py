@@ -135,13 +135,13 @@ def test_page_is_self_contained_and_nests(html: str, full: Path) -> None:
     assert len(structure.ids) == len(set(structure.ids))
     for word in ("http:", "https:", "<script", "@import", "url("):
         assert word not in html
-    assert len(list((full / "report").glob("*.png"))) == structure.images == 10
+    assert len(list((full / "report").glob("*.png"))) == structure.images == 11
 
 
 def test_page_has_every_section(html: str) -> None:
     for title in (
-        "Results", "Widths found", "Size against quality", "Planted truth", "Stability", "Learning curves", "Search",
-        "Probabilities over time", "Where this comes from",
+        "Verdict", "Results", "Widths found", "Size against quality", "Planted truth", "Stability", "Learning curves",
+        "Search", "Probabilities over time", "Where this comes from",
     ):  # fmt: skip
         assert f"<h2>{title}</h2>" in html
     assert "method: adass # &lt;script&gt;" in html and "item&lt;b&gt;" in html and LONG in html

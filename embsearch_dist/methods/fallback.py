@@ -1,0 +1,131 @@
+"""Found widths against uniform ones: which to train beside them, and which of two trained models to keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from embsearch_dist.allocation import Allocation
+from embsearch_dist.data.dataset import BatchStream
+from embsearch_dist.dist.context import Context
+from embsearch_dist.methods.adass.budget import parse_budget
+from embsearch_dist.train.metrics import auc
+from embsearch_dist.train.retrain import SubnetTask
+
+
+def uniform_like(found: Allocation, width: int) -> Allocation:
+    """Uniform widths for the same data, counted alike."""
+    return Allocation.uniform(found.schema, width).counted(found.extra)
+
+
+def bracket(found: Allocation) -> list[int]:
+    """The uniform widths whose size is just not above and just not below that of ``found``; one where it is theirs."""
+    size = found.total("parameters")
+    below = max(0, size // sum(found.schema.cardinalities) - found.extra)
+    if below and uniform_like(found, below).total("parameters") == size:
+        return [below]
+    return [w for w in (below, below + 1) if w > 0]
+
+
+def widest_within(found: Allocation) -> int:
+    """The largest uniform width inside the budget that ``found`` was searched under; inside its own size where it names
+    none. 0: none fits."""
+    text = found.provenance.get("budget")
+    if isinstance(text, str):
+        budget = parse_budget(text, found.schema, "budget of the allocation", found.extra)
+        resource, limit = budget.resource, budget.limit
+    else:
+        resource, limit = "parameters", found.total("parameters")
+    width = limit // max(1, sum(found.schema.cardinalities))
+    while width and uniform_like(found, width).total(resource) > limit:
+        width -= 1
+    return width
+
+
+@torch.no_grad()
+def predictions(task: SubnetTask, stream: BatchStream, context: Context) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and labels ``[N]`` of a whole split, on every rank; for one number of ranks always in one order."""
+    task.model.eval()
+    logits, labels = [], []
+    for batch in stream.epoch(0):
+        here = batch.to(context.device)
+        logits.append(task.predict(here).float())
+        labels.append(here.label)
+    return tuple(context.gather(torch.cat(part)).cpu().numpy() for part in (logits, labels))  # type: ignore[return-value]
+
+
+def paired_logloss(a: np.ndarray, b: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """By how much the logits ``a [N]`` have less logloss than ``b``, in nats, and its standard error, paired by row."""
+    target = torch.from_numpy(labels).double()
+    one, other = (
+        binary_cross_entropy_with_logits(torch.from_numpy(x).double(), target, reduction="none") for x in (a, b)
+    )
+    gain = (other - one).numpy()
+    return float(gain.mean()), float(gain.std(ddof=1) / len(gain) ** 0.5)
+
+
+def paired_auc(a: np.ndarray, b: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """AUC of logits ``a [N]`` minus that of ``b``, and its standard error on the same rows (DeLong et al. 1988)."""
+    clicked = labels > 0.5
+    placed = [_placements(x, clicked) for x in (a, b)]
+    of_clicked, of_others = (placed[0][k] - placed[1][k] for k in range(2))
+    variance = sum(float(d.var(ddof=1)) / len(d) for d in (of_clicked, of_others) if len(d) > 1)
+    return auc(a, labels) - auc(b, labels), variance**0.5
+
+
+def _placements(scores: np.ndarray, clicked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each clicked row the share of others below it; of each other row the share of clicked ones above it."""
+    ranks, positives = rankdata(scores), int(clicked.sum())
+    negatives = len(scores) - positives
+    below = (ranks[clicked] - rankdata(scores[clicked])) / max(negatives, 1)
+    above = 1 - (ranks[~clicked] - rankdata(scores[~clicked])) / max(positives, 1)
+    return below, above
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A retrained model as the choice sees it; ``logits [N]`` of the validation split."""
+
+    name: str
+    parameters: int
+    logits: np.ndarray
+
+
+def choose(found: Trained, uniform: Trained, labels: np.ndarray, metric: str) -> dict[str, Any]:
+    """Keep the found model or fall back to the uniform one, by validation rows.
+
+    The better one by more than a standard error is kept; of two that are level, the smaller one.
+
+    Args:
+        metric: ``auc`` or ``logloss``, as early stopping has it.
+
+    Returns:
+        What ``final.json`` says: ``name``, ``fallback``, ``reason`` in words, and the figures.
+    """
+    gain, error = (paired_auc if metric == "auc" else paired_logloss)(found.logits, uniform.logits, labels)
+    level = abs(gain) <= error
+    kept = min(found, uniform, key=lambda m: m.parameters) if level else found if gain > 0 else uniform
+    what = "AUC" if metric == "auc" else "logloss saved"
+    figures = f"{gain:+.5f} validation {what}, standard error {error:.5f}"
+    beside = f"{found.name} ({found.parameters:,} parameters) against {uniform.name} ({uniform.parameters:,})"
+    if level:
+        reason = f"{beside}: {figures}: level, so the smaller one"
+    elif kept is found:
+        reason = f"{beside}: {figures}: the found widths are better"
+    else:
+        reason = f"{beside}: {figures}: the found widths are worse, so the uniform width takes their place"
+    return {
+        "name": kept.name,
+        "fallback": kept is uniform,
+        "reason": f"{reason}. {kept.name} is the final model",
+        "split": "validation",
+        "metric": metric,
+        "difference": gain,
+        "standard_error": error,
+        "parameters": {m.name: m.parameters for m in (found, uniform)},
+    }

@@ -1,0 +1,97 @@
+"""What a search that ends with an allocation leaves in its run directory, budget by budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from embsearch_dist.allocation import Allocation
+from embsearch_dist.methods.adass.budget import REFERENCE_WIDTH, Budget, check_feasible, parse_budget
+from embsearch_dist.schema import Schema, read_json, write_json
+
+SCORED_POINTS = 4000  # dots of the Pareto picture
+
+
+@dataclass(frozen=True)
+class Point:
+    """One found allocation with the metrics that the search saw for it.
+
+    Attributes:
+        metrics: ``auc`` and ``logloss`` on the search's rows.
+        budget: limit it was found under, None without one.
+        scored: (parameters, AUC) of everything that was measured on the way.
+    """
+
+    name: str
+    allocation: Allocation
+    metrics: dict[str, float]
+    budget: int | None
+    scored: list[tuple[int, float]] = field(default_factory=list)
+
+
+def budgets(
+    name: str, budget: str, pareto: Sequence[str], schema: Schema, candidates: Sequence[int], extra: int
+) -> list[tuple[str, Budget | None]]:
+    """(allocation name, budget) of every search of a stage, the main one first; all checked.
+
+    ``extra``: columns of a kept field's table beside its width (``ModelConfig.extra``).
+
+    Raises:
+        UserError: a budget that no allocation of the candidates can obey.
+    """
+    texts = [(name, budget, "search.budget")]
+    texts += [(f"{name}-{text.strip()}", text, "search.pareto") for text in pareto]
+    found: list[tuple[str, Budget | None]] = []
+    for called, text, key in texts:
+        parsed = parse_budget(text, schema, key, extra) if text else None
+        if parsed:
+            check_feasible(parsed, schema, candidates, key, extra)
+        found.append((called.replace("%", "pct").replace(" ", ""), parsed))
+    return found
+
+
+def write_points(directory: Path, points: Sequence[Point]) -> None:
+    """``allocations/NAME.json`` of each, ``search/pareto.json``, and ``allocation.json`` of the first.
+
+    Rank 0 calls this. Points of earlier searches in this directory stay in the picture.
+    """
+    for point in points:
+        point.allocation.save(directory / "allocations" / f"{point.name}.json")
+    path = directory / "search" / "pareto.json"
+    bodies = [_body(point, chosen=k == 0) for k, point in enumerate(points)]
+    if path.exists():
+        names = {point.name for point in points}
+        bodies += [{**p, "chosen": False} for p in read_json(path)["points"] if p["name"] not in names]
+    scored = list(dict.fromkeys((size, round(auc, 6)) for point in points for size, auc in point.scored))
+    every = [list(pair) for pair in scored[:: max(1, len(scored) // SCORED_POINTS)]]
+    write_json(path, {"resource": "parameters", "points": bodies, "scored": every})
+    write_json(directory / "allocation.json", read_json(directory / "allocations" / f"{points[0].name}.json"))
+
+
+def _body(point: Point, chosen: bool) -> dict[str, Any]:
+    return {
+        "name": point.name,
+        "widths": point.allocation.widths,
+        "parameters": point.allocation.total("parameters"),
+        "bytes": point.allocation.total("bytes"),
+        "auc": point.metrics["auc"],
+        "logloss": point.metrics["logloss"],
+        "budget": point.budget,
+        "chosen": chosen,
+    }
+
+
+def describe(point: Point, directory: Path) -> str:
+    """The found widths and the next command, for the terminal."""
+    allocation = point.allocation
+    widths = "  ".join(f"{n}={w}" for n, w in allocation.widths.items())
+    size = allocation.total("parameters")
+    reference = (REFERENCE_WIDTH + allocation.extra) * sum(allocation.schema.cardinalities)
+    return (
+        f"found: {widths}\n"
+        f"embedding parameters {size:,} ({size / reference:.1%} of UES-{REFERENCE_WIDTH}), "
+        f"auc {point.metrics['auc']:.5f} with the weights of the widest model, cut down\n"
+        f"next: python launch/retrain.py --run {directory}"
+    )

@@ -1,0 +1,283 @@
+"""The widest model with some of its fields cut down to fewer directions, without training anything again.
+
+A field's pooled embedding is written in a basis of its own, most important direction first. Width r keeps the first r
+directions and holds the others at their mean: that is what a narrower table could still say, the mean being a bias that
+any model learns. Width 0 is the mean alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from embsearch_dist.dist.context import Context
+from embsearch_dist.errors import UserError
+from embsearch_dist.methods.widest import Moments, Sample, head_gradients, logits_of, unified
+from embsearch_dist.models.backbones import Backbone
+from embsearch_dist.models.ctr import SubnetModel
+from embsearch_dist.train.metrics import score
+
+RIDGE = 1e-6  # of the mean sensitivity: directions that the head does not read keep a place in the basis
+CALIBRATION_STEPS = 12  # of Newton's method for two numbers
+PIECE_VALUES = 1 << 24  # unified embeddings of all candidates that are in hand at a time: 64 MiB
+
+
+@dataclass(frozen=True)
+class Bases:
+    """Per field a basis of its embedding space, most important direction first.
+
+    Attributes:
+        mean: ``[F, w]``.
+        analysis: ``[F, w, w]``; column k gives coefficient k of ``x - mean``.
+        synthesis: ``[F, w, w]``; row k is what coefficient k stands for. Inverse of ``analysis``.
+    """
+
+    mean: torch.Tensor
+    analysis: torch.Tensor
+    synthesis: torch.Tensor
+
+    @classmethod
+    def of(cls, mean: torch.Tensor, analysis: torch.Tensor, synthesis: torch.Tensor) -> Bases:
+        return cls(mean.float(), analysis.float().contiguous(), synthesis.float().contiguous())
+
+    def coefficients(self, x: torch.Tensor) -> torch.Tensor:
+        """``[F, n, w]`` embeddings -> their coefficients."""
+        return torch.bmm(x - self.mean[:, None], self.analysis)
+
+    def embeddings(self, coefficients: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
+        """Embeddings ``[F, n, w]`` whose first ``ranks [F]`` directions are kept."""
+        width = self.mean.shape[1]
+        kept = torch.arange(width, device=ranks.device) < ranks[:, None]
+        return torch.baddbmm(self.mean[:, None], coefficients, self.synthesis * kept[..., None])
+
+
+def principal(moments: Moments) -> Bases:
+    """Principal components of each field's embedding."""
+    _, vectors = torch.linalg.eigh(moments.covariance)
+    vectors = vectors.flip(2)
+    return Bases.of(moments.mean, vectors, vectors.transpose(1, 2))
+
+
+def sensitive(moments: Moments, gram: torch.Tensor) -> Bases:
+    """Principal components in the metric of what the head reads.
+
+    The error of a truncation is not the distance of two embeddings but what that does to the logit, to first order
+    ``(g . dx)^2`` with the gradient g of the logit. So components are taken of ``G^(1/2) (x - mean)``, where
+    ``G = E[g g^T]`` (as Fisher-weighted SVD does, Hsu et al. 2022, with the full matrix instead of row sums).
+
+    Args:
+        gram: ``[F, w, w]``, G.
+    """
+    width = gram.shape[1]
+    ridge = RIDGE * gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
+    identity = torch.eye(width, dtype=gram.dtype, device=gram.device)
+    values, vectors = torch.linalg.eigh(gram + ridge[:, None, None] * identity)
+    root = values.clamp(min=0).sqrt().clamp(min=1e-15)
+    half = vectors * root[:, None] @ vectors.transpose(1, 2)
+    inverse = vectors / root[:, None] @ vectors.transpose(1, 2)
+    _, components = torch.linalg.eigh(half @ moments.covariance @ half)
+    components = components.flip(2)
+    return Bases.of(moments.mean, half @ components, components.transpose(1, 2) @ inverse)
+
+
+def by_columns(moments: Moments) -> Bases:
+    """The embedding's own columns, largest mean square first."""
+    square = moments.second.diagonal(dim1=1, dim2=2) / moments.count[:, None]
+    order = square.argsort(stable=True, dim=1, descending=True)
+    chosen = torch.eye(square.shape[1], dtype=square.dtype, device=square.device)[order]
+    return Bases.of(moments.mean, chosen.transpose(1, 2), chosen)
+
+
+def logit_gram(model: SubnetModel, sample: Sample, context: Context) -> torch.Tensor:
+    """``E[g g^T]`` per field, ``[F, w, w]`` float64; g: gradient of a row's logit by its pooled embedding."""
+    fields, _, width = sample.x.shape
+    found = Moments(fields, width, context.device)
+    for piece in sample.pieces(_rows_of_piece(fields * width)):
+        found.add(head_gradients(model, piece, lambda logits, labels: logits.sum()))
+    found.sum(context)
+    return found.second / found.count[:, None, None]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Losses around an allocation, on the rows of all ranks.
+
+    Attributes:
+        loss: mean logloss of the allocation itself after calibration, in nats.
+        rows: how many rows.
+        more: ``[F, T]`` float64: mean loss with field f at candidate j and all others as they are, minus ``loss``.
+        second: ``[F, T, T]`` float64: mean products of the rows' differences to their loss under the allocation.
+    """
+
+    loss: float
+    rows: int
+    more: torch.Tensor
+    second: torch.Tensor
+
+    def gain(self, field: int, narrow: int, wide: int) -> tuple[float, float]:
+        """How much less loss candidate ``wide`` has than ``narrow``, and the standard error, paired by row."""
+        mean = float(self.more[field, narrow] - self.more[field, wide])
+        m = self.second[field]
+        variance = float(m[narrow, narrow] + m[wide, wide] - 2 * m[narrow, wide]) - mean**2
+        return mean, (max(variance, 0.0) / max(self.rows - 1, 1)) ** 0.5
+
+
+class TruncatedModel:
+    """Losses of truncations of one trained model on a fixed sample of rows.
+
+    Every backbone of :class:`Backbone` is a sum over fields up to its first non-linearity, so changing one field costs
+    that field's share and the later layers; any other head is computed whole.
+    """
+
+    def __init__(self, model: SubnetModel, sample: Sample, bases: Bases, context: Context) -> None:
+        """
+        Raises:
+            UserError: the sample has one class only.
+        """
+        self.head, self.sample, self.bases, self.context = model.bare_head, sample, bases, context
+        counts = torch.stack([sample.label.sum(), torch.full((), float(len(sample.label)), device=context.device)])
+        positive, self.rows = map(int, context.sum(counts.double()).tolist())
+        # A dropped field takes its values' weights along, but for their mean, as for the embedding's.
+        self.mean_values = context.sum(sample.values.double().sum(0)).div(self.rows).float()
+        if positive in (0, self.rows):
+            raise UserError(f"the sample of {self.rows} rows has one class only: AUC is undefined")
+
+    @torch.no_grad()
+    def logits(self, ranks: Sequence[int]) -> torch.Tensor:
+        """Logits ``[n]`` of this rank's rows with field f at rank ``ranks[f]``."""
+        kept = torch.tensor(list(ranks), device=self.context.device)
+        parts = []
+        for piece in self.sample.pieces(_rows_of_piece(self.sample.x.shape[0] * self.sample.x.shape[2])):
+            x = self.bases.embeddings(self.bases.coefficients(piece.x), kept)
+            values = piece.values
+            if values.shape[1]:
+                values = torch.where(kept > 0, values, self.mean_values)
+            parts.append(logits_of(self.head, unified(self.head, x), piece.dense, values).float())
+        return torch.cat(parts)
+
+    def metrics(self, ranks: Sequence[int]) -> dict[str, float]:
+        """AUC, logloss, accuracy and rows with field f at rank ``ranks[f]``, over the rows of all ranks."""
+        logits, labels = self.context.gather(self.logits(ranks)), self.context.gather(self.sample.label)
+        return score(logits.cpu(), labels.cpu())
+
+    @torch.no_grad()
+    def changes(self, choice: Sequence[int], candidates: Sequence[int]) -> Changes:
+        """What every change of one field does: ``choice [F]`` indices into ``candidates [T]``.
+
+        Losses are those of ``scale * logit + shift``, which fit the allocation itself best. A model that has learned
+        too much by heart is too sure of itself: without that, each direction less would look like a gain.
+        """
+        own = self.logits([candidates[j] for j in choice])
+        scale, shift = calibration(own, self.sample.label, self.context)
+        fields, count = len(choice), len(candidates)
+        device = self.context.device
+        picked, everywhere = torch.tensor(list(choice), device=device), torch.arange(fields, device=device)
+        loss = torch.zeros(1, dtype=torch.float64, device=device)
+        more = torch.zeros(fields, count, dtype=torch.float64, device=device)
+        second = torch.zeros(fields, count, count, dtype=torch.float64, device=device)
+        numbers = fields * count * max(self.sample.x.shape[2], self.head.backbone.width)
+        for piece in self.sample.pieces(_rows_of_piece(numbers)):
+            options = self._unified(piece, candidates)
+            current = options[picked, :, everywhere].transpose(0, 1)
+            none = torch.tensor([width == 0 for width in candidates], device=device)
+            values = piece.values
+            if values.shape[1]:
+                values = torch.where(none[picked], self.mean_values, values)
+            now = _losses(scale * logits_of(self.head, current, piece.dense, values) + shift, piece.label)
+            loss += now.double().sum()
+            for f, logits in enumerate(self._one_changed(current, options, piece.dense, values)):
+                if values.shape[1]:
+                    new = torch.where(none[:, None], self.mean_values[f], piece.values[:, f])
+                    logits = logits + new - values[:, f]
+                difference = (_losses(scale * logits + shift, piece.label) - now).double()
+                # Rounding would pass for a difference where there is none.
+                difference[choice[f]] = 0
+                more[f] += difference.sum(1)
+                second[f] += difference @ difference.T
+        for part in (loss, more, second):
+            self.context.sum(part)
+        return Changes(float(loss) / self.rows, self.rows, (more / self.rows).cpu(), (second / self.rows).cpu())
+
+    def _unified(self, piece: Sample, candidates: Sequence[int]) -> torch.Tensor:
+        """``[T, n, F, d]``: what the backbone gets of each field at each candidate."""
+        coefficients, out = self.bases.coefficients(piece.x), []
+        for width in candidates:
+            ranks = torch.full((len(piece.x),), width, device=piece.x.device)
+            out.append(unified(self.head, self.bases.embeddings(coefficients, ranks)))
+        return torch.stack(out)
+
+    def _one_changed(
+        self, current: torch.Tensor, options: torch.Tensor, dense: torch.Tensor, values: torch.Tensor
+    ) -> Iterator[torch.Tensor]:
+        """Per field the logits ``[T, n]`` with that field at each candidate; ``current [n, F, d]`` otherwise.
+
+        ``values [n, F]``: the values' own weights under the current allocation, and here in each changed one too.
+        """
+        backbone = self.head.backbone
+        count, rows, fields, _ = options.shape
+        if not isinstance(backbone, Backbone):
+            for f in range(fields):
+                changed = current.expand(count, -1, -1, -1).clone()
+                changed[:, :, f] = options[:, :, f]
+                yield torch.stack([logits_of(self.head, u, dense, values) for u in changed])
+            return
+        linear, first = backbone.dense_terms(dense)
+        linear = linear + values.sum(1)
+        for f in range(fields):
+            own = backbone.field_terms(f, current[:, f])
+            linear, first = linear + own[0], first + own[1]
+        total, squares = current.sum(1), current.square().sum(2)
+        for f in range(fields):
+            new = options[:, :, f]
+            delta = new - current[:, f]
+            more, hidden = backbone.field_terms(f, delta.flatten(0, 1))
+            logits = linear + more.view(count, rows)
+            if backbone.fm:
+                own_squares = squares.sum(1) - squares[:, f] + new.square().sum(2)
+                logits = logits + 0.5 * ((total + delta).square().sum(2) - own_squares)
+            if backbone.deep:
+                into = (first + hidden.view(count, rows, -1)).flatten(0, 1)
+                logits = logits + backbone.rest(into).view(count, rows)
+            yield logits
+
+    def saliency(self, model: SubnetModel) -> torch.Tensor:
+        """``[F, w]`` float64: mean over rows of ``|dL/dc_k * c_k|``, c_k the coefficient of direction k.
+
+        SSEDS (Qu et al. 2022) sums the signed products before it takes the magnitude; at the minimum of the loss that
+        sum is zero for every column.
+        """
+        fields, _, width = self.sample.x.shape
+        found = torch.zeros(fields, width, dtype=torch.float64, device=self.context.device)
+        for piece in self.sample.pieces(_rows_of_piece(fields * width)):
+            g = head_gradients(model, piece, lambda logits, labels: _losses(logits, labels).sum())
+            along = torch.bmm(g, self.bases.synthesis.transpose(1, 2))
+            found += (along * self.bases.coefficients(piece.x)).abs().double().sum(1)
+        return (self.context.sum(found) / self.rows).cpu()
+
+
+def calibration(logits: torch.Tensor, labels: torch.Tensor, context: Context) -> tuple[float, float]:
+    """Scale (at least 0.01) and shift of this rank's logits ``[n]`` of the least logloss over the rows of all ranks."""
+    x = torch.stack([logits.double(), torch.ones_like(logits, dtype=torch.float64)])
+    y = labels.double()
+    found = torch.tensor([1.0, 0.0], dtype=torch.float64, device=logits.device)
+    for _ in range(CALIBRATION_STEPS):
+        p = (found @ x).sigmoid()
+        sums = torch.cat([(x @ (p - y))[:, None], (x * (p * (1 - p)).clamp(min=1e-9)) @ x.T], 1)
+        context.sum(sums)
+        step = torch.linalg.lstsq(sums[:, 1:], sums[:, :1]).solution[:, 0]
+        found = found - step.clamp(-1, 1)
+        found[0].clamp_(min=0.01)
+    return float(found[0]), float(found[1])
+
+
+def _losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each row, shaped as ``logits [..., n]``."""
+    return binary_cross_entropy_with_logits(logits, labels.expand_as(logits), reduction="none")
+
+
+def _rows_of_piece(values: int) -> int:
+    """Rows that are taken at a time when each needs so many values."""
+    return max(64, min(8192, PIECE_VALUES // max(values, 1)))

@@ -1,0 +1,1 @@
+"""The two plainest ways from a trained model to widths: variance per field (FDO) and magnitude of columns."""

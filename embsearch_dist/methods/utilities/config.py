@@ -1,0 +1,41 @@
+"""Settings of the search by width utilities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from embsearch_dist.config import one_of, option, require
+from embsearch_dist.models.embeddings import check_candidates
+
+UTILITIES = ("loss", "saliency")
+BASES = ("sensitivity", "variance")
+
+
+@dataclass
+class UtilitiesConfig:
+    """Width utilities: no supernet; what the fields of one widest model lose when they are cut down."""
+
+    name: str = option("utilities", "name of this search's result among the allocations of the run directory")
+    candidates: list[int] = option([0, 2, 4, 8, 16, 32], "candidate widths, ascending; a leading 0 may drop fields")
+    width: int = option(32, "width of every field of the model that is trained and cut down")
+    utility: str = option("loss", "loss (measured on validation rows) | saliency (first order, of one backward pass)")
+    basis: str = option("variance", "directions of a field: by variance (plain PCA) | sensitivity (of the logit)")
+    evidence: float = option(1.0, "a wider candidate counts if it gains more than this many standard errors")
+    rows: int = option(100_000, "validation rows that are measured, drawn from the whole split")
+    basis_rows: int = option(50_000, "training rows that the directions are taken from")
+    rounds: int = option(3, "allocations that are measured for a budget, each found from the ones before")
+    seed: int = option(0, "seed of the drawn rows, beside run.seed, which the training shares")
+    budget: str = option("", "hard bound on the tables: '200000' parameters, '1.5MB', or '80%' of UES-32's parameters")
+    pareto: list[str] = option([], "further budgets to derive allocations for, e.g. [20%, 40%, 80%]")
+
+    def check(self) -> None:
+        check_candidates(self.candidates)
+        one_of("search.utility", self.utility, UTILITIES)
+        one_of("search.basis", self.basis, BASES)
+        widest, width = self.candidates[-1], self.width
+        require(widest <= width, "search.width", f"must be at least the widest candidate ({widest}), got {width}")
+        for key in ("rows", "basis_rows", "rounds", "width"):
+            require(getattr(self, key) >= 1, f"search.{key}", f"must be at least 1, got {getattr(self, key)}")
+        require(self.evidence >= 0, "search.evidence", f"must be >= 0, got {self.evidence}")
+        require(self.seed >= 0, "search.seed", f"must be >= 0, got {self.seed}")
+        require(bool(self.name) and "/" not in self.name, "search.name", f"must be a plain word, got {self.name!r}")

@@ -1,0 +1,20 @@
+"""Width utilities as a method: the widest model, then the search."""
+
+from __future__ import annotations
+
+from embsearch_dist.methods.base import Method, Run, Stage
+from embsearch_dist.methods.utilities.config import UtilitiesConfig
+from embsearch_dist.methods.utilities.searching import UtilitiesStage, budgets_of
+from embsearch_dist.methods.widest import WidestStage
+
+
+class Utilities(Method):
+    """Widths from one trained model: no supernet, no policy."""
+
+    config = UtilitiesConfig
+
+    def stages(self) -> list[Stage]:
+        return [WidestStage(), UtilitiesStage()]
+
+    def check(self, run: Run) -> None:
+        budgets_of(run.config.search, run.schema, run.config.model.extra)

@@ -1,0 +1,209 @@
+"""The widest model: one uniform width, trained with the recipe of every retrained model. Searches without a supernet
+read the widths off it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from embsearch_dist.allocation import Allocation
+from embsearch_dist.config import SAFETY_KEYS
+from embsearch_dist.data.batch import Batch
+from embsearch_dist.data.dataset import BatchStream
+from embsearch_dist.data.making import BatchMaker
+from embsearch_dist.dist.context import Context
+from embsearch_dist.methods.base import Run, Stage
+from embsearch_dist.models.ctr import Head, SubnetModel
+from embsearch_dist.models.pooled import Pooled
+from embsearch_dist.schema import Schema
+from embsearch_dist.train.retrain import SubnetTask, load_best, retrain
+
+FOLDER = "widest"
+BLOCK_ROWS = 8192  # rows of a table that are looked up at a time
+
+
+class WidestStage(Stage):
+    """Trains the model of uniform width ``search.width`` to its early stop; leaves it under ``widest/``."""
+
+    name = "widest"
+
+    def inputs(self, run: Run) -> dict[str, Any]:
+        c = run.config
+        return {
+            "schema": run.schema.fingerprint,
+            "run.seed": c.run.seed,
+            "model": {k: v for k, v in dataclasses.asdict(c.model).items() if k != "allocation"},
+            "optim": c.optim,
+            "train": {k: v for k, v in vars(c.train).items() if k not in SAFETY_KEYS},
+            "search.width": c.search.width,
+        }
+
+    def run(self, run: Run) -> None:
+        train = run.config.train
+        training = run.stream("train", train.batch_size, shuffle=True)
+        validation = run.stream("validation", train.eval_batch_size, shuffle=False)
+        retrain(run.config, widest_of(run), training, validation, run.context, folder_of(run))
+
+
+def widest_of(run: Run) -> Allocation:
+    """The uniform allocation of ``search.width``."""
+    return Allocation.uniform(run.schema, run.config.search.width)
+
+
+def folder_of(run: Run) -> Path:
+    return run.dir / FOLDER
+
+
+def load_widest(run: Run) -> SubnetTask:
+    """The finished widest model with its best weights, in evaluation mode.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    task = load_best(run.config, widest_of(run), run.context, folder_of(run))
+    task.model.eval()
+    return task
+
+
+def random_rows(run: Run, split: str, rows: int, seed: int) -> BatchStream:
+    """A stream whose first epoch is in random order, whatever the order of storage; see :func:`first_rows`."""
+    total = min(rows, run.schema.rows.get(split, rows))
+    # Batches of one size, as a rest would be left out.
+    batch = total // -(-total // run.config.train.eval_batch_size)
+    return run.stream(split, max(batch, run.context.world_size), shuffle=True, seed=seed)
+
+
+def first_rows(stream: BatchStream, rows: int) -> Iterator[Batch]:
+    """This rank's share of about ``rows`` rows of a stream, in whole batches; the same rows on any number of ranks."""
+    count = min(stream.batches_per_epoch, -(-rows // stream.global_batch))
+    for batch, _ in zip(stream.epoch(0), range(count), strict=False):
+        yield batch
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Pooled embeddings of some rows of this rank, with what else the head reads.
+
+    Attributes:
+        x: ``[F, n, w]``.
+        dense: ``[n, n_dense]``.
+        label: ``[n]``.
+        values: ``[n, F]``: the values' own weights; no columns where the model has none.
+    """
+
+    x: torch.Tensor
+    dense: torch.Tensor
+    label: torch.Tensor
+    values: torch.Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: SubnetModel, batches: Iterator[Batch], device: torch.device) -> Sample:
+        """Look the rows up. Every rank must bring equally many batches."""
+        parts = []
+        for batch in batches:
+            here = batch.to(device)
+            pooled = model.tables(here.sparse)
+            values = pooled.first_order() if pooled.weights else pooled.values[:, :0]
+            parts.append((pooled.stack().clone(), here.dense, here.label, values.clone()))
+        x, dense, label, values = zip(*parts, strict=True)
+        return cls(torch.cat(x, 1), torch.cat(dense), torch.cat(label), torch.cat(values))
+
+    def pieces(self, rows: int) -> Iterator[Sample]:
+        """The same rows, at most ``rows`` at a time."""
+        for start in range(0, len(self.label), rows):
+            part = slice(start, start + rows)
+            yield Sample(self.x[:, part], self.dense[part], self.label[part], self.values[part])
+
+
+def unified(head: Head, x: torch.Tensor) -> torch.Tensor:
+    """What the backbone gets ``[n, F, d]`` of fields of one width ``[F, n, w]``."""
+    fields, rows, width = x.shape
+    values = x.transpose(0, 1).reshape(rows, fields * width)
+    u = head.unify(Pooled(values, tuple(f * width for f in range(fields)), (width,) * fields))
+    return u.view(rows, fields, -1)
+
+
+def logits_of(head: Head, u: torch.Tensor, dense: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Logits ``[n]`` from what the backbone gets ``[n, F, d]`` and the values' own weights ``[n, F]``, if any."""
+    if values.shape[1]:
+        return head.backbone(u, dense, values.sum(1))
+    return head.backbone(u, dense)
+
+
+class Moments:
+    """Sums over rows of all ranks, in float64: count ``[F]``, first ``[F, w]`` and second moments ``[F, w, w]``."""
+
+    def __init__(self, fields: int, width: int, device: torch.device) -> None:
+        self.count = torch.zeros(fields, dtype=torch.float64, device=device)
+        self.first = torch.zeros(fields, width, dtype=torch.float64, device=device)
+        self.second = torch.zeros(fields, width, width, dtype=torch.float64, device=device)
+
+    def add(self, x: torch.Tensor, counted: torch.Tensor | None = None) -> None:
+        """Rows ``x [F, n, w]``; ``counted [F, n]``: 0 for a row that is none."""
+        wide = x.double()
+        weighted = wide if counted is None else wide * counted[..., None]
+        self.count += x.shape[1] if counted is None else counted.sum(1)
+        self.first += weighted.sum(1)
+        self.second += weighted.transpose(1, 2) @ wide
+
+    def sum(self, context: Context) -> Moments:
+        for part in (self.count, self.first, self.second):
+            context.sum(part)
+        return self
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """``[F, w]``."""
+        return self.first / self.count[:, None]
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """``[F, w, w]``, about the mean."""
+        mean = self.mean
+        return self.second / self.count[:, None, None] - mean[:, :, None] * mean[:, None, :]
+
+
+@torch.no_grad()
+def table_moments(model: SubnetModel, schema: Schema, context: Context) -> Moments:
+    """Moments of the tables' rows, each counted once however often it is looked up.
+
+    The rows are looked up, not read from the shards: a table that is split by columns lies on no rank whole.
+    """
+    width = model.tables.widths[0]
+    found = Moments(len(schema.fields), width, context.device)
+    cardinalities = torch.tensor(schema.cardinalities, device=context.device)
+    step = BLOCK_ROWS * context.world_size
+    for start in range(0, max(schema.cardinalities), step):
+        ids = torch.arange(BLOCK_ROWS, device=context.device) + start + context.rank * BLOCK_ROWS
+        # A rank whose part lies beyond the end looks one row up for nothing: all must look up together.
+        ids = ids[: max(1, max(schema.cardinalities) - start - context.rank * BLOCK_ROWS)]
+        inside = ids < cardinalities[:, None]
+        x = model.tables(single_ids(schema, torch.minimum(ids, cardinalities[:, None] - 1).int())).stack()
+        found.add(x, inside.double())
+    return found.sum(context)
+
+
+def single_ids(schema: Schema, ids: torch.Tensor) -> KeyedJaggedTensor:
+    """``[F, B]`` ids, one for each field and sample, as the tables take them; of weighted lists with weight 1."""
+    sparse = BatchMaker(schema).sparse(ids)
+    if not any(f.weighted for f in schema.fields):
+        return sparse
+    values = sparse.values()
+    return KeyedJaggedTensor(sparse.keys(), values, torch.ones(len(values), device=ids.device), sparse.lengths())
+
+
+def head_gradients(
+    model: SubnetModel, piece: Sample, of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Gradients ``[F, n, w]`` of ``of(logits [n], labels [n])`` (a sum over rows) by the pooled embeddings."""
+    x = piece.x.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        logits = logits_of(model.bare_head, unified(model.bare_head, x), piece.dense, piece.values)
+        return torch.autograd.grad(of(logits, piece.label), x)[0]

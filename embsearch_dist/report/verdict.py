@@ -1,0 +1,192 @@
+"""The judgement of a search: what it found against the best uniform width that is not smaller, as words and picture.
+
+Reports and ``tools/compare_budgets.py`` judge by the same rule.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from embsearch_dist.report.style import Theme, figure, label_points, short, size_axis
+from embsearch_dist.report.summary import Comparison, Row, display_name, percent
+
+REFERENCE_WIDTH = 32
+ROUNDING = 1e-9  # of mean sizes
+
+
+@dataclass(frozen=True)
+class Model:
+    """One retrained model over seeds.
+
+    Attributes:
+        name: for people.
+        parameters: mean size of its tables over seeds.
+        auc: seed -> AUC on the judging split; a key None: of an unknown seed.
+        group: models of one group are joined by a line in the picture.
+        uniform: whether every field has the same width.
+    """
+
+    name: str
+    parameters: float
+    auc: Mapping[int | None, float]
+    group: str
+    uniform: bool
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.auc.values())
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean over seeds; NaN for one seed."""
+        values = list(self.auc.values())
+        return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A found model against another one.
+
+    Attributes:
+        share: its size against UES-32.
+        gain: mean difference of AUC.
+        error: standard error of that over seeds, paired; NaN for one seed.
+    """
+
+    found: Model
+    against: Model
+    share: float
+    against_share: float
+    gain: float
+    error: float
+    seeds: int
+
+    @property
+    def word(self) -> str:
+        """In two words: how sure the seeds make it."""
+        if self.seeds == 1:
+            return "one seed: a hint"
+        if self.gain > 2 * self.error:
+            return "better"
+        if self.gain >= -self.error:
+            return "not worse"
+        return "worse" if self.gain < -2 * self.error else "lower, by less than two standard errors"
+
+    def sentence(self, why: str = "the best uniform width that is not smaller") -> str:
+        """``at 25% of UES-32: +0.0021 AUC over UES-8, the best uniform width that is not smaller (25%), 5 seeds, s.e.
+        0.0006: better``; ``why`` says what the other model is."""
+        role = f", {why}" if why else ""
+        trust = self.word if self.seeds == 1 else f"{self.seeds} seeds, s.e. {self.error:.4f}: {self.word}"
+        return (
+            f"at {percent(self.share)} of UES-{REFERENCE_WIDTH}: {self.gain:+.4f} AUC over {self.against.name}{role} "
+            f"({percent(self.against_share)}), {trust}"
+        )
+
+
+def compare_models(found: Model, against: Model, reference: float) -> Verdict | None:
+    """The paired difference over the seeds that both have; None without any.
+
+    Args:
+        reference: parameters of UES-32.
+    """
+    both = sorted((s for s in found.auc if s in against.auc), key=str)
+    if not both:
+        return None
+    gains = [found.auc[s] - against.auc[s] for s in both]
+    error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
+    shares = found.parameters / reference, against.parameters / reference
+    return Verdict(found, against, *shares, statistics.fmean(gains), error, len(gains))
+
+
+def judge(found: Model, models: Sequence[Model], reference: float) -> Verdict | None:
+    """``found`` against the uniform model of the highest mean AUC among those that are not smaller.
+
+    The best one is picked on the very rows it is judged by, so luck is on its side and never on the search's. Only
+    models of as many common seeds as there are take part. None where no uniform model is large enough.
+    """
+    enough = [m for m in models if m.uniform and m.parameters >= found.parameters * (1 - ROUNDING)]
+    verdicts = [v for m in enough if (v := compare_models(found, m, reference)) is not None]
+    most = max((v.seeds for v in verdicts), default=0)
+    return min((v for v in verdicts if v.seeds == most), key=lambda v: v.gain, default=None)
+
+
+def missing_width(found: Model, models: Sequence[Model], of_one: float) -> int | None:
+    """The narrowest uniform width that is not smaller than what was found, if no model of it is there."""
+    width = math.ceil(found.parameters / of_one * (1 - ROUNDING))
+    least = found.parameters * (1 - ROUNDING)
+    there = any(m.uniform and least <= m.parameters < least + of_one for m in models)
+    return None if there or width < 1 else width
+
+
+def models_of(comparison: Comparison) -> list[Model]:
+    """The rows of a report's comparison."""
+    return [_model(row) for row in comparison.rows if row.parameters]
+
+
+def _model(row: Row) -> Model:
+    uniform = row.uniform_width is not None
+    auc: dict[int | None, float] = {}
+    for result in row.results:
+        auc[result.seed] = result.numbers["auc"]
+    return Model(display_name(row), row.parameters or 0.0, auc, "uniform" if uniform else display_name(row), uniform)
+
+
+def sentences(comparison: Comparison | None, directory: str) -> list[str]:
+    """The verdicts on what the runs of a report have found, and what is missing for them; nothing where widths of
+    tables are not what was found."""
+    if comparison is None or not comparison.found or not comparison.ues32_parameters:
+        return []
+    models, reference = models_of(comparison), comparison.ues32_parameters
+    found = [m for m in models if m.name in comparison.found]
+    add = f"python launch/retrain.py --run {directory} --allocation bracket"
+    texts = []
+    for model in found:
+        verdict = judge(model, models, reference)
+        who = f"{model.name}, " if len(found) > 1 else ""
+        if verdict is not None:
+            text = verdict.sentence()
+            texts.append(f"{who or text[:1].upper()}{text if who else text[1:]} ({comparison.split} split).")
+        width = missing_width(model, models, reference / REFERENCE_WIDTH)
+        if width is not None:
+            lack = "No verdict" if verdict is None else "Not yet the whole verdict"
+            texts.append(
+                f"{lack}: UES-{width}, the narrowest uniform width that is not smaller than {model.name}, has not been "
+                f"retrained. This adds it and the one below: {add}"
+            )
+    return texts
+
+
+def draw(theme: Theme, models: Sequence[Model], split: str, label: bool = True) -> Figure:
+    """AUC against size; bars are one standard error over seeds, lines join the models of a group."""
+    fig = figure(4.2)
+    axes = fig.subplots()
+    uniform = list(dict.fromkeys(m.group for m in models if m.uniform))
+    searched = list(dict.fromkeys(m.group for m in models if not m.uniform))
+    colors = dict.fromkeys(uniform, theme.uniform) | {g: theme.color(k) for k, g in enumerate(searched)}
+    for group in colors:
+        own = sorted((m for m in models if m.group == group), key=lambda m: m.parameters)
+        plain, first = own[0].uniform, group == next(iter(uniform), None)
+        errors = [0.0 if math.isnan(m.error) else m.error for m in own]
+        axes.errorbar(
+            [m.parameters for m in own], [m.mean for m in own], yerr=errors, marker="s" if plain else "D",
+            ls="-" if first or not plain else "--", lw=1.0, ms=5 if plain else 6, color=colors[group],
+            mec=theme.background, capsize=3, label=group,
+        )  # fmt: skip
+    axes.set_xlabel("embedding parameters")
+    seeds = max(len(m.auc) for m in models)
+    axes.set_ylabel(f"{split} AUC" + (f", mean of {seeds} seeds" if seeds > 1 else ", one seed"))
+    size_axis(axes, [m.parameters for m in models])
+    axes.margins(x=0.12, y=0.15)
+    axes.yaxis.get_major_formatter().set_useOffset(False)  # type: ignore[attr-defined]
+    if any(sum(m.group == g for m in models) > 1 for g in searched):
+        fig.legend(loc="outside upper left", ncols=min(6, len(colors)), frameon=False)
+    if label:
+        line = sorted((m.parameters, m.mean) for m in models if m.uniform)
+        texts = [short(m.name, 22) for m in models]
+        label_points(axes, [(m.parameters, m.mean) for m in models], texts, [colors[m.group] for m in models], line)
+    return fig

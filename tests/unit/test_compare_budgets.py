@@ -1,0 +1,122 @@
+"""The comparison at equal budgets: its jobs, what is trained once, and the tables and verdicts from finished runs."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from embsearch_dist.allocation import Allocation
+from embsearch_dist.config import load_config
+from embsearch_dist.schema import write_json
+from tests.factories import CONFIGS, small_schema
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "configs" / "synthetic" / "adass_deepfm.yaml"
+SCHEMA = small_schema(60, 30, 10)
+FOUND = {"f0": 6, "f1": 8, "f2": 2}  # 620 parameters, 19% of UES-32
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    return importlib.import_module("compare_budgets")
+
+
+def call(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> None:
+    words = ["--config", str(CONFIG), "--data", "DATA", "--out", str(out), "--seeds", "2", "--widths", "4,8"]
+    monkeypatch.setattr(sys, "argv", ["compare_budgets.py", *words, "--budgets", "20%,50%", *arguments])
+    tool.main()
+
+
+def searched(out: Path, seed: int, method: str, budget: str, widths: dict[str, int]) -> None:
+    folder = "adass" if method == "adass" else "widest"
+    name = method if budget == "20%" else f"{method}-{budget.replace('%', 'pct')}"
+    Allocation(SCHEMA, widths).save(out / f"seed{seed}" / folder / "allocations" / f"{name}.json")
+
+
+def trained(out: Path, seed: int, name: str, widths: dict[str, int], auc: float) -> None:
+    place = out / f"seed{seed}" / "models" / "retrain" / (name if seed == 0 else f"{name}-seed{seed}")
+    size = Allocation(SCHEMA, widths).total("parameters")
+    body = {"auc": auc, "logloss": 0.5, "embedding_parameters": size, "widths": widths, "backbone": "deepfm"}
+    SCHEMA.save(place)
+    Allocation(SCHEMA, widths).save(place / "allocation.json")
+    write_json(place / "evaluation.json", body)
+    write_json(place / "training.json", {"seconds": 12.34, "best_step": 20})
+    lines = [{"step": s, "split": "validation", "auc": auc + 0.001 * s, "logloss": 0.4} for s in (10, 20, 30)]
+    (place / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+
+
+def test_a_dry_run_lists_every_command_and_starts_none(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variants = ["--variants", "plain:model.unify=mixed,model.hidden=[8,4]", "--settings", "utilities:search.evidence=2"]
+    call(tool, monkeypatch, tmp_path, "--dry-run", *variants)
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split(":")[0] for line in lines]
+    assert len(names) == len(set(names)) == 2 * (4 + 4 + 8)
+    assert "seed1-ues-8-plain" in names and "seed0-magnitude-50pct" in names
+    assert next(x for x in lines if x.startswith("seed0-search-utilities")).endswith("--search.evidence=2")
+    assert "--model.unify=mixed '--model.hidden=[8,4]' --allocation ues-4 --name ues-4-plain" in "".join(lines)
+    assert not list(tmp_path.glob("seed*"))
+    for method in ("utilities", "fdo", "magnitude"):  # the written configs have the recipe, and keys that are there
+        config = load_config(CONFIGS, tmp_path / "configs" / f"{method}.yaml")
+        assert config.train.batch_size == yaml.safe_load(CONFIG.read_text())["train"]["batch_size"]
+        assert config.search.width == 32
+
+
+def test_widths_that_are_the_same_are_trained_once(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for budget in ("20%", "50%"):
+        searched(tmp_path, 0, "utilities", budget, FOUND)
+        searched(tmp_path, 0, "fdo", budget, dict.fromkeys(SCHEMA.names, 4))
+    call(tool, monkeypatch, tmp_path, "--dry-run", "--methods", "utilities,fdo", "--seeds", "1")
+    names = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["seed0-ues-4", "seed0-ues-8", "seed0-utilities-20pct"]
+
+
+def test_tables_and_verdicts_come_from_what_is_finished(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, (ours, eight, fdo) in enumerate([(0.760, 0.757, 0.758), (0.764, 0.759, 0.757)]):
+        searched(tmp_path, seed, "utilities", "20%", FOUND)
+        searched(tmp_path, seed, "fdo", "20%", {"f0": 5, "f1": 5, "f2": 4})
+        trained(tmp_path, seed, "utilities-20pct", FOUND, ours)
+        trained(tmp_path, seed, "fdo-20pct", {"f0": 5, "f1": 5, "f2": 4}, fdo)
+        trained(tmp_path, seed, "ues-4", dict.fromkeys(SCHEMA.names, 4), 0.79)
+        trained(tmp_path, seed, "ues-8", dict.fromkeys(SCHEMA.names, 8), eight)
+    log = {"job": "seed0-search-utilities", "seconds": 40.0, "exit": 1, "commit": "abc", "command": "python x"}
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "jobs.jsonl").write_text(json.dumps(log) + "\n" + json.dumps({**log, "seconds": 2.0}) + "\n")
+    call(tool, monkeypatch, tmp_path, "--only-tables")
+    text = capsys.readouterr().out
+    assert (tmp_path / "comparison.md").read_text() in text
+    assert (
+        "- **utilities, budget 20%**: at 19% of UES-32: +0.0040 AUC over UES-8, the best uniform width that is not "
+        "smaller (25%), 2 seeds, s.e. 0.0010: better; at 19% of UES-32: +0.0045 AUC over fdo 20%" in text
+    )
+    rows = list(csv.DictReader((tmp_path / "comparison.csv").open()))
+    assert len(rows) == 8
+    ours = next(r for r in rows if r["method"] == "utilities" and r["seed"] == "0")
+    assert (ours["widths"], ours["parameters"]) == ("f0=6 f1=8 f2=2", "620")
+    assert float(ours["validation_auc"]) == pytest.approx(0.78)  # of step 20, whose weights were kept
+    assert (ours["search_seconds"], ours["training_seconds"]) == ("42.0", "12.3")
+    assert (tmp_path / "comparison.png").exists()
+
+
+def test_a_comparison_of_nothing_and_wrong_arguments_are_told(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit, match="no training is finished yet"):
+        call(tool, monkeypatch, tmp_path, "--only-tables")
+    with pytest.raises(SystemExit, match="--methods pep: none of adass"):
+        call(tool, monkeypatch, tmp_path, "--methods", "pep")
+    with pytest.raises(SystemExit, match="--variants plain: write NAME:section.key=value"):
+        call(tool, monkeypatch, tmp_path, "--variants", "plain")

@@ -1,0 +1,73 @@
+"""Uniform widths beside found ones, and the choice between two trained models."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.metrics import log_loss, roc_auc_score
+
+from embsearch_dist.allocation import Allocation
+from embsearch_dist.methods.fallback import Trained, bracket, choose, paired_auc, paired_logloss, widest_within
+from tests.factories import small_schema
+
+SCHEMA = small_schema(60, 30, 10)
+
+
+def test_the_bracket_is_the_two_uniform_widths_around_a_size() -> None:
+    def around(*widths: int, extra: int = 0) -> list[int]:
+        return bracket(Allocation(SCHEMA, dict(zip(SCHEMA.names, widths, strict=True)), extra=extra))
+
+    assert around(8, 8, 2) == [7, 8]
+    assert around(8, 8, 8) == around(8, 8, 8, extra=1) == [8]
+    assert around(8, 8, 2, extra=1) == [7, 8]
+    assert around(1, 0, 0) == [1]
+
+
+def test_the_uniform_width_of_a_budget_is_the_widest_that_it_holds() -> None:
+    def within(**provenance: str) -> int:
+        return widest_within(Allocation(SCHEMA, {"f0": 8, "f1": 2, "f2": 0}, dict(provenance)))
+
+    assert within() == 5  # 540 parameters
+    assert within(budget="25%") == 8
+    assert within(budget="799") == 7
+    assert within(budget="99") == 0
+    assert within(budget="3KB") == 4  # 5 would be stored as 8: 3,200 bytes
+    assert within(budget="3200B") == 8
+
+
+def drawn(rows: int, noise: float, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels, logits that made them, and the same with noise added."""
+    rng = np.random.default_rng(seed)
+    logits = rng.standard_normal(rows)
+    labels = (rng.random(rows) < 1 / (1 + np.exp(-logits))).astype(np.float32)
+    return labels, logits.astype(np.float32), (logits + noise * rng.standard_normal(rows)).astype(np.float32)
+
+
+@pytest.mark.parametrize("paired", [paired_auc, paired_logloss])
+def test_differences_and_their_errors_are_those_of_repeated_samples(paired: object) -> None:
+    found = [paired(a, b, y) for y, a, b in (drawn(500, 0.5, seed) for seed in range(300))]  # type: ignore[operator]
+    gains, errors = np.array(found).T
+    assert errors.mean() == pytest.approx(gains.std(), rel=0.15)
+    labels, a, b = drawn(500, 0.5, 0)
+    if paired is paired_auc:
+        expected = roc_auc_score(labels, a) - roc_auc_score(labels, b)
+    else:
+        expected = log_loss(labels, 1 / (1 + np.exp(-b))) - log_loss(labels, 1 / (1 + np.exp(-a)))
+    assert gains[0] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("metric", ["auc", "logloss"])
+def test_the_better_model_is_kept_and_of_level_ones_the_smaller(metric: str) -> None:
+    labels, good, poor = drawn(4000, 1.0, 1)
+    found, uniform = Trained("adass", 700, good), Trained("ues-8", 800, poor)
+    kept = choose(found, uniform, labels, metric)
+    assert (kept["name"], kept["fallback"]) == ("adass", False)
+    assert "the found widths are better" in kept["reason"]
+    worse = choose(Trained("adass", 700, poor), Trained("ues-8", 800, good), labels, metric)
+    assert (worse["name"], worse["fallback"]) == ("ues-8", True)
+    assert "the uniform width takes their place" in worse["reason"]
+    assert worse["difference"] == pytest.approx(-kept["difference"])
+    assert abs(worse["difference"]) > 2 * worse["standard_error"] > 0
+    level = choose(found, Trained("ues-6", 600, good), labels, metric)
+    assert (level["name"], level["fallback"]) == ("ues-6", True)
+    assert "level, so the smaller one" in level["reason"]

@@ -1,0 +1,173 @@
+"""Width utilities: planted widths are found, evidence is asked for, budgets hold, and only the search is repeated."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from embsearch_dist.allocation import Allocation
+from embsearch_dist.data.batch import Batch, Position
+from embsearch_dist.data.making import BatchMaker
+from embsearch_dist.errors import UserError
+from embsearch_dist.methods import METHODS
+from embsearch_dist.methods.adass.budget import parse_budget, total_cost
+from embsearch_dist.methods.base import check_stages, run_stages
+from embsearch_dist.methods.truncated import Changes, TruncatedModel, principal
+from embsearch_dist.methods.utilities.config import UtilitiesConfig
+from embsearch_dist.methods.utilities.searching import Searcher, choose, supported
+from embsearch_dist.methods.widest import Moments, Sample
+from embsearch_dist.models.ctr import SubnetModel
+from embsearch_dist.report import write_report
+from tests.factories import one_rank, open_run, prepared, set_tables, small_config, small_schema, whole_tables
+
+# Three pairs of fields, (rank, first column of that pair), and two idle fields.
+PAIRS = [(1, 0), (2, 1), (4, 3)]
+PLANTED = [1, 1, 2, 2, 4, 4, 0, 0]
+SCHEMA = small_schema(*[30] * 8, dense=0)
+WIDTHS = [0, 1, 2, 4, 8]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory)
+
+
+def planted_model() -> tuple[SubnetModel, list[Batch]]:
+    """A factorisation machine of width 8 in which each pair of fields meets in columns of its own, all tables turned by
+    one rotation (which changes no inner product), and rows whose labels it makes."""
+    config = small_config("no-data", "no-run", "model.backbone=fm", "model.unify=mixed", method="ues")
+    model = SubnetModel(config, Allocation.uniform(SCHEMA, 8), one_rank())
+    generator = torch.Generator().manual_seed(3)
+    rotation = torch.linalg.qr(torch.randn(8, 8, generator=generator))[0]
+    values = {name: torch.zeros_like(table) for name, table in whole_tables(model.sharded).items()}
+    for (rank, column), fields in zip(PAIRS, ((0, 1), (2, 3), (4, 5)), strict=True):
+        for f in fields:
+            values[f"f{f}"][:, column : column + rank] = torch.randn(30, rank, generator=generator)
+    set_tables(model.sharded, {name: table @ rotation for name, table in values.items()})
+    with torch.no_grad():
+        for parameter in model.head.parameters():
+            parameter.zero_()
+    batches = []
+    for _ in range(4):
+        ids = torch.randint(30, (8, 2000), generator=generator).int()
+        batch = Batch(torch.zeros(2000, 0), BatchMaker(SCHEMA).sparse(ids), torch.zeros(2000), Position(0, 1))
+        with torch.no_grad():
+            label = (torch.rand(2000, generator=generator) < model.eval()(batch)[0].sigmoid()).float()
+        batches.append(Batch(batch.dense, batch.sparse, label, batch.position))
+    return model, batches
+
+
+@pytest.fixture(scope="module")
+def planted() -> Searcher:
+    model, batches = planted_model()
+    sample = Sample.of(model, iter(batches), torch.device("cpu"))
+    moments = Moments(8, 8, torch.device("cpu"))
+    moments.add(sample.x)
+    truncated = TruncatedModel(model, sample, principal(moments), one_rank())
+    return Searcher(SCHEMA, UtilitiesConfig(candidates=WIDTHS, width=8), truncated, None)
+
+
+def test_the_planted_widths_are_found(planted: Searcher) -> None:
+    assert planted.ranks(planted.find(None)) == PLANTED
+
+
+def test_a_budget_that_holds_the_planted_widths_finds_them_and_a_smaller_one_is_held(planted: Searcher) -> None:
+    enough = sum(30 * w for w in PLANTED)
+    assert planted.ranks(planted.find(parse_budget(str(enough), SCHEMA))) == PLANTED
+    for share in (0.8, 0.5, 0.2):
+        budget = parse_budget(str(int(share * enough)), SCHEMA)
+        found = planted.ranks(planted.find(budget))
+        assert 0 < 30 * sum(found) <= budget.limit
+        assert found[6:] == [0, 0]
+
+
+def test_saliency_orders_the_planted_fields_too(planted: Searcher) -> None:
+    model, _ = planted_model()
+    by_saliency = Searcher(SCHEMA, planted.config, planted.model, planted.model.saliency(model))
+    worth = by_saliency.worth_at_full_width()
+    assert worth[6:].abs().max() < 1e-6 < worth[:6, 1].min()
+    # Directions past the planted rank are worth nothing.
+    for field, rank in enumerate(PLANTED[:6]):
+        assert worth[field, -1] == pytest.approx(float(worth[field, WIDTHS.index(rank)]), rel=1e-3)
+
+
+def changes(gain: float, spread: float, rows: int = 100) -> Changes:
+    """Two candidates of one field: the wider one has ``gain`` less loss, a difference of deviation ``spread``."""
+    second = torch.zeros(1, 2, 2, dtype=torch.float64)
+    second[0, 0, 0] = gain**2 + spread**2
+    return Changes(0.5, rows, torch.tensor([[gain, 0.0]], dtype=torch.float64), second)
+
+
+def test_a_wider_candidate_counts_only_beyond_its_standard_error() -> None:
+    assert supported(changes(0.011, 0.1), 1.0).tolist() == [[0, pytest.approx(0.011)]]
+    assert supported(changes(0.009, 0.1), 1.0).tolist() == [[0, 0]]
+    assert supported(changes(0.009, 0.1), 0.0).tolist() == [[0, pytest.approx(0.009)]]
+    assert supported(changes(-0.5, 0.1), 1.0).tolist() == [[0, 0]]
+
+
+def test_a_field_is_dropped_only_where_the_rows_say_that_it_does_harm() -> None:
+    held = torch.tensor([0.02])
+    unclear, harmful = changes(0.005, 0.1), changes(-0.02, 0.1)
+    assert supported(unclear, 1.0, held).tolist() == [
+        [0, pytest.approx(0.02)]
+    ]  # new users: nothing speaks against them
+    assert supported(changes(-0.005, 0.1), 1.0, held).tolist() == [[0, pytest.approx(0.02)]]
+    assert supported(harmful, 1.0, held).tolist() == [[0, 0]]  # learned by heart
+    assert supported(changes(0.03, 0.1), 1.0, held).tolist() == [[0, pytest.approx(0.03)]]
+
+
+def test_the_best_affordable_choice_is_taken_and_of_equals_the_cheapest() -> None:
+    generator = torch.Generator().manual_seed(0)
+    costs = torch.tensor([[0, 5, 9], [0, 2, 30], [0, 1, 3]], dtype=torch.float64)
+    for _ in range(20):
+        worth = 1e-5 * torch.rand(3, 3, generator=generator, dtype=torch.float64).cummax(1).values
+        choice = choose(worth, costs, 12)
+        assert total_cost(choice, costs) <= 12
+        every = [c for c in itertools.product(range(3), repeat=3) if 0 < total_cost(c, costs) <= 12]
+        best = max(sum(float(worth[f, j]) for f, j in enumerate(c)) for c in every)
+        assert sum(float(worth[f, j]) for f, j in enumerate(choice)) == pytest.approx(best, abs=1e-9)
+    assert choose(torch.tensor([[0.0, 1, 1], [0, 0, 0], [0, 0, 1]], dtype=torch.float64), costs, None) == [1, 0, 2]
+
+
+def test_not_every_field_is_dropped_even_where_nothing_helps() -> None:
+    costs = torch.tensor([[0, 5], [0, 2]], dtype=torch.float64)
+    assert choose(torch.zeros(2, 2, dtype=torch.float64), costs, 3) == [0, 1]
+
+
+def search(data: Path, folder: Path, *overrides: str) -> Allocation:
+    small = ["search.width=8", "search.candidates=[0,2,4,8]", "search.rounds=2"]
+    run = open_run(small_config(data, folder, *small, *overrides, method="utilities"), one_rank())
+    check_stages(METHODS["utilities"](), run)
+    run_stages(METHODS["utilities"](), run)
+    return Allocation.load(folder / "allocation.json", run.schema)
+
+
+def test_a_search_trains_once_and_leaves_what_reports_read(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = search(data, tmp_path)
+    assert found.widths["left"] and found.widths["right"] and not found.widths["idle"]
+    assert found.provenance["method"] == found.provenance["name"] == "utilities"
+    small = search(data, tmp_path, "search.name=small", "search.budget=3%", "search.pareto=[6%]")
+    assert "stage widest: done before, skipped" in capsys.readouterr().out
+    assert small.total("parameters") <= 0.03 * 32 * sum(small.schema.cardinalities)
+    assert small.provenance["budget"] == "3%"
+    body = json.loads((tmp_path / "search" / "pareto.json").read_text())
+    names = {p["name"]: p["chosen"] for p in body["points"]}
+    assert names == {"small": True, "small-6pct": False, "utilities": False}
+    assert all(0.5 < p["auc"] < 1 for p in body["points"])
+    html = write_report([tmp_path]).read_text()
+    assert "What each width is worth" in html and "Training of the widest model" in html
+    assert "No search curves" not in html
+    for override, key in (("search.width=16", "search.width was 8, now 16"), ("optim.dense_lr=0.5", "optim.dense_lr")):
+        with pytest.raises(UserError, match=f"stage 'widest' made with other settings: {key}"):
+            search(data, tmp_path, override)
+
+
+def test_candidates_beyond_the_trained_width_are_refused() -> None:
+    with pytest.raises(UserError, match=r"search.width: must be at least the widest candidate \(32\), got 16"):
+        small_config("no-data", "no-run", "search.width=16", method="utilities")

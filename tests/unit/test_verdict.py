@@ -1,0 +1,103 @@
+"""The verdict on a search: which uniform width judges it, how sure the seeds are, and what is missing."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from embsearch_dist.allocation import Allocation
+from embsearch_dist.report import write_report
+from embsearch_dist.report.verdict import Model, compare_models, judge, missing_width
+from embsearch_dist.schema import write_json
+from tests.factories import small_schema
+
+SCHEMA = small_schema(60, 30, 10)
+
+
+def model(name: str, parameters: float, *aucs: float, uniform: bool = False) -> Model:
+    return Model(name, parameters, dict(enumerate(aucs)), "uniform" if uniform else "found", uniform)
+
+
+FOUND = model("adass", 790, 0.7521, 0.7535, 0.7522)
+MODELS = [
+    FOUND,
+    model("UES-4", 400, 0.7600, 0.7600, 0.7600, uniform=True),  # smaller, so it does not judge
+    model("UES-8", 800, 0.7500, 0.7510, 0.7505, uniform=True),
+    model("UES-16", 1600, 0.7490, 0.7500, 0.7495, uniform=True),
+]
+
+
+def test_the_best_uniform_width_that_is_not_smaller_judges() -> None:
+    verdict = judge(FOUND, MODELS, 3200)
+    assert verdict is not None and verdict.against.name == "UES-8"
+    # Paired differences 0.0021, 0.0025, 0.0017: their deviation is 0.0004.
+    assert verdict.gain == pytest.approx(0.0021)
+    assert verdict.error == pytest.approx(0.0004 / math.sqrt(3))
+    assert verdict.sentence() == (
+        "at 25% of UES-32: +0.0021 AUC over UES-8, the best uniform width that is not smaller (25%), 3 seeds, "
+        "s.e. 0.0002: better"
+    )
+
+
+def test_a_width_with_fewer_seeds_does_not_judge_and_none_large_enough_gives_no_verdict() -> None:
+    luck = model("UES-12", 1200, 0.9, uniform=True)
+    verdict = judge(FOUND, [*MODELS, luck], 3200)
+    assert verdict is not None and verdict.against.name == "UES-8"
+    assert judge(model("big", 5000, 0.8), MODELS, 3200) is None
+
+
+@pytest.mark.parametrize(
+    ("aucs", "word"),
+    [
+        ((0.7500,), "one seed: a hint"),
+        ((0.7500, 0.7512, 0.7502), "not worse"),
+        ((0.7470, 0.7500, 0.7506), "lower, by less than two standard errors"),
+        ((0.7480, 0.7491, 0.7484), "worse"),
+    ],
+)
+def test_words_follow_the_standard_error(aucs: tuple[float, ...], word: str) -> None:
+    verdict = judge(model("adass", 790, *aucs), MODELS, 3200)
+    assert verdict is not None and verdict.sentence().endswith(word)
+
+
+def test_seeds_are_paired_and_strangers_are_not_compared() -> None:
+    other = Model("b", 800, {1: 0.7, 7: 0.1}, "uniform", True)
+    verdict = compare_models(Model("a", 800, {0: 0.2, 1: 0.8}, "found", False), other, 3200)
+    assert verdict is not None and (verdict.seeds, verdict.gain) == (1, pytest.approx(0.1))
+    assert compare_models(Model("a", 800, {0: 0.2}, "found", False), other, 3200) is None
+
+
+def test_the_missing_width_is_the_narrowest_that_is_not_smaller() -> None:
+    assert missing_width(FOUND, MODELS, 100) is None
+    assert missing_width(model("adass", 800, 0.7), MODELS, 100) is None
+    assert missing_width(model("adass", 801, 0.7), MODELS, 100) == 9
+
+
+def test_a_report_opens_with_the_verdict_or_says_how_to_get_one(tmp_path: Path) -> None:
+    def evaluated(name: str, allocation: Allocation, auc: float) -> None:
+        body = {"name": name, "seed": 0, "split": "test", "auc": auc, "logloss": 0.5, "widths": allocation.widths}
+        sizes = {"embedding_parameters": allocation.total("parameters")}
+        write_json(tmp_path / "retrain" / name / "evaluation.json", body | sizes)
+
+    SCHEMA.save(tmp_path)
+    found = Allocation(SCHEMA, {"f0": 8, "f1": 9, "f2": 0}, {"method": "utilities", "name": "utilities"})  # 750
+    found.save(tmp_path / "allocation.json")
+    evaluated("utilities", found, 0.76)
+    command = f"python launch/retrain.py --run {tmp_path} --allocation bracket"
+    html = write_report([tmp_path]).read_text()
+    assert '<p class="headline">No verdict: UES-8, the narrowest' in html and command in html
+    evaluated("ues-16", Allocation.uniform(SCHEMA, 16), 0.751)
+    html = write_report([tmp_path]).read_text()
+    assert '<p class="headline">At 23% of UES-32: +0.0090 AUC over UES-16' in html and command in html
+    evaluated("ues-8", Allocation.uniform(SCHEMA, 8), 0.755)
+    write_json(tmp_path / "final.json", {"name": "utilities", "reason": "the found widths are better"})
+    html = write_report([tmp_path]).read_text()
+    assert (
+        "At 23% of UES-32: +0.0050 AUC over UES-8, the best uniform width that is not smaller (25%), one seed: a hint "
+        "(test split)." in html
+    )
+    assert command not in html
+    assert "the found widths are better." in html
+    assert (tmp_path / "report" / "verdict.png").exists()
