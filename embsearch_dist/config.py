@@ -85,6 +85,9 @@ class ModelConfig:
 
     backbone: str = option("deepfm", "wide_deep | deepfm | fm | mlp; for retraining also dlrm | nasrec")
     architecture: str = option("", "architecture.json of a NASRec search, for the backbone nasrec")
+    layer_norm: str = option(
+        "attention", "attention | all: which LayerNorms of a NASRec network are kept when it is trained alone"
+    )
     allocation: str = option("", "allocation.json or ues-WIDTH to retrain; empty: --allocation, or what was found")
     hidden: list[int] = option([128, 64], "widths of the MLP's hidden layers (the output unit is added)")
     bottom: list[int] = option([64], "hidden layers of DLRM's MLP on the dense columns")
@@ -100,6 +103,7 @@ class ModelConfig:
         one_of("model.backbone", self.backbone, ["wide_deep", "deepfm", "fm", "mlp", "dlrm", "nasrec"])
         given = (self.backbone == "nasrec") == bool(self.architecture)
         require(given, "model.architecture", "belongs to model.backbone nasrec, and that needs it: a file of a search")
+        one_of("model.layer_norm", self.layer_norm, ["attention", "all"])
         one_of("model.unify", self.unify, ["always", "mixed"])
         one_of("model.norm", self.norm, ["field", "width", "none"])
         one_of("model.precision", self.precision, ["float32", "bfloat16"])
@@ -272,6 +276,10 @@ SECTIONS = {
 }
 
 
+# What a key stands for where an older version wrote a run directory or a checkpoint without it, if not its default.
+BEFORE = {"model.layer_norm": "all", "search.scoring.held_out": False}
+
+
 def load_config(
     methods: Mapping[str, type], file: str | Path | None = None, overrides: Sequence[str] = (), method: str = ""
 ) -> Config:
@@ -298,6 +306,10 @@ def load_config(
     one_of("method", name, list(methods))
     base = OmegaConf.create({"method": name, **{k: OmegaConf.structured(v) for k, v in SECTIONS.items()}})
     base["search"] = OmegaConf.structured(methods[name])
+    if file is not None and _is_record(Path(file)):
+        for key, value in BEFORE.items():
+            if OmegaConf.select(base, key) is not None:
+                OmegaConf.update(base, key, value)
     for layer in layers:
         _reject_unknown(layer, base, "")
         try:
@@ -313,6 +325,11 @@ def load_config(
         config.run.dir = str(Path("runs") / stem)
     config.check()
     return config
+
+
+def _is_record(path: Path) -> bool:
+    """Whether a file is what :meth:`Config.save` left in a run directory: every key of the version that wrote it."""
+    return path.name == "config.yaml" and (path.parent / "schema.json").exists()
 
 
 def _read_yaml(path: Path) -> DictConfig:
@@ -383,7 +400,8 @@ def fingerprint(*parts: Any) -> str:
 
 
 def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any], search: type | None = None) -> list[str]:
-    """Dotted keys whose values differ. A key that an older version did not have counts as its default.
+    """Dotted keys whose values differ. A key that an older version did not have counts as its default, or as what it
+    is in ``BEFORE``.
 
     Args:
         old, new: flat settings, as a checkpoint or a stage recorded them and as they are now.
@@ -399,6 +417,8 @@ def tell_changed(old: Mapping[str, Any], new: Mapping[str, Any], keys: Sequence[
 
 def _default(key: str, search: type | None) -> Any:
     """Default of a dotted key, a list as JSON gives it back; of a bare one that of training; None for what has none."""
+    if key in BEFORE:
+        return BEFORE[key]
     section, _, rest = key.rpartition(".")
     found: Any = {**SECTIONS, "search": search}.get(section.partition(".")[0]) if section else TrainConfig
     if found is None:

@@ -125,17 +125,19 @@ class Layout:
         return start + skipped, start + self.space.tokens + own.sparse_width
 
 
-def slices_of(blocks: Sequence[Block | None], layout: Layout) -> dict[str, Slice]:
+def slices_of(blocks: Sequence[Block | None], layout: Layout, layer_norm: str = "all") -> dict[str, Slice]:
     """Name -> slice of every weight that a network uses.
 
     Args:
         blocks: pruned, in their places (:func:`embsearch_dist.architecture.canonical.prune`); None for a dead one.
+        layer_norm: ``all``, or ``attention``: of the LayerNorms those behind attention's residuals alone.
     """
     found: dict[str, Slice] = {}
     for number, block in enumerate(blocks, 1):
         if block is not None:
             for name, part in _block_slices(block, blocks, layout).items():
-                found[f"block{number}_{name}"] = part
+                if layer_norm == "all" or not _is_left_out(name):
+                    found[f"block{number}_{name}"] = part
     last, width = _block(blocks, len(blocks)), layout.space.width
     first = 0 if last.dense_to_sparse else layout.space.tokens
     read = (first, layout.space.tokens + last.sparse_width)
@@ -205,6 +207,11 @@ def _block_slices(block: Block, blocks: Sequence[Block | None], layout: Layout) 
     if block.fm:
         found |= _linear("fm", dense, ((0, width),)) | _norm("fm", dense)
     return found
+
+
+def _is_left_out(name: str) -> bool:
+    """Whether a weight belongs to a LayerNorm that the published code switches off in final training."""
+    return name.endswith(("_scale", "_shift")) and not name.startswith("residual")
 
 
 def _linear(name: str, outputs: int, columns: tuple[Range, ...]) -> dict[str, Slice]:

@@ -40,6 +40,8 @@ class SubnetTask:
         backbone = self.model.bare_head.backbone
         if isinstance(backbone, ArchitectureNetwork):
             model["model.architecture"] = backbone.key
+        else:
+            del model["model.layer_norm"]  # nothing reads it
         self.settings = {**model, "widths": allocation.widths}
 
     def loss(self, batch: Batch, step: int) -> torch.Tensor:
