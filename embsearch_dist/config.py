@@ -307,9 +307,9 @@ def load_config(
     base = OmegaConf.create({"method": name, **{k: OmegaConf.structured(v) for k, v in SECTIONS.items()}})
     base["search"] = OmegaConf.structured(methods[name])
     if file is not None and _is_record(Path(file)):
-        for key, value in BEFORE.items():
+        for key, before in BEFORE.items():
             if OmegaConf.select(base, key) is not None:
-                OmegaConf.update(base, key, value)
+                OmegaConf.update(base, key, before)
     for layer in layers:
         _reject_unknown(layer, base, "")
         try:

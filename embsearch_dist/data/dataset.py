@@ -195,7 +195,7 @@ class BatchStream:
                     seeds = np.random.SeedSequence([self.seed, epoch, 1 + w])
                     order = np.random.Generator(np.random.Philox(seeds)).permutation(n)
                 while batch < last:
-                    low, high = self._share(batch)
+                    low, high = self.share(batch)
                     inside = slice(max(low - window_start, 0), max(min(high, window_stop) - window_start, 0))
                     if inside.stop > inside.start or not parts:
                         parts.append(rows.take(inside if order is None else order[inside]))
@@ -215,8 +215,9 @@ class BatchStream:
             stop = self.rows
         return start, stop
 
-    def _share(self, batch: int) -> tuple[int, int]:
-        """Rows ``low..high`` of the epoch's order that make this rank's share of a global batch."""
+    def share(self, batch: int) -> tuple[int, int]:
+        """Rows ``low..high`` of the epoch's order (the stored one without ``shuffle``) that make this rank's share of
+        a global batch."""
         start, stop = self._bounds(batch)
         size = stop - start
         return start + self.rank * size // self.world_size, start + (self.rank + 1) * size // self.world_size

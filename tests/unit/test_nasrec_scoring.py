@@ -27,9 +27,9 @@ from embsearch_dist.architecture.space import Space
 from embsearch_dist.architecture.space import load as load_architecture
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import Method, Run, Stage, run_stages
-from embsearch_dist.methods.nasrec.config import NASRecConfig
+from embsearch_dist.methods.nasrec.config import NASRecConfig, ScoringConfig
 from embsearch_dist.methods.nasrec.method import NASRec
-from embsearch_dist.methods.nasrec.scoring import Scorer
+from embsearch_dist.methods.nasrec.scoring import Scorer, held_out_sizes
 from embsearch_dist.methods.nasrec.supernet import SupernetStage, load_supernet
 from embsearch_dist.models.masked import MaskedNetwork
 from embsearch_dist.schema import write_json
@@ -64,6 +64,7 @@ NASREC = [
     "search.evolution.children=2",
     "search.evolution.keep=3",
 ]
+SEEN = "search.scoring.held_out=false"
 ARCHITECTURES = [draw(SPACE, SCHEMES[0], np.random.default_rng(seed)) for seed in range(6)]
 
 
@@ -138,7 +139,7 @@ def loss_of(masked: MaskedNetwork, architecture: Architecture, rows: Sequence[to
 
 @pytest.mark.parametrize("rows", [0, 150])
 def test_without_tuning_a_score_is_the_loss_of_the_supernets_predictions(data: Path, trained: Path, rows: int) -> None:
-    found = scorer(data, trained, "search.scoring.tune_steps=0", f"search.scoring.rows={rows}")
+    found = scorer(data, trained, SEEN, "search.scoring.tune_steps=0", f"search.scoring.rows={rows}")
     run = nasrec_run(data, trained)
     task = load_supernet(run)
     validation = run.stream("validation", 150, shuffle=False)
@@ -156,10 +157,10 @@ def test_without_tuning_a_score_is_the_loss_of_the_supernets_predictions(data: P
 def test_tuning_is_adagrad_on_the_head(data: Path, trained: Path, tune_rows: int, steps: int, batch: int) -> None:
     """Over more steps than there are batches, in one step, and where a batch would be more than there is."""
     own = [f"search.scoring.tune_rows={tune_rows}", f"search.scoring.tune_steps={steps}"]
-    found = scorer(data, trained, *own, f"search.scoring.tune_batch={batch}", "search.scoring.tune_lr=0.3")
+    found = scorer(data, trained, SEEN, *own, f"search.scoring.tune_batch={batch}", "search.scoring.tune_lr=0.3")
     run = nasrec_run(data, trained)
     tuning, validation = rows_of(run, "train", tune_rows), rows_of(run, "validation", 300)
-    plain = scorer(data, trained, "search.scoring.tune_steps=0")
+    plain = scorer(data, trained, SEEN, "search.scoring.tune_steps=0")
     for architecture in ARCHITECTURES[:3]:
         masked = slowly_tuned(run, architecture, tuning, steps, min(batch, tune_rows), 0.3)
         expected = loss_of(masked, architecture, validation)
@@ -170,7 +171,7 @@ def test_tuning_is_adagrad_on_the_head(data: Path, trained: Path, tune_rows: int
 def test_tuning_lowers_the_loss_on_its_own_rows(data: Path, trained: Path) -> None:
     run = nasrec_run(data, trained)
     tuning = rows_of(run, "train", 500)
-    found, plain = scorer(data, trained), scorer(data, trained, "search.scoring.tune_steps=0")
+    found, plain = scorer(data, trained, SEEN), scorer(data, trained, SEEN, "search.scoring.tune_steps=0")
     found.validation = plain.validation = found.tuning  # type: ignore[assignment]
     for architecture in ARCHITECTURES:
         before, after = plain(architecture).logloss, found(architecture).logloss
@@ -179,7 +180,7 @@ def test_tuning_lowers_the_loss_on_its_own_rows(data: Path, trained: Path) -> No
 
 
 def test_rows_are_looked_up_once_and_are_those_of_the_streams(data: Path, trained: Path) -> None:
-    found, run = scorer(data, trained), nasrec_run(data, trained)
+    found, run = scorer(data, trained, SEEN), nasrec_run(data, trained)
     assert found.tuning is not None
     for own, expected in (
         (found.tuning, rows_of(run, "train", 500)),
@@ -188,6 +189,62 @@ def test_rows_are_looked_up_once_and_are_those_of_the_streams(data: Path, traine
         for a, b in zip((own.dense, own.u, own.label), expected, strict=True):
             assert torch.equal(a, b)
     assert not found.tuning.u.requires_grad
+
+
+def test_rows_are_drawn_from_all_of_the_validation_split(data: Path, trained: Path) -> None:
+    """Half of its rows to tune on (more were asked for) and 150 others to score, none twice, early and late ones."""
+    found, run = scorer(data, trained, "search.scoring.rows=150"), nasrec_run(data, trained)
+    assert found.tuning is not None
+    n = run.schema.rows["validation"]
+    whole = rows_of(run, "validation", n)
+    numbers = []
+    for rows, count in ((found.tuning, n // 2), (found.validation, 150)):
+        # ``x`` is another number in every row.
+        places = (rows.dense[:, None, 0] == whole[0][None, :, 0]).nonzero()[:, 1]
+        assert len(places) == len(rows.label) == count
+        assert torch.equal(rows.u, whole[1][places]) and torch.equal(rows.label, whole[2][places])
+        numbers.append(places.tolist())
+        assert numbers[-1] != sorted(numbers[-1]) and 0.4 < sum(numbers[-1]) / count / n < 0.6
+    assert len({*numbers[0], *numbers[1]}) == n // 2 + 150
+    again = scorer(data, trained, "search.scoring.rows=150")
+    assert torch.equal(again.validation.dense, found.validation.dense)
+    other = scorer(data, trained, "search.scoring.rows=150", "run.seed=1")
+    assert not torch.equal(other.validation.dense, found.validation.dense)
+    assert "150 rows" in found.rows_in_words() and f"{n // 2} others" in found.rows_in_words()
+
+
+@pytest.mark.parametrize(
+    ("rows", "config", "expected"),
+    [
+        (100_000, ScoringConfig(), (32_768, 32_768)),
+        (40_000, ScoringConfig(), (20_000, 20_000)),
+        (100_000, ScoringConfig(rows=0), (32_768, 67_232)),
+        (40_000, ScoringConfig(tune_rows=500), (500, 32_768)),
+        (1000, ScoringConfig(tune_steps=0), (0, 1000)),
+        (1, ScoringConfig(tune_steps=0), (0, 1)),
+    ],
+)
+def test_at_most_half_of_the_split_is_tuned_on(rows: int, config: ScoringConfig, expected: tuple[int, int]) -> None:
+    assert held_out_sizes(rows, config) == expected
+
+
+def test_a_split_of_one_row_cannot_be_divided() -> None:
+    with pytest.raises(UserError, match=r"1 row.*tune_steps 0"):
+        held_out_sizes(1, ScoringConfig())
+
+
+def test_a_search_of_an_older_version_is_not_repeated(data: Path, copied: Path) -> None:
+    """It tuned on rows of the training split and did not name the setting."""
+    search(data, copied, SEEN)
+    mark = copied / "stages" / "evolution.json"
+    body = json.loads(mark.read_text())
+    del body["inputs"]["search.scoring.held_out"]
+    write_json(mark, body)
+    before = (copied / "evolution.json").stat().st_mtime_ns
+    search(data, copied, SEEN)
+    assert (copied / "evolution.json").stat().st_mtime_ns == before
+    search(data, copied)
+    assert (copied / "evolution.json").stat().st_mtime_ns != before
 
 
 def test_chunks_do_not_matter(data: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

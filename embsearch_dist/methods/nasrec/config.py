@@ -31,8 +31,11 @@ class SamplingConfig:
 class ScoringConfig:
     """How a candidate is judged with the supernet's weights (section 4.3, post-training fine-tuning)."""
 
-    rows: int = option(32768, "rows of the validation split whose logloss is the score; 0 = all")
-    tune_rows: int = option(32768, "training rows on whose features the candidate's head is fine-tuned")
+    held_out: bool = option(
+        True, "rows to tune on and to score are drawn from the validation split; false: tune on training rows"
+    )
+    rows: int = option(32768, "rows whose logloss is the score; 0 = all that are not tuned on")
+    tune_rows: int = option(32768, "rows on whose features a candidate's head is fine-tuned; held out: at most half")
     tune_steps: int = option(500, "steps of fine-tuning; 0 = the head as the supernet left it")
     tune_batch: int = option(512, "rows of such a step")
     tune_lr: float = option(0.04, "its learning rate (Adagrad), falling to zero along a cosine")

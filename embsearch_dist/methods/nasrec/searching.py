@@ -59,6 +59,7 @@ class EvolutionStage(Stage):
         if evolution.over:
             return
         scorer, c = Scorer(run), evolution.config
+        monitor.say(scorer.rows_in_words())
         total = c.population + c.generations * c.children
         with monitor.progress(total, "candidates", initial=len(evolution.seen)) as bar:
             while not evolution.over:
