@@ -131,9 +131,7 @@ SPACES = {
 class SpaceConfig:
     """The search space: a named one, and what is different from it."""
 
-    name: str = option(
-        "full", "full (all operators) | small (fc, dot_product; efc) | narrow (widths 4-32, 5-9 blocks)"
-    )
+    name: str = option("full", "full (all operators) | small (fc, dot_product; efc) | narrow (widths 4-32, 5-9 blocks)")
     blocks: int = option(0, "choice blocks, at most; 0 = as in the named space (7; narrow: 9)")
     dense_operators: list[str] = option([], "of fc, dot_product, gating, sum; empty = as in the named space")
     sparse_operators: list[str] = option([], "of efc, attention; empty = as in the named space")

@@ -315,9 +315,9 @@ class Checkpointer:
         saved = {n.removeprefix("head.") for n in reader.read_metadata().state_dict_metadata if n.startswith("head.")}
         if more := sorted(saved - set(own)):
             raise UserError(
-                f"checkpoint {directory} is of another model: it also has {', '.join(more[:3])} ({len(more)} weights that "
-                "this one lacks). Put the model.* settings back that it was trained with (a NASRec network that was "
-                "trained with its LayerNorms needs --model.layer_norm all)"
+                f"checkpoint {directory} is of another model: it also has {', '.join(more[:3])} ({len(more)} weights "
+                "that this one lacks). Put the model.* settings back that it was trained with (a NASRec network with "
+                "all its LayerNorms needs --model.layer_norm all)"
             )
 
     def _facts(self, step: int) -> dict[str, Any]:

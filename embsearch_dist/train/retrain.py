@@ -71,13 +71,15 @@ def retrain(
     config: Config,
     allocation: Allocation,
     training: BatchStream,
-    validation: BatchStream,
+    validation: BatchStream | None,
     context: Context,
     directory: Path,
     quiet: bool = False,
     begin: Callable[[SubnetTask], None] = lambda task: None,
 ) -> SubnetTask:
     """Train to the early stop and return the task with its best weights; continues if it was stopped.
+
+    Without ``validation`` nothing is evaluated, and the last weights count.
 
     ``begin`` may set initial values; a checkpoint that is there replaces them.
     """
