@@ -127,7 +127,9 @@ def test_the_winner_is_trained_again_on_both_splits_for_the_steps_that_validatio
     rows = run.schema.rows
     assert validation is None and training.rows == rows["train"] + rows["validation"]
     assert refit["logloss"] != result["logloss"]
-    assert before == {p: p.stat().st_mtime_ns for p in (run.dir / "retrain").glob("again-rank-*/checkpoints/retrain/*/data/*")}
+    assert before == {
+        p: p.stat().st_mtime_ns for p in (run.dir / "retrain").glob("again-rank-*/checkpoints/retrain/*/data/*")
+    }
     for k in range(1, RANKS + 1):
         shutil.rmtree(run.dir / "retrain" / f"again-rank-{k}")
     shutil.rmtree(own)
