@@ -21,13 +21,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from embsearch_dist.architecture.architecture import Architecture
 from embsearch_dist.architecture.canonical import key, prune
-from embsearch_dist.architecture.cost import network_cost
+from embsearch_dist.architecture.cost import network_cost, operator_costs
 from embsearch_dist.architecture.sampling import SCHEMES, draw
 from embsearch_dist.architecture.space import Space
 from embsearch_dist.architecture.space import load as load_architecture
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import Method, Run, Stage, run_stages
 from embsearch_dist.methods.nasrec.config import NASRecConfig, ScoringConfig
+from embsearch_dist.methods.nasrec.latency import PARTS, LatencyTable
 from embsearch_dist.methods.nasrec.method import NASRec
 from embsearch_dist.methods.nasrec.scoring import Scorer, held_out_sizes
 from embsearch_dist.methods.nasrec.supernet import SupernetStage, load_supernet
@@ -265,7 +266,7 @@ def test_a_score_depends_on_its_candidate_alone(data: Path, trained: Path) -> No
 
 
 def test_nothing_of_a_candidate_is_kept(data: Path, trained: Path) -> None:
-    found = scorer(data, trained, "search.evolution.cost=latency")
+    found = scorer(data, trained)
     found(ARCHITECTURES[0])
 
     def tensors() -> list[int]:
@@ -281,12 +282,15 @@ def test_nothing_of_a_candidate_is_kept(data: Path, trained: Path) -> None:
 
 
 def test_costs_stand_beside_the_loss(data: Path, trained: Path) -> None:
-    plain, timed = scorer(data, trained), scorer(data, trained, "search.evolution.cost=latency")
+    weights = dict.fromkeys(PARTS, 0.25), dict.fromkeys((*PARTS, "head"), 0.0)
+    table = LatencyTable({}, "nowhere", 512, 1.0, *weights, error=0.0)
+    plain, timed = scorer(data, trained), Scorer(nasrec_run(data, trained), table)
     for architecture in ARCHITECTURES:
         cost = network_cost(architecture, SPACE, n_dense=1, fields=4).total
         score, other = plain(architecture), timed(architecture)
         assert (score.flops, score.parameters, score.latency) == (cost.flops, cost.parameters, 0.0)
-        assert other.latency > 0
+        parts = sum(len(block) for block in operator_costs(architecture, SPACE, 1, 4))
+        assert other.latency == pytest.approx(1 + 0.25 * parts)
         assert replace(other, latency=0.0) == score
 
 
@@ -349,6 +353,19 @@ def test_the_front_is_over_the_cost_that_was_asked_for(data: Path, copied: Path,
     assert body["cost"] == measured
     for point in body["front"]:
         assert not any(c[measured] < point[measured] and c["logloss"] <= point["logloss"] for c in seen)
+
+
+def test_a_search_begins_with_what_the_prefilter_kept_and_minds_predicted_latencies(data: Path, copied: Path) -> None:
+    prefilter = ["search.prefilter.proxies=[snip,zico]", "search.prefilter.sample=8", "search.prefilter.keep=0.5"]
+    cost = ["search.evolution.cost=latency", "search.evolution.cost_weight=0.1", "search.evolution.cost_target=2"]
+    body = search(data, copied, *prefilter, *cost)
+    kept = json.loads((copied / "prefilter.json").read_text())["kept"]
+    assert [c["key"] for c in body["seen"][:4]] == [c["key"] for c in kept]
+    table = LatencyTable(**json.loads((copied / "latency.json").read_text()))
+    for c in body["seen"]:
+        architecture = Architecture.from_json({"format": 1, "kind": "architecture", "blocks": c["blocks"]}, "x")
+        assert c["latency"] == table.predict(architecture, SPACE, 1, 4)
+        assert c["fitness"] == pytest.approx(c["logloss"] + 0.1 * (c["latency"] / 2 - 1))
 
 
 class Killed(Exception):

@@ -8,6 +8,7 @@ from embsearch_dist.architecture.sampling import SCHEMES, SET_SIZES
 from embsearch_dist.architecture.space import SpaceConfig
 from embsearch_dist.config import TrainConfig, one_of, option, require
 
+PROXIES = ("snip", "zico", "jacob_cov")
 STRATEGIES = ("evolution", "random")
 COSTS = ("none", "flops", "parameters", "latency")
 
@@ -49,6 +50,25 @@ class ScoringConfig:
 
 
 @dataclass
+class PrefilterConfig:
+    """Random networks ranked by zero-cost proxies, from the best of which evolution starts."""
+
+    proxies: list[str] = option([], f"of {', '.join(PROXIES)}: ranked by the mean of their ranks; empty = no prefilter")
+    sample: int = option(256, "random networks that are ranked")
+    keep: float = option(0.25, "upper share from which the first population comes, the best first")
+    rows: int = option(256, "training rows of the one batch they are ranked on")
+
+    def check(self) -> None:
+        for name in self.proxies:
+            one_of("search.prefilter.proxies", name, list(PROXIES))
+        once = len(set(self.proxies)) == len(self.proxies)
+        require(once, "search.prefilter.proxies", f"name each once, got {self.proxies}")
+        require(self.sample >= 2, "search.prefilter.sample", f"must be at least 2, got {self.sample}")
+        require(0 < self.keep <= 1, "search.prefilter.keep", f"must be in (0, 1], got {self.keep}")
+        require(self.rows >= 16, "search.prefilter.rows", f"must be at least 16, got {self.rows}")
+
+
+@dataclass
 class EvolutionConfig:
     """Aging evolution (Real et al. 2019) over scored candidates."""
 
@@ -58,7 +78,7 @@ class EvolutionConfig:
     parents: int = option(64, "drawn from the population; the best of them is the parent")
     children: int = option(8, "mutations of the parent in a generation")
     keep: int = option(15, "best candidates that are left for retraining")
-    cost: str = option("none", "none | flops | parameters | latency (ms of 512 rows here): joins the score")
+    cost: str = option("none", "none | flops | parameters | latency (ms of 512 rows, predicted): joins the score")
     cost_weight: float = option(0.0, "beta of: score = logloss + beta * (cost / cost_target - 1)")
     cost_target: float = option(0.0, "cost at which nothing is added or taken off")
 
@@ -85,6 +105,7 @@ class NASRecConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     supernet: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1, patience=0))
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    prefilter: PrefilterConfig = field(default_factory=PrefilterConfig)
     evolution: EvolutionConfig = field(default_factory=EvolutionConfig)
 
     def check(self) -> None:
@@ -93,4 +114,5 @@ class NASRecConfig:
         self.sampling.check()
         self.supernet.check("search.supernet")
         self.scoring.check()
+        self.prefilter.check()
         self.evolution.check()

@@ -10,7 +10,6 @@ candidate's features once for all steps of its fine-tuning.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,13 +24,13 @@ from embsearch_dist.dist.context import Context
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.nasrec.config import NASRecConfig, ScoringConfig
+from embsearch_dist.methods.nasrec.latency import LatencyTable
 from embsearch_dist.methods.nasrec.supernet import load_supernet
-from embsearch_dist.models.network import Weights, features, head
+from embsearch_dist.models.network import Weights, features
 from embsearch_dist.models.sliced import Blocks
 
 CHUNK = 4096  # rows whose features are made at once: on a CPU, where they should stay in its cache
 DEVICE_CHUNK = 16384  # and on a GPU, which waits for its host with fewer
-LATENCY_ROWS = 512
 _STREAM = 0x524F5753  # keeps the draw of rows apart from others that start from the seed
 EPS = 1e-2  # of the fine-tuning's Adagrad, as in the published scripts
 
@@ -57,7 +56,7 @@ class Score:
         logloss: on the validation rows.
         flops: of the dense part, for one row.
         parameters: of the dense part.
-        latency: ms of a forward pass of 512 rows on this device; 0 when it was not asked for.
+        latency: predicted ms of a forward pass of 512 rows (:class:`LatencyTable`); 0 when it was not asked for.
     """
 
     logloss: float
@@ -85,14 +84,17 @@ def held_out_sizes(rows: int, config: ScoringConfig) -> tuple[int, int]:
 class Scorer:
     """Scores any number of candidates on the same rows; each rank may score others.
 
+    Args:
+        latency: what predicts their times; None: they have none.
+
     Raises:
         UserError: the supernet is missing or damaged, or a split has no rows.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, latency: LatencyTable | None = None) -> None:
         search: NASRecConfig = run.config.search
         self.config, self.context = search.scoring, run.context
-        self.with_latency = search.evolution.cost == "latency"
+        self.latency = latency
         self.task = load_supernet(run)
         self.network, self.space = self.task.model.head, self.task.space
         self.columns, self.fields = len(run.schema.dense), len(run.schema.fields)
@@ -121,8 +123,8 @@ class Scorer:
             parts.append((b.dense[own], u[own], b.label[own], place[own]))
         columns = parts[0][0].shape[1]
         dense, *others = (torch.cat(p) for p in zip(*parts, strict=True))
-        u, label, place = (_all(x, self.context) for x in others)
-        dense = _all(dense, self.context) if columns else u.new_zeros(len(label), 0)
+        u, label, place = (all_rows(x, self.context) for x in others)
+        dense = all_rows(dense, self.context) if columns else u.new_zeros(len(label), 0)
         order = torch.argsort(place)  # ranks have read other rows; every number of them has drawn the same
         rows = Rows(dense[order], u[order], label[order])
         return rows.part(slice(tune)) if tune else None, rows.part(slice(tune, None))
@@ -134,8 +136,8 @@ class Scorer:
         for batch in run.stream(split, batch_size, shuffle=split == "train").epoch(0):
             b = batch.to(self.context.device)
             u = self.task.model.embed(b)
-            u, label = _all(u, self.context), _all(b.label, self.context)
-            dense = _all(b.dense, self.context) if b.dense.shape[1] else u.new_zeros(len(label), 0)
+            u, label = all_rows(u, self.context), all_rows(b.label, self.context)
+            dense = all_rows(b.dense, self.context) if b.dense.shape[1] else u.new_zeros(len(label), 0)
             parts.append((dense, u, label))
             found += len(label)
             if rows and found >= rows:
@@ -171,7 +173,8 @@ class Scorer:
                 "Train it again with a lower --optim.dense_lr or a --optim.clip_norm, in another --run.dir"
             )
         cost = network_cost(architecture, self.space, self.columns, self.fields).total
-        latency = self._latency(blocks) if self.with_latency else 0.0
+        table, data = self.latency, (self.columns, self.fields)
+        latency = table.predict(architecture, self.space, *data) if table is not None else 0.0
         return Score(total / len(self.validation.label), cost.flops, cost.parameters, latency)
 
     def _features(self, blocks: Blocks, weights: Weights, rows: Rows) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -200,25 +203,9 @@ class Scorer:
             sums.addcmul_(g, g)
             weight.addcdiv_(g, sums.sqrt().add_(EPS), value=-lr)
 
-    def _latency(self, blocks: Blocks) -> float:
-        rows = self.validation
-        dense, u = rows.dense[:LATENCY_ROWS], rows.u[:LATENCY_ROWS]
-        # Cut out beforehand: a network of its own has its weights at hand.
-        weights, tokens = self.network.copies(blocks), u.transpose(1, 2)
-        best = math.inf
-        for _ in range(5):
-            if u.is_cuda:
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            head(weights, *features(blocks, weights, dense, tokens))
-            if u.is_cuda:
-                torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - started)
-        return best * 1000
 
-
-def _all(tensor: torch.Tensor, context: Context) -> torch.Tensor:
-    """The rows of all ranks, in rank order."""
+def all_rows(tensor: torch.Tensor, context: Context) -> torch.Tensor:
+    """The rows of all ranks, in rank order; of tensors with something in a row."""
     if context.world_size == 1:
         return tensor
     return context.gather(tensor.reshape(-1)).view(-1, *tensor.shape[1:])
