@@ -14,12 +14,16 @@ from embsearch_dist.architecture.architecture import Architecture
 from embsearch_dist.architecture.canonical import canonical, key, prune
 from embsearch_dist.architecture.cost import network_cost
 from embsearch_dist.architecture.sampling import SCHEMES, draw, mutate, training_architecture
-from embsearch_dist.architecture.space import SPACES, Space, SpaceConfig, check, full, size
+from embsearch_dist.architecture.space import SPACES, Space, SpaceConfig, check, full, load, size
 from embsearch_dist.errors import UserError
+from embsearch_dist.methods.base import run_stages
+from embsearch_dist.methods.nasrec.method import NASRec
 from embsearch_dist.models.masked import MaskedNetwork
 from embsearch_dist.models.network import ArchitectureNetwork
 from embsearch_dist.models.sliced import SliceAdagrad, SlicedNetwork
 from embsearch_dist.models.slices import Layout, merged, slices_of
+from tests.factories import prepared
+from tests.unit.test_nasrec_scoring import nasrec_run
 
 SPACE = Space(blocks=5, dense_widths=(4, 7, 16), sparse_widths=(4, 6), tokens=2, width=8, fewest_blocks=2)
 FIXED = replace(SPACE, fewest_blocks=0)
@@ -173,3 +177,15 @@ def test_a_space_comes_back_with_its_depths_and_without_any() -> None:
     for space in (SPACE, FIXED):
         assert Space.from_json(json.loads(json.dumps(space.to_json())), "x") == space
     assert "fewest_blocks" in SPACE.to_json()
+
+
+def test_a_search_trains_and_scores_networks_of_all_depths(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Through both stages; what it leaves loads as a searched network of its space."""
+    directory = tmp_path_factory.mktemp("depth") / "run"
+    depth = ["search.space.fewest_blocks=1", "search.evolution.population=12", "search.evolution.generations=2"]
+    run_stages(NASRec(), nasrec_run(prepared(tmp_path_factory), directory, *depth))
+    seen = json.loads((directory / "evolution.json").read_text())["seen"]
+    assert {len(c["blocks"]) for c in seen} == {1, 2, 3}
+    found, space = load(directory / "architecture.json", searched=True)
+    assert space.depths == (1, 2, 3)
+    assert ArchitectureNetwork(found, space, 4, 1).key == min(seen, key=lambda c: c["fitness"])["key"]

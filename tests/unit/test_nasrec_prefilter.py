@@ -142,7 +142,7 @@ def test_the_upper_share_is_kept_in_order(data: Path, tmp_path: Path) -> None:
     assert len(found) == 3 and body["drawn"] == 12 and [c["key"] for c in body["kept"]] == [n for _, n in found]
     means = [c["mean_rank"] for c in body["kept"]]
     assert means == sorted(means) and means[0] < 5.5  # the mean of all
-    drawn = dict((n, a) for a, n in draw_distinct(SPACE, 12, 0))
+    drawn = {n: a for a, n in draw_distinct(SPACE, 12, 0)}
     assert all(drawn[n] == a for a, n in found)
 
 

@@ -27,10 +27,10 @@ from embsearch_dist.architecture.space import Space
 from embsearch_dist.architecture.space import load as load_architecture
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import Method, Run, Stage, run_stages
-from embsearch_dist.methods.nasrec.config import NASRecConfig, ScoringConfig
+from embsearch_dist.methods.nasrec.config import NASRecConfig
 from embsearch_dist.methods.nasrec.latency import PARTS, LatencyTable
 from embsearch_dist.methods.nasrec.method import NASRec
-from embsearch_dist.methods.nasrec.scoring import Scorer, held_out_sizes
+from embsearch_dist.methods.nasrec.scoring import Scorer
 from embsearch_dist.methods.nasrec.supernet import SupernetStage, load_supernet
 from embsearch_dist.models.masked import MaskedNetwork
 from embsearch_dist.schema import write_json
@@ -192,62 +192,6 @@ def test_rows_are_looked_up_once_and_are_those_of_the_streams(data: Path, traine
     assert not found.tuning.u.requires_grad
 
 
-def test_rows_are_drawn_from_all_of_the_validation_split(data: Path, trained: Path) -> None:
-    """Half of its rows to tune on (more were asked for) and 150 others to score, none twice, early and late ones."""
-    found, run = scorer(data, trained, "search.scoring.rows=150"), nasrec_run(data, trained)
-    assert found.tuning is not None
-    n = run.schema.rows["validation"]
-    whole = rows_of(run, "validation", n)
-    numbers = []
-    for rows, count in ((found.tuning, n // 2), (found.validation, 150)):
-        # ``x`` is another number in every row.
-        places = (rows.dense[:, None, 0] == whole[0][None, :, 0]).nonzero()[:, 1]
-        assert len(places) == len(rows.label) == count
-        assert torch.equal(rows.u, whole[1][places]) and torch.equal(rows.label, whole[2][places])
-        numbers.append(places.tolist())
-        assert numbers[-1] != sorted(numbers[-1]) and 0.4 < sum(numbers[-1]) / count / n < 0.6
-    assert len({*numbers[0], *numbers[1]}) == n // 2 + 150
-    again = scorer(data, trained, "search.scoring.rows=150")
-    assert torch.equal(again.validation.dense, found.validation.dense)
-    other = scorer(data, trained, "search.scoring.rows=150", "run.seed=1")
-    assert not torch.equal(other.validation.dense, found.validation.dense)
-    assert "150 rows" in found.rows_in_words() and f"{n // 2} others" in found.rows_in_words()
-
-
-@pytest.mark.parametrize(
-    ("rows", "config", "expected"),
-    [
-        (100_000, ScoringConfig(), (32_768, 32_768)),
-        (40_000, ScoringConfig(), (20_000, 20_000)),
-        (100_000, ScoringConfig(rows=0), (32_768, 67_232)),
-        (40_000, ScoringConfig(tune_rows=500), (500, 32_768)),
-        (1000, ScoringConfig(tune_steps=0), (0, 1000)),
-        (1, ScoringConfig(tune_steps=0), (0, 1)),
-    ],
-)
-def test_at_most_half_of_the_split_is_tuned_on(rows: int, config: ScoringConfig, expected: tuple[int, int]) -> None:
-    assert held_out_sizes(rows, config) == expected
-
-
-def test_a_split_of_one_row_cannot_be_divided() -> None:
-    with pytest.raises(UserError, match=r"1 row.*tune_steps 0"):
-        held_out_sizes(1, ScoringConfig())
-
-
-def test_a_search_of_an_older_version_is_not_repeated(data: Path, copied: Path) -> None:
-    """It tuned on rows of the training split and did not name the setting."""
-    search(data, copied, SEEN)
-    mark = copied / "stages" / "evolution.json"
-    body = json.loads(mark.read_text())
-    del body["inputs"]["search.scoring.held_out"]
-    write_json(mark, body)
-    before = (copied / "evolution.json").stat().st_mtime_ns
-    search(data, copied, SEEN)
-    assert (copied / "evolution.json").stat().st_mtime_ns == before
-    search(data, copied)
-    assert (copied / "evolution.json").stat().st_mtime_ns != before
-
-
 def test_chunks_do_not_matter(data: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = scorer(data, trained)
     whole = [found(a).logloss for a in ARCHITECTURES]
@@ -355,7 +299,11 @@ def test_the_front_is_over_the_cost_that_was_asked_for(data: Path, copied: Path,
         assert not any(c[measured] < point[measured] and c["logloss"] <= point["logloss"] for c in seen)
 
 
-def test_a_search_begins_with_what_the_prefilter_kept_and_minds_predicted_latencies(data: Path, copied: Path) -> None:
+def test_a_search_begins_with_what_the_prefilter_kept_and_minds_predicted_latencies(
+    data: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embsearch_dist.methods.nasrec.latency.NETWORKS", 24)
+    monkeypatch.setattr("embsearch_dist.methods.nasrec.latency.HELD_BACK", 4)
     prefilter = ["search.prefilter.proxies=[snip,zico]", "search.prefilter.sample=8", "search.prefilter.keep=0.5"]
     cost = ["search.evolution.cost=latency", "search.evolution.cost_weight=0.1", "search.evolution.cost_target=2"]
     body = search(data, copied, *prefilter, *cost)
