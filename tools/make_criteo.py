@@ -108,8 +108,8 @@ def make(
 
 def more_truth(clicks: str) -> dict[str, object]:
     """What truth.json says of clicks that are not the default ones."""
-    parts = {"triples": crosses.TRIPLES, "hinges": crosses.HINGES}
-    return {"clicks": clicks, **{name: [asdict(p) for p in found] for name, found in parts.items()}}
+    triples, hinges = [asdict(t) for t in crosses.TRIPLES], [asdict(h) for h in crosses.HINGES]
+    return {"clicks": clicks, "triples": triples, "hinges": hinges}
 
 
 def targets(out: Path, parts: int) -> list[Path]:

@@ -60,9 +60,9 @@ Columns = Mapping[str, np.ndarray]
 def ranks(of_pairs: Mapping[str, int]) -> dict[str, int]:
     """Column -> directions of its vector that the logit reads, from those that pairs and single columns read."""
     found = dict(of_pairs)
-    for part, directions in [*((t, t.rank) for t in TRIPLES), *((h, h.directions) for h in HINGES)]:
-        for name in part.fields:
-            found[name] += directions
+    by_triples = [(name, t.rank) for t in TRIPLES for name in t.fields]
+    for name, directions in [*by_triples, *((name, h.directions) for h in HINGES for name in h.fields)]:
+        found[name] += directions
     return found
 
 

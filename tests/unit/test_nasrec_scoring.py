@@ -299,23 +299,6 @@ def test_the_front_is_over_the_cost_that_was_asked_for(data: Path, copied: Path,
         assert not any(c[measured] < point[measured] and c["logloss"] <= point["logloss"] for c in seen)
 
 
-def test_a_search_begins_with_what_the_prefilter_kept_and_minds_predicted_latencies(
-    data: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("embsearch_dist.methods.nasrec.latency.NETWORKS", 24)
-    monkeypatch.setattr("embsearch_dist.methods.nasrec.latency.HELD_BACK", 4)
-    prefilter = ["search.prefilter.proxies=[snip,zico]", "search.prefilter.sample=8", "search.prefilter.keep=0.5"]
-    cost = ["search.evolution.cost=latency", "search.evolution.cost_weight=0.1", "search.evolution.cost_target=2"]
-    body = search(data, copied, *prefilter, *cost)
-    kept = json.loads((copied / "prefilter.json").read_text())["kept"]
-    assert [c["key"] for c in body["seen"][:4]] == [c["key"] for c in kept]
-    table = LatencyTable(**json.loads((copied / "latency.json").read_text()))
-    for c in body["seen"]:
-        architecture = Architecture.from_json({"format": 1, "kind": "architecture", "blocks": c["blocks"]}, "x")
-        assert c["latency"] == table.predict(architecture, SPACE, 1, 4)
-        assert c["fitness"] == pytest.approx(c["logloss"] + 0.1 * (c["latency"] / 2 - 1))
-
-
 class Killed(Exception):
     """Raised in place of a kill."""
 

@@ -54,9 +54,9 @@ class PrefilterConfig:
     """Random networks ranked by zero-cost proxies, from the best of which evolution starts."""
 
     proxies: list[str] = option([], f"of {', '.join(PROXIES)}: ranked by the mean of their ranks; empty = no prefilter")
-    sample: int = option(256, "random networks that are ranked")
+    sample: int = option(128, "random networks that are ranked")
     keep: float = option(0.25, "upper share from which the first population comes, the best first")
-    rows: int = option(256, "training rows of the one batch they are ranked on")
+    rows: int = option(128, "training rows of the one batch they are ranked on")
 
     def check(self) -> None:
         for name in self.proxies:

@@ -118,9 +118,10 @@ class Scorer:
         parts: list[tuple[torch.Tensor, ...]] = []
         for number, batch in enumerate(stream.epoch(0)):
             b = batch.to(self.context.device)
-            place = torch.from_numpy(places[slice(*stream.share(number))]).to(b.label.device)
-            u, own = self.task.model.embed(b), place >= 0
-            parts.append((b.dense[own], u[own], b.label[own], place[own]))
+            place, u = places[slice(*stream.share(number))], self.task.model.embed(b)
+            own = torch.from_numpy(np.flatnonzero(place >= 0)).to(b.label.device)  # found here: no device waits for it
+            drawn_here = torch.from_numpy(place[place >= 0]).to(b.label.device)
+            parts.append((b.dense[own], u[own], b.label[own], drawn_here))
         columns = parts[0][0].shape[1]
         dense, *others = (torch.cat(p) for p in zip(*parts, strict=True))
         u, label, place = (all_rows(x, self.context) for x in others)

@@ -1,4 +1,5 @@
-"""Which rows candidates are tuned and judged on: disjoint ones, drawn over a split that the supernet has not seen."""
+"""What a search settles before its first score: the rows that candidates are tuned and judged on (disjoint ones, drawn
+over a split that the supernet has not seen), its first networks, and the table of latencies."""
 
 from __future__ import annotations
 
@@ -9,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from embsearch_dist.architecture.architecture import Architecture
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import run_stages
 from embsearch_dist.methods.nasrec.config import ScoringConfig
+from embsearch_dist.methods.nasrec.latency import LatencyTable
 from embsearch_dist.methods.nasrec.scoring import held_out_sizes
 from embsearch_dist.schema import write_json
 from tests.factories import prepared
-from tests.unit.test_nasrec_scoring import SEEN, OnlySupernet, nasrec_run, rows_of, scorer, search
+from tests.unit.test_nasrec_scoring import SEEN, SPACE, OnlySupernet, nasrec_run, rows_of, scorer, search
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +94,20 @@ def test_a_search_of_an_older_version_is_not_repeated(data: Path, copied: Path) 
     assert (copied / "evolution.json").stat().st_mtime_ns == before
     search(data, copied)
     assert (copied / "evolution.json").stat().st_mtime_ns != before
+
+
+def test_a_search_begins_with_what_the_prefilter_kept_and_minds_predicted_latencies(
+    data: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embsearch_dist.methods.nasrec.latency.NETWORKS", 24)
+    monkeypatch.setattr("embsearch_dist.methods.nasrec.latency.HELD_BACK", 4)
+    prefilter = ["search.prefilter.proxies=[snip,zico]", "search.prefilter.sample=8", "search.prefilter.keep=0.5"]
+    cost = ["search.evolution.cost=latency", "search.evolution.cost_weight=0.1", "search.evolution.cost_target=2"]
+    body = search(data, copied, *prefilter, *cost)
+    kept = json.loads((copied / "prefilter.json").read_text())["kept"]
+    assert [c["key"] for c in body["seen"][:4]] == [c["key"] for c in kept]
+    table = LatencyTable(**json.loads((copied / "latency.json").read_text()))
+    for c in body["seen"]:
+        architecture = Architecture.from_json({"format": 1, "kind": "architecture", "blocks": c["blocks"]}, "x")
+        assert c["latency"] == table.predict(architecture, SPACE, 1, 4)
+        assert c["fitness"] == pytest.approx(c["logloss"] + 0.1 * (c["latency"] / 2 - 1))
