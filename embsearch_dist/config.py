@@ -89,6 +89,11 @@ class ModelConfig:
 
     backbone: str = option("deepfm", "wide_deep | deepfm | fm | mlp; for retraining also dlrm | nasrec")
     architecture: str = option("", "architecture.json of a NASRec search, for the backbone nasrec")
+    layer_norm: str = option(
+        "attention",
+        "attention | all: which LayerNorms of a NASRec network are kept when it is trained alone",
+        before="all",
+    )
     allocation: str = option("", "allocation.json or ues-WIDTH to retrain; empty: --allocation, or what was found")
     hidden: list[int] = option([128, 64], "widths of the MLP's hidden layers (the output unit is added)")
     bottom: list[int] = option([64], "hidden layers of DLRM's MLP on the dense columns")
@@ -116,6 +121,7 @@ class ModelConfig:
         given = (self.backbone == "nasrec") == bool(self.architecture)
         require(given, "model.architecture", "belongs to model.backbone nasrec, and that needs it: a file of a search")
         one_of("model.transform", self.transform, ["identity", "width", "field", "mlp"])
+        one_of("model.layer_norm", self.layer_norm, ["attention", "all"])
         one_of("model.unify", self.unify, ["always", "mixed"])
         one_of("model.first_order", self.first_order, ["embedding", "value"])
         one_of("model.norm", self.norm, ["field", "width", "none"])
@@ -320,6 +326,9 @@ def load_config(
     one_of("method", name, list(methods))
     base = OmegaConf.create({"method": name, **{k: OmegaConf.structured(v) for k, v in SECTIONS.items()}})
     base["search"] = OmegaConf.structured(methods[name])
+    if file is not None and _is_record(layers[0]):
+        was = {k: _before(cls) for k, cls in {**SECTIONS, "search": methods[name]}.items()}
+        base = OmegaConf.merge(base, was)  # type: ignore[assignment]
     for layer in layers:
         _reject_unknown(layer, base, "")
         try:
@@ -347,20 +356,27 @@ def _read_yaml(path: Path) -> DictConfig:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from e
     if not isinstance(body, DictConfig):
         raise UserError(f"{path}: expected a mapping of sections (run, data, model, ...)")
-    return _as_it_was(body)
+    return body
 
 
-def _as_it_was(body: DictConfig) -> DictConfig:
-    """A file that :meth:`Config.save` of an older version wrote: keys added since mean what that version did.
+def _is_record(body: DictConfig) -> bool:
+    """Whether :meth:`Config.save` wrote it, of whatever version: every section is there, and the order to overwrite.
 
-    It holds every section and the order to overwrite. A person writes some sections and keys, and today's defaults
+    Keys added since then mean what that version did. A person writes some sections and keys, and today's defaults
     hold for the others.
     """
-    written = {"method", "search", *SECTIONS} <= set(body) and "overwrite" in body["run"]
-    for name, cls in SECTIONS.items() if written else ():
-        before = {f.name: f.metadata["before"] for f in dataclasses.fields(cls) if "before" in f.metadata}
-        body[name] = OmegaConf.merge(before, body[name])
-    return body
+    return {"method", "search", *SECTIONS} <= set(body) and "overwrite" in body["run"]
+
+
+def _before(cls: type) -> dict[str, Any]:
+    """What versions without them did, of all keys of a section that have a ``before``."""
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(cls):
+        if "before" in f.metadata:
+            found[f.name] = f.metadata["before"]
+        elif isinstance(f.default_factory, type) and dataclasses.is_dataclass(f.default_factory):
+            found[f.name] = _before(f.default_factory)
+    return found
 
 
 def _dotted(key: str, value: str) -> DictConfig:

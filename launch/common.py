@@ -101,6 +101,8 @@ def lasting(config: Config) -> dict[str, Any]:
     found = config.to_dict()
     found["train"] = {k: v for k, v in found["train"].items() if k not in SAFETY_KEYS}
     found["data"] = {k: v for k, v in found["data"].items() if k != "skip_unreadable"}
+    if config.model.backbone != "nasrec":
+        del found["model"]["layer_norm"]  # nothing reads it
     return found
 
 

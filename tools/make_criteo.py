@@ -4,10 +4,12 @@
     python tools/make_criteo.py --out runs/small --rows 300000
     python tools/make_criteo.py --out runs/parts --parts 8 --workers 8         # train-00000.txt ... train-00007.txt
     python tools/make_criteo.py --out runs/late --start 45000000 --rows 300000 # a stretch from near the end
+    python tools/make_criteo.py --out runs/crosses --rows 2000000 --clicks crosses     # not inner products alone
     python launch/prepare.py --format criteo --input runs/small --out runs/data/criteo_like --split time
 
-What the rows are like: embsearch_dist/data/criteo_like.py. Row n depends on --seed and n alone, so parts put
-behind one another are the file that one part would have been, byte for byte. --out is a directory (for
+What the rows are like: embsearch_dist/data/criteo_like.py, and for --clicks crosses criteo_crosses.py beside it.
+Row n depends on --seed and n alone, so parts put behind one another are the file that one part would have been,
+byte for byte. --clicks changes nothing of a row but its label. --out is a directory (for
 train.txt) unless its name ends in a suffix. truth.json beside the data says what is planted and is written
 last; files have a name ending in .partial until all are whole. Nothing is overwritten.
 """
@@ -33,8 +35,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from embsearch_dist.data import criteo_crosses as crosses
 from embsearch_dist.data import criteo_like
-from embsearch_dist.data.criteo_like import CATEGORIES, LAST_ROW, NUMBERS, PAIRS, RANKS, REFERENCE_ROWS
+from embsearch_dist.data.criteo_like import CATEGORIES, LAST_ROW, NUMBERS, RANKS, REFERENCE_ROWS
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import write_json
 
@@ -45,7 +48,15 @@ SAMPLE_ROWS = 200_000
 
 
 def make(
-    out: Path, rows: int, *, start: int = 0, seed: int = 0, parts: int = 1, workers: int = 1, quiet: bool = False
+    out: Path,
+    rows: int,
+    *,
+    start: int = 0,
+    seed: int = 0,
+    parts: int = 1,
+    workers: int = 1,
+    quiet: bool = False,
+    clicks: str = "pairs",
 ) -> list[Path]:
     """Write rows ``start`` to ``start + rows`` and ``truth.json``; gives the data files.
 
@@ -62,7 +73,8 @@ def make(
     files = targets(out, parts)
     truth_file = files[0].with_name(TRUTH)
     _refuse_existing([*files, truth_file])
-    bayes_auc = criteo_like.model(seed).bayes_auc(start, start + rows, SAMPLE_ROWS)
+    model = criteo_like.model(seed, clicks)
+    bayes_auc = model.bayes_auc(start, start + rows, SAMPLE_ROWS)
     try:
         files[0].parent.mkdir(parents=True, exist_ok=True)
         need, free = rows * BYTES_PER_ROW, shutil.disk_usage(files[0].parent).free
@@ -70,16 +82,16 @@ def make(
             raise UserError(f"{rows:,} rows take {need / 1e9:.1f} GB, {free / 1e9:.1f} are free. Give fewer --rows")
         edges = [start + rows * i // parts for i in range(parts + 1)]
         with whole_files(files, truth_file) as written:
-            clicks = _fill(written, edges, seed, workers, quiet)
+            clicked = _fill(written, edges, seed, workers, quiet, clicks)
     except OSError as e:
         raise UserError(f"{e.filename or out}: {e.strerror or e}. Check the disk and its permissions") from e
     write_json(
         truth_file,
         {
-            "rank": RANKS,
+            "rank": RANKS if clicks == "pairs" else crosses.ranks(RANKS),
             "bayes_auc": bayes_auc,
             "bayes_auc_rows": min(rows, SAMPLE_ROWS),
-            "base_rate": clicks / rows,
+            "base_rate": clicked / rows,
             "rows": rows,
             "start": start,
             "seed": seed,
@@ -87,10 +99,17 @@ def make(
             "files": [f.name for f in files],
             "numbers": [asdict(c) for c in NUMBERS],
             "categories": [asdict(c) for c in CATEGORIES],
-            "pairs": [asdict(p) for p in PAIRS],
+            "pairs": [asdict(p) for p in model.pairs],
+            **({} if clicks == "pairs" else more_truth(clicks)),
         },
     )
     return files
+
+
+def more_truth(clicks: str) -> dict[str, object]:
+    """What truth.json says of clicks that are not the default ones."""
+    triples, hinges = [asdict(t) for t in crosses.TRIPLES], [asdict(h) for h in crosses.HINGES]
+    return {"clicks": clicks, "triples": triples, "hinges": hinges}
 
 
 def targets(out: Path, parts: int) -> list[Path]:
@@ -140,21 +159,23 @@ def _refuse_existing(paths: list[Path]) -> None:
             raise UserError(f"{path} exists. Give another --out, or remove it")
 
 
-def _fill(files: list[BufferedWriter], edges: list[int], seed: int, workers: int, quiet: bool) -> int:
-    """Write rows ``edges[i]`` to ``edges[i + 1]`` to file i; gives the number of clicks."""
+def _fill(
+    files: list[BufferedWriter], edges: list[int], seed: int, workers: int, quiet: bool, kind: str = "pairs"
+) -> int:
+    """Write rows ``edges[i]`` to ``edges[i + 1]`` to file i; gives the number of clicks. ``kind`` is ``--clicks``."""
     # Here and not above: it brings polars, which the worker processes have no use for.
     from embsearch_dist.data.prepare import Progress
 
     clicks = 0
     with Progress("write", edges[-1] - edges[0], "rows", quiet) as bar:
-        for part, n, (data, clicked) in _chunks(edges, seed, workers):
+        for part, n, (data, clicked) in _chunks(edges, seed, workers, kind):
             files[part].write(data)
             clicks += clicked
             bar.add(n)
     return clicks
 
 
-def _chunks(edges: list[int], seed: int, workers: int) -> Iterator[tuple[int, int, tuple[bytes, int]]]:
+def _chunks(edges: list[int], seed: int, workers: int, kind: str) -> Iterator[tuple[int, int, tuple[bytes, int]]]:
     """(part, rows, (text, clicks)) of all chunks in order."""
     plan = (
         (part, first, min(first + CHUNK_ROWS, stop))
@@ -163,14 +184,14 @@ def _chunks(edges: list[int], seed: int, workers: int) -> Iterator[tuple[int, in
     )
     if workers == 1:
         for part, first, stop in plan:
-            yield part, stop - first, criteo_like.text(seed, first, stop)
+            yield part, stop - first, criteo_like.text(seed, first, stop, kind)
         return
     waiting: deque[tuple[int, int, Future[tuple[bytes, int]]]] = deque()
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_ignore_interrupt)
     try:
         for part, first, stop in plan:
-            waiting.append((part, stop - first, pool.submit(criteo_like.text, seed, first, stop)))
+            waiting.append((part, stop - first, pool.submit(criteo_like.text, seed, first, stop, kind)))
             # As much ahead as keeps every process busy, so that memory does not grow when the disk is slow.
             if len(waiting) > 2 * workers:
                 part, n, future = waiting.popleft()
@@ -194,6 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=REFERENCE_ROWS, metavar="N", help="default %(default)s")
     parser.add_argument("--start", type=int, default=0, metavar="N", help="number of the first row (default 0)")
     parser.add_argument("--seed", type=int, default=0, help="another seed plants other effects (default 0)")
+    parser.add_argument("--clicks", choices=crosses.CLICKS, default="pairs", help="how they come about (default pairs)")
     parser.add_argument("--parts", type=int, default=1, metavar="K", help="files to write (default 1)")
     parser.add_argument("--workers", type=int, default=1, metavar="W", help="processes (default 1)")
     parser.add_argument("--quiet", action="store_true", help="no progress and no summary")

@@ -76,6 +76,7 @@ def search_job(args: argparse.Namespace, scheme: str, tuning: str) -> Job:
     search = [
         f"--search.sampling.scheme={scheme}",
         "--search.evolution.generations=0",
+        "--search.prefilter.proxies=[]",
         f"--search.evolution.population={args.networks}",
         f"--search.evolution.parents={args.networks}",
         f"--search.evolution.keep={args.networks}",

@@ -49,14 +49,40 @@ class Shape:
     tokens: int
 
 
-def network_cost(architecture: Architecture, space: Space, n_dense: int, fields: int) -> NetworkCost:
-    """Count an architecture on data of ``n_dense`` dense columns (0 counts as one column of zeros) and ``fields``."""
-    shapes = [Shape(max(1, n_dense), fields)]
+def network_cost(
+    architecture: Architecture, space: Space, n_dense: int, fields: int, layer_norm: str = "all"
+) -> NetworkCost:
+    """Count an architecture on data of ``n_dense`` dense columns (0 counts as one column of zeros) and ``fields``.
+
+    Args:
+        layer_norm: ``all`` as in the supernet, or ``attention`` for a network that has been trained without the others
+            (:class:`embsearch_dist.models.network.ArchitectureNetwork`); parameters differ, FLOPs do not.
+    """
     costs = []
+    for block, found in zip(prune(architecture), operator_costs(architecture, space, n_dense, fields)):
+        total = sum(found.values(), Cost())
+        if block is not None and layer_norm != "all":
+            total += Cost(-norms_left_out(block, space))
+        costs.append(total)
+    last = output_shape(architecture.blocks[-1], space)
+    return NetworkCost(tuple(costs), linear(last.columns + last.tokens * space.width, 1))
+
+
+def operator_costs(architecture: Architecture, space: Space, n_dense: int, fields: int) -> list[dict[str, Cost]]:
+    """Of each block what each of its live parts costs, by the part's name; arguments as :func:`network_cost`."""
+    shapes = [Shape(max(1, n_dense), fields)]
+    costs: list[dict[str, Cost]] = []
     for block in prune(architecture):
-        costs.append(Cost() if block is None else block_cost(block, shapes, space))
+        costs.append({} if block is None else block_costs(block, shapes, space))
         shapes.append(Shape(0, 0) if block is None else output_shape(block, space))
-    return NetworkCost(tuple(costs), linear(shapes[-1].columns + shapes[-1].tokens * space.width, 1))
+    return costs
+
+
+def norms_left_out(block: Block, space: Space) -> int:
+    """Parameters of a block's LayerNorms but for those behind attention's residuals."""
+    columns = len(block.dense) * block.dense_width + len(block.sparse) * block.sparse_width
+    columns += block.dense_to_sparse * space.tokens * space.width + block.fm * block.dense_width
+    return layer_norm(columns).parameters
 
 
 def output_shape(block: Block, space: Space) -> Shape:
@@ -64,8 +90,8 @@ def output_shape(block: Block, space: Space) -> Shape:
     return Shape(block.dense_width, block.sparse_width + space.tokens * block.dense_to_sparse)
 
 
-def block_cost(block: Block, shapes: Sequence[Shape], space: Space) -> Cost:
-    """All parts of one block.
+def block_costs(block: Block, shapes: Sequence[Shape], space: Space) -> dict[str, Cost]:
+    """All parts of one block by name: its operators and mergers.
 
     Args:
         shapes: of the stem and of the blocks before it.
@@ -82,12 +108,12 @@ def block_cost(block: Block, shapes: Sequence[Shape], space: Space) -> Cost:
         "efc": lambda: efc(tokens, sparse, width),
         "attention": lambda: attention(tokens, sparse, width),
     }
-    total = sum((parts[name]() for name in (*block.dense, *block.sparse)), Cost())
+    found = {name: parts[name]() for name in (*block.dense, *block.sparse)}
     if block.dense_to_sparse:
-        total += dense_to_sparse(dense, space.tokens, width)
+        found["dense_to_sparse"] = dense_to_sparse(dense, space.tokens, width)
     if block.fm:
-        total += fm(dense, width)
-    return total
+        found["fm"] = fm(dense, width)
+    return found
 
 
 def projected_tokens(dense_width: int) -> int:

@@ -22,7 +22,8 @@ def draw(space: Space, scheme: str, generator: np.random.Generator, set_size: st
     """A random architecture.
 
     Every block gets one dense and one sparse operator, one width each and two mergers, all uniform; one source
-    each for left and right, uniform (they may coincide); and two sets of sources, drawn without replacement.
+    each for left and right, uniform (they may coincide); and two sets of sources, drawn without replacement. The depth
+    is uniform too, where it is searched.
 
     Args:
         scheme: ``single_operator_any_connection`` is the paper's choice; ``.._single_connection`` draws sets of one
@@ -33,10 +34,8 @@ def draw(space: Space, scheme: str, generator: np.random.Generator, set_size: st
     Raises:
         UserError: an unknown scheme or set size.
     """
-    _check_names(scheme, set_size)
-    return Architecture(
-        tuple(_draw_block(space, scheme, number, generator, set_size) for number in range(1, space.blocks + 1))
-    )
+    blocks = _draw_blocks(space, scheme, generator, set_size)
+    return Architecture(blocks[: _draw_depth(space, generator)])
 
 
 def training_architecture(
@@ -53,20 +52,22 @@ def training_architecture(
 
     Warm-up: with probability p = 1 - step / warmup_steps the connections of the whole network are all on, and, drawn
     for each block by itself, all its operators, its widest outputs and both mergers. So the first step trains the
-    whole supernet, and later ones mixed states, ever more rarely.
+    whole supernet, and later ones mixed states, ever more rarely. Where depth is searched, the network has all blocks
+    with the same probability, and a drawn depth otherwise.
     """
     generator = np.random.default_rng([_STREAM, seed % 2**64, step, rank])
-    architecture = draw(space, scheme, generator, set_size)
+    drawn = _draw_blocks(space, scheme, generator, set_size)
     if step >= warmup_steps:
-        return architecture
+        return Architecture(drawn[: _draw_depth(space, generator)])
     share = 1 - step / warmup_steps
     whole = full(space).blocks
     connected = generator.random() < share
     blocks = []
-    for block, widest in zip(architecture.blocks, whole):
+    for block, widest in zip(drawn, whole, strict=True):
         inside = widest if generator.random() < share else block
         blocks.append(_combine(inside, widest if connected else block))
-    return Architecture(tuple(blocks))
+    deepest = not space.fewest_blocks or generator.random() < share
+    return Architecture(tuple(blocks[: space.blocks if deepest else _draw_depth(space, generator)]))
 
 
 def mutate(
@@ -79,6 +80,9 @@ def mutate(
     its operator does not read, and what has a single value in the space. The operators of both branches are one
     member, as in the published search, whose sets of sources are of uniform size, too.
 
+    Where depth is searched it is as likely a place of a change as each block. A shorter network ends at an earlier
+    block; a longer one gets random blocks, each of which reads the block before it, so that nothing falls out of use.
+
     Raises:
         UserError: an architecture outside the space.
     """
@@ -86,7 +90,10 @@ def mutate(
     _check_names(SCHEMES[0], set_size)
     blocks = list(architecture.blocks)
     for _ in range(count):
-        index = int(generator.integers(len(blocks)))
+        index = int(generator.integers(len(blocks) + (len(space.depths) > 1)))
+        if index == len(blocks):
+            blocks = _other_depth(blocks, space, generator, set_size)
+            continue
         blocks[index] = _mutate_block(blocks[index], index + 1, space, generator, set_size)
     return Architecture(tuple(blocks))
 
@@ -94,6 +101,34 @@ def mutate(
 def mutations_at(generation: int, generations: int) -> int:
     """How many mutations a child gets in a generation (counted from 0): 6 at first, 1 at the end, of 240."""
     return (generations - generation) // max(20, generations // 5) + 1
+
+
+def _draw_blocks(space: Space, scheme: str, generator: np.random.Generator, set_size: str) -> tuple[Block, ...]:
+    """As many as the space has at most."""
+    _check_names(scheme, set_size)
+    return tuple(_draw_block(space, scheme, number, generator, set_size) for number in range(1, space.blocks + 1))
+
+
+def _draw_depth(space: Space, generator: np.random.Generator) -> int:
+    """No draw where there is one depth alone."""
+    return int(_choice(space.depths, generator)) if len(space.depths) > 1 else space.blocks
+
+
+def _other_depth(blocks: list[Block], space: Space, generator: np.random.Generator, set_size: str) -> list[Block]:
+    depth = int(_choice([d for d in space.depths if d != len(blocks)], generator))
+    changed = blocks[:depth]
+    while len(changed) < depth:
+        before = len(changed)
+        block = _draw_block(space, SCHEMES[0], before + 1, generator, set_size)
+        dense, sparse = (_with(s, before, space) for s in (block.dense_sources, block.sparse_sources))
+        changed.append(replace(block, dense_sources=dense, sparse_sources=sparse))
+    return changed
+
+
+def _with(sources: tuple[int, ...], wanted: int, space: Space) -> tuple[int, ...]:
+    """A set of sources with ``wanted``, in the place of the last one where the set is full."""
+    others = [s for s in sources if s != wanted]
+    return tuple(sorted([*others[: space.max_sources - 1], wanted]))
 
 
 def _draw_block(space: Space, scheme: str, number: int, generator: np.random.Generator, set_size: str) -> Block:

@@ -1,4 +1,4 @@
-"""The search spaces NASRec-Full and NASRec-Small, and what belongs to them."""
+"""The search spaces: NASRec-Full, NASRec-Small, and one of narrow outputs and searched depth; what belongs to them."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ class Space:
     """What an architecture may be made of; the defaults are NASRec-Full.
 
     Attributes:
-        blocks: how many choice blocks follow each other.
+        blocks: how many choice blocks follow each other, at most where depth is searched.
         dense_operators, sparse_operators: one of each is active in a searched block.
         dense_widths: choices of Dd, columns of a dense output.
         sparse_widths: choices of Ns, tokens of a sparse output.
         max_sources: a searched block reads at most so many dense and so many sparse outputs.
         tokens: a dense output that is merged into the sparse one becomes so many tokens.
         width: embedding width of every field and every token.
+        fewest_blocks: depth is searched from so many blocks on; 0: every searched network has ``blocks``.
 
     Raises:
         UserError: a value out of range, or operators and widths that are unknown, repeated or none; names the key.
@@ -49,12 +50,17 @@ class Space:
     max_sources: int = 4
     tokens: int = 8
     width: int = 16
+    fewest_blocks: int = 0
 
     def __post_init__(self) -> None:
         for key in ("blocks", "max_sources", "tokens", "width"):
             value = getattr(self, key)
             if not is_int(value) or value < 1:
                 raise UserError(f"space, key {key}: must be a whole number above 0, got {value!r}")
+        fewest = self.fewest_blocks
+        if not is_int(fewest) or not 0 <= fewest <= self.blocks:
+            message = f"must be from 1 to blocks, which is {self.blocks} (0: depth is not searched), got {fewest!r}"
+            raise UserError(f"space, key fewest_blocks: {message}")
         for key, known in _OPERATORS.items():
             names = getattr(self, key)
             for name in names:
@@ -76,8 +82,15 @@ class Space:
         """Whether an operator of the space reads ``left`` and ``right``."""
         return any(name in BINARY_OPERATORS for name in self.dense_operators)
 
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """How many blocks a searched network may have."""
+        return tuple(range(self.fewest_blocks or self.blocks, self.blocks + 1))
+
     def to_json(self) -> dict[str, Any]:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """Without ``fewest_blocks`` where depth is not searched, as older versions wrote and read a space."""
+        body = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return body if self.fewest_blocks else {k: v for k, v in body.items() if k != "fewest_blocks"}
 
     @classmethod
     def from_json(cls, body: object, where: str) -> Space:
@@ -92,6 +105,8 @@ class Space:
                 raise UserError(f"{where}, space: unknown key {key!r}{nearest(str(key), known)}")
         values: dict[str, Any] = {}
         for f in fields(cls):
+            if f.name == "fewest_blocks" and f.name not in body:
+                continue
             if f.name not in body:
                 raise UserError(f"{where}, space: key {f.name!r} is missing")
             value, many = body[f.name], isinstance(f.default, tuple)
@@ -107,6 +122,8 @@ class Space:
 SPACES = {
     "full": Space(),
     "small": Space(dense_operators=("fc", "dot_product"), sparse_operators=("efc",)),
+    # Depths and widths of Drs.NAS (OSDI 2026): integers 4 to 32, 5 to 9 blocks.
+    "narrow": Space(9, dense_widths=tuple(range(4, 33)), sparse_widths=tuple(range(4, 33)), fewest_blocks=5),
 }
 
 
@@ -114,8 +131,8 @@ SPACES = {
 class SpaceConfig:
     """The search space: a named one, and what is different from it."""
 
-    name: str = option("full", "full (all operators) | small (fc, dot_product; efc)")
-    blocks: int = option(0, "choice blocks; 0 = as in the named space (7)")
+    name: str = option("full", "full (all operators) | small (fc, dot_product; efc) | narrow (widths 4-32, 5-9 blocks)")
+    blocks: int = option(0, "choice blocks, at most; 0 = as in the named space (7; narrow: 9)")
     dense_operators: list[str] = option([], "of fc, dot_product, gating, sum; empty = as in the named space")
     sparse_operators: list[str] = option([], "of efc, attention; empty = as in the named space")
     dense_widths: list[int] = option([], "widths of a dense output; empty = as in the named space (16 ... 1024)")
@@ -123,6 +140,9 @@ class SpaceConfig:
     max_sources: int = option(0, "most sources a block reads per branch; 0 = as in the named space (4)")
     tokens: int = option(0, "tokens a dense output becomes in the sparse one; 0 = as in the named space (8)")
     width: int = option(0, "embedding width of fields and tokens; 0 = as in the named space (16)")
+    fewest_blocks: int = option(
+        -1, "depth is searched from so many blocks to `blocks`; 0 = all have `blocks`; -1 = as in the named space"
+    )
 
     def make(self) -> Space:
         """The space that is meant; operators and widths are put into order.
@@ -140,7 +160,8 @@ class SpaceConfig:
                 value = tuple(sorted(value, key=lambda n: known.index(n) if n in known else -1))
             elif isinstance(value, list):
                 value = tuple(sorted(value))
-            if value:
+            unset = -1 if f.name == "fewest_blocks" else 0
+            if value not in (unset, ()):
                 changed[f.name] = value
         return replace(SPACES[self.name], **changed)
 
@@ -159,7 +180,7 @@ def check(space: Space, architecture: Architecture, searched: bool, where: str) 
     """Check that an architecture belongs to a space.
 
     Args:
-        searched: it must be one the search may propose: every block there, one operator in each branch, one source
+        searched: it must be one the search may propose: enough blocks, one operator in each branch, one source
             on each side of a binary operator, at most ``max_sources`` others. Otherwise it may also be a larger or
             a smaller network of the same parts: the full supernet, a canonical form.
         where: how messages name the source of the architecture, such as a path.
@@ -168,8 +189,9 @@ def check(space: Space, architecture: Architecture, searched: bool, where: str) 
         UserError: what does not belong, with its block and key and what the space allows.
     """
     count, blocks = len(architecture.blocks), space.blocks
-    if searched and count < blocks:
-        raise UserError(f"{where}: block {count + 1} is missing: the space has {blocks} blocks, the file {count}")
+    if searched and count < space.depths[0]:
+        least = f"{space.depths[0]} to {blocks}" if space.fewest_blocks else f"{blocks}"
+        raise UserError(f"{where}: block {count + 1} is missing: the space has {least} blocks, the file {count}")
     if count > blocks:
         raise UserError(
             f"{where}: block {blocks + 1} is outside the space, which has {blocks} blocks; set space.blocks"
@@ -205,18 +227,19 @@ def full(space: Space) -> Architecture:
 
 
 def size(space: Space) -> float:
-    """log10 of the number of encodings of searched architectures: 43.9 for full, 32.3 for small.
+    """log10 of the number of encodings of searched architectures of all depths: 43.9 for full, 32.3 for small.
 
     Every member of every block counts, used or not, but for left and right in a space without gating and sum.
     Different encodings can be the same network (see :mod:`embsearch_dist.architecture.canonical`).
     """
     choices = len(space.dense_operators) * len(space.sparse_operators) * len(space.dense_widths)
     choices *= len(space.sparse_widths) * 4  # two mergers, on or off
-    total = 0.0
+    total, by_depth = 0.0, []
     for n in range(1, space.blocks + 1):
         sets = sum(math.comb(n, k) for k in range(1, min(n, space.max_sources) + 1))
         total += math.log10(choices) + 2 * math.log10(sets) + (2 * math.log10(n) if space.binary else 0.0)
-    return total
+        by_depth.append(total)
+    return total + math.log10(sum(10 ** (by_depth[d - 1] - total) for d in space.depths))
 
 
 def load(path: Path | str, searched: bool = False) -> tuple[Architecture, Space]:

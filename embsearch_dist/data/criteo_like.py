@@ -14,18 +14,19 @@ time is ``n / REFERENCE_ROWS``, however many rows are asked for.
 *Signal.* Fields come in pairs. A value's latent vector is r signs, and a pair of rank r adds
 ``s / sqrt(r) * sum_k a_k(x) b_k(y)`` to the logit: an inner product of sign vectors, of variance ``s ** 2``
 over the values (rows weigh them by popularity). Some fields and numbers also shift the logit by themselves.
-A missing cell adds nothing.
+A missing cell adds nothing. :mod:`embsearch_dist.data.criteo_crosses` has another signal for the same cells.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.special import expit
 
+from embsearch_dist.data import criteo_crosses as crosses
 from embsearch_dist.data.hashing import GOLDEN, mix
 from embsearch_dist.errors import UserError
 
@@ -210,12 +211,18 @@ class CriteoLike:
     """The click model of a seed: draws rows by number, writes them as text, knows their true probability.
 
     Raises:
-        UserError: the seed is negative.
+        UserError: the seed is negative, or there is no such click model.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, clicks: str = "pairs") -> None:
         if seed < 0:
             raise UserError(f"--seed must be at least 0, got {seed}. Give another")
+        if clicks not in crosses.CLICKS:
+            raise UserError(f"--clicks {clicks!r} is none of {', '.join(crosses.CLICKS)}")
+        self.clicks = clicks
+        self.pairs = (
+            PAIRS if clicks == "pairs" else tuple(replace(p, variance=p.variance * crosses.PAIR_SHARE) for p in PAIRS)
+        )
         columns: tuple[Number | Category, ...] = (*NUMBERS, *CATEGORIES)
         keys = iter(np.random.SeedSequence([seed, 45]).generate_state(3 * len(columns) + 1, np.uint64))
         self._cell = {c.name: next(keys) for c in columns}
@@ -256,10 +263,12 @@ class CriteoLike:
                 # 16 further signs summed: nearly normal. The first 32 bits are for the interactions.
                 ones = np.bitwise_count(bits[c.name] >> np.uint64(48))
                 logit += _present((ones - 8.0) * (c.main / 4) ** 0.5, missing.get(c.name))
-        for p in PAIRS:
+        for p in self.pairs:
             unlike = np.bitwise_count((bits[p.left] ^ bits[p.right]) & np.uint64(2**p.rank - 1))
             product = (p.rank - 2.0 * unlike) * (p.variance / p.rank) ** 0.5
             logit += _present(_present(product, missing.get(p.left)), missing.get(p.right))
+        if self.clicks == "crosses":
+            logit += crosses.parts(bits, missing)
         return logit
 
     def _logits(self, start: int, stop: int, n: int) -> np.ndarray:
@@ -297,14 +306,14 @@ class CriteoLike:
 
 
 @functools.lru_cache(maxsize=2)
-def model(seed: int) -> CriteoLike:
+def model(seed: int, clicks: str = "pairs") -> CriteoLike:
     """The click model of a seed, kept: making one calibrates it on 65,536 rows."""
-    return CriteoLike(seed)
+    return CriteoLike(seed, clicks)
 
 
-def text(seed: int, start: int, stop: int) -> tuple[bytes, int]:
+def text(seed: int, start: int, stop: int, clicks: str = "pairs") -> tuple[bytes, int]:
     """:meth:`CriteoLike.text` for a pool of processes, which takes only functions of a module."""
-    return model(seed).text(start, stop)
+    return model(seed, clicks).text(start, stop)
 
 
 def _present(x: np.ndarray, missing: np.ndarray | None) -> np.ndarray:

@@ -99,6 +99,7 @@ class BatchStream:
         if window_rows < 1 or prefetch < 0 or seed < 0:
             raise UserError(f"window_rows {window_rows}, prefetch {prefetch}, seed {seed}: too small. Raise them")
         self.shards = Shards(prepared_dir, schema, split, left_out)
+        self.splits = [split]
         if self.shards.rows < world_size:
             raise UserError(
                 f"split {split!r} has {self.shards.rows} rows for {world_size} ranks. Use fewer ranks or more data"
@@ -121,7 +122,14 @@ class BatchStream:
     @property
     def rows_left_out(self) -> int:
         """Rows of the split that are not read, because they cannot be."""
-        return max(0, self.schema.rows.get(self.shards.split, self.rows) - self.rows)
+        return max(0, sum(self.schema.rows.get(s, self.rows) for s in self.splits) - self.rows)
+
+    def extend(self, other: BatchStream) -> None:
+        """From now on the epochs hold the rows of another split too. Before the first epoch, and on every rank."""
+        self.shards.groups += other.shards.groups
+        self.shards.rows += other.rows
+        self.splits += other.splits
+        self.left_out += other.left_out
 
     @property
     def batches_per_epoch(self) -> int:
@@ -195,7 +203,7 @@ class BatchStream:
                     seeds = np.random.SeedSequence([self.seed, epoch, 1 + w])
                     order = np.random.Generator(np.random.Philox(seeds)).permutation(n)
                 while batch < last:
-                    low, high = self._share(batch)
+                    low, high = self.share(batch)
                     inside = slice(max(low - window_start, 0), max(min(high, window_stop) - window_start, 0))
                     if inside.stop > inside.start or not parts:
                         parts.append(rows.take(inside if order is None else order[inside]))
@@ -215,8 +223,9 @@ class BatchStream:
             stop = self.rows
         return start, stop
 
-    def _share(self, batch: int) -> tuple[int, int]:
-        """Rows ``low..high`` of the epoch's order that make this rank's share of a global batch."""
+    def share(self, batch: int) -> tuple[int, int]:
+        """Rows ``low..high`` of the epoch's order (the stored one without ``shuffle``) that make this rank's share of
+        a global batch."""
         start, stop = self._bounds(batch)
         size = stop - start
         return start + self.rank * size // self.world_size, start + (self.rank + 1) * size // self.world_size

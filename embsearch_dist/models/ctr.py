@@ -117,7 +117,7 @@ class SubnetModel(CTRModel):
             backbone: Any
             if m.backbone == "nasrec":
                 with context.together("reading the architecture"):
-                    backbone = read_network(m.architecture, fields, width, n_dense)
+                    backbone = read_network(m.architecture, fields, width, n_dense, m.layer_norm)
             elif m.backbone == "dlrm":
                 backbone = DLRM(fields, width, n_dense, m.bottom, m.hidden, m.dropout)
             else:

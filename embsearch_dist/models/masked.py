@@ -43,9 +43,10 @@ class MaskedNetwork(nn.Module):
             d, s = _Block(self.network, layout, number, block or _NOTHING, rows).run(denses, sparses)
             denses.append(d)
             sparses.append(s)
-        w = self.network.weights
-        flat = sparses[-1].reshape(rows, -1) @ w["head_sparse"].reshape(-1)
-        return denses[-1] @ w["head_dense"][0] + flat + w["head_bias"]
+        w, width = self.network.weights, layout.space.width
+        place = layout.exit_of(len(blocks))
+        flat = sparses[-1].reshape(rows, -1) @ w["head_sparse"][place * width : (place + 1) * width].reshape(-1)
+        return denses[-1] @ w["head_dense"][place] + flat + w["head_bias"][place]
 
 
 class _Block:

@@ -84,7 +84,9 @@ class _Named:
         return out.view(*shape[:-1], -1)
 
     def norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """LayerNorm over the last dimension."""
+        """LayerNorm over the last dimension; ``x`` itself where the network has none in this place."""
+        if f"{self._prefix}{name}_scale" not in self._weights:
+            return x
         return functional.layer_norm(x, x.shape[-1:], self[f"{name}_scale"], self[f"{name}_shift"])
 
 
@@ -145,15 +147,15 @@ def _added(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return padded[0] + padded[1] if len(padded) == 2 else torch.stack(padded).sum(0)
 
 
-def read_network(path: str, fields: int, width: int, dense: int) -> ArchitectureNetwork:
-    """The network of an architecture file behind embeddings of one width.
+def read_network(path: str, fields: int, width: int, dense: int, layer_norm: str = "all") -> ArchitectureNetwork:
+    """The network of an architecture file behind embeddings of one width; ``layer_norm`` as its own argument.
 
     Raises:
         UserError: the file is missing or wrong, or its space has another width.
     """
     architecture, space = load(path)
     check_width(path, space, width)
-    return ArchitectureNetwork(architecture, space, fields, dense)
+    return ArchitectureNetwork(architecture, space, fields, dense, layer_norm)
 
 
 def check_width(path: str, space: Space, width: int) -> None:
@@ -180,16 +182,21 @@ class ArchitectureNetwork(nn.Module):
         space: token width and the number of merged tokens.
         fields: F.
         dense: dense columns of the data; 0 gives one of zeros.
+        layer_norm: ``all`` keeps the LayerNorms that the supernet has, so that the network computes what its slices
+            do; ``attention`` only those behind the two residuals of attention, as the published code trains what it
+            has found.
     """
 
-    def __init__(self, architecture: Architecture, space: Space, fields: int, dense: int) -> None:
+    def __init__(
+        self, architecture: Architecture, space: Space, fields: int, dense: int, layer_norm: str = "all"
+    ) -> None:
         super().__init__()
         self.blocks = canonical(architecture).blocks
         self.key = key(architecture)
         self.flops = network_cost(architecture, space, dense, fields).total.flops
         self.width, self.fields = space.width, fields
         layout = Layout(space, max(1, dense), fields)
-        parts = slices_of(self.blocks, layout)
+        parts = slices_of(self.blocks, layout, layer_norm)
         self.weights = nn.ParameterDict({n: nn.Parameter(initial(p)) for n, p in parts.items()})
 
     def forward(self, u: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:

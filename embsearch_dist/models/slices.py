@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -105,6 +105,11 @@ class Layout:
         """Ns of the widest block, without merged tokens."""
         return max(self.space.sparse_widths)
 
+    def exit_of(self, depth: int) -> int:
+        """The place of a network's head among those of all depths: the deepest first. What has fewer blocks than any
+        searched network (a canonical form, where some are dead) shares the head of the shallowest."""
+        return self.space.blocks - max(depth, self.space.depths[0])
+
     def dense_range(self, source: int, blocks: Sequence[Block | None]) -> Range:
         """The columns a source's dense output takes in the supernet's weights."""
         if source == 0:
@@ -125,30 +130,42 @@ class Layout:
         return start + skipped, start + self.space.tokens + own.sparse_width
 
 
-def slices_of(blocks: Sequence[Block | None], layout: Layout) -> dict[str, Slice]:
+def slices_of(blocks: Sequence[Block | None], layout: Layout, layer_norm: str = "all") -> dict[str, Slice]:
     """Name -> slice of every weight that a network uses.
 
     Args:
         blocks: pruned, in their places (:func:`embsearch_dist.architecture.canonical.prune`); None for a dead one.
+        layer_norm: ``all``, or ``attention``: of the LayerNorms those behind attention's residuals alone.
     """
     found: dict[str, Slice] = {}
     for number, block in enumerate(blocks, 1):
         if block is not None:
             for name, part in _block_slices(block, blocks, layout).items():
-                found[f"block{number}_{name}"] = part
-    last, width = _block(blocks, len(blocks)), layout.space.width
+                if layer_norm == "all" or not _is_left_out(name):
+                    found[f"block{number}_{name}"] = part
+    return found | _head_slices(_block(blocks, len(blocks)), layout.exit_of(len(blocks)), layout)
+
+
+def _head_slices(last: Block, place: int, layout: Layout) -> dict[str, Slice]:
+    """Of the head behind a network's last block; ``place`` is its row among the heads of all depths."""
+    width = layout.space.width
     first = 0 if last.dense_to_sparse else layout.space.tokens
     read = (first, layout.space.tokens + last.sparse_width)
     bound = math.sqrt(6.0 / (last.dense_width + width * (read[1] - read[0]) + 1))
-    found["head_dense"] = Slice((0, 1), ((0, last.dense_width),), bound)
-    found["head_sparse"] = Slice((0, width), (read,), bound)
-    found["head_bias"] = Slice((0, 1))
-    return found
+    return {
+        "head_dense": Slice((place, place + 1), ((0, last.dense_width),), bound),
+        "head_sparse": Slice((place * width, (place + 1) * width), (read,), bound),
+        "head_bias": Slice((place, place + 1)),
+    }
 
 
 def whole(layout: Layout) -> dict[str, Slice]:
-    """Every weight of the supernet: what the network with everything in it uses."""
-    return slices_of(full(layout.space).blocks, layout)
+    """Every weight of the supernet: what the network with everything in it uses, and a head for every other depth."""
+    blocks = full(layout.space).blocks
+    heads = [_head_slices(blocks[-1], layout.exit_of(depth), layout) for depth in layout.space.depths]
+    bounds = heads[0]
+    joined = {n: replace(merged([h[n] for h in heads]), bound=bounds[n].bound) for n in bounds}
+    return slices_of(blocks, layout) | joined
 
 
 def merged(parts: Sequence[Slice]) -> Slice:
@@ -205,6 +222,11 @@ def _block_slices(block: Block, blocks: Sequence[Block | None], layout: Layout) 
     if block.fm:
         found |= _linear("fm", dense, ((0, width),)) | _norm("fm", dense)
     return found
+
+
+def _is_left_out(name: str) -> bool:
+    """Whether a weight belongs to a LayerNorm that the published code switches off in final training."""
+    return name.endswith(("_scale", "_shift")) and not name.startswith("residual")
 
 
 def _linear(name: str, outputs: int, columns: tuple[Range, ...]) -> dict[str, Slice]:

@@ -296,6 +296,7 @@ class Checkpointer:
         other = "" if manifest.same_spread(old, new) else f" (made with {manifest.spread(old)})"
         tensors = self._tensors(optimizers)
         reader = dcp.FileSystemReader(directory / "data")
+        self._check_weights(directory, reader, tensors["head"])
         try:
             dcp.load(tensors, storage_reader=reader, process_group=self.context.group)
         except (CheckpointException, ValueError) as e:
@@ -308,6 +309,16 @@ class Checkpointer:
         if other and optimizers:
             self.say(f"{directory} goes on with {manifest.spread(new)}{other}: sums may differ in the last digits")
         return read_json(directory / "state.json")
+
+    def _check_weights(self, directory: Path, reader: dcp.FileSystemReader, own: dict[str, Any]) -> None:
+        """Refuse weights that this model has no place for: torch would leave them out without a word."""
+        saved = {n.removeprefix("head.") for n in reader.read_metadata().state_dict_metadata if n.startswith("head.")}
+        if more := sorted(saved - set(own)):
+            raise UserError(
+                f"checkpoint {directory} is of another model: it also has {', '.join(more[:3])} ({len(more)} weights "
+                "that this one lacks). Put the model.* settings back that it was trained with (a NASRec network with "
+                "all its LayerNorms needs --model.layer_norm all)"
+            )
 
     def _facts(self, step: int) -> dict[str, Any]:
         return manifest.facts_of(step, self.context.world_size, self.model.sharded.kinds, self.schema, self.settings)

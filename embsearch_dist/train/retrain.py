@@ -40,6 +40,8 @@ class SubnetTask:
         backbone = self.model.bare_head.backbone
         if isinstance(backbone, ArchitectureNetwork):
             model["model.architecture"] = backbone.key
+        else:
+            del model["model.layer_norm"]  # nothing reads it
         self.settings = {**model, "widths": allocation.widths}
 
     def loss(self, batch: Batch, step: int) -> torch.Tensor:
@@ -69,13 +71,15 @@ def retrain(
     config: Config,
     allocation: Allocation,
     training: BatchStream,
-    validation: BatchStream,
+    validation: BatchStream | None,
     context: Context,
     directory: Path,
     quiet: bool = False,
     begin: Callable[[SubnetTask], None] = lambda task: None,
 ) -> SubnetTask:
     """Train to the early stop and return the task with its best weights; continues if it was stopped.
+
+    Without ``validation`` nothing is evaluated, and the last weights count.
 
     ``begin`` may set initial values; a checkpoint that is there replaces them.
     """

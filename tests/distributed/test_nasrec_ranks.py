@@ -26,6 +26,8 @@ from tests.factories import one_rank, open_run, prepared, rank_context, recorded
 from tests.ranks import run_ranks
 from tests.unit.test_nasrec_scoring import NASREC, SPACE, OnlySupernet
 
+# What a search does before its first generation must not depend on ranks, either.
+START = ["search.prefilter.proxies=[snip,zico,jacob_cov]", "search.prefilter.sample=8", "search.prefilter.rows=64"]
 STEPS = 12
 OWN_STEPS = 8
 SPREAD = ["dist.sharding=row_wise", "dist.tables.left=table_wise"]
@@ -78,7 +80,7 @@ def train_and_search(rank: int, world_size: int, data: str, folder: str) -> dict
             run_stages(OnlySupernet(), run)
         own = digest(kept[0])  # as training left it on this rank, before anything is loaded
         found[case] = {"trained": own, "kinds": kept[0].model.sharded.kinds, "loaded": digest(load_supernet(run))}
-    config = small_config(data, f"{folder}/searched-by-two", *NASREC, *CASES["one"], method="nasrec")
+    config = small_config(data, f"{folder}/searched-by-two", *NASREC, *START, *CASES["one"], method="nasrec")
     run_stages(NASRec(), open_run(config, context))
     return found
 
@@ -176,7 +178,7 @@ def test_ranks_with_architectures_of_their_own_average_their_gradients(
 
 def test_two_ranks_search_as_one(both: tuple[Path, list[Any]], data: str) -> None:
     folder = both[0]
-    config = small_config(data, folder / "searched-by-one", *NASREC, *CASES["one"], method="nasrec")
+    config = small_config(data, folder / "searched-by-one", *NASREC, *START, *CASES["one"], method="nasrec")
     run_stages(NASRec(), open_run(config, one_rank()))
     one, two = (json.loads((folder / f"searched-by-{n}" / "evolution.json").read_text()) for n in ("one", "two"))
     assert [c["key"] for c in two["seen"]] == [c["key"] for c in one["seen"]]
@@ -189,6 +191,8 @@ def test_two_ranks_search_as_one(both: tuple[Path, list[Any]], data: str) -> Non
     assert (one["population"], one["generation"]) == (two["population"], two["generation"])
     files = [json.loads((folder / f"searched-by-{n}" / "architecture.json").read_text()) for n in ("one", "two")]
     assert files[0]["blocks"] == files[1]["blocks"]
+    kept = [json.loads((folder / f"searched-by-{n}" / "prefilter.json").read_text())["kept"] for n in ("one", "two")]
+    assert [c["key"] for c in kept[0]] == [c["key"] for c in kept[1]] == [c["key"] for c in one["seen"][:2]]
 
 
 def search_without_dense_columns(rank: int, world_size: int, data: str, directory: str) -> list[float]:

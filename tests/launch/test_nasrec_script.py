@@ -89,7 +89,7 @@ def test_from_search_to_report(data: Path, tmp_path: Path, run_script: Callable)
     own = run / "retrain" / "nasrec"
     assert f"-> {own}" in done.stdout
     result = json.loads((own / "evaluation.json").read_text())
-    cost = network_cost(architecture, space, n_dense=1, fields=4).total
+    cost = network_cost(architecture, space, n_dense=1, fields=4, layer_norm="attention").total
     assert (result["name"], result["backbone"], result["split"]) == ("nasrec", "nasrec", "test")
     assert (result["dense_parameters"], result["flops_per_sample"]) == (cost.parameters, cost.flops)
     assert set(result["widths"].values()) == {8}
@@ -205,7 +205,7 @@ def test_a_mixed_allocation_behind_the_architecture(run: Path, run_script: Calla
     own = run / "retrain" / "mixed"
     result = json.loads((own / "evaluation.json").read_text())
     architecture, space = load_architecture(run / "architecture.json")
-    cost = network_cost(architecture, space, n_dense=1, fields=3).total  # one field is dropped
+    cost = network_cost(architecture, space, 1, fields=3, layer_norm="attention").total  # one field is dropped
     assert (result["widths"], result["backbone"]) == (MIXED, "nasrec")
     assert result["embedding_parameters"] == Allocation(schema, MIXED).total("parameters")
     maps = sum(w * 8 for w in (4, 2, 8)), 3 * 8  # to the width of the space, with a bias for each width
@@ -237,7 +237,7 @@ def test_another_architecture_under_another_name(run: Path, run_script: Callable
     own = run / "retrain" / "second"
     result = json.loads((own / "evaluation.json").read_text())
     architecture, space = load_architecture(second)
-    cost = network_cost(architecture, space, n_dense=1, fields=4).total
+    cost = network_cost(architecture, space, n_dense=1, fields=4, layer_norm="attention").total
     assert (result["name"], result["dense_parameters"]) == ("second", cost.parameters)
     kept = load_architecture(own / "architecture.json")[0]
     assert key(kept) == key(architecture) != key(load_architecture(run / "architecture.json")[0])

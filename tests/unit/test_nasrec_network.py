@@ -97,6 +97,10 @@ def test_costs_are_those_of_the_network() -> None:
         parts = network_cost(architecture, SPACE, COLUMNS, FIELDS)
         cost = parts.total
         assert cost.parameters == sum(p.numel() for p in alone.parameters())
+        without = ArchitectureNetwork(architecture, SPACE, FIELDS, COLUMNS, "attention")
+        left = network_cost(architecture, SPACE, COLUMNS, FIELDS, "attention").total
+        assert left.parameters == sum(p.numel() for p in without.parameters()) < cost.parameters
+        assert left.flops == cost.flops == without.flops
         plain = sdpa_kernel(SDPBackend.MATH)
         with FlopCounterMode(display=False) as counter, torch.no_grad(), plain, pytest.MonkeyPatch.context() as patch:
             # The counter knows torch's products of matrices, so neither oneDNN's, nor a fused or our own attention, nor

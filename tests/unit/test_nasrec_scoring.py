@@ -21,13 +21,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from embsearch_dist.architecture.architecture import Architecture
 from embsearch_dist.architecture.canonical import key, prune
-from embsearch_dist.architecture.cost import network_cost
+from embsearch_dist.architecture.cost import network_cost, operator_costs
 from embsearch_dist.architecture.sampling import SCHEMES, draw
 from embsearch_dist.architecture.space import Space
 from embsearch_dist.architecture.space import load as load_architecture
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import Method, Run, Stage, run_stages
 from embsearch_dist.methods.nasrec.config import NASRecConfig
+from embsearch_dist.methods.nasrec.latency import PARTS, LatencyTable
 from embsearch_dist.methods.nasrec.method import NASRec
 from embsearch_dist.methods.nasrec.scoring import Scorer
 from embsearch_dist.methods.nasrec.supernet import SupernetStage, load_supernet
@@ -64,6 +65,7 @@ NASREC = [
     "search.evolution.children=2",
     "search.evolution.keep=3",
 ]
+SEEN = "search.scoring.held_out=false"
 ARCHITECTURES = [draw(SPACE, SCHEMES[0], np.random.default_rng(seed)) for seed in range(6)]
 
 
@@ -138,7 +140,7 @@ def loss_of(masked: MaskedNetwork, architecture: Architecture, rows: Sequence[to
 
 @pytest.mark.parametrize("rows", [0, 150])
 def test_without_tuning_a_score_is_the_loss_of_the_supernets_predictions(data: Path, trained: Path, rows: int) -> None:
-    found = scorer(data, trained, "search.scoring.tune_steps=0", f"search.scoring.rows={rows}")
+    found = scorer(data, trained, SEEN, "search.scoring.tune_steps=0", f"search.scoring.rows={rows}")
     run = nasrec_run(data, trained)
     task = load_supernet(run)
     validation = run.stream("validation", 150, shuffle=False)
@@ -156,10 +158,10 @@ def test_without_tuning_a_score_is_the_loss_of_the_supernets_predictions(data: P
 def test_tuning_is_adagrad_on_the_head(data: Path, trained: Path, tune_rows: int, steps: int, batch: int) -> None:
     """Over more steps than there are batches, in one step, and where a batch would be more than there is."""
     own = [f"search.scoring.tune_rows={tune_rows}", f"search.scoring.tune_steps={steps}"]
-    found = scorer(data, trained, *own, f"search.scoring.tune_batch={batch}", "search.scoring.tune_lr=0.3")
+    found = scorer(data, trained, SEEN, *own, f"search.scoring.tune_batch={batch}", "search.scoring.tune_lr=0.3")
     run = nasrec_run(data, trained)
     tuning, validation = rows_of(run, "train", tune_rows), rows_of(run, "validation", 300)
-    plain = scorer(data, trained, "search.scoring.tune_steps=0")
+    plain = scorer(data, trained, SEEN, "search.scoring.tune_steps=0")
     for architecture in ARCHITECTURES[:3]:
         masked = slowly_tuned(run, architecture, tuning, steps, min(batch, tune_rows), 0.3)
         expected = loss_of(masked, architecture, validation)
@@ -170,7 +172,7 @@ def test_tuning_is_adagrad_on_the_head(data: Path, trained: Path, tune_rows: int
 def test_tuning_lowers_the_loss_on_its_own_rows(data: Path, trained: Path) -> None:
     run = nasrec_run(data, trained)
     tuning = rows_of(run, "train", 500)
-    found, plain = scorer(data, trained), scorer(data, trained, "search.scoring.tune_steps=0")
+    found, plain = scorer(data, trained, SEEN), scorer(data, trained, SEEN, "search.scoring.tune_steps=0")
     found.validation = plain.validation = found.tuning  # type: ignore[assignment]
     for architecture in ARCHITECTURES:
         before, after = plain(architecture).logloss, found(architecture).logloss
@@ -179,7 +181,7 @@ def test_tuning_lowers_the_loss_on_its_own_rows(data: Path, trained: Path) -> No
 
 
 def test_rows_are_looked_up_once_and_are_those_of_the_streams(data: Path, trained: Path) -> None:
-    found, run = scorer(data, trained), nasrec_run(data, trained)
+    found, run = scorer(data, trained, SEEN), nasrec_run(data, trained)
     assert found.tuning is not None
     for own, expected in (
         (found.tuning, rows_of(run, "train", 500)),
@@ -208,7 +210,7 @@ def test_a_score_depends_on_its_candidate_alone(data: Path, trained: Path) -> No
 
 
 def test_nothing_of_a_candidate_is_kept(data: Path, trained: Path) -> None:
-    found = scorer(data, trained, "search.evolution.cost=latency")
+    found = scorer(data, trained)
     found(ARCHITECTURES[0])
 
     def tensors() -> list[int]:
@@ -224,12 +226,15 @@ def test_nothing_of_a_candidate_is_kept(data: Path, trained: Path) -> None:
 
 
 def test_costs_stand_beside_the_loss(data: Path, trained: Path) -> None:
-    plain, timed = scorer(data, trained), scorer(data, trained, "search.evolution.cost=latency")
+    weights = dict.fromkeys(PARTS, 0.25), dict.fromkeys((*PARTS, "head"), 0.0)
+    table = LatencyTable({}, "nowhere", 512, 1.0, *weights, error=0.0)
+    plain, timed = scorer(data, trained), Scorer(nasrec_run(data, trained), table)
     for architecture in ARCHITECTURES:
         cost = network_cost(architecture, SPACE, n_dense=1, fields=4).total
         score, other = plain(architecture), timed(architecture)
         assert (score.flops, score.parameters, score.latency) == (cost.flops, cost.parameters, 0.0)
-        assert other.latency > 0
+        parts = sum(len(block) for block in operator_costs(architecture, SPACE, 1, 4))
+        assert other.latency == pytest.approx(1 + 0.25 * parts)
         assert replace(other, latency=0.0) == score
 
 

@@ -294,7 +294,7 @@ def test_the_config_changes_a_named_space() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (SpaceConfig(name="ful"), r"config key search.space.name: 'ful' is none of full, small \(did you mean 'full'"),
+        (SpaceConfig(name="ful"), r"key search.space.name: 'ful' is none of full, small, narrow \(did you mean 'full'"),
         (SpaceConfig(blocks=-1), "config key search.space: space, key blocks: must be"),
         (SpaceConfig(dense_operators=["fc", "gate"]), "config key search.space: .*'gate' is none of fc"),
         (SpaceConfig(dense_widths=[16, 16]), "config key search.space: .*dense_widths: needs"),

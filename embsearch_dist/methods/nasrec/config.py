@@ -8,6 +8,7 @@ from embsearch_dist.architecture.sampling import SCHEMES, SET_SIZES
 from embsearch_dist.architecture.space import SpaceConfig
 from embsearch_dist.config import TrainConfig, one_of, option, require
 
+PROXIES = ("snip", "zico", "jacob_cov")
 STRATEGIES = ("evolution", "random")
 COSTS = ("none", "flops", "parameters", "latency")
 
@@ -31,8 +32,13 @@ class SamplingConfig:
 class ScoringConfig:
     """How a candidate is judged with the supernet's weights (section 4.3, post-training fine-tuning)."""
 
-    rows: int = option(32768, "rows of the validation split whose logloss is the score; 0 = all")
-    tune_rows: int = option(32768, "training rows on whose features the candidate's head is fine-tuned")
+    held_out: bool = option(
+        True,
+        "rows to tune on and to score are drawn from the validation split; false: tune on training rows",
+        before=False,
+    )
+    rows: int = option(32768, "rows whose logloss is the score; 0 = all that are not tuned on")
+    tune_rows: int = option(32768, "rows on whose features a candidate's head is fine-tuned; held out: at most half")
     tune_steps: int = option(500, "steps of fine-tuning; 0 = the head as the supernet left it")
     tune_batch: int = option(512, "rows of such a step")
     tune_lr: float = option(0.04, "its learning rate (Adagrad), falling to zero along a cosine")
@@ -46,6 +52,25 @@ class ScoringConfig:
 
 
 @dataclass
+class PrefilterConfig:
+    """Random networks ranked by zero-cost proxies, from the best of which evolution starts."""
+
+    proxies: list[str] = option([], f"of {', '.join(PROXIES)}: ranked by the mean of their ranks; empty = no prefilter")
+    sample: int = option(128, "random networks that are ranked")
+    keep: float = option(0.25, "upper share from which the first population comes, the best first")
+    rows: int = option(128, "training rows of the one batch they are ranked on")
+
+    def check(self) -> None:
+        for name in self.proxies:
+            one_of("search.prefilter.proxies", name, list(PROXIES))
+        once = len(set(self.proxies)) == len(self.proxies)
+        require(once, "search.prefilter.proxies", f"name each once, got {self.proxies}")
+        require(self.sample >= 2, "search.prefilter.sample", f"must be at least 2, got {self.sample}")
+        require(0 < self.keep <= 1, "search.prefilter.keep", f"must be in (0, 1], got {self.keep}")
+        require(self.rows >= 16, "search.prefilter.rows", f"must be at least 16, got {self.rows}")
+
+
+@dataclass
 class EvolutionConfig:
     """Aging evolution (Real et al. 2019) over scored candidates."""
 
@@ -55,7 +80,7 @@ class EvolutionConfig:
     parents: int = option(64, "drawn from the population; the best of them is the parent")
     children: int = option(8, "mutations of the parent in a generation")
     keep: int = option(15, "best candidates that are left for retraining")
-    cost: str = option("none", "none | flops | parameters | latency (ms of 512 rows here): joins the score")
+    cost: str = option("none", "none | flops | parameters | latency (ms of 512 rows, predicted): joins the score")
     cost_weight: float = option(0.0, "beta of: score = logloss + beta * (cost / cost_target - 1)")
     cost_target: float = option(0.0, "cost at which nothing is added or taken off")
 
@@ -82,6 +107,7 @@ class NASRecConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     supernet: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=1, patience=0))
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    prefilter: PrefilterConfig = field(default_factory=PrefilterConfig)
     evolution: EvolutionConfig = field(default_factory=EvolutionConfig)
 
     def check(self) -> None:
@@ -90,4 +116,5 @@ class NASRecConfig:
         self.sampling.check()
         self.supernet.check("search.supernet")
         self.scoring.check()
+        self.prefilter.check()
         self.evolution.check()

@@ -63,6 +63,7 @@ class Evolution:
         generation: how many generations are done; the random population counts as the first.
         seen: every candidate so far, in the order of proposal.
         population: those that are alive, oldest first, as places in ``seen``.
+        start: networks with their keys that the first population is made of, as far as they go; the rest is random.
     """
 
     def __init__(self, space: Space, config: EvolutionConfig, seed: int) -> None:
@@ -70,6 +71,7 @@ class Evolution:
         self.generation = 0
         self.seen: list[Candidate] = []
         self.population: list[int] = []
+        self.start: Sequence[tuple[Architecture, str]] = ()
 
     @property
     def over(self) -> bool:
@@ -97,8 +99,9 @@ class Evolution:
                     return made, name
             return None
 
-        found: list[tuple[Architecture, str]] = []
-        for _ in range(c.population if first else c.children):
+        found = list(self.start[: c.population]) if first else []
+        known |= {name for _, name in found}
+        for _ in range((c.population if first else c.children) - len(found)):
             # A parent all of whose mutations were seen gives way to a random one, or a small space would stall here.
             proposal = (new(parent) if parent is not None else None) or new(None)
             if proposal is None:

@@ -1,5 +1,8 @@
 """What a candidate is worth: its logloss with the supernet's weights, once its head has been fine-tuned (section 4.3).
 
+Both happen on rows that the supernet has not been trained on, drawn at random over the whole validation split: some to
+tune heads, others to judge. Rows that it has seen would be fitted better by whatever they have been fitted with.
+
 Tables and blocks are frozen, so the embeddings of the rows in question are looked up once for all candidates, and a
 candidate's features once for all steps of its fine-tuning.
 """
@@ -7,10 +10,10 @@ candidate's features once for all steps of its fine-tuning.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -20,14 +23,15 @@ from embsearch_dist.architecture.cost import network_cost
 from embsearch_dist.dist.context import Context
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import Run
-from embsearch_dist.methods.nasrec.config import NASRecConfig
+from embsearch_dist.methods.nasrec.config import NASRecConfig, ScoringConfig
+from embsearch_dist.methods.nasrec.latency import LatencyTable
 from embsearch_dist.methods.nasrec.supernet import load_supernet
-from embsearch_dist.models.network import Weights, features, head
+from embsearch_dist.models.network import Weights, features
 from embsearch_dist.models.sliced import Blocks
 
 CHUNK = 4096  # rows whose features are made at once: on a CPU, where they should stay in its cache
 DEVICE_CHUNK = 16384  # and on a GPU, which waits for its host with fewer
-LATENCY_ROWS = 512
+_STREAM = 0x524F5753  # keeps the draw of rows apart from others that start from the seed
 EPS = 1e-2  # of the fine-tuning's Adagrad, as in the published scripts
 
 
@@ -39,6 +43,10 @@ class Rows:
     u: torch.Tensor
     label: torch.Tensor
 
+    def part(self, which: slice) -> Rows:
+        """Some of the rows, views of these."""
+        return Rows(self.dense[which], self.u[which], self.label[which])
+
 
 @dataclass(frozen=True)
 class Score:
@@ -48,7 +56,7 @@ class Score:
         logloss: on the validation rows.
         flops: of the dense part, for one row.
         parameters: of the dense part.
-        latency: ms of a forward pass of 512 rows on this device; 0 when it was not asked for.
+        latency: predicted ms of a forward pass of 512 rows (:class:`LatencyTable`); 0 when it was not asked for.
     """
 
     logloss: float
@@ -57,23 +65,70 @@ class Score:
     latency: float = 0.0
 
 
+def held_out_sizes(rows: int, config: ScoringConfig) -> tuple[int, int]:
+    """How many of the validation split's ``rows`` heads are tuned on, and how many others are scored.
+
+    Raises:
+        UserError: the split has too few.
+    """
+    tune = min(config.tune_rows, rows // 2) if config.tune_steps else 0
+    score = min(config.rows or rows, rows - tune)
+    if not score or (config.tune_steps and not tune):
+        raise UserError(
+            f"the validation split has {rows} row(s), too few to tune heads on some and score others. Give it more, or "
+            "set --search.scoring.tune_steps 0"
+        )
+    return tune, score
+
+
 class Scorer:
     """Scores any number of candidates on the same rows; each rank may score others.
+
+    Args:
+        latency: what predicts their times; None: they have none.
 
     Raises:
         UserError: the supernet is missing or damaged, or a split has no rows.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, latency: LatencyTable | None = None) -> None:
         search: NASRecConfig = run.config.search
         self.config, self.context = search.scoring, run.context
-        self.with_latency = search.evolution.cost == "latency"
+        self.latency = latency
         self.task = load_supernet(run)
         self.network, self.space = self.task.model.head, self.task.space
         self.columns, self.fields = len(run.schema.dense), len(run.schema.fields)
         batch = search.supernet.eval_batch_size
-        self.tuning = self._look_up(run, "train", batch, self.config.tune_rows) if self.config.tune_steps else None
+        self.tuning: Rows | None = None
+        if self.config.held_out:
+            self.tuning, self.validation = self._held_out(run, batch)
+            return
+        if self.config.tune_steps:
+            self.tuning = self._look_up(run, "train", batch, self.config.tune_rows)
         self.validation = self._look_up(run, "validation", batch, self.config.rows)
+
+    @torch.no_grad()
+    def _held_out(self, run: Run, batch_size: int) -> tuple[Rows | None, Rows]:
+        """Rows of the validation split to tune on and others to score, in the order in which they were drawn."""
+        stream = run.stream("validation", batch_size, shuffle=False)
+        tune, score = held_out_sizes(stream.rows, self.config)
+        drawn = np.random.default_rng([_STREAM, run.config.run.seed]).permutation(stream.rows)[: tune + score]
+        places = np.full(stream.rows, -1)
+        places[drawn] = np.arange(len(drawn))
+        parts: list[tuple[torch.Tensor, ...]] = []
+        for number, batch in enumerate(stream.epoch(0)):
+            b = batch.to(self.context.device)
+            spots, u = places[slice(*stream.share(number))], self.task.model.embed(b)
+            own = torch.from_numpy(np.flatnonzero(spots >= 0)).to(b.label.device)  # found here: no device waits for it
+            drawn_here = torch.from_numpy(spots[spots >= 0]).to(b.label.device)
+            parts.append((b.dense[own], u[own], b.label[own], drawn_here))
+        columns = parts[0][0].shape[1]
+        dense, *others = (torch.cat(p) for p in zip(*parts, strict=True))
+        u, label, place = (all_rows(x, self.context) for x in others)
+        dense = all_rows(dense, self.context) if columns else u.new_zeros(len(label), 0)
+        order = torch.argsort(place)  # ranks have read other rows; every number of them has drawn the same
+        rows = Rows(dense[order], u[order], label[order])
+        return rows.part(slice(tune)) if tune else None, rows.part(slice(tune, None))
 
     @torch.no_grad()
     def _look_up(self, run: Run, split: str, batch_size: int, rows: int) -> Rows:
@@ -82,8 +137,8 @@ class Scorer:
         for batch in run.stream(split, batch_size, shuffle=split == "train").epoch(0):
             b = batch.to(self.context.device)
             u = self.task.model.embed(b)
-            u, label = _all(u, self.context), _all(b.label, self.context)
-            dense = _all(b.dense, self.context) if b.dense.shape[1] else u.new_zeros(len(label), 0)
+            u, label = all_rows(u, self.context), all_rows(b.label, self.context)
+            dense = all_rows(b.dense, self.context) if b.dense.shape[1] else u.new_zeros(len(label), 0)
             parts.append((dense, u, label))
             found += len(label)
             if rows and found >= rows:
@@ -92,6 +147,14 @@ class Scorer:
             raise UserError(f"the {split} split has no rows to score candidates on")
         dense, u, label = (torch.cat(p)[: rows or None] for p in zip(*parts, strict=True))
         return Rows(dense, u.contiguous(), label)
+
+    def rows_in_words(self) -> str:
+        """Which rows candidates are tuned on and judged by, for the log."""
+        score, tune = len(self.validation.label), 0 if self.tuning is None else len(self.tuning.label)
+        drawn = ", drawn at random" if self.config.held_out else ", the first ones"
+        where = "others of that split" if self.config.held_out else "rows of the training split"
+        heads = f"heads are tuned on {tune:,} {where}" if tune else "heads stay as the supernet left them"
+        return f"candidates are scored on {score:,} rows of the validation split{drawn}; {heads}"
 
     @torch.no_grad()
     def __call__(self, architecture: Architecture) -> Score:
@@ -111,7 +174,8 @@ class Scorer:
                 "Train it again with a lower --optim.dense_lr or a --optim.clip_norm, in another --run.dir"
             )
         cost = network_cost(architecture, self.space, self.columns, self.fields).total
-        latency = self._latency(blocks) if self.with_latency else 0.0
+        table, data = self.latency, (self.columns, self.fields)
+        latency = table.predict(architecture, self.space, *data) if table is not None else 0.0
         return Score(total / len(self.validation.label), cost.flops, cost.parameters, latency)
 
     def _features(self, blocks: Blocks, weights: Weights, rows: Rows) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -140,25 +204,9 @@ class Scorer:
             sums.addcmul_(g, g)
             weight.addcdiv_(g, sums.sqrt().add_(EPS), value=-lr)
 
-    def _latency(self, blocks: Blocks) -> float:
-        rows = self.validation
-        dense, u = rows.dense[:LATENCY_ROWS], rows.u[:LATENCY_ROWS]
-        # Cut out beforehand: a network of its own has its weights at hand.
-        weights, tokens = self.network.copies(blocks), u.transpose(1, 2)
-        best = math.inf
-        for _ in range(5):
-            if u.is_cuda:
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            head(weights, *features(blocks, weights, dense, tokens))
-            if u.is_cuda:
-                torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - started)
-        return best * 1000
 
-
-def _all(tensor: torch.Tensor, context: Context) -> torch.Tensor:
-    """The rows of all ranks in rank order, which is stored order."""
+def all_rows(tensor: torch.Tensor, context: Context) -> torch.Tensor:
+    """The rows of all ranks, in rank order; of tensors with something in a row."""
     if context.world_size == 1:
         return tensor
     return context.gather(tensor.reshape(-1)).view(-1, *tensor.shape[1:])

@@ -13,6 +13,8 @@ from embsearch_dist.architecture.architecture import Architecture
 from embsearch_dist.methods.base import Run, Stage, flatten
 from embsearch_dist.methods.nasrec.config import NASRecConfig
 from embsearch_dist.methods.nasrec.evolution import Candidate, Evolution
+from embsearch_dist.methods.nasrec.latency import FILE, table_of
+from embsearch_dist.methods.nasrec.prefilter import prefilter
 from embsearch_dist.methods.nasrec.scoring import Score, Scorer
 from embsearch_dist.methods.nasrec.supernet import SupernetStage
 from embsearch_dist.schema import read_json, write_json
@@ -32,6 +34,7 @@ class EvolutionStage(Stage):
     def inputs(self, run: Run) -> dict[str, Any]:
         search: NASRecConfig = run.config.search
         own = {"search.name": search.name, "search.scoring": search.scoring, "search.evolution": search.evolution}
+        own |= {"search.prefilter": search.prefilter}
         return {**SupernetStage().inputs(run), **own}
 
     def run(self, run: Run) -> None:
@@ -52,13 +55,22 @@ class EvolutionStage(Stage):
         """What a search under way depends on."""
         search: NASRecConfig = run.config.search
         own = {"scoring": dataclasses.asdict(search.scoring), "evolution": dataclasses.asdict(search.evolution)}
+        if search.prefilter.proxies:
+            own["prefilter"] = dataclasses.asdict(search.prefilter)
         supernet = json.dumps(flatten(SupernetStage().inputs(run)), sort_keys=True, default=str)
         return {**own, "space": search.space.make().to_json(), "supernet": supernet}
 
     def _search(self, run: Run, evolution: Evolution, monitor: Monitor, signature: dict[str, Any]) -> None:
         if evolution.over:
             return
-        scorer, c = Scorer(run), evolution.config
+        c = evolution.config
+        table = table_of(run, evolution.space, evolution.generation > 0) if c.cost == "latency" else None
+        if table is not None:
+            monitor.say(f"latencies are predicted within {table.error:.0%} (median; {FILE}, {table.where})")
+        if not evolution.generation and run.config.search.prefilter.proxies:
+            evolution.start = prefilter(run, evolution.space, monitor)
+        scorer = Scorer(run, table)
+        monitor.say(scorer.rows_in_words())
         total = c.population + c.generations * c.children
         with monitor.progress(total, "candidates", initial=len(evolution.seen)) as bar:
             while not evolution.over:

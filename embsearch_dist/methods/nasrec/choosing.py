@@ -1,0 +1,180 @@
+"""The best candidates of a search, each trained alone, and the one that validation chooses (section 4.3).
+
+A score orders candidates; it is not what they reach. So the published recipe trains the 15 best, compares them on
+validation rows and trains the winner again on training and validation rows. The test split is
+read once, by the winner.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from embsearch_dist.allocation import Allocation
+from embsearch_dist.architecture.architecture import read_architecture
+from embsearch_dist.config import Config
+from embsearch_dist.errors import UserError
+from embsearch_dist.methods.base import Run
+from embsearch_dist.schema import Schema, read_json, write_json
+from embsearch_dist.train.retrain import evaluate_model, load_best, retrain
+
+CHOICE = "choice.json"
+VALIDATION = "evaluation-validation.json"
+OpenDirectory = Callable[[Config, Schema, Allocation, Path], None]
+
+
+def candidate_files(run_dir: Path, count: int) -> list[Path]:
+    """The architectures of ranks 1 to ``count`` that a search has kept.
+
+    Raises:
+        UserError: it has kept fewer, or the run directory is of no such search.
+    """
+    if count < 1:
+        raise UserError(f"--best {count}: give the number of candidates to train, at least 1")
+    files = [run_dir / "architectures" / f"rank-{k}.json" for k in range(1, count + 1)]
+    there = sum(f.exists() for f in files)
+    if there < count:
+        raise UserError(
+            f"--best {count}: {run_dir} holds {there} of the architectures rank-1.json to rank-{count}.json. "
+            f"Give fewer, or search for networks with --search.evolution.keep {count}"
+        )
+    return files
+
+
+def train_best(
+    run: Run,
+    allocation: Allocation,
+    files: Sequence[Path],
+    directory: Path,
+    open_directory: OpenDirectory,
+    refit: bool,
+) -> dict[str, Any]:
+    """Train every candidate in a directory of its own, choose, and leave the winner in ``directory``; its evaluation
+    on the test split.
+
+    A candidate is trained in ``directory`` with ``-rank-K`` behind its name, as ``retrain.py`` would, and continues if
+    it was stopped. ``directory`` becomes the winner's: a copy of its training, or with ``refit`` a training of its own
+    on training and validation rows, for the steps after which validation was best. ``choice.json`` there says why.
+
+    Args:
+        run: its config is that of the candidates but for ``model.architecture`` and ``run.dir``.
+        files: their architectures, best first.
+        open_directory: opens a training's directory, on one rank.
+
+    Raises:
+        UserError: a directory holds another training, or what training raises.
+    """
+    context, found = run.context, []
+    for rank, file in enumerate(files, 1):
+        own = directory.with_name(_name(directory.name, rank))
+        if context.rank == 0:
+            print(f"candidate {rank} of {len(files)} -> {own}", flush=True)
+        found.append(_candidate(_run_of(run, file, own), allocation, rank, open_directory))
+        gc.collect()  # what DDP and TorchRec build refers to itself, and would stay beside the next one
+    best = found[chosen([c["logloss"] for c in found])]
+    winner = directory.with_name(best["name"])
+    final = _run_of(run, files[best["rank"] - 1], directory)
+    steps = int(best["best_step"])
+    if refit:
+        final.config.train = dataclasses.replace(final.config.train, steps=steps, patience=0, evals_per_epoch=1)
+    choice = {
+        "by": "logloss on the validation split",
+        "chosen": best["name"],
+        "why": reason(found, best),
+        "refit": {"rows": "training and validation", "steps": steps} if refit else None,
+        "candidates": found,
+    }
+    if context.rank == 0:
+        print(choice["why"], flush=True)
+    if refit:
+        task = _refit(final, allocation, open_directory)
+    else:
+        context.first(
+            "opening the winner's directory", lambda: open_directory(final.config, run.schema, allocation, directory)
+        )
+        context.first("copying the winner", lambda: _copy(winner, directory))
+        task = load_best(final.config, allocation, context, directory)
+    context.first("writing the choice", lambda: write_json(directory / CHOICE, choice))
+    test = final.stream("test", final.config.train.eval_batch_size, shuffle=False)
+    result = evaluate_model(task, test, "test", context, final.config, directory.name, allocation)
+    context.first("writing evaluation.json", lambda: write_json(directory / "evaluation.json", result))
+    return result
+
+
+def chosen(loglosses: Sequence[float]) -> int:
+    """The place of the least; the first one of equal ones, which the search held for better."""
+    return min(range(len(loglosses)), key=lambda k: (loglosses[k], k))
+
+
+def reason(found: Sequence[dict[str, Any]], best: dict[str, Any]) -> str:
+    """One sentence that says what speaks for the winner."""
+    text = f"{best['name']} has the least validation logloss, {best['logloss']:.5f} after {best['best_step']:,} steps"
+    others = sorted((c["logloss"], c["rank"], c["name"]) for c in found if c is not best)
+    if not others:
+        return f"{text}; it was the only candidate"
+    return f"{text}; next comes {others[0][2]} with {others[0][0]:.5f} (of {len(found)} candidates)"
+
+
+def _name(name: str, rank: int) -> str:
+    """Of a candidate's directory: a seed stays last, where the report looks for it."""
+    base, seed, number = name.rpartition("-seed")
+    return f"{base}-rank-{rank}-seed{number}" if seed and number.isdigit() else f"{name}-rank-{rank}"
+
+
+def _run_of(run: Run, file: Path, directory: Path) -> Run:
+    config = copy.deepcopy(run.config)
+    config.model.architecture, config.run.dir = str(file), str(directory)
+    return Run(config, run.schema, run.context)
+
+
+def _candidate(run: Run, allocation: Allocation, rank: int, open_directory: OpenDirectory) -> dict[str, Any]:
+    """Train one and measure it on the validation split."""
+    config, context, own = run.config, run.context, run.dir
+    context.first("opening a candidate's directory", lambda: open_directory(config, run.schema, allocation, own))
+    training = run.stream("train", config.train.batch_size, shuffle=True)
+    validation = run.stream("validation", config.train.eval_batch_size, shuffle=False)
+    task = retrain(config, allocation, training, validation, context, own)
+    result = evaluate_model(task, validation, "validation", context, config, own.name, allocation)
+    context.first("writing the evaluation", lambda: write_json(own / VALIDATION, result))
+    with context.together("reading what training left"):
+        trained = read_json(own / "training.json")
+        score = read_architecture(config.model.architecture).get("provenance", {})
+    figures = {k: result[k] for k in ("logloss", "auc", "dense_parameters", "flops_per_sample")}
+    steps = {"steps": trained["steps"], "best_step": trained["best_step"] or trained["steps"]}
+    return {"name": own.name, "rank": rank, "score": score.get("logloss"), **figures, **steps}
+
+
+def _refit(run: Run, allocation: Allocation, open_directory: OpenDirectory) -> Any:
+    """A training on both splits, without anything to stop it before its last step."""
+    config, context, own = run.config, run.context, run.dir
+    training = run.stream("train", config.train.batch_size, shuffle=True)
+    training.extend(run.stream("validation", config.train.batch_size, shuffle=True))
+    config.train.epochs = math.ceil(config.train.steps / training.batches_per_epoch)
+    context.first("opening the winner's directory", lambda: open_directory(config, run.schema, allocation, own))
+    return retrain(config, allocation, training, None, context, own)
+
+
+def _copy(winner: Path, directory: Path) -> None:
+    """The winner's training as ``directory``'s own: files of checkpoints are the same ones on the disk if it allows."""
+    for name in ("training.json", "metrics.jsonl"):
+        shutil.copy(winner / name, directory / name)
+    target, partial = directory / "checkpoints", directory / "checkpoints.partial"
+    if target.exists():
+        return
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(winner / "checkpoints", partial, copy_function=_link)
+    partial.rename(target)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -1,0 +1,188 @@
+"""What retrain.py trains: what was found, uniform widths beside it, the best of several networks, a model a group."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from embsearch_dist.allocation import Allocation
+from embsearch_dist.config import Config
+from embsearch_dist.dist.context import Context
+from embsearch_dist.errors import UserError
+from embsearch_dist.grouped import GroupedAllocation
+from embsearch_dist.methods.base import Run
+from embsearch_dist.methods.fallback import Trained, bracket, choose, predictions, uniform_like, widest_within
+from embsearch_dist.methods.ihas.retraining import retrain_groups
+from embsearch_dist.methods.nasrec.choosing import candidate_files, train_best
+from embsearch_dist.schema import Schema, write_json
+from embsearch_dist.train.retrain import SubnetTask, evaluate_model, retrain
+from launch.common import open_retraining, open_search, read_result
+
+BRACKET = "bracket"
+Found = Allocation | GroupedAllocation
+Results = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the command line asks to be trained.
+
+    Attributes:
+        allocation: a file, ``ues-WIDTH``, ``bracket`` or empty.
+        name: of the result; empty: from the allocation.
+        or_uniform: the uniform width of the budget beside it, and a choice.
+        best: so many networks of the search; 0: none but the first.
+        refit: the winner of them once more, on training and validation rows.
+    """
+
+    allocation: str
+    name: str
+    or_uniform: bool
+    best: int
+    refit: bool
+
+    @classmethod
+    def of(cls, plain: Mapping[str, str], overrides: Sequence[str]) -> Wish:
+        """Raises:
+        UserError: options that cannot go together, or no number behind ``--best``.
+        """
+        wish = cls(
+            plain.get("allocation", ""),
+            plain.get("name", ""),
+            "or-uniform" in plain,
+            _best_of(plain, overrides),
+            "refit" in plain,
+        )
+        around = wish.allocation == BRACKET
+        if wish.or_uniform and around:
+            raise UserError(
+                f"--or-uniform compares what was found with a uniform width; leave --allocation {BRACKET} out"
+            )
+        if around and wish.name:
+            raise UserError(f"--allocation {BRACKET} names its results ues-WIDTH; leave --name out")
+        if wish.best and (around or wish.or_uniform):
+            raise UserError(
+                "--best compares networks and --or-uniform or --allocation bracket widths; give one of them"
+            )
+        return wish
+
+
+def _best_of(plain: Mapping[str, str], overrides: Sequence[str]) -> int:
+    if "best" not in plain:
+        if "refit" in plain:
+            raise UserError("--refit trains the winner of --best K once more; give both")
+        return 0
+    if any(o.startswith(("model.architecture=", "model.backbone=")) for o in overrides):
+        raise UserError("--best trains the networks that the search kept; leave out --model.architecture and backbone")
+    if not plain["best"].isdigit() or plain["best"] == "0":
+        raise UserError(f"--best {plain['best']}: give how many of the search's best networks to train, at least 1")
+    return int(plain["best"])
+
+
+def read_wish(wish: Wish, config: Config, run_dir: Path, schema: Schema) -> tuple[str, Found]:
+    """Name and widths of what is trained.
+
+    Raises:
+        UserError: nothing was found yet, or groups of models where the wish is for one.
+    """
+    text = wish.allocation or config.model.allocation
+    name, found = read_result("" if wish.allocation == BRACKET else text, run_dir, schema)
+    if isinstance(found, GroupedAllocation):
+        if wish.best:
+            raise UserError("--best: groups of rows have widths of their own, and no network. Leave it out")
+        if wish.or_uniform or wish.allocation == BRACKET:
+            option = "--or-uniform" if wish.or_uniform else f"--allocation {BRACKET}"
+            raise UserError(f"{option} compares the widths of one model; this run has found groups. Leave it out")
+    if config.model.architecture and name.startswith("ues-"):
+        name = f"nasrec-{name}"  # not the uniform baseline: a found network stands behind its tables
+    return wish.name or (f"{name}-best" if wish.best else name), found.counted(config.model.extra)
+
+
+def retrain_all(
+    wish: Wish,
+    config: Config,
+    schema: Schema,
+    context: Context,
+    run_dir: Path,
+    name: str,
+    suffix: str,
+    found: Found,
+) -> Results:
+    """Train and evaluate what is wished; evaluations by the name of their directory under ``RUN/retrain``.
+
+    ``suffix``: goes behind the name of every result.
+    """
+    directory = run_dir / "retrain" / (name + suffix)
+    if isinstance(found, GroupedAllocation):
+        config.run.dir = str(directory)
+        search = open_search(run_dir, config, schema, context)
+        by_router = retrain_groups(search, config, found, directory, open_retraining)
+        return {f"{directory.name} (router: {kind})": result for kind, result in by_router.items()}
+    if wish.best:
+        config.run.dir = str(directory)
+        with context.together("looking for the candidates"):
+            files = candidate_files(run_dir, wish.best)
+        run = Run(config, schema, context)
+        return {directory.name: train_best(run, found, files, directory, open_retraining, wish.refit)}
+    models = {name: found}
+    if wish.allocation == BRACKET:
+        models = {f"ues-{w}": uniform_like(found, w) for w in bracket(found)}
+    elif wish.or_uniform:
+        models = beside_uniform(name, found)
+    return retrain_many(config, schema, context, run_dir, suffix, models, wish.or_uniform)
+
+
+def beside_uniform(name: str, found: Allocation) -> dict[str, Allocation]:
+    """What was found and the widest uniform allocation of its budget; alone where that is the same or none fits."""
+    width = widest_within(found)
+    if not width or set(found.widths.values()) == {width}:
+        return {name: found}
+    return {name: found, f"ues-{width}": uniform_like(found, width)}
+
+
+def retrain_many(
+    config: Config,
+    schema: Schema,
+    context: Context,
+    run_dir: Path,
+    suffix: str,
+    models: dict[str, Allocation],
+    choosing: bool,
+) -> Results:
+    """Train and evaluate one after another; ``choosing`` between two writes ``final.json``."""
+    results, trained = {}, []
+    for name, allocation in models.items():
+        directory, one = run_dir / "retrain" / (name + suffix), copy.deepcopy(config)
+        one.run.dir = str(directory)
+        run = Run(one, schema, context)
+        task, results[name + suffix] = retrain_one(run, allocation, directory, name + suffix)
+        if choosing:
+            validation = run.stream("validation", one.train.eval_batch_size, shuffle=False)
+            logits, labels = predictions(task, validation, context)
+            trained.append(Trained(name + suffix, allocation.total("parameters"), logits))
+    if choosing:
+        if len(trained) == 2:
+            final = choose(trained[0], trained[1], labels, config.train.metric)
+        else:
+            final = {"name": trained[0].name, "fallback": False, "reason": "no other uniform width fits its budget"}
+        final["model"] = f"retrain/{final['name']}"
+        context.first("writing final.json", lambda: write_json(run_dir / f"final{suffix}.json", final))
+        if context.rank == 0:
+            print(f"final model: {final['reason']}")
+    return results
+
+
+def retrain_one(run: Run, allocation: Allocation, directory: Path, name: str) -> tuple[SubnetTask, dict[str, Any]]:
+    """Train one allocation and evaluate its best weights on the test split."""
+    config, context = run.config, run.context
+    context.first("opening the run directory", lambda: open_retraining(config, run.schema, allocation, directory))
+    training = run.stream("train", config.train.batch_size, shuffle=True)
+    validation = run.stream("validation", config.train.eval_batch_size, shuffle=False)
+    test = run.stream("test", config.train.eval_batch_size, shuffle=False)
+    task = retrain(config, allocation, training, validation, context, directory)
+    result = evaluate_model(task, test, "test", context, config, name, allocation)
+    context.first("writing evaluation.json", lambda: write_json(directory / "evaluation.json", result))
+    return task, result
