@@ -17,6 +17,7 @@ from pathlib import Path
 from embsearch_dist.config import load_config
 from embsearch_dist.dist.context import start
 from embsearch_dist.methods import METHODS
+from embsearch_dist.methods.adass.distinct import distinct_of
 from embsearch_dist.methods.adass.searching import Searcher, budgets_of, make_scorer
 from embsearch_dist.methods.base import Run
 from embsearch_dist.schema import Schema, write_json
@@ -56,7 +57,8 @@ def search_again(directory: Path, searches: int, overrides: list[str]) -> tuple[
     with start(config.run, config.dist) as context:
         schema = Schema.load(config.data.path)
         extra = config.model.extra
-        searcher = Searcher(schema, config.search, make_scorer(Run(config, schema, context)), extra)
+        run = Run(config, schema, context)
+        searcher = Searcher(schema, config.search, make_scorer(run), distinct_of(config, schema), extra)
         _, budget = budgets_of(config.search, schema, extra)[0]
         found = []
         for seed in range(searches):
