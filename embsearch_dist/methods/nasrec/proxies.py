@@ -1,7 +1,7 @@
 """Zero-cost proxies: what a network at its first values says, in one batch, of what it may reach when it is trained.
 
-Larger is better in all of them. They put networks in order, no more, they know nothing of the data but a batch, and
-they tend to like large networks. ``synflow`` and NASWOT are left out: in chains of inner products the path sums of the
+Larger is better in all of them. They put networks in order, no more, and know nothing of the data but a batch; zico
+mostly likes large networks. ``synflow`` and NASWOT are left out: in chains of inner products the path sums of the
 one square at every operator and overflow, and the other counts patterns of ReLUs, which half of the operators lack.
 """
 

@@ -118,10 +118,10 @@ class Scorer:
         parts: list[tuple[torch.Tensor, ...]] = []
         for number, batch in enumerate(stream.epoch(0)):
             b = batch.to(self.context.device)
-            spots, u = places[slice(*stream.share(number))], self.task.model.embed(b)
-            own = torch.from_numpy(np.flatnonzero(spots >= 0)).to(b.label.device)  # found here: no device waits for it
-            drawn_here = torch.from_numpy(spots[spots >= 0]).to(b.label.device)
-            parts.append((b.dense[own], u[own], b.label[own], drawn_here))
+            here, u = places[slice(*stream.share(number))], self.task.model.embed(b)
+            own = torch.from_numpy(np.flatnonzero(here >= 0)).to(b.label.device)  # found here: no device waits for it
+            picked = torch.from_numpy(here[here >= 0]).to(b.label.device)
+            parts.append((b.dense[own], u[own], b.label[own], picked))
         columns = parts[0][0].shape[1]
         dense, *others = (torch.cat(p) for p in zip(*parts, strict=True))
         u, label, place = (all_rows(x, self.context) for x in others)
