@@ -121,6 +121,15 @@ def test_a_subnet_of_the_supernet_is_the_found_model_with_its_weights(
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_candidate_with_columns_reads_the_weight_behind_the_last(scheme: str) -> None:
+    tables = supernet(scheme, "model.first_order=value").tables
+    last = 6 if scheme == "shared" else 11
+    assert tables.weights == [last] * 4
+    for (start, stop), read in zip(tables.columns, tables.read, strict=True):
+        assert read.nonzero().flatten().tolist() == ([*range(start, stop), last] if stop > start else [])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("norm", ["none", "field"])
 def test_what_a_gpu_computes_is_what_a_cpu_computes(transform: str, scheme: str, norm: str) -> None:
