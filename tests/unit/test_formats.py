@@ -96,7 +96,7 @@ def test_blocks_do_not_depend_on_where_the_file_is_cut(tmp_path: Path, block_byt
         ("click,user,price,user\n1,a,1,1\n", r"line 1: column 'user' is named twice"),
         ("click,usr,price,score\n1,a,1,1\n", r"field 'user': clicks.csv has no column 'user'. Did you mean 'usr'\?"),
         (b"click,user,price,score\n1,a,1,1\n1,\xe9,1,1\n", r"line 3: byte 0xe9 is not UTF-8 text. .*latin-1"),
-        (b"\xff\xfec\x00l\x00", r"line 1: not utf-8 text"),
+        (b"click,us\xfer\n1,2\n", r"line 1: not utf-8 text"),
         ('click,"user\nname",price,score\n1,a,1,1\n', r"line 1: the header cannot be read"),
     ],
 )
