@@ -32,17 +32,17 @@ import sys, time
 from embsearch_dist.data.formats import open_source
 from embsearch_dist.data.progress import in_order
 from functools import partial
-start = time.perf_counter()
+start, busy = time.perf_counter(), time.process_time()
 rows = sum(in_order(partial(lambda c: c.frame.height, c) for c in open_source("table", sys.argv[1]).chunks()))
-print(rows, time.perf_counter() - start)
+print(rows, time.perf_counter() - start, time.process_time() - busy)
 """
 PREPARE = """
 import sys, time
 from pathlib import Path
 from embsearch_dist.data.prepare import prepare
-start = time.perf_counter()
+start, busy = time.perf_counter(), time.process_time()
 schema = prepare("table", Path(sys.argv[1]), Path(sys.argv[1]).parent / "out", split="time", overwrite=True, quiet=True)
-print(sum(schema.rows.values()), time.perf_counter() - start)
+print(sum(schema.rows.values()), time.perf_counter() - start, time.process_time() - busy)
 """
 
 
@@ -58,12 +58,14 @@ def make(folder: Path, rows: int, quoted: bool) -> Path:
     return folder / "source.yaml"
 
 
-def measure(root: Path, code: str, source: Path) -> float:
+def measure(root: Path, code: str, source: Path) -> tuple[float, float]:
+    """Seconds by the clock, and of all cores together."""
     environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(
         [sys.executable, "-c", code, source], cwd=root, env=environment, check=True, capture_output=True, text=True
     )
-    return float(done.stdout.split()[1])
+    _, clock, cores = done.stdout.split()
+    return float(clock), float(cores)
 
 
 def main() -> None:
@@ -77,14 +79,17 @@ def main() -> None:
     here, code = Path(__file__).resolve().parent.parent, PREPARE if args.whole else READ
     with tempfile.TemporaryDirectory() as folder:
         source = make(Path(folder), args.rows, args.quoted)
-        times: dict[Path, list[float]] = {args.against.resolve(): [], here: []}
+        roots = [args.against.resolve(), here]
+        found: dict[Path, list[tuple[float, float]]] = {root: [] for root in roots}
         for k in range(args.repeats):
-            for root in sorted(times, reverse=bool(k % 2)):
-                times[root].append(measure(root, code, source))
-        before, after = (statistics.median(t) for t in times.values())
-        ratios = [b / a for a, b in zip(*times.values())]
-        print(f"{args.rows:,} rows: {before:.2f} s before, {after:.2f} s now (medians of {args.repeats})")
-        print(f"time now / before: {after / before:.3f}, pairs {min(ratios):.3f} to {max(ratios):.3f}")
+            for root in roots[:: -1 if k % 2 else 1]:
+                found[root].append(measure(root, code, source))
+    print(f"{args.rows:,} rows, {args.repeats} turns")
+    for k, what in enumerate(("by the clock", "of all cores")):
+        before, now = ([turn[k] for turn in found[root]] for root in roots)
+        pairs = [b / a for a, b in zip(before, now)]
+        a, b = statistics.median(before), statistics.median(now)
+        print(f"{what}: {a:.2f} s before, {b:.2f} s now: {b / a:.3f} (turns {min(pairs):.3f} to {max(pairs):.3f})")
 
 
 if __name__ == "__main__":

@@ -125,8 +125,10 @@ class Clock:
         shift = (sign * (hours * 60 + minutes)).fill_null(0) * 60_000_000
         bad = (hours > 23) | (minutes > 59)
         fixed = pl.when(~bad.fill_null(False)).then(pl.col("at").cast(pl.Int64) - shift)
-        found = part.select(pl.when(pl.col("offset").is_not_null()).then(fixed)).to_series()
-        return pl.select(pl.coalesce(found, self._utc(part["at"]))).to_series()
+        offset = pl.col("offset").is_not_null()
+        found = part.select(pl.when(offset).then(fixed)).to_series()
+        local = part.select(pl.when(~offset).then(pl.col("at"))).to_series()
+        return pl.select(pl.coalesce(found, self._utc(local))).to_series()
 
     def _utc(self, time: pl.Series) -> pl.Series:
         """Datetimes to int64 microseconds of UTC; those without a zone are in that of the source file."""
