@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import date, datetime, time, timedelta, timezone
+from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from embsearch_dist.data.formats import LABEL, TIME, open_source
 from embsearch_dist.errors import UserError
 
 MIDNIGHT = datetime(2024, 3, 5)
-UTC = timezone.utc
 
 
 def read(folder: Path, files: str, fields: str = "u: categorical", more: str = "", label: str = "y") -> pl.DataFrame:
