@@ -78,6 +78,7 @@ setup(
             "ruff>=0.9",
             "mypy>=1.14",
             "scikit-learn>=1.6",
+            "hypothesis>=6.100,<7",
             "types-PyYAML",
         ],
     },

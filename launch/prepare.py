@@ -64,6 +64,9 @@ def main(argv: list[str] | None = None) -> int:
         if first:
             print("error: interrupted; start the same command again to continue", file=sys.stderr, flush=True)
         return 130
+    if first:
+        for warning in schema.provenance.get("warnings", []):  # type: ignore[attr-defined]
+            print(f"warning: {warning}", file=sys.stderr)
     if first and not args.quiet:
         seconds = time.monotonic() - start
         print(summary(schema))

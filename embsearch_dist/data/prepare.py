@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from embsearch_dist.data import manifest
+from embsearch_dist.data import advice, manifest
 from embsearch_dist.data.encode import Encoder, Shard, cut, encode, scales
 from embsearch_dist.data.formats import Source, blocks, open_source
 from embsearch_dist.data.formats.columns import Bag
@@ -30,14 +31,14 @@ from embsearch_dist.data.progress import Progress
 from embsearch_dist.data.splits import HOW_TO_SPLIT, split_parts
 from embsearch_dist.data.staging import Part, stage
 from embsearch_dist.data.team import Team
-from embsearch_dist.data.vocabulary import VOCABULARY, Ids, build_all
+from embsearch_dist.data.vocabulary import VOCABULARY, Ids, build_all, load_values
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import SPLITS, Field, Schema
 
 __all__ = ["HOW_TO_SPLIT", "Options", "Progress", "prepare", "prepare_into", "summary", "whole_directory"]
 
 STAGE = "stage"
-STAGING_FORMAT = 1
+STAGING_FORMAT = 2
 ROW_GROUP_ROWS = 65_536
 ROWS_PER_SHARD = 4_194_304
 
@@ -162,9 +163,13 @@ def prepare_into(directory: Path, source: Source, options: Options, team: Team |
     bags = {c.name: c.bag for c in source.columns if c.bag is not None}
     known = tuple(_field(name, book, bags.get(name)) for name, book in zip(fields, books, strict=True))
     scale = team.share("scales", lambda: scales(parts, dense))
-    encoder = Encoder(parts, counts, Ids(parts, fields, folder), known, scale)
+    ids = Ids(parts, fields, folder)
+    encoder = Encoder(parts, counts, ids, known, scale)
     shards = cut(rows, options.rows_per_shard, options.row_group_rows)
     done = encode(encoder, shards, directory, folder, options.row_group_rows, team, options.quiet)
+    rows_read = _check_rows(source, parts, directory, shards)
+    clicks = _clicks(shards, done)
+    told_of = team.share("warnings", lambda: _warnings(directory, parts, known, ids, dense, rows, clicks))
     schema = Schema(
         dataset=source.dataset,
         fields=known,
@@ -172,12 +177,14 @@ def prepare_into(directory: Path, source: Source, options: Options, team: Team |
         rows=rows,
         provenance={
             "files": [{"name": f.name, "bytes": f.stat().st_size} for f in source.files],
+            "rows_read": rows_read,
             "notes": list(source.notes),
             "split": options.split,
             "seed": options.seed,
             "min_count": min_count,
             "row_group_rows": options.row_group_rows,
-            "label_mean": _label_means(shards, done, rows),
+            "label_mean": {name: round(clicks[name] / n, 6) for name, n in rows.items()},
+            "warnings": told_of,
             "fields": {
                 name: {key: book[key] for key in ("distinct", "rare_share", "missing_share")}
                 | ({} if name not in bags else _list_provenance(parts, name, bags[name]))
@@ -220,11 +227,41 @@ def _finished(directory: Path) -> bool:
     return True
 
 
-def _label_means(shards: list[Shard], done: list[dict], rows: dict[str, int]) -> dict[str, float]:
+def _clicks(shards: list[Shard], done: list[dict]) -> dict[str, int]:
     positive = dict.fromkeys(SPLITS, 0)
     for shard, record in zip(shards, done, strict=True):
         positive[shard.split] += record["labels"]
-    return {name: round(positive[name] / n, 6) for name, n in rows.items()}
+    return positive
+
+
+def _check_rows(source: Source, parts: Sequence[Part], directory: Path, shards: list[Shard]) -> int:
+    """How many rows were read; the footers of all shards count as many.
+
+    Each row read was counted twice: by the line ends of its block
+    (:func:`embsearch_dist.data.formats.blocks.parse`) or the footer of its file, and in the frame that it came in.
+
+    Raises:
+        UserError: rows were lost or doubled.
+    """
+    read = sum(part.rows for part in parts)
+    written = sum(pq.read_metadata(directory / shard.name).num_rows for shard in shards)
+    if read != written:
+        raise UserError(f"{source.dataset}: {read:,} rows were read but {written:,} written. Delete it and start again")
+    return read
+
+
+def _warnings(
+    directory: Path,
+    parts: Sequence[Part],
+    fields: Sequence[Field],
+    ids: Ids,
+    dense: Sequence[str],
+    rows: dict[str, int],
+    clicks: dict[str, int],
+) -> list[str]:
+    found = advice.of_splits(rows, clicks) + advice.of_leaks(parts, fields, ids, dense)
+    spellings = (advice.of_spellings(f.name, load_values(directory, f.name)["value"]) for f in fields)
+    return found + [text for text in spellings if text is not None]
 
 
 def summary(schema: Schema) -> str:
@@ -249,4 +286,9 @@ def summary(schema: Schema) -> str:
     assert isinstance(means, dict)
     lines.append(f"{'split':<{width}} {'rows':>12} {'label mean':>12}")
     lines += [f"{n:<{width}} {schema.rows[n]:>12,} {means[n]:>12.4f}" for n in SPLITS]
+    files, notes = schema.provenance["files"], schema.provenance["notes"]
+    assert isinstance(files, list) and isinstance(notes, list)
+    read, total = schema.provenance["rows_read"], sum(schema.rows.values())
+    lines.append(f"{read:,} rows read from {len(files)} file{'' if len(files) == 1 else 's'}, {total:,} written")
+    lines += [f"note: {note}" for note in notes]
     return "\n".join(lines)

@@ -62,8 +62,8 @@ def test_bad_cells_name_file_row_and_field(columns: dict[str, list], bag: Bag, m
 @pytest.mark.parametrize(
     ("field", "message"),
     [
-        ("{kind: list, max_length: 0}", "field 'v': max_length must be a whole number from 1 to 10000, got 0"),
-        ("{kind: list, max_length: yes}", "max_length .* got True"),
+        ("{kind: list, max_length: 0}", "field 'v': max_length must be a whole number from 1 to 10000, got '0'"),
+        ("{kind: list, max_length: yes}", "max_length .* got 'yes'"),
         ("{kind: list, pooling: max}", "pooling must be sum or mean, got 'max'"),
         ("{kind: list, separator: '::'}", "separator must be one ASCII character, got '::'"),
         ("{kind: list, weight_separator: ''}", "weight_separator must be one ASCII character, got ''"),

@@ -9,10 +9,8 @@ are looked at, else line ends are sought.
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -22,6 +20,8 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 import polars as pl
 
+from embsearch_dist.data.formats.opening import UTF8_MARK, Stream
+from embsearch_dist.data.formats.quotes import LINE_END, Records, count, last_end
 from embsearch_dist.errors import UserError
 
 T = TypeVar("T")
@@ -60,6 +60,7 @@ class Block:
         find_line: gives the line number (from 1) of the first record.
         consumed: bytes of the file since the previous block, for progress.
         quoted: see :class:`Layout`.
+        encoding: of the bytes.
     """
 
     path: Path
@@ -67,15 +68,20 @@ class Block:
     find_line: Callable[[], int]
     consumed: int
     quoted: bool
+    encoding: str
 
     @cached_property
     def data(self) -> bytes:
         return self.load()
 
     @cached_property
+    def records(self) -> Records:
+        return Records(self.data, self.quoted)
+
+    @property
     def ends(self) -> np.ndarray:
         """Offsets in ``data`` of the line ends that end a record."""
-        return _record_ends(self.data, self.quoted)
+        return self.records.ends
 
     @cached_property
     def first_line(self) -> int:
@@ -83,8 +89,11 @@ class Block:
 
     def line(self, record: int) -> int:
         """Line number in the file at which a record of this block begins."""
-        start = 0 if record == 0 else int(self.ends[record - 1]) + 1
-        return self.first_line + self.data.count(b"\n", 0, start)
+        return self.line_at(0 if record == 0 else int(self.ends[record - 1]) + 1)
+
+    def line_at(self, offset: int) -> int:
+        """Line number in the file at an offset in ``data``."""
+        return self.first_line + count(self.data, LINE_END, offset)
 
     def where(self, record: int) -> str:
         """Where a record is, for a message."""
@@ -97,54 +106,26 @@ class Block:
         return whole if len(whole) <= 60 else whole[:57] + "..."
 
 
-class _Stream:
-    """A plain or gzip file read in pieces; ``consumed`` counts bytes on disk in both cases."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self.file = path.open("rb")
-        except FileNotFoundError as e:
-            raise UserError(f"{path}: no such file. Check the path") from e
-        except OSError as e:
-            raise UserError(f"{path}: cannot be opened ({e.strerror}). Check its permissions") from e
-        self._source = gzip.GzipFile(fileobj=self.file) if path.suffix == ".gz" else self.file
-
-    def read(self, size: int) -> bytes:
-        try:
-            return self._source.read(size)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-            raise UserError(f"{self.path}: not a whole gzip file ({e}). Fetch it again") from e
-
-    @property
-    def consumed(self) -> int:
-        return self.file.tell()
-
-    def close(self) -> None:
-        self._source.close()
-        self.file.close()
-
-
-def read_header(path: Path, separator: str, encoding: str) -> tuple[str, ...]:
+def read_header(path: Path, separator: str, encoding: str, quoted: bool = True) -> tuple[str, ...]:
     """Column names in the first line of a delimited file.
 
     Raises:
         UserError: no file, nothing in it, undecodable, or a name that is there twice.
     """
-    stream = _Stream(path)
-    try:
-        start = stream.read(1 << 20)
-    finally:
-        stream.close()
+    start, encoding = read_start(path, encoding)
     if not start.strip():
         raise UserError(f"{path}: the file is empty. Give a file with a header line and rows")
-    first = start.split(b"\n", 1)[0]
+    first = start.split(b"\n", 1)[0].removesuffix(b"\r")
     try:
-        text = first.removeprefix(b"\xef\xbb\xbf").decode(encoding)
+        text = first.decode(encoding)
     except UnicodeDecodeError as e:
         raise UserError(f"{path}, line 1: not {encoding} text. {_ENCODING_HINT}") from e
+    if b"\r" in first and (not quoted or Records(first, quoted).lone_return() is not None):
+        raise UserError(f"{path}, line 1: {_LONE_RETURN}")
+    if quoted and (offence := Records(first, quoted).offence(separator)):
+        raise UserError(f"{path}, line 1: {offence[1]}. {_QUOTES_HINT}")
     try:
-        names = tuple(next(csv.reader([text.rstrip("\r")], delimiter=separator, strict=True)))
+        names = tuple(next(csv.reader([text], delimiter=separator, strict=True)) if quoted else text.split(separator))
     except csv.Error as e:
         raise UserError(f"{path}, line 1: the header cannot be read ({e}). Put all column names on one line") from e
     twice = sorted({n for n in names if names.count(n) > 1})
@@ -153,7 +134,25 @@ def read_header(path: Path, separator: str, encoding: str) -> tuple[str, ...]:
     return names
 
 
+def read_start(path: Path, encoding: str) -> tuple[bytes, str]:
+    """The first MiB of a text file without a byte order mark, and the encoding that it has."""
+    stream = Stream(path, encoding)
+    try:
+        return stream.read(1 << 20).removeprefix(UTF8_MARK), stream.encoding
+    finally:
+        stream.close()
+
+
+def has_rows(path: Path, encoding: str) -> bool:
+    """Whether anything but blank lines follows the header."""
+    start, _ = read_start(path, encoding)
+    _, _, rest = start.lstrip().partition(b"\n")
+    return bool(rest.strip()) or len(start) > 1 << 19
+
+
 _ENCODING_HINT = "Save it as UTF-8, or write `encoding: latin-1` in the source file"
+_QUOTES_HINT = 'Double the quotes inside a quoted cell (""), or write `quotes: none` where they are plain text'
+_LONE_RETURN = "a carriage return without a line feed. End lines by LF or CR LF, or quote the cell that holds it"
 
 
 def read_blocks(path: Path, layout: Layout, block_bytes: int | None = None) -> Iterator[Block]:
@@ -165,36 +164,33 @@ def read_blocks(path: Path, layout: Layout, block_bytes: int | None = None) -> I
         UserError: missing or empty file, broken gzip, a quote that is never closed (with the line number).
     """
     size = block_bytes or BLOCK_BYTES
-    if not layout.quoted and path.suffix != ".gz":
-        yield from _seek_blocks(path, layout, size)
-        return
-    stream = _Stream(path)
+    stream = Stream(path, layout.encoding)
     try:
-        yield from _read_blocks(stream, layout, size)
+        if stream.plain and not layout.quoted:
+            yield from _seek_blocks(stream, layout, size)
+        else:
+            yield from _read_blocks(stream, layout, size)
     finally:
         stream.close()
 
 
-def _seek_blocks(path: Path, layout: Layout, block_bytes: int) -> Iterator[Block]:
+def _seek_blocks(stream: Stream, layout: Layout, block_bytes: int) -> Iterator[Block]:
     """Blocks of a file in which every line end ends a record: found by looking around the cuts alone."""
-    stream = _Stream(path)
-    try:
-        file = stream.file
-        size = file.seek(0, os.SEEK_END)
-        start = 3 if _at(file, 0, 3) == b"\xef\xbb\xbf" else 0
-        stop = size
-        while stop > start and _at(file, stop - 1, 1) in (b"\r", b"\n"):
-            stop -= 1
-        if layout.header:
-            start = min(_behind_line_end(path, file, start, stop), stop)
-        if start == stop:
-            raise UserError(f"{path}: the file has no rows. Give a file with at least one")
-        while start < stop:
-            end = _behind_line_end(path, file, start + block_bytes, stop)
-            yield Block(path, partial(_load, path, start, end), partial(_line_at, path, start), end - start, False)
-            start = end
-    finally:
-        stream.close()
+    path, file = stream.path, stream.file
+    size = file.seek(0, os.SEEK_END)
+    start = 3 if _at(file, 0, 3) == UTF8_MARK else 0
+    stop = size
+    while stop > start and _at(file, stop - 1, 1) in (b"\r", b"\n"):
+        stop -= 1
+    if layout.header:
+        start = min(_behind_line_end(path, file, start, stop), stop)
+    if start == stop:
+        raise UserError(f"{path}: the file has no rows. Give a file with at least one")
+    while start < stop:
+        end = _behind_line_end(path, file, start + block_bytes, stop)
+        load, line = partial(_load, path, start, end), partial(_line_at, path, start)
+        yield Block(path, load, line, end - start, False, stream.encoding)
+        start = end
 
 
 def _at(file: BinaryIO, offset: int, size: int) -> bytes:
@@ -236,8 +232,8 @@ def _line_at(path: Path, offset: int) -> int:
     return line
 
 
-def _read_blocks(stream: _Stream, layout: Layout, block_bytes: int) -> Iterator[Block]:
-    path = stream.path
+def _read_blocks(stream: Stream, layout: Layout, block_bytes: int) -> Iterator[Block]:
+    path, quoted = stream.path, layout.quoted
     carry, line, consumed, empty = b"", 1, 0, True
     skip_header, start_of_file, end_of_file = layout.header, True, False
     while not end_of_file:
@@ -245,48 +241,28 @@ def _read_blocks(stream: _Stream, layout: Layout, block_bytes: int) -> Iterator[
         end_of_file = not piece
         data = carry + piece
         if start_of_file:
-            data, start_of_file = data.removeprefix(b"\xef\xbb\xbf"), False
+            data, start_of_file = data.removeprefix(UTF8_MARK), False
         if end_of_file:
             data = data.rstrip(b"\r\n")
             if not data:
                 break
             data += b"\n"
-        # Without a quote in sight every line end ends a record, and the bytes need not be gone through.
-        ends = _record_ends(data, True) if layout.quoted and b'"' in data else None
-        last_end = data.rfind(b"\n") if ends is None else int(ends[-1]) if len(ends) else -1
-        if last_end < 0 or (end_of_file and last_end != len(data) - 1):
-            last = line + data.count(b"\n", 0, last_end + 1)
-            if end_of_file:
-                raise UserError(f'{path}, line {last}: a quote (") opens here and is never closed. Close or double it')
+        cut = _cut(data, quoted, end_of_file)
+        if end_of_file and cut < len(data):
+            raise _never_closed(path, data, line, layout)
+        if cut == 0:
             if len(data) > LONGEST_RECORD:
-                raise UserError(
-                    f"{path}, line {last}: no end of the row within {len(data) >> 20} MiB. "
-                    "Look for a quote that is not closed, or for a file that is not text"
-                )
+                raise _too_long(path, data, line, layout)
             carry = data
             continue
-        if not end_of_file:
-            # Blank lines may be the end of the file: they wait until something follows them.
-            solid = len(data.rstrip(b"\r\n"))
-            if solid == 0:
-                carry = data
-                continue
-            if ends is None:
-                behind = data.find(b"\n", solid)
-            else:
-                place = int(np.searchsorted(ends, solid))
-                behind = int(ends[place]) if place < len(ends) else -1
-            last_end = behind if behind >= 0 else last_end
-        cut = last_end + 1
         carry, data = data[cut:], data[:cut]
-        next_line = line + data.count(b"\n")
+        next_line = line + count(data, LINE_END)
         if skip_header:
             skip_header = False
-            first = (data.find(b"\n") if ends is None else int(ends[0])) + 1
-            line += data.count(b"\n", 0, first)
-            data = data[first:]
+            data, line = data[data.find(b"\n") + 1 :], line + 1
         if data:
-            yield Block(path, partial(_same, data), partial(_same, line), stream.consumed - consumed, layout.quoted)
+            load, find_line = partial(_same, data), partial(_same, line)
+            yield Block(path, load, find_line, stream.consumed - consumed, quoted, stream.encoding)
             consumed = stream.consumed
             empty = False
         line = next_line
@@ -294,24 +270,50 @@ def _read_blocks(stream: _Stream, layout: Layout, block_bytes: int) -> Iterator[
         raise UserError(f"{path}: the file has no rows. Give a file with at least one")
 
 
+def _cut(data: bytes, quoted: bool, end_of_file: bool) -> int:
+    """How many bytes are whole records. Blank lines may be the end of the file: they wait for what follows them."""
+    if end_of_file:
+        return last_end(data, quoted) + 1
+    # The end alone is looked at first: stripping copies what it keeps.
+    tail = data[-4096:].rstrip(b"\r\n")
+    solid = max(len(data) - 4096, 0) + len(tail) if tail else len(data.rstrip(b"\r\n"))
+    if solid == 0:
+        return 0
+    behind = data.find(b"\n", solid) + 1
+    return last_end(data[:behind] if 0 < behind < len(data) else data, quoted) + 1
+
+
+def _never_closed(path: Path, data: bytes, line: int, layout: Layout) -> UserError:
+    records = Records(data, layout.quoted)
+    _refuse_quotes(path, records, line, layout)
+    line += count(data, LINE_END, int(records.starts[-1]))
+    return UserError(f'{path}, line {line}: a quote (") opens here and is never closed. Close or double it')
+
+
+def _too_long(path: Path, data: bytes, line: int, layout: Layout) -> UserError:
+    _refuse_quotes(path, Records(data, layout.quoted), line, layout)
+    return UserError(
+        f"{path}, line {line}: no end of the row within {len(data) >> 20} MiB. "
+        "Look for a quote that is not closed, or for a file that is not text"
+    )
+
+
+def _refuse_quotes(path: Path, records: Records, first_line: int, layout: Layout) -> None:
+    """Complain about the first quote that is not allowed where it stands."""
+    if records.quoted and (found := records.offence(layout.separator)):
+        line = first_line + count(records.data, LINE_END, found[0])
+        raise UserError(f"{path}, line {line}: {found[1]}. {_QUOTES_HINT}")
+
+
 def _same(x: T) -> T:
     return x
 
 
-def _record_ends(data: bytes, quoted: bool) -> np.ndarray:
-    """Offsets of line ends outside quotes; ``data`` begins at a record."""
-    view = np.frombuffer(data, dtype=np.uint8)
-    ends = view == ord("\n")
-    if quoted and b'"' in data:
-        ends &= ~np.logical_xor.accumulate(view == ord('"'))
-    return np.flatnonzero(ends)
-
-
-def _as_utf8(block: Block, encoding: str) -> bytes:
+def _as_utf8(block: Block) -> bytes:
     data = block.data
     if data.isascii():
         return data
-    if encoding == "latin-1":
+    if block.encoding == "latin-1":
         return data.decode("latin-1").encode()
     try:
         data.decode()
@@ -321,14 +323,10 @@ def _as_utf8(block: Block, encoding: str) -> bytes:
     return data
 
 
-def _check_columns(block: Block, data: bytes, ends: np.ndarray, layout: Layout) -> None:
-    """Every record of ``data`` (the block in UTF-8 with one-byte separators) has all columns and no more."""
+def _check_columns(block: Block, records: Records, layout: Layout) -> None:
+    """Every one of ``records`` (the block in UTF-8 with one-byte separators) has all columns and no more."""
     separator = layout.separator if len(layout.separator) == 1 else UNIT_SEPARATOR
-    view = np.frombuffer(data, dtype=np.uint8)
-    separators = view == ord(separator)
-    if layout.quoted and b'"' in data:
-        separators &= ~np.logical_xor.accumulate(view == ord('"'))
-    places, wanted = np.flatnonzero(separators), len(layout.columns) - 1
+    places, ends, wanted = records.outside(ord(separator)), records.ends, len(layout.columns) - 1
     if len(places) == wanted * len(ends):
         # Right when the first and the last separator that a record should have lie inside it.
         if wanted == 0:
@@ -358,11 +356,16 @@ def parse(block: Block, layout: Layout, wanted: tuple[str, ...] | None = None) -
             ``layout.encoding``, quoting that cannot be read; all with the line number.
     """
     separator = layout.separator if len(layout.separator) == 1 else UNIT_SEPARATOR
-    data = _as_utf8(block, layout.encoding)
+    data = _as_utf8(block)
     if separator != layout.separator:
         data = data.replace(layout.separator.encode(), separator.encode())
-    ends = block.ends if data is block.data else _record_ends(data, layout.quoted)
-    _check_columns(block, data, ends, layout)
+    records = block.records if data is block.data else Records(data, layout.quoted)
+    if layout.quoted:
+        _refuse_quotes(block.path, records, block.first_line, layout)
+        if (place := records.lone_return()) is not None:
+            line = block.first_line + count(data, LINE_END, place)
+            raise UserError(f"{block.path}, line {line}: {_LONE_RETURN}")
+    _check_columns(block, records, layout)
     try:
         frame = pl.read_csv(
             io.BytesIO(data),
@@ -375,8 +378,8 @@ def parse(block: Block, layout: Layout, wanted: tuple[str, ...] | None = None) -
         )
     except pl.exceptions.PolarsError as e:
         raise UserError(f"{_lines(block)}: cannot be read as delimited text ({e}). Check the quotes there") from e
-    if frame.height != len(ends):
-        raise UserError(f"{_lines(block)}: the quotes can be read in two ways. Double every quote inside a quoted cell")
+    if frame.height != len(records.ends):
+        raise UserError(f"{_lines(block)}: {len(records.ends)} rows, but {frame.height} were read. Check them")
     return frame
 
 

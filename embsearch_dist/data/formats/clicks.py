@@ -41,7 +41,7 @@ def text_files(paths: Sequence[Path], usual: tuple[str, ...]) -> tuple[Path, ...
             known = [path / name for name in usual if (path / name).is_file()][:1]
             # Spark and the like leave marks whose names begin with _ or a dot.
             every = [f for f in path.iterdir() if f.is_file() and f.suffix in TEXT and f.name[0] not in "._"]
-            found = known or sorted(every, key=_by_name)
+            found = known or sorted(every, key=by_name)
             if not found:
                 raise UserError(
                     f"{path}: neither {', '.join(usual)} nor another text file in this directory. "
@@ -59,7 +59,8 @@ def text_files(paths: Sequence[Path], usual: tuple[str, ...]) -> tuple[Path, ...
     return tuple(files)
 
 
-def _by_name(file: Path) -> list[tuple[int, str]]:
+def by_name(file: Path) -> list[tuple[int, str]]:
+    """A key that sorts names with numbers by their value: part-2 before part-10."""
     return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"([0-9]+)", file.name)]
 
 

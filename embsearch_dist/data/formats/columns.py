@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from embsearch_dist.data.formats.cells import Spelling, as_whole, text_of
 from embsearch_dist.errors import UserError
 
 LABEL, TIME = "__label", "__time"
 KINDS = ("categorical", "list", "bucketed", "dense")
 MAX_LENGTH = 100
+WORDS = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,14 @@ class Column:
     """One column of the prepared data.
 
     ``kind``: ``categorical`` (any text), ``list`` (any number of texts, with a ``bag``), ``bucketed`` (a number,
-    turned into a category by :func:`bucket`) or ``dense`` (a number that stays one).
+    turned into a category by :func:`bucket`) or ``dense`` (a number that stays one). ``whole``: texts like ``1.0``
+    are the whole number ``1``.
     """
 
     name: str
     kind: str = "categorical"
     bag: Bag | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,22 +111,50 @@ class Source:
 
 
 @dataclass(frozen=True)
+class LabelColumn:
+    """Where the label stands and which cells are clicks.
+
+    Attributes:
+        column: its name.
+        threshold: clicks are the numbers greater than it; ``None``: the cell itself is 0 or 1.
+        positive: texts that are clicks, ``negative``: those that are none; both empty, or both not.
+    """
+
+    column: str
+    threshold: float | None = None
+    positive: tuple[str, ...] = ()
+    negative: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Rows:
     """Raw cells of consecutive rows and how to say where row ``i`` of them is in its file."""
 
     frame: pl.DataFrame
     where: Callable[[int], str]
+    spelling: Spelling = field(default_factory=Spelling)
+
+    def cells(self, column: str) -> pl.Series:
+        """The raw cells, null where they hold what means missing."""
+        raw = self.frame[column]
+        if raw.dtype in (pl.Categorical, pl.Enum):
+            raw = raw.cast(pl.String)
+        return self.spelling.present(raw)
 
     def label(self, column: str, threshold: float | None = None) -> pl.Series:
         """The label as float32 0 or 1: the cell itself, or whether it is greater than ``threshold``.
 
         Raises:
-            UserError: a blank, a non-number, or (without a threshold) anything but 0 and 1.
+            UserError: a blank, a non-number, or (without a threshold) anything but 0 and 1, true and false, yes and
+                no (in any case).
         """
         raw, number = self._numbers(column)
         if threshold is None:
+            if raw.dtype == pl.String and number.null_count():
+                words = raw.str.to_lowercase().replace_strict(WORDS, default=None, return_dtype=pl.Float64)
+                number = pl.select(pl.coalesce(number, words)).to_series()
             bad = ((number != 0) & (number != 1)) | number.is_null() | number.is_nan()
-            fix = "Write 0 or 1 (a source file can give a threshold)"
+            fix = "Write 0 or 1 (a source file can give a threshold, or which values are `positive` and `negative`)"
             expected = "neither 0 nor 1"
         else:
             bad = number.is_null() | number.is_nan()
@@ -130,6 +162,20 @@ class Rows:
         self._refuse(bad.fill_null(True), raw, column, f"the label is {expected}", fix)
         values = number if threshold is None else number > threshold
         return values.cast(pl.Float32).alias(LABEL)
+
+    def label_of(self, label: LabelColumn) -> pl.Series:
+        """The label as float32 0 or 1.
+
+        Raises:
+            UserError: a cell that says neither.
+        """
+        if not label.positive:
+            return self.label(label.column, label.threshold)
+        text = self.category(label.column)
+        yes, no = text.is_in(label.positive), text.is_in(label.negative)
+        wrong = f"the label is none of {', '.join(map(repr, label.positive + label.negative))}"
+        self._refuse(~(yes | no).fill_null(False), text, label.column, wrong, "Add it to `positive` or `negative`")
+        return yes.cast(pl.Float32).alias(LABEL)
 
     def number(self, column: str) -> pl.Series:
         """The column as float64; blank and NaN are null.
@@ -141,10 +187,11 @@ class Rows:
         if number.null_count() > raw.null_count() or not number.is_finite().all():
             number = number.fill_nan(None)
             bad = number.is_infinite().fill_null(False) | (number.is_null() & ~_is_blank(raw))
-            self._refuse(bad, raw, column, "not a finite number", "Write a number or leave it blank")
+            advice = self.spelling.advice(raw[int(bad.arg_max() or 0)])
+            self._refuse(bad, raw, column, "not a finite number", f"Write a number or leave it blank{advice}")
         return number
 
-    def bag(self, column: str, bag: Bag) -> pl.Series:
+    def bag(self, column: str, bag: Bag, whole: bool = False) -> pl.Series:
         """The column as lists of text or, with weights, of ``{value: text, weight: float32}``; never null.
 
         A text cell is cut at the separator, a list is one already. Blank values are left out, with their
@@ -167,10 +214,11 @@ class Rows:
                 )
         elif bag.weight_separator:
             # The last separator counts: a value may hold others.
-            mark, whole = f"\\x{ord(bag.weight_separator):02x}", self._text(values, column)
-            weights = whole.str.extract(f"(?s){mark}([^{mark}]*)$")
-            values = whole.str.extract(f"(?s)^(.*){mark}").fill_null(whole)
+            mark, joined = f"\\x{ord(bag.weight_separator):02x}", self._text(values, column)
+            weights = joined.str.extract(f"(?s){mark}([^{mark}]*)$")
+            values = joined.str.extract(f"(?s)^(.*){mark}").fill_null(joined)
         values = self._text(values, column)
+        values = as_whole(values) if whole else values
         kept = values.is_not_null()
         counts = np.bincount(row[kept.to_numpy()], minlength=len(lengths))
         parts = pl.DataFrame({"value": values})
@@ -183,9 +231,8 @@ class Rows:
 
     def _elements(self, column: str, bag: Bag) -> tuple[pl.Series, np.ndarray]:
         """The elements of a list column, row after row, and how many each row has (``[N]`` int64)."""
-        raw = self.frame[column]
-        if raw.dtype in (pl.String, pl.Categorical, pl.Enum):
-            raw = raw.cast(pl.String)
+        raw = self.cells(column)
+        if raw.dtype == pl.String:
             raw = raw.set(raw == "", None).str.split(bag.separator)
         elif raw.dtype == pl.Null:
             raw = raw.cast(pl.List(pl.String))
@@ -212,13 +259,13 @@ class Rows:
 
     def _numbers(self, column: str) -> tuple[pl.Series, pl.Series]:
         """The raw cells and the float64 they spell, null where they spell none."""
-        raw = self.frame[column]
+        raw = self.cells(column)
         return raw, self._as_float(raw, column)
 
     def _as_float(self, raw: pl.Series, column: str) -> pl.Series:
         if not (raw.dtype.is_numeric() or raw.dtype in (pl.String, pl.Boolean, pl.Null)):
             raise UserError(f"{self.where(0)}, column {column!r}: type {raw.dtype} is no number. Make it one")
-        return raw.cast(pl.Float64, strict=False)
+        return self.spelling.number(raw)
 
     def integer(self, column: str) -> pl.Series:
         """The column as int64, without blanks.
@@ -233,13 +280,12 @@ class Rows:
 
     def category(self, column: str) -> pl.Series:
         """The column as text; an empty cell is null."""
-        return self._text(self.frame[column], column)
+        return self._text(self.cells(column), column)
 
     def _text(self, raw: pl.Series, column: str) -> pl.Series:
         if raw.dtype.is_nested() or raw.dtype in (pl.Binary, pl.Object):
             raise UserError(f"{self.where(0)}, column {column!r}: type {raw.dtype} is no category. Make it text")
-        # Whole numbers with blanks often arrive as floats; their NaN is a blank.
-        text = (raw.fill_nan(None) if raw.dtype.is_float() else raw).cast(pl.String)
+        text = text_of(self.spelling.present(raw))
         return text.set(text == "", None) if (text == "").any() else text
 
     def convert(self, column: Column, raw: str) -> pl.Series:
@@ -248,9 +294,11 @@ class Rows:
         A bucketed one stays a number here: its few distinct numbers are cheaper to bucket than its rows.
         """
         if column.bag is not None:
-            return self.bag(raw, column.bag).alias(column.name)
-        read = self.category if column.kind == "categorical" else self.number
-        return read(raw).alias(column.name)
+            return self.bag(raw, column.bag, column.whole).alias(column.name)
+        if column.kind != "categorical":
+            return self.number(raw).alias(column.name)
+        text = self.category(raw)
+        return (as_whole(text) if column.whole else text).alias(column.name)
 
     def _refuse(self, bad: pl.Series, raw: pl.Series, column: str, wrong: str, fix: str) -> None:
         if bad.any():

@@ -1,0 +1,107 @@
+"""What of a data set will disappoint whoever trains on it: said by prepare, while it is cheap to change.
+
+The answers go into ``provenance["warnings"]`` of the schema. They depend on the rows alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import polars as pl
+
+from embsearch_dist.config import TrainConfig
+from embsearch_dist.data.staging import Part
+from embsearch_dist.data.vocabulary import Ids
+from embsearch_dist.schema import SPLITS, Field
+
+FEW_CLICKS = 200
+FEW_STEPS = 20
+LEAK = 0.99
+LEAST = 10  # clicks, and rows without one, below which an AUC says nothing
+SAMPLE = 400_000
+BINS = 256
+
+
+def of_splits(rows: dict[str, int], clicks: dict[str, int]) -> list[str]:
+    """Splits of one class or of few clicks (or few rows without one), and few steps an epoch."""
+    found = []
+    for split in SPLITS:
+        n, yes = rows[split], clicks[split]
+        if yes in (0, n):
+            what = "no click" if yes == 0 else "clicks only"
+            found.append(f"the {split} split has {what}: AUC is undefined there. Give more rows or another --split")
+        elif min(yes, n - yes) < FEW_CLICKS:
+            what = f"{yes:,} clicks" if yes <= n - yes else f"{n - yes:,} rows without a click"
+            found.append(f"the {split} split has {what}: its AUC will be uncertain. Give more rows")
+    batch = TrainConfig().batch_size
+    if rows["train"] // batch < FEW_STEPS:
+        found.append(
+            f"{rows['train']:,} training rows are {rows['train'] // batch} steps an epoch at the default batch size "
+            f"of {batch}. Lower train.batch_size, or train more epochs"
+        )
+    return found
+
+
+def of_leaks(parts: Sequence[Part], fields: Sequence[Field], ids: Ids, dense: Sequence[str]) -> list[str]:
+    """Columns that decide the label alone: the click rate of their values orders rows held out almost perfectly.
+
+    At most :data:`SAMPLE` rows are looked at, evenly spread over the input.
+    """
+    step = -(-sum(part.rows for part in parts) // SAMPLE) or 1
+    label = np.concatenate([part.label()[::step] for part in parts])
+    train = np.concatenate([part.split()[::step] for part in parts]) == 0
+    held = label[~train]
+    if min(held.sum(dtype=np.int64), len(held) - held.sum(dtype=np.int64)) < LEAST:
+        return []
+    found = []
+    for name in (f.name for f in fields if not f.is_list):
+        codes = np.concatenate([ids.of(name, i).take(part.codes(name)[::step]) for i, part in enumerate(parts)])
+        found.append((name, _auc(_rates(codes, label, train), held)))
+    for name in dense:
+        x = np.concatenate([part.dense(name)[::step] for part in parts])
+        known = x[train & ~np.isnan(x)]
+        cuts = np.unique(np.quantile(known, np.linspace(0, 1, BINS))) if len(known) else known
+        codes = np.where(np.isnan(x), 0, 1 + np.searchsorted(cuts, x))
+        found.append((name, _auc(_rates(codes, label, train), held)))
+    return [
+        f"{name!r} alone decides the label (AUC {auc:.3f} on held-out rows). Is it known before the click? "
+        "Remove it if not"
+        for name, auc in found
+        if auc > LEAK
+    ]
+
+
+def _rates(codes: np.ndarray, label: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """``[N]`` codes -> for the rows held out the click rate that the code has in training, of few rows drawn to the
+    mean."""
+    _, codes = np.unique(codes, return_inverse=True) if codes.max(initial=0) > 4 * len(codes) else (None, codes)
+    size = int(codes.max(initial=0)) + 1
+    rows = np.bincount(codes[train], minlength=size)
+    clicks = np.bincount(codes[train], label[train], size)
+    mean = float(label[train].mean()) if train.any() else 0.0
+    return ((clicks + mean) / (rows + 1))[codes[~train]]
+
+
+def _auc(score: np.ndarray, label: np.ndarray) -> float:
+    """Area under the ROC curve; equal scores count half."""
+    _, place, count = np.unique(score, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(count) - (count - 1) / 2)[place]
+    yes = int(label.sum(dtype=np.int64))
+    return float((rank[label > 0].sum() - yes * (yes + 1) / 2) / (yes * (len(label) - yes)))
+
+
+def of_spellings(name: str, values: pl.Series) -> str | None:
+    """A warning where a vocabulary holds a whole number twice, as ``1`` and as ``1.0``."""
+    pointed = values.filter(values.str.ends_with("0"))  # most values are let go without a regular expression
+    pointed = pointed.filter(pointed.str.contains(r"^[+-]?\d+\.0+$"))
+    if not len(pointed):
+        return None
+    twice = pointed.filter(pointed.str.replace(r"\.0+$", "").is_in(values.implode()))
+    if not len(twice):
+        return None
+    one = str(twice[0])
+    return (
+        f"{name!r} has {len(twice):,} values written in two ways, such as {one.split('.')[0]} and {one}. "
+        f"If they are the same: {name}: {{kind: categorical, whole_numbers: true}}"
+    )

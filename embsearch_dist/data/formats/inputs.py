@@ -1,0 +1,117 @@
+"""The data files that a source file names: files, folders of parts and patterns, each file once."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from embsearch_dist.data.formats.clicks import by_name
+from embsearch_dist.data.formats.opening import PARQUET, packing
+from embsearch_dist.errors import UserError
+
+SUFFIXES = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".txt": "tsv", ".parquet": "parquet", ".pq": "parquet"}
+PACKED = (".gz", ".gzip", ".zst", ".zstd")
+
+
+def expand(source: Path, named: Sequence[str], any_name: bool) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """The files behind what ``files`` of a source file lists, in that order, and notes of what a folder holds else.
+
+    A folder or pattern gives its files in the order of their names, part-2 before part-10, without those that begin
+    with ``.`` or ``_`` (marks such as ``_SUCCESS``).
+
+    Args:
+        source: the source file; paths are relative to it.
+        named: paths of files or folders, or patterns with ``*``, ``?``, ``[...]`` or ``**``.
+        any_name: whether all files of a folder are data, not only those named like data.
+
+    Raises:
+        UserError: nothing there, or a file that is named twice, by whatever path.
+    """
+    files: list[Path] = []
+    notes: list[str] = []
+    for name in named:
+        path = source.parent / name
+        try:
+            if path.is_dir():
+                found, other = _folder(source, path, any_name)
+                files += found
+                notes += other
+            elif path.is_file():
+                files.append(path)
+            else:
+                files += _pattern(source, name, path)
+        except OSError as e:
+            raise UserError(f"{source}: files: {name!r} cannot be looked at ({e.strerror}). Check the path") from e
+    seen: dict[tuple[int, int], Path] = {}
+    for file in files:
+        entry = file.stat()
+        before = seen.setdefault((entry.st_dev, entry.st_ino), file)
+        if before is not file:
+            also = "" if str(before) == str(file) else f" (also as {before})"
+            raise UserError(f"{source}: files: {file} is named twice{also}. Remove one")
+    return tuple(files), tuple(notes)
+
+
+def _folder(source: Path, folder: Path, any_name: bool) -> tuple[list[Path], list[str]]:
+    entries = sorted((p for p in folder.iterdir() if p.name[0] not in "._"), key=by_name)
+    inner = [p for p in entries if p.is_dir()]
+    if inner:
+        raise UserError(
+            f"{source}: files: {folder} holds folders ({inner[0].name}, ...). Name the files by a pattern, "
+            f"such as {folder.name}/*/*.parquet"
+        )
+    entries = [p for p in entries if p.is_file()]
+    data = [p for p in entries if any_name or _is_data(p)]
+    if not data:
+        raise UserError(f"{source}: files: the folder {folder} holds no data files ({', '.join(sorted(SUFFIXES))})")
+    return data, [f"{folder.name}/{p.name} was not read" for p in entries if p not in data]
+
+
+def _is_data(path: Path) -> bool:
+    return _bare(path).suffix.lower() in (*SUFFIXES, "") or packing(path) == PARQUET
+
+
+def _bare(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix.lower() in PACKED else path
+
+
+def _pattern(source: Path, name: str, path: Path) -> list[Path]:
+    if not glob.has_magic(name):
+        raise UserError(f"{source}: files: {path} does not exist. Paths are relative to the source file")
+    found = [Path(p) for p in glob.glob(name, root_dir=source.parent, recursive=True)]
+    found = [source.parent / p for p in found if p.name[:1] not in ("", ".", "_") and (source.parent / p).is_file()]
+    if not found:
+        raise UserError(f"{source}: files: no file fits the pattern {name!r}. Patterns are relative to the source file")
+    return sorted(found, key=lambda p: [by_name(Path(part)) for part in p.parts])
+
+
+def format_of(source: Path, files: Sequence[Path]) -> str:
+    """``csv``, ``tsv`` or ``parquet``: what all files are, by their first bytes, else their names.
+
+    Raises:
+        UserError: one that cannot be told, or two that differ.
+    """
+    formats = []
+    for file in files:
+        kind = packing(file)
+        suffix = _bare(file).suffix.lower()
+        if kind != PARQUET and suffix not in SUFFIXES:
+            raise UserError(f"{source}: cannot tell the format of {file.name!r}. Add `format: csv`, tsv or parquet")
+        found = PARQUET if kind == PARQUET else SUFFIXES[suffix]
+        if found == PARQUET and kind != PARQUET and os.path.getsize(file) > 0:
+            found = _no_parquet(file, kind)
+        formats.append(found)
+    differs = next((k for k, f in enumerate(formats) if f != formats[0]), None)
+    if differs is not None:
+        raise UserError(
+            f"{source}: files: {files[0].name} is {formats[0]}, but {files[differs].name} is {formats[differs]}. "
+            "Give files of one format, or say `format:`"
+        )
+    return formats[0]
+
+
+def _no_parquet(file: Path, kind: str) -> str:
+    what = f"a {kind} file. Unpack it" if kind else "something else. Write it again, or name its `format:`"
+    raise UserError(f"{file}: cannot be read as Parquet: it is {what}")

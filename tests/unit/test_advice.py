@@ -1,0 +1,85 @@
+"""What prepare warns of: splits of one class, few clicks and steps, fields that decide the label, ids of two texts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from embsearch_dist.data import advice
+from embsearch_dist.data.prepare import prepare, summary
+
+ROOT = Path(__file__).resolve().parents[2]
+SPLITS = {"train": 100_000, "validation": 1000, "test": 1000}
+
+
+@pytest.mark.parametrize(
+    ("rows", "clicks", "expected"),
+    [
+        (SPLITS, {"train": 900, "validation": 400, "test": 400}, []),
+        (
+            SPLITS,
+            {"train": 900, "validation": 0, "test": 1000},
+            ["validation split has no click", "test .* clicks only"],
+        ),
+        (SPLITS, {"train": 900, "validation": 199, "test": 801}, ["validation .* 199 clicks", "199 rows without"]),
+        (SPLITS | {"train": 512 * 20 - 1}, dict.fromkeys(SPLITS, 400), ["10,239 training rows are 19 steps .* 512"]),
+    ],
+)
+def test_splits_that_say_little(rows: dict[str, int], clicks: dict[str, int], expected: list[str]) -> None:
+    found = advice.of_splits(rows, clicks)
+    assert len(found) == len(expected)
+    for text, pattern in zip(found, expected, strict=True):
+        assert pl.Series([text]).str.contains(pattern)[0], text
+
+
+def make(folder: Path, rows: int = 4000) -> Path:
+    """``seen`` gives the label away, as ``after`` does by its size; ``hint`` only tells something of it."""
+    rng = np.random.default_rng(0)
+    click = rng.integers(0, 2, rows)
+    columns = {
+        "click": click,
+        "user": rng.integers(0, 2000, rows),
+        "hint": np.where(rng.random(rows) < 0.9, click, 1 - click),
+        "seen": click * 50 + rng.integers(0, 40, rows),
+        "after": np.where(click == 1, rng.normal(0, 0.1, rows), rng.choice([-5.0, 5.0], rows) + rng.normal(0, 1, rows)),
+        "x": rng.normal(0, 1, rows) + click,
+    }
+    pl.DataFrame(columns).write_csv(folder / "a.csv")
+    fields = "user: categorical, hint: categorical, seen: bucketed, code: {column: seen}, after: dense, x: dense"
+    (folder / "s.yaml").write_text(f"files: a.csv\nlabel: click\nfields: {{{fields}}}\n")
+    return folder / "s.yaml"
+
+
+def test_columns_that_decide_the_label_are_named_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make(tmp_path)
+    for sample in (advice.SAMPLE, 1500):
+        monkeypatch.setattr(advice, "SAMPLE", sample)
+        schema = prepare("table", source, tmp_path / "out", overwrite=True, quiet=True)
+        found = schema.provenance["warnings"]
+        assert isinstance(found, list)
+        assert [w.split("'")[1] for w in found if "decides" in w] == ["seen", "code", "after"]
+    assert "4,000 rows read from 1 file, 4,000 written" in summary(schema)
+
+
+def test_ids_written_in_two_ways_are_told_with_the_cure() -> None:
+    found = advice.of_spellings("user", pl.Series(["1", "2", "10", "10.0", "2.0", "7.0", "1.5", "x.0"]))
+    assert found is not None and found.startswith("'user' has 2 values written in two ways, such as 10 and 10.0")
+    assert "whole_numbers: true" in found
+    assert advice.of_spellings("user", pl.Series(["1", "2.0", "2.5"])) is None
+
+
+def test_the_script_prints_warnings_even_when_quiet(tmp_path: Path) -> None:
+    rows = "".join(f"{int(i < 70)},{i},u{i % 3}\n" for i in range(100))
+    (tmp_path / "a.csv").write_text("y,t,u\n" + rows)
+    (tmp_path / "s.yaml").write_text("files: a.csv\nlabel: y\ntime: t\nfields: {u: categorical}\n")
+    command = [sys.executable, ROOT / "launch/prepare.py", "--format", "table", "--input", tmp_path / "s.yaml"]
+    done = subprocess.run(
+        [*command, "--out", tmp_path / "out", "--split", "time", "--quiet"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout == ""
+    assert "warning: the validation split has no click: AUC is undefined there" in done.stderr
