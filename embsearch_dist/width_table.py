@@ -1,11 +1,11 @@
 """A table of allocations that were all trained alone, in which a search can be tried in seconds.
 
-A *space* (``configs/tables/*.yaml``) puts fields into groups of one width and lists the widths of each group. A
+A *space* (``tools/tables/*.yaml``) puts fields into groups of one width and lists the widths of each group. A
 *table* (``tools/tables/*.csv``, made by ``tools/width_table.py``) has a line for every allocation of the space and
 every seed: what the model of that allocation scored on validation and test rows. The idea is that of the tabulated
 architecture benchmarks (NAS-Bench-101, Ying et al. 2019): whoever searches pays a look-up for a training.
 
-    table = WidthTable.load("tools/tables/movielens_100k.csv", Space.load("configs/tables/movielens_100k.yaml"))
+    table = WidthTable.load("tools/tables/movielens_100k.csv", Space.load("tools/tables/movielens_100k.yaml"))
     found = my_search(table.score(seed=0), table.costs, table.allowed, budget)     # [groups] indices of widths
     table.regret(found, budget)                                                    # test AUC below the best there is
 """

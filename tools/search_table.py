@@ -1,6 +1,6 @@
 """Try searches in a table of allocations that were all trained alone: seconds, no training, and the best is known.
 
-    python tools/search_table.py --space configs/tables/movielens_100k.yaml --table tools/tables/movielens_100k.csv \\
+    python tools/search_table.py --space tools/tables/movielens_100k.yaml --table tools/tables/movielens_100k.csv \\
         --out runs/search_table
 
 Each search sees the validation scores of one seed of the table and a budget, and names an allocation. Its regret is

@@ -1,7 +1,7 @@
 """Train every allocation of a space alone, and write down what each scores: a table to try searches in.
 
     python launch/prepare.py --format movielens_100k --input RAW/ml-100k --out runs/data/movielens_100k --split time
-    python tools/width_table.py --space configs/tables/movielens_100k.yaml --data runs/data/movielens_100k \\
+    python tools/width_table.py --space tools/tables/movielens_100k.yaml --data runs/data/movielens_100k \\
         --out tools/tables/movielens_100k.csv --seeds 2
 
 A line per allocation and seed is added to OUT as soon as it is trained; what is there is not trained again, so the

@@ -25,15 +25,17 @@ BINS = 256
 
 def of_splits(rows: dict[str, int], clicks: dict[str, int]) -> list[str]:
     """Splits of one class or of few clicks (or few rows without one), and few steps an epoch."""
-    found = []
+    found, few = [], []
     for split in SPLITS:
         n, yes = rows[split], clicks[split]
         if yes in (0, n):
             what = "no click" if yes == 0 else "clicks only"
             found.append(f"the {split} split has {what}: AUC is undefined there. Give more rows or another --split")
         elif min(yes, n - yes) < FEW_CLICKS:
-            what = f"{yes:,} clicks" if yes <= n - yes else f"{n - yes:,} rows without a click"
-            found.append(f"the {split} split has {what}: its AUC will be uncertain. Give more rows")
+            few.append(f"{yes:,} clicks" if yes <= n - yes else f"{n - yes:,} rows without a click")
+            few[-1] += f" in the {split} split"
+    if few:
+        found.append(f"only {', '.join(few)}: AUC will be uncertain. Give more rows")
     batch = TrainConfig().batch_size
     if rows["train"] // batch < FEW_STEPS:
         found.append(

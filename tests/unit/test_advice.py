@@ -26,7 +26,11 @@ SPLITS = {"train": 100_000, "validation": 1000, "test": 1000}
             {"train": 900, "validation": 0, "test": 1000},
             ["validation split has no click", "test .* clicks only"],
         ),
-        (SPLITS, {"train": 900, "validation": 199, "test": 801}, ["validation .* 199 clicks", "199 rows without"]),
+        (
+            SPLITS,
+            {"train": 900, "validation": 199, "test": 801},
+            ["only 199 clicks in the validation split, 199 rows without a click in the test split: AUC"],
+        ),
         (SPLITS | {"train": 512 * 20 - 1}, dict.fromkeys(SPLITS, 400), ["10,239 training rows are 19 steps .* 512"]),
     ],
 )

@@ -78,6 +78,10 @@ def test_parquet_behind_another_name_is_read_or_named(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_text(TEXT)
     with pytest.raises(UserError, match="a.parquet: cannot be read as Parquet"):
         read(tmp_path, "a.parquet")
+    (tmp_path / "a.parquet").write_bytes(b"PK\x03\x04" + b"x" * 99)
+    for more in ("", "format: parquet"):
+        with pytest.raises(UserError, match="a.parquet: this is a ZIP archive"):
+            read(tmp_path, "a.parquet", more)
     with pytest.raises(UserError, match="a.csv is parquet, but b.csv is csv"):
         (tmp_path / "b.csv").write_text(TEXT)
         read(tmp_path, "[a.csv, b.csv]")
@@ -164,6 +168,13 @@ def test_yaml_that_is_no_source_file_is_one_line(tmp_path: Path, text: str) -> N
     with pytest.raises(UserError, match="s.yaml") as e:
         open_source("table", tmp_path / "s.yaml")
     assert "\n" not in str(e.value)
+
+
+def test_a_name_too_long_for_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(TEXT)
+    with pytest.raises(UserError, match="a field's name has 258 letters, at most 200 can be"):
+        read(tmp_path, "a.csv", fields="f" * 258 + ": {column: u}")
+    assert read(tmp_path, "a.csv", fields="f" * 200 + ": {column: u}").width == 2
 
 
 def test_a_wrong_delimiter_is_told(tmp_path: Path) -> None:

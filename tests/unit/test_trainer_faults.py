@@ -83,7 +83,7 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(
 def test_a_damaged_best_checkpoint_is_told_and_done_without(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    overrides = ["train.patience=0", "train.evals_per_epoch=4", "optim.dense_lr=0.1"]
+    overrides = ["train.patience=0", "train.evals_per_epoch=4", "optim.dense_lr=1.0"]
     best = fit(data, tmp_path, *overrides).trainer.checkpointer.best()
     assert best is not None and best < 21
     (tmp_path / "checkpoints" / "fit" / f"step-{best}" / "state.json").unlink()

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from embsearch_dist.config import load_config
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Field, Schema
 from embsearch_dist.width_table import Space, WidthTable
+from tests.factories import CONFIGS
+from tools.jobs import ROOT
 from tools.search_table import SEARCHES, compare, markdown
 from tools.width_table import missing
 
@@ -117,3 +120,11 @@ def test_costs_are_linear_in_width(table: WidthTable) -> None:
         if all(bool(table.allowed[g, j]) for g, j in enumerate(choice)):
             a, b = table.widths(choice)
             assert table.size(choice) == int(line(a, b, 0)["parameters"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tools" / "tables").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_shipped_space_names_a_config_and_some_hundred_allocations(path: Path) -> None:
+    space = Space.load(path)
+    overrides = [f"{key}={value}" for key, value in space.overrides.items()]
+    assert load_config(CONFIGS, ROOT / space.config, overrides).method == "adass"
+    assert 300 <= len(space.every) <= 500

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -100,8 +99,6 @@ def format_of(source: Path, files: Sequence[Path]) -> str:
         if kind != PARQUET and suffix not in SUFFIXES:
             raise UserError(f"{source}: cannot tell the format of {file.name!r}. Add `format: csv`, tsv or parquet")
         found = PARQUET if kind == PARQUET else SUFFIXES[suffix]
-        if found == PARQUET and kind != PARQUET and os.path.getsize(file) > 0:
-            found = _no_parquet(file, kind)
         formats.append(found)
     differs = next((k for k, f in enumerate(formats) if f != formats[0]), None)
     if differs is not None:
@@ -110,8 +107,3 @@ def format_of(source: Path, files: Sequence[Path]) -> str:
             "Give files of one format, or say `format:`"
         )
     return formats[0]
-
-
-def _no_parquet(file: Path, kind: str) -> str:
-    what = f"a {kind} file. Unpack it" if kind else "something else. Write it again, or name its `format:`"
-    raise UserError(f"{file}: cannot be read as Parquet: it is {what}")

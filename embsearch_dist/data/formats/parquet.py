@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from embsearch_dist.data.formats.cells import EXACT, Spelling
 from embsearch_dist.data.formats.columns import Rows
+from embsearch_dist.data.formats.opening import PARQUET, packing
 from embsearch_dist.errors import UserError
 
 PARQUET_ROWS = 1 << 17
@@ -159,6 +160,9 @@ def opened(file: Path) -> pq.ParquetFile:
     Raises:
         UserError: it cannot be read as Parquet.
     """
+    if (kind := packing(file)) != PARQUET:
+        what = f"it is {kind}, to be unpacked" if kind else "it does not begin like one"
+        raise UserError(f"{file}: cannot be read as Parquet: {what}. Name its `format:`, or write the file again")
     try:
         return pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as e:

@@ -28,6 +28,7 @@ FIELD_KEYS = ("column", "kind", "whole_numbers", *LIST_KEYS)
 FORMATS = ("csv", "tsv", "parquet")
 ENCODINGS = {"utf8": "utf-8", "latin1": "latin-1", "iso-8859-1": "latin-1", "utf16": "utf-16"}
 LONGEST = 10_000
+LONGEST_NAME = 200  # it becomes a file name
 EXAMPLE = "configs/sources/example.yaml shows a whole source file"
 # Field names become file names (vocabulary), table names and parameter names (which may hold no dot).
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
@@ -280,6 +281,10 @@ def _fields(path: Path, body: object, label: str) -> tuple[tuple[Column, ...], d
             raise UserError(
                 f"{path}: {name!r} cannot name a field (letters, digits, _ and -; not 'label'). "
                 f"Rename it: `new_name: {{column: {name!r}, kind: {kind}}}`"
+            )
+        if len(name) > LONGEST_NAME:
+            raise UserError(
+                f"{path}: a field's name has {len(name)} letters, at most {LONGEST_NAME} can be: {name[:40]}..."
             )
         raw[name] = _word(path, f"field {name!r}: column", spec.get("column", name))
         if raw[name] == label:
