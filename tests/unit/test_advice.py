@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ import polars as pl
 import pytest
 
 from embsearch_dist.data import advice
+from embsearch_dist.data.encode import Encoder
 from embsearch_dist.data.prepare import prepare, summary
+from embsearch_dist.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 SPLITS = {"train": 100_000, "validation": 1000, "test": 1000}
@@ -75,6 +78,21 @@ def test_ids_written_in_two_ways_are_told_with_the_cure() -> None:
     assert found is not None and found.startswith("'user' has 2 values written in two ways, such as 10 and 10.0")
     assert "whole_numbers: true" in found
     assert advice.of_spellings("user", pl.Series(["1", "2.0", "2.5"])) is None
+
+
+def test_a_row_that_is_lost_stops_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make(tmp_path)
+    whole = pl.read_csv
+    with monkeypatch.context() as patch:
+        patch.setattr(pl, "read_csv", lambda *a, **k: whole(*a, **k).head(-1))
+        with pytest.raises(UserError, match="a.csv, lines 2 to 4001: 4000 rows, but 3999 were read"):
+            prepare("table", source, tmp_path / "out", quiet=True)
+    write = Encoder.write
+    with monkeypatch.context() as patch:
+        shorter = lambda self, shard, *a: write(self, replace(shard, stop=shard.stop - 1), *a)  # noqa: E731
+        patch.setattr(Encoder, "write", shorter)
+        with pytest.raises(UserError, match="4,000 rows were read but 3,997 written"):
+            prepare("table", source, tmp_path / "out", quiet=True)
 
 
 def test_the_script_prints_warnings_even_when_quiet(tmp_path: Path) -> None:
