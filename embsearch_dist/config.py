@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,10 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
 from embsearch_dist.errors import UserError
+
+HELD = "\ue000{"  # stands for ${ while OmegaConf has a text in hand, which would look for a key there
+TABLES = "dist.tables."
 
 
 def option(default: Any, text: str, before: Any = None) -> Any:
@@ -61,6 +65,7 @@ class RunConfig:
     threads: int = option(0, "CPU threads of each process; 0 = cores / processes on this machine")
     tf32: bool = option(False, "GPU: float32 products in TF32 (10 bits of mantissa, faster); no effect on CPU")
     overwrite: bool = option(False, "delete what the run directory holds and start anew")
+    interpolate: bool = option(False, "command line only: put in ${key} and ${oc.env:NAME} of the config file")
 
     def check(self) -> None:
         one_of("run.device", self.device, ["auto", "cpu", "cuda"])
@@ -281,7 +286,7 @@ class Config:
         return dataclasses.asdict(self)
 
     def to_yaml(self) -> str:
-        return OmegaConf.to_yaml(OmegaConf.create(self.to_dict()))
+        return OmegaConf.to_yaml(OmegaConf.create(_held(self.to_dict()))).replace(HELD, "${")
 
     def save(self, run_dir: Path) -> None:
         """Write ``config.yaml``. The order to overwrite is for once: it must not delete the next run."""
@@ -312,15 +317,16 @@ def load_config(
     Raises:
         UserError: unknown key (nearest name offered), wrong type, or a value out of range.
     """
+    given = [(key, value) for key, _, value in (item.partition("=") for item in overrides)]
+    # Environment variables and other keys are put in on demand alone: a file of a stranger's must not read them.
+    literal = not any(key == "run.interpolate" and value.lower() == "true" for key, value in given)
     layers: list[DictConfig] = []
     if file is not None:
-        layers.append(_read_yaml(Path(file)))
-    for item in overrides:
-        key, _, value = item.partition("=")
-        layers.append(_dotted(key, value))
+        layers.append(_read_yaml(Path(file), literal))
     name = method
     for layer in layers:
         name = str(layer.get("method", name))
+    name = next((value for key, value in reversed(given) if key == "method"), name)
     if not name:
         raise UserError(f"no method is named; add 'method: NAME' to the config file (one of {', '.join(methods)})")
     one_of("method", name, list(methods))
@@ -329,34 +335,76 @@ def load_config(
     if file is not None and _is_record(layers[0]):
         was = {k: _before(cls) for k, cls in {**SECTIONS, "search": methods[name]}.items()}
         base = OmegaConf.merge(base, was)  # type: ignore[assignment]
-    for layer in layers:
-        _reject_unknown(layer, base, "")
+    where = f"{file}: " if file is not None else ""
+    for layer, source in [*((x, where) for x in layers), *((_dotted(k, v, base, literal), "") for k, v in given)]:
         try:
+            _reject_unknown(layer, base, "")
             base = OmegaConf.merge(base, layer)  # type: ignore[assignment]
+        except UserError as e:
+            raise UserError(f"{source}{e}") from e
         except OmegaConfBaseException as e:
             key = getattr(e, "full_key", "") or "?"
-            raise UserError(f"config key {key}: {str(e).splitlines()[0]}") from e
-    parts = {k: OmegaConf.to_object(base[k]) for k in [*SECTIONS, "search"]}
+            raise UserError(f"{source}config key {key}: {str(e).splitlines()[0]}") from e
+    try:
+        parts = {k: _plain(OmegaConf.to_object(base[k])) for k in [*SECTIONS, "search"]}
+    except OmegaConfBaseException as e:
+        raise UserError(f"{where}config key {getattr(e, 'full_key', '') or '?'}: {str(e).splitlines()[0]}") from e
     config = Config(method=name, **parts)  # type: ignore[arg-type]
+    if config.run.interpolate and literal:
+        raise UserError(f"{where}config key run.interpolate: belongs on the command line, --run.interpolate true")
+    config.run.interpolate = False  # what was put in is literal text from now on
     if not config.run.dir:
         # The folder of a shipped config names the data set: configs/criteo/adass_deepfm.yaml.
         stem = f"{Path(file).parent.name}_{Path(file).stem}".lstrip("_") if file else name
         config.run.dir = str(Path("runs") / stem)
-    config.check()
+    try:
+        config.check()
+    except UserError as e:
+        # Without overrides it can only be the file; with them, the key that is named tells.
+        raise UserError(f"{where}{e}" if not given else str(e)) from e
     return config
 
 
-def _read_yaml(path: Path) -> DictConfig:
-    if not path.exists():
-        siblings = [str(p) for p in Path("configs").glob("*/*.yaml")]
-        raise UserError(f"config file {path} does not exist{nearest(str(path), siblings)}")
+def _read_yaml(path: Path, literal: bool) -> DictConfig:
     try:
-        body = OmegaConf.load(path)
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as e:
+        siblings = [str(p) for p in Path("configs").glob("*/*.yaml")]
+        raise UserError(f"config file {path} does not exist{nearest(str(path), siblings)}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not a text file ({e.reason} at byte {e.start})") from e
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from e
+    try:
+        body = OmegaConf.load(io.StringIO(text.replace("${", HELD) if literal else text))
     except Exception as e:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from e
     if not isinstance(body, DictConfig):
         raise UserError(f"{path}: expected a mapping of sections (run, data, model, ...)")
     return body
+
+
+def _plain(body: Any) -> Any:
+    """A section with the dollar signs of its texts put back; see :data:`HELD`."""
+    if isinstance(body, str):
+        return body.replace(HELD, "${")
+    if isinstance(body, list):
+        return [_plain(value) for value in body]
+    if isinstance(body, dict):
+        return {_plain(key): _plain(value) for key, value in body.items()}
+    if dataclasses.is_dataclass(body):
+        for f in dataclasses.fields(body):
+            setattr(body, f.name, _plain(getattr(body, f.name)))
+    return body
+
+
+def _held(body: Any) -> Any:
+    """The other way round, of nested dicts and lists."""
+    if isinstance(body, str):
+        return body.replace("${", HELD)
+    if isinstance(body, dict):
+        return {_held(key): _held(value) for key, value in body.items()}
+    return [_held(value) for value in body] if isinstance(body, list) else body
 
 
 def _is_record(body: DictConfig) -> bool:
@@ -379,9 +427,24 @@ def _before(cls: type) -> dict[str, Any]:
     return found
 
 
-def _dotted(key: str, value: str) -> DictConfig:
+def _dotted(key: str, value: str, base: Any, literal: bool) -> DictConfig:
+    """An override as a layer. What belongs to a key of type str is taken as it stands; the rest is YAML.
+
+    What follows ``dist.tables.`` is a field's name, whatever characters it has.
+    """
     if not key:
         raise UserError(f"override {value!r} has no key; write --section.key value")
+    value = value.replace("${", HELD) if literal else value
+    if key.startswith(TABLES) and key != TABLES:
+        return OmegaConf.create({"dist": {"tables": {_held(key.removeprefix(TABLES)): value}}})
+    node = base
+    for part in key.split("."):
+        node = node._get_node(part) if isinstance(node, DictConfig) and part in node else None
+    if isinstance(node, StringNode):
+        body: Any = value
+        for part in reversed(key.split(".")):
+            body = {part: body}
+        return OmegaConf.create(body)
     try:
         return OmegaConf.from_dotlist([f"{key}={value}"])
     except Exception as e:

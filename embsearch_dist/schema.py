@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -147,11 +148,20 @@ def _field(body: dict) -> Field:
 
 
 def write_json(path: Path, body: object) -> None:
-    """Write JSON through a temporary file and a rename: the file is whole or absent."""
+    """Write JSON through a temporary file and a rename: whole or absent. What is not finite becomes null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(body, indent=2, allow_nan=False) + "\n")
+    temporary.write_text(json.dumps(_finite(body), indent=2, allow_nan=False) + "\n")
     temporary.replace(path)
+
+
+def _finite(body: object) -> object:
+    """The same with None for numbers that JSON has no word for: an undefined metric."""
+    if isinstance(body, float):
+        return body if math.isfinite(body) else None
+    if isinstance(body, dict):
+        return {key: _finite(value) for key, value in body.items()}
+    return [_finite(value) for value in body] if isinstance(body, list | tuple) else body
 
 
 def read_json(path: Path) -> dict:

@@ -41,6 +41,8 @@ from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import split_arguments
 from embsearch_dist.dist.context import start
 from embsearch_dist.errors import UserError
+from embsearch_dist.methods.base import Run, check_classes
+from embsearch_dist.train.metrics import shown
 from launch.common import DEFAULT_CONFIG, known_options, open_data, read_config, run_main, searched_network
 from launch.retraining import Wish, read_wish, retrain_all
 
@@ -60,12 +62,13 @@ def main(argv: Sequence[str]) -> None:
         schema = open_data(config, context)
         with context.together("reading the allocation"):
             name, found = read_wish(wish, config, run_dir, schema)
+        check_classes(Run(config, schema, context), splits=("validation", "test"))
         results = retrain_all(wish, config, schema, context, run_dir, name, suffix, found)
         whole = Allocation.uniform(schema, 32).counted(config.model.extra).total("parameters")
         for label, result in results.items() if context.rank == 0 else ():
             size, place = result["embedding_parameters"], run_dir / "retrain" / label.split(" (router")[0]
             print(
-                f"{label}: test auc {result['auc']:.5f}  logloss {result['logloss']:.5f}  embedding parameters "
+                f"{label}: test auc {shown(result['auc'])}  logloss {shown(result['logloss'])}  embedding parameters "
                 f"{size:,} ({size / whole:.1%} of UES-32)  -> {place}"
             )
 

@@ -29,7 +29,7 @@ if __name__ == "__main__":
 from embsearch_dist.config import Config, split_arguments
 from embsearch_dist.dist.context import start
 from embsearch_dist.methods import METHODS
-from embsearch_dist.methods.base import Run, check_stages, run_stages
+from embsearch_dist.methods.base import Run, check_classes, check_stages, run_stages
 from launch.common import DEFAULT_CONFIG, known_options, open_data, open_run_directory, read_config, run_main
 
 
@@ -44,6 +44,7 @@ def main(argv: Sequence[str]) -> None:
         schema = open_data(config, context)
         directory, method, run = Path(config.run.dir), METHODS[config.method](), Run(config, schema, context)
         check_stages(method, run)
+        check_classes(run, method.needs_classes(config))
         context.first("opening the run directory", lambda: open_run_directory(config, schema, directory))
         if context.rank == 0:
             print(f"run directory {directory}, {context.world_size} rank(s) on {context.device.type}", flush=True)

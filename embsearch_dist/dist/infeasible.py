@@ -24,7 +24,7 @@ def explain(
 ) -> UserError:
     """The error for tables that no combination of ``options`` (those the planner had) places."""
     # Of equal parts those by rows count: only they shrink with more ranks, and only they are whole rows.
-    own = {t.name: sorted((o for o in options if o.name == t.name), key=_by_rows_last) for t in tables}
+    own = {t.name: sorted((o for o in options if o.name == t.module), key=_by_rows_last) for t in tables}
     parts = {n: min(reversed(found), key=_largest_part) for n, found in own.items()}
     whole = {n: min(_total(o) for o in found) for n, found in own.items()}
     alone = [t for t in tables if _largest_part(parts[t.name]) > topology.budget]

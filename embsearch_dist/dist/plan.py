@@ -202,7 +202,7 @@ class Plan:
                         for s, w in zip(p.shards, where, strict=True)
                     ]
                 )
-            plan[p.table.name] = ParameterSharding(
+            plan[p.table.module] = ParameterSharding(
                 sharding_type=p.kind,
                 compute_kernel=p.kernel,
                 ranks=[s.rank for s in p.shards],

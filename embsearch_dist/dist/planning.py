@@ -138,8 +138,8 @@ def make_plan(tables: Sequence[Table], topology: Topology, dist: DistConfig, opt
         options = _search(collection, tables, topology, dist, optimizer)
     else:
         options = _by_hand(collection, tables, topology, dist, optimizer)
-    placed = {o.name: _placement(o, t, optimizer) for t in tables for o in options if o.name == t.name}
-    plan = Plan(topology, tuple(placed[t.name] for t in tables))
+    placed = {o.name: _placement(o, t, optimizer) for t in tables for o in options if o.name == t.module}
+    plan = Plan(topology, tuple(placed[t.module] for t in tables))
     if dist.sharding != "planner":
         explain_full_rank(plan, dist)
     return plan
@@ -193,7 +193,7 @@ def _search(
         # The columns of a grid are spread over machines, its rows over the ranks of each.
         parts = topology.world_size // topology.local_world_size if "grid_shard" in kinds else topology.world_size
         width = column_shard(t.width, parts, topology.planner.column_width)
-        constraints[t.name] = ParameterConstraints(
+        constraints[t.module] = ParameterConstraints(
             sharding_types=kinds, min_partition=width, pooling_factors=[t.length]
         )
     machines = topology.torchrec()
@@ -252,7 +252,7 @@ def _by_hand(
         topology.device,
     )
     options = []
-    lengths = {t.name: t.length for t in tables}
+    lengths = {t.module: t.length for t in tables}
     sharder = PlanningSharder(offload=False)
     parameters = sharder.shardable_parameters(collection)
     for name, sharding in plan.items():

@@ -35,6 +35,7 @@ from embsearch_dist.dist.tables import (
     divide_means,
     local_world_size,
     make_collection,
+    module_name,
     plan_by_hand,
 )
 
@@ -83,13 +84,14 @@ class ShardedTables(nn.Module):
             warnings.warn(f"dist.tables names {unknown[0]!r}, which has no table in this model", stacklevel=2)
         collection = make_collection(tables)
         plan = self._plan(collection, tables, dist, optim)
-        self.kinds = {t.name: plan[t.name].sharding_type for t in tables}
+        self.kinds = {t.name: plan[t.module].sharding_type for t in tables}
+        self._fields = {t.module: t.name for t in tables}
         self.lr = optim.embedding_lr
         optimizer, options = OPTIMIZERS[optim.embedding]
         options = {"lr": self.lr, **options}
         adam = optim.embedding == "adam"
         by_fbgemm = adam and context.device.type == "cuda" and not partial
-        sharded = [p for n, p in collection.named_parameters() if self.kinds[n.split(".")[1]] != "data_parallel"]
+        sharded = [p for n, p in collection.named_parameters() if self._kind(n) != "data_parallel"]
         if sharded:
             fused = torch.optim.SGD if adam and not by_fbgemm else optimizer
             # It keeps the mapping and TorchRec adds to it: data-parallel tables need one of their own.
@@ -129,7 +131,7 @@ class ShardedTables(nn.Module):
         """Every part of a table on this rank, tables in their given order."""
         state = self.collection.state_dict()
         for table in self.tables.values():
-            value = state[f"embedding_bags.{table.name}.weight"]
+            value = state[f"embedding_bags.{table.module}.weight"]
             if isinstance(value, ShardedTensor):
                 for shard in value.local_shards():
                     row, column = shard.metadata.shard_offsets
@@ -138,11 +140,16 @@ class ShardedTables(nn.Module):
                 yield LocalShard(table, 0, 0, value, replicated=True)
 
     def _replicated_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The data-parallel tables: no optimizer runs inside their backward."""
+        """The data-parallel tables by field: no optimizer runs inside their backward."""
         for name, parameter in self.collection.named_parameters():
-            table = name.split(".weight")[0].split(".")[-1]
-            if self.kinds[table] == "data_parallel":
-                yield table, parameter
+            if self._kind(name) == "data_parallel":
+                yield self._field(name), parameter
+
+    def _field(self, parameter: str) -> str:
+        return self._fields[parameter.removesuffix(".weight").rpartition(".")[2]]
+
+    def _kind(self, parameter: str) -> str:
+        return self.kinds[self._field(parameter)]
 
     @torch.no_grad()
     def _initialise(self, seed: int, std: float) -> None:
@@ -195,7 +202,7 @@ class ShardedTables(nn.Module):
             if isinstance(value, ShardedTensor | torch.Tensor)
         }
         own = {
-            f"embedding_bags.{name}.weight/{key}": value
+            f"embedding_bags.{module_name(name)}.weight/{key}": value
             for name, parameter in self._replicated_parameters()
             if self.torch_optimizer is not None
             for key, value in self.torch_optimizer.state.get(parameter, {}).items()

@@ -21,6 +21,7 @@ from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbeddingB
 
 from embsearch_dist.dist.adam import Bags, Layout, moved, numbers, update
 from embsearch_dist.dist.context import Context
+from embsearch_dist.dist.tables import module_name
 from embsearch_dist.errors import UserError
 
 ROWS = 65536  # of a data-parallel table at a time: what the formula needs between weights and weights stays small
@@ -36,7 +37,7 @@ class TableAdam:
 
     Args:
         collection: the placed tables. With ``fbgemm`` they run FBGEMM's Adam, else its SGD, which never comes to act.
-        replicated: table name -> parameter of the data-parallel tables.
+        replicated: field name -> parameter of the data-parallel tables.
         elements: see :mod:`embsearch_dist.dist.adam`.
 
     Raises:
@@ -66,7 +67,10 @@ class TableAdam:
                 self._moments[table.name, tuple(table.local_metadata.shard_offsets)] = pair
         self._replicated = dict(replicated)
         for name, weight in self._replicated.items():
-            self._moments[name, (0, 0)] = (torch.zeros_like(weight.detach()), torch.zeros_like(weight.detach()))
+            self._moments[module_name(name), (0, 0)] = (
+                torch.zeros_like(weight.detach()),
+                torch.zeros_like(weight.detach()),
+            )
         marks = torch.zeros(sum(len(w) for w in self._replicated.values()), dtype=torch.uint8, device=context.device)
         self._marks = marks
         parts = marks.split([len(w) for w in self._replicated.values()])
@@ -103,7 +107,7 @@ class TableAdam:
         for name, weight in self._replicated.items():
             if weight.grad is None:
                 continue
-            first, second = self._moments[name, (0, 0)]
+            first, second = self._moments[module_name(name), (0, 0)]
             for start in range(0, len(weight), ROWS):
                 rows = slice(start, start + ROWS)
                 w, m, v, looked_up = weight[rows], first[rows], second[rows], self._looked_up[name][rows, None] > 0

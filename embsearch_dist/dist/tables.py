@@ -7,12 +7,15 @@ lifts that and places by predicted time. Both planners work on tables without st
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.optimizer import Optimizer
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor, PoolingType
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -38,6 +41,22 @@ OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     "rowwise_adagrad": (RowWiseAdagrad, {"eps": 1e-8}),
     "sgd": (torch.optim.SGD, {}),
 }
+
+
+OURS = re.compile(r"t__[0-9a-f]{24}")
+TAKEN = frozenset(dir(nn.ModuleDict()))  # torch gives no module a name that its parent has for something else
+
+
+def module_name(field: str) -> str:
+    """What a field's table is called inside torch's modules, and in checkpoints.
+
+    That is the field's name, unless torch could not take it: names with a dot, the empty one, and those of attributes
+    of a module (``type``, ``items``, ``train``) become ``t__`` and a hash of the name. It depends on the name
+    alone, so checkpoints fit whatever the order of fields.
+    """
+    if field and "." not in field and field not in TAKEN and not OURS.fullmatch(field):
+        return field
+    return f"t__{hashlib.sha256(field.encode('utf-8', 'surrogatepass')).hexdigest()[:24]}"
 
 
 class Sharder(EmbeddingBagCollectionSharder):
@@ -71,6 +90,11 @@ class Table:
         return cls(field.name, field.cardinality, width, field.pooling == "mean", field.weighted, field.mean_length)
 
     @property
+    def module(self) -> str:
+        """See :func:`module_name`."""
+        return module_name(self.name)
+
+    @property
     def bytes(self) -> int:
         """Bytes of the weights alone (float32)."""
         return self.rows * self.width * 4
@@ -98,7 +122,7 @@ def make_collection(tables: Sequence[Table]) -> EmbeddingBagCollection:
     return EmbeddingBagCollection(
         tables=[
             EmbeddingBagConfig(
-                name=t.name,
+                name=t.module,
                 embedding_dim=t.width,
                 num_embeddings=t.rows,
                 feature_names=[t.name],
@@ -175,11 +199,11 @@ def _generators(
         if kind == "table_wise":
             rank = load.index(min(load))
             load[rank] += t.rows * t.width
-            per_table[t.name] = table_wise(rank=rank, compute_kernel="fused")
+            per_table[t.module] = table_wise(rank=rank, compute_kernel="fused")
         elif kind == "row_wise":
-            per_table[t.name] = row_wise(compute_kernel="fused")
+            per_table[t.module] = row_wise(compute_kernel="fused")
         elif kind == "column_wise":
-            per_table[t.name] = column_wise(ranks=list(range(world_size)), compute_kernel="fused")
+            per_table[t.module] = column_wise(ranks=list(range(world_size)), compute_kernel="fused")
         else:
-            per_table[t.name] = data_parallel()
+            per_table[t.module] = data_parallel()
     return per_table

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from embsearch_dist.config import Config, changed_settings, tell_changed
+from embsearch_dist.data.classes import Classes, count_classes
 from embsearch_dist.data.dataset import BatchStream
 from embsearch_dist.dist.context import Context
 from embsearch_dist.dist.same_data import agree_on_left_out, check_same, seen_in_schema, seen_in_shards
@@ -87,6 +89,11 @@ class Method(ABC):
     def stages(self) -> list[Stage]:
         """The stages in their order; the last one leaves ``allocation.json``."""
 
+    def needs_classes(self, config: Config) -> str:
+        """Why this search can do nothing with validation rows of one class, and what to set, as an end of a sentence;
+        empty where it can."""
+        return ""
+
     def check(self, run: Run) -> None:  # noqa: B027
         """Refuse, before the first stage runs, settings that do not fit the data."""
 
@@ -105,6 +112,32 @@ def check_stages(method: Method, run: Run) -> None:
             keys = changed_settings(old["inputs"], inputs, type(run.config.search)) if old else []
             if old and keys and not stage.repeatable and not run.config.run.overwrite:
                 raise UserError(_changed(run.dir, stage.name, tell_changed(old["inputs"], inputs, keys)))
+
+
+def check_classes(run: Run, needed: str = "", splits: Sequence[str] = ("validation",)) -> None:
+    """Say, before anything is trained, what becomes of AUC in splits that have one class only.
+
+    Args:
+        needed: :meth:`Method.needs_classes` of a search. It is refused: no other reward is put in the place of AUC
+            unasked, because rows of one class reward whatever answers that class to everything.
+
+    Raises:
+        UserError: the validation split has one class, and both are ``needed``.
+    """
+    found: list[Classes] = []
+    with run.context.together("counting the clicks"):
+        if run.context.rank == 0:
+            found = [count_classes(run.config.data.path, split) for split in splits]
+    for classes in (c for c in run.context.share(found) if c.one and c.rows):
+        if classes.split == "validation" and needed:
+            raise UserError(
+                f"{classes.said}: AUC is undefined, and {needed}. Prepare the data again with another --split (random "
+                "spreads the clicks)",
+                everywhere=True,
+            )
+        then = "logloss selects the best checkpoint" if classes.split == "validation" else "it is written as null"
+        if run.context.rank == 0:
+            print(f"{classes.said}: AUC is undefined; {then}", flush=True)
 
 
 def read_mark(run: Run, stage: Stage) -> dict[str, Any] | None:

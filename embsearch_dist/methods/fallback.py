@@ -107,6 +107,8 @@ def choose(found: Trained, uniform: Trained, labels: np.ndarray, metric: str) ->
     Returns:
         What ``final.json`` says: ``name``, ``fallback``, ``reason`` in words, and the figures.
     """
+    if len(np.unique(labels > 0.5)) < 2:
+        metric = "logloss"  # AUC is undefined
     gain, error = (paired_auc if metric == "auc" else paired_logloss)(found.logits, uniform.logits, labels)
     level = abs(gain) <= error
     kept = min(found, uniform, key=lambda m: m.parameters) if level else found if gain > 0 else uniform

@@ -10,6 +10,7 @@ from typing import Any
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.methods.adass.budget import REFERENCE_WIDTH, Budget, check_feasible, parse_budget
 from embsearch_dist.schema import Schema, read_json, write_json
+from embsearch_dist.train.metrics import shown
 
 SCORED_POINTS = 4000  # dots of the Pareto picture
 
@@ -92,6 +93,6 @@ def describe(point: Point, directory: Path) -> str:
     return (
         f"found: {widths}\n"
         f"embedding parameters {size:,} ({size / reference:.1%} of UES-{REFERENCE_WIDTH}), "
-        f"auc {point.metrics['auc']:.5f} with the weights of the widest model, cut down\n"
+        f"auc {shown(point.metrics['auc'])} with the weights of the widest model, cut down\n"
         f"next: python launch/retrain.py --run {directory}"
     )

@@ -16,7 +16,7 @@ from embsearch_dist.dist.context import Context
 from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.gated import GatedTask
 from embsearch_dist.schema import write_json
-from embsearch_dist.train.metrics import evaluate
+from embsearch_dist.train.metrics import area_of, evaluate, shown
 
 
 def seeded_name(name: str, seed: int) -> str:
@@ -51,7 +51,7 @@ def evaluate_gated(
         "seed": config.run.seed,
         "split": split,
         "rows": int(metrics["rows"]),
-        "auc": metrics["auc"],
+        **area_of(metrics, split),
         "logloss": metrics["logloss"],
         "embedding_parameters": allocation.total("parameters"),
         "embedding_bytes": allocation.total("bytes"),
@@ -78,5 +78,5 @@ def leave_result(run: Run, task: GatedTask, name: str, eval_batch_size: int) -> 
 
     context.first("writing evaluation.json", write)
     if context.rank == 0:
-        print(f"{name}: test auc {result['auc']:.5f}  logloss {result['logloss']:.5f}  -> {directory}", flush=True)
+        print(f"{name}: test auc {shown(result['auc'])}  logloss {result['logloss']:.5f}  -> {directory}", flush=True)
     return directory

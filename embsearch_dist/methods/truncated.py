@@ -14,7 +14,6 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from embsearch_dist.dist.context import Context
-from embsearch_dist.errors import UserError
 from embsearch_dist.methods.widest import Moments, Sample, head_gradients, logits_of, unified
 from embsearch_dist.models.backbones import Backbone
 from embsearch_dist.models.ctr import SubnetModel
@@ -133,17 +132,11 @@ class TruncatedModel:
     """
 
     def __init__(self, model: SubnetModel, sample: Sample, bases: Bases, context: Context) -> None:
-        """
-        Raises:
-            UserError: the sample has one class only.
-        """
+        """On a sample of one class the AUC of :meth:`metrics` is NaN."""
         self.head, self.sample, self.bases, self.context = model.bare_head, sample, bases, context
-        counts = torch.stack([sample.label.sum(), torch.full((), float(len(sample.label)), device=context.device)])
-        positive, self.rows = map(int, context.sum(counts.double()).tolist())
+        self.rows = int(context.sum(torch.tensor([float(len(sample.label))], device=context.device).double()))
         # A dropped field takes its values' weights along, but for their mean, as for the embedding's.
         self.mean_values = context.sum(sample.values.double().sum(0)).div(self.rows).float()
-        if positive in (0, self.rows):
-            raise UserError(f"the sample of {self.rows} rows has one class only: AUC is undefined")
 
     @torch.no_grad()
     def logits(self, ranks: Sequence[int]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -119,7 +120,7 @@ def pareto(
 ) -> Figure:
     """Size against quality: what the search scored (left), what retraining gave (right)."""
     searched = bool(points or scored)
-    rows = [r for r in comparison.rows if r.parameters] if comparison else []
+    rows = [r for r in comparison.rows if r.parameters and not math.isnan(r.auc.mean)] if comparison else []
     fig = figure(3.9)
     panels = list(fig.subplots(1, int(searched) + int(bool(rows)), squeeze=False)[0])
     if searched:
@@ -352,7 +353,7 @@ def _search_panel(theme: Theme, axes: Axes, points: Sequence[Mapping], scored: S
 def _retrain_panel(theme: Theme, axes: Axes, comparison: Comparison, bayes_auc: float | None) -> None:
     for row in comparison.rows:
         size, spread = row.parameters, row.auc
-        if not size:
+        if not size or math.isnan(spread.mean):
             continue
         uniform = row.uniform_width is not None
         color = theme.uniform if uniform else theme.color(1)
@@ -360,7 +361,11 @@ def _retrain_panel(theme: Theme, axes: Axes, comparison: Comparison, bayes_auc: 
             size, spread.mean, yerr=spread.sd, fmt="s" if uniform else "D", ms=5.5 if uniform else 7, color=color,
             mec=theme.background, capsize=3, lw=1.2, zorder=3,
         )  # fmt: skip
-    uniform_rows = sorted((r.parameters or 0, r.auc.mean) for r in comparison.rows if r.uniform_width is not None)
+    uniform_rows = sorted(
+        (r.parameters or 0, r.auc.mean)
+        for r in comparison.rows
+        if r.uniform_width is not None and not math.isnan(r.auc.mean)
+    )
     if len(uniform_rows) > 1:
         axes.plot(*zip(*uniform_rows, strict=True), color=theme.uniform, lw=1, zorder=1)
     if bayes_auc is not None:

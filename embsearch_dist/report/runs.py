@@ -323,6 +323,8 @@ def _load_result(run: Run, directory: Path, file: str = "evaluation.json") -> Re
     numbers = {
         k: float(v) for k, v in body.items() if isinstance(v, int | float) and not isinstance(v, bool) and k != "seed"
     }
+    if body.get("auc") is None and "auc_undefined" in body:
+        numbers["auc"] = math.nan  # rows of one class: shown as a dash
     if "auc" not in numbers:
         raise UserError(f'{path}: key "auc" is missing or not a number; evaluate that retrain again')
     groups, router = body.get("groups") or [], body.get("router") or {}

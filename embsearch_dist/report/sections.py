@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,14 +119,17 @@ def pareto(runs: Sequence[Run], comparison: Comparison | None, directory: Path) 
     title = "Size against quality"
     source = next((r for r in runs if r.pareto), None)
     body = source.pareto if source is not None and source.pareto is not None else {}
-    points, scored = body.get("points", []), body.get("scored", [])
+    # On rows of one class there is no AUC, and no place in a picture of it.
+    points = [p for p in body.get("points", []) if p.get("auc") is not None]
+    scored = [s for s in body.get("scored", []) if s[1] is not None]
     if all(r.by_network for r in runs):
         return None
-    measured = comparison is not None and any(r.parameters for r in comparison.rows)
+    measured = comparison is not None and any(r.parameters and not math.isnan(r.auc.mean) for r in comparison.rows)
     if not points and not scored and not measured:
         if any(r.by_instance for r in runs):
             return None
-        return Section("pareto", title, page.missing(absent("search/pareto.json")))
+        lacking = absent("search/pareto.json") if not body else "Rows of one class have no AUC, so nothing is drawn."
+        return Section("pareto", title, page.missing(lacking))
     bayes = _bayes(runs)
     image = render("pareto", lambda t: plots.pareto(t, points, scored, comparison, bayes), directory)
     parts = []
@@ -280,7 +284,8 @@ def _quality_cells(row: Row, comparison: Comparison) -> list[Cell]:
     if base is not None and row.name != base.name:
         spread = auc_difference(row, base)
         worse = "worse" if spread.mean < -0.00005 else ""
-        delta = Cell(f"{spread.mean:+.4f}", f"{spread.sd:.4f}" if spread.sd is not None else "", worse)
+        if not math.isnan(spread.mean):
+            delta = Cell(f"{spread.mean:+.4f}", f"{spread.sd:.4f}" if spread.sd is not None else "", worse)
     saved = Cell("-")
     if row.parameters is not None and comparison.ues32_parameters:
         share = row.parameters / comparison.ues32_parameters

@@ -227,6 +227,7 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 
 def _settings(theme: Theme) -> dict[Any, Any]:
     return {
+        "text.parse_math": False,  # a dollar sign in a name is no formula
         "font.family": "DejaVu Sans",
         "font.size": 8.5,
         "axes.titlesize": 9.5,

@@ -51,12 +51,13 @@ class Row:
 
     def spread(self, key: str) -> Spread | None:
         """Mean and spread of one number over the results that have it."""
-        values = [r.numbers[key] for r in self.results if key in r.numbers]
+        values = [r.numbers[key] for r in self.results if not math.isnan(r.numbers.get(key, math.nan))]
         return Spread.of(values) if values else None
 
     @property
     def auc(self) -> Spread:
-        return Spread.of([r.numbers["auc"] for r in self.results])
+        """Its mean is NaN where no result has rows of both classes."""
+        return self.spread("auc") or Spread(math.nan, None, 0)
 
     @property
     def parameters(self) -> float | None:
@@ -107,7 +108,7 @@ def compare(runs: Sequence[Run]) -> Comparison | None:
         if result.split == split:
             grouped.setdefault(result.name, []).append(result)
     rows = [Row(name, tuple(group), _uniform_width(group[0])) for name, group in grouped.items()]
-    rows.sort(key=lambda r: (r.uniform_width is not None, -(r.uniform_width or 0), -r.auc.mean))
+    rows.sort(key=lambda r: (r.uniform_width is not None, -(r.uniform_width or 0), -_known(r.auc.mean)))
     uniform = [r for r in rows if r.uniform_width is not None]
     baseline = next((r for r in uniform if r.uniform_width == 32), uniform[0] if uniform else None)
     schema = next((run.schema for run in runs if run.schema is not None), None)
@@ -119,6 +120,11 @@ def compare(runs: Sequence[Run]) -> Comparison | None:
     elif baseline is not None and baseline.parameters is not None and baseline.uniform_width:
         ues32 = baseline.parameters * 32 / baseline.uniform_width
     return Comparison(split, tuple(rows), baseline, _found(runs, rows), ues32)
+
+
+def _known(auc: float) -> float:
+    """For sorting: what is undefined comes last."""
+    return -math.inf if math.isnan(auc) else auc
 
 
 def auc_difference(row: Row, baseline: Row) -> Spread:
@@ -139,7 +145,7 @@ def headline(runs: Sequence[Run], comparison: Comparison | None) -> list[str]:
     for row in rows:
         sentences.append(_sentence(row, comparison, several=len(rows) > 1))
         uniform = uniform_auc_at(row.parameters, comparison)
-        if uniform is not None:
+        if uniform is not None and not math.isnan(row.auc.mean + uniform):
             relation = "above" if row.auc.mean > uniform else "below"
             sentences.append(
                 f"At the size of {row.name}, the line between the uniform widths is at an AUC of about {uniform:.4f}; "
@@ -191,7 +197,9 @@ def _sentence(row: Row, comparison: Comparison, several: bool) -> str:
     base = comparison.baseline
     subject = f"The widths of {row.name}" if several else f"The found widths ({row.name})"
     where = f"on the {comparison.split} split"
-    if base is None:
+    if math.isnan(row.auc.mean):
+        return f"{subject} have no AUC {where}: its rows are of one class only. Compare the loglosses."
+    if base is None or math.isnan(base.auc.mean):
         size = ""
         if row.parameters and comparison.ues32_parameters:
             size = f" with {percent(row.parameters / comparison.ues32_parameters)} of UES-32's embedding parameters"

@@ -125,14 +125,15 @@ def missing_width(found: Model, models: Sequence[Model], of_one: float) -> int |
 
 def models_of(comparison: Comparison) -> list[Model]:
     """The rows of a report's comparison."""
-    return [_model(row) for row in comparison.rows if row.parameters]
+    return [_model(row) for row in comparison.rows if row.parameters and not math.isnan(row.auc.mean)]
 
 
 def _model(row: Row) -> Model:
     uniform = row.uniform_width is not None
     auc: dict[int | None, float] = {}
     for result in row.results:
-        auc[result.seed] = result.numbers["auc"]
+        if not math.isnan(result.numbers["auc"]):
+            auc[result.seed] = result.numbers["auc"]
     return Model(display_name(row), row.parameters or 0.0, auc, "uniform" if uniform else display_name(row), uniform)
 
 

@@ -39,9 +39,10 @@ SPARE_MEMORY = 1.5  # a save in the background wants this many times its copy to
 class SaveError(UserError):
     """A checkpoint could not be written; the ones before are as they were. All ranks raise it alike."""
 
-    def __init__(self, step: int, text: str) -> None:
+    def __init__(self, step: int, text: str, disk: bool = False) -> None:
+        """``disk``: the system refused to write, so that room on the disk may be what is lacking."""
         super().__init__(text, everywhere=True)
-        self.step = step
+        self.step, self.disk = step, disk
 
 
 class Checkpointer:
@@ -207,7 +208,10 @@ class Checkpointer:
         last = f"the last whole one is {self.root}/step-{kept[-1]}" if kept else "there is none yet"
         free = shutil.disk_usage(_existing(self.root)).free
         text = f"checkpoint {self.root}/step-{step} could not be written: {reason}"
-        raise SaveError(step, f"{text} ({free / 1e6:,.0f} MB are free there); {last}") from cause
+        # The text of an OSError tells its kind, on ranks that only heard of it too.
+        disk = "[Errno" in reason
+        room = f" ({free / 1e6:,.0f} MB are free there)" if disk else ""
+        raise SaveError(step, f"{text}{room}; {last}", disk) from cause
 
     def mark_best(self, step: int) -> None:
         """Remember ``step`` as the best checkpoint; it is kept."""

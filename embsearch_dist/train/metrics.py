@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -132,6 +134,18 @@ def evaluate(predict: Callable[[Batch], torch.Tensor], batches: Iterable[Batch],
     if context.world_size > 1:
         logits, labels = (context.gather(own.to(context.device)).cpu() for own in (logits, labels))
     return score(logits, labels)
+
+
+def shown(value: float | None, digits: int = 5) -> str:
+    """A metric for people; a dash where it is undefined."""
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def area_of(metrics: dict[str, float], split: str) -> dict[str, Any]:
+    """``auc`` for a result file: null, and why, where it is undefined."""
+    if not math.isnan(metrics["auc"]):
+        return {"auc": metrics["auc"]}
+    return {"auc": None, "auc_undefined": f"the {split} split has rows of one class only"}
 
 
 def _predictions(

@@ -111,10 +111,12 @@ class Monitor:
         """Add a matplotlib figure to TensorBoard under ``<stage>/<name>`` and close it (on every rank)."""
         writer = self._tensorboard_writer() if self.active else None
         if writer is not None:
+            import matplotlib
             from matplotlib.backends.backend_agg import FigureCanvasAgg
 
             canvas = FigureCanvasAgg(fig)
-            canvas.draw()
+            with matplotlib.rc_context({"text.parse_math": False}):  # a dollar sign in a name is no formula
+                canvas.draw()
             pixels = np.asarray(canvas.buffer_rgba())[..., :3]
             writer.add_image(f"{self.stage}/{name}", pixels, int(step), dataformats="HWC")
         # A figure made through pyplot lives until it is closed there; one made without it needs nothing.
@@ -348,10 +350,16 @@ def _keep_lines(path: Path, stage: str, step: int) -> None:
 
 def _draw(values: np.ndarray, rows: list[str], columns: list[str], title: str) -> Any:
     """A matrix as an image with its labels. Figure without pyplot: no global state, no display needed."""
+    import matplotlib
     from matplotlib.figure import Figure
 
+    with matplotlib.rc_context({"text.parse_math": False}):
+        return _matrix(Figure, values, rows, columns, title)
+
+
+def _matrix(figure: Any, values: np.ndarray, rows: list[str], columns: list[str], title: str) -> Any:
     tall, wide = values.shape
-    fig = Figure(figsize=(min(2.5 + 0.35 * wide, 16), min(1.2 + 0.22 * tall, 14)), dpi=90, layout="constrained")
+    fig = figure(figsize=(min(2.5 + 0.35 * wide, 16), min(1.2 + 0.22 * tall, 14)), dpi=90, layout="constrained")
     axes = fig.add_subplot()
     image = axes.imshow(np.ma.masked_invalid(values), aspect="auto", cmap="viridis", interpolation="nearest")
     down, right = (-(-n // LABELS) for n in (tall, wide))  # a label takes longer to draw than a thousand cells

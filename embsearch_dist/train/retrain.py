@@ -22,7 +22,7 @@ from embsearch_dist.models.ctr import SubnetModel
 from embsearch_dist.models.network import ArchitectureNetwork
 from embsearch_dist.schema import write_json
 from embsearch_dist.train.checkpoint import Checkpointer
-from embsearch_dist.train.metrics import evaluate
+from embsearch_dist.train.metrics import area_of, evaluate
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.trainer import Trainer
 
@@ -140,7 +140,7 @@ def evaluate_model(
         "seed": config.run.seed,
         "split": split,
         "rows": int(metrics["rows"]),
-        "auc": metrics["auc"],
+        **area_of(metrics, split),
         "logloss": metrics["logloss"],
         "embedding_parameters": allocation.total("parameters"),
         "embedding_bytes": allocation.total("bytes"),

@@ -24,7 +24,7 @@ from embsearch_dist.train import faults, signals
 from embsearch_dist.train.bilevel import BilevelTask, frozen
 from embsearch_dist.train.checkpoint import Checkpointer, SaveError
 from embsearch_dist.train.guard import Gate, Verdict, agree
-from embsearch_dist.train.metrics import evaluate
+from embsearch_dist.train.metrics import evaluate, shown
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.task import Judge, Task
 
@@ -104,6 +104,7 @@ class Trainer:
         self._schedule = 1.0  # factor that the optimizers have now
         self._failures = 0  # saves in a row
         self._best_before: tuple[float | None, int] = (None, 0)
+        self._told_metric = False
 
     def fit(self) -> Progress:
         """Train to the end (or from where it stopped); the model holds the last weights afterwards."""
@@ -309,10 +310,11 @@ class Trainer:
             own = self.task.judge() if isinstance(self.task, Judge) else None
             metrics = own or evaluate(self.task.predict, self.validation.epoch(0), self.context)
             self.monitor.scalars(p.step, metrics, split="validation", epoch=self._epochs())
-            sign = 1 if self.config.metric == "auc" else -1
-            value = sign * metrics[self.config.metric]
+            metric = self._metric(metrics)
+            value = (1 if metric == "auc" else -1) * metrics[metric]
             early = bool(self._outer) and p.step <= cast(BilevelTask, self.task).warmup
-            better = p.best is None or value > p.best
+            # What is not a number is better than nothing and worse than nothing alike: it is never the best.
+            better = math.isfinite(value) and (p.best is None or value > p.best)
             if early:
                 better = False
             elif better:
@@ -321,18 +323,30 @@ class Trainer:
             else:
                 p.bad_evals += 1
                 if self.config.patience and p.bad_evals >= self.config.patience:
-                    p.stopped = f"no better {self.config.metric} in {p.bad_evals} evaluations"
+                    p.stopped = f"no better {metric} in {p.bad_evals} evaluations"
                 elif self.config.lr_cut < 1:
                     p.lr_factor *= self.config.lr_cut
                     self._set_lr(self._schedule)
             mark = " (best)" if better else " (nothing is selected yet)" if early else ""
             self.monitor.say(
-                f"epoch {self._epochs():g}  step {p.step}  validation auc {metrics['auc']:.5f}  "
+                f"epoch {self._epochs():g}  step {p.step}  validation auc {shown(metrics['auc'])}  "
                 f"logloss {metrics['logloss']:.5f}{mark}"
             )
         p.evaluate = False
         over = p.step >= self.total or bool(p.stopped)
+        if over and not p.best_step and self.validation is not None:
+            self.monitor.say("no evaluation gave a number to select by, so the last checkpoint counts as the best")
+            p.best_step = p.step
         self._save(best=self.validation is None or p.best_step == p.step, must=over)
+
+    def _metric(self, metrics: dict[str, float]) -> str:
+        """What selects: the metric of the config, or logloss where AUC is undefined."""
+        if self.config.metric != "auc" or not math.isnan(metrics["auc"]):
+            return self.config.metric
+        if not self._told_metric:
+            self._told_metric = True
+            self.monitor.say("validation rows are of one class only, so AUC is undefined: logloss selects")
+        return "logloss"
 
     def _save(self, best: bool = False, must: bool = False) -> None:
         """Write a checkpoint; ``must``: the run ends here, so it has to be on disk, and in time."""
@@ -357,10 +371,11 @@ class Trainer:
         self._failures += 1
         if p.best_step == error.step:  # what was never saved cannot be the best
             p.best, p.best_step = self._best_before
-        again = "Free or enlarge the disk, then give the same command again"
+        disk = "Free or enlarge the disk, then give" if error.disk else "Mend that, then give"
+        again = f"{disk} the same command again"
         if must or self.config.on_save_error == "stop" or self._failures >= SAVE_FAILURES:
             failed = f" ({self._failures} in a row)" if self._failures > 1 else ""
-            raise SaveError(error.step, f"{error}{failed}. {again}") from error
+            raise SaveError(error.step, f"{error}{failed}. {again}", error.disk) from error
         self.monitor.say(f"{error}. Training goes on; after {SAVE_FAILURES} such failures in a row it stops")
 
     def _follow_schedule(self) -> None:

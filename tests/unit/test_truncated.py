@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.errors import UserError
 from embsearch_dist.methods.truncated import (
     Bases,
     Changes,
@@ -129,12 +129,12 @@ def test_calibration_undoes_a_scale_and_a_shift() -> None:
     assert shift == pytest.approx(1.5, abs=0.05)
 
 
-def test_a_sample_of_one_class_is_refused() -> None:
+def test_a_sample_of_one_class_has_no_auc_and_a_logloss() -> None:
     model = model_of()
     sample = sample_of(model)
     one = replace(sample, label=torch.ones_like(sample.label))
-    with pytest.raises(UserError, match="has one class only"):
-        TruncatedModel(model, one, bases_of("variance", model, sample), one_rank())
+    found = TruncatedModel(model, one, bases_of("variance", model, sample), one_rank()).metrics([WIDTH] * 3)
+    assert math.isnan(found["auc"]) and found["logloss"] > 0
 
 
 def test_moments_of_tables_count_each_row_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from embsearch_dist.config import Config
 from embsearch_dist.methods.adass.config import AdassConfig
 from embsearch_dist.methods.adass.searching import SearchStage, budgets_of
 from embsearch_dist.methods.adass.supernet import SupernetStage
@@ -15,6 +16,10 @@ class AdaSS(Method):
 
     def stages(self) -> list[Stage]:
         return [SupernetStage(), SearchStage()]
+
+    def needs_classes(self, config: Config) -> str:
+        key = "search.policy.metric"
+        return f"{key} auc ranks by it; --{key} logloss does not" if config.search.policy.metric == "auc" else ""
 
     def check(self, run: Run) -> None:
         budgets_of(run.config.search, run.schema, run.config.model.extra)

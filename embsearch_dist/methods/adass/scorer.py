@@ -93,9 +93,11 @@ class SubnetScorer:
         precision: str = "float32",
         cache_mb: int = 4096,
         refit: str = "none",
+        area: bool = True,
     ) -> None:
         """
         Args:
+            area: whether AUC is wanted; a sample of one class is refused then, and has an AUC of NaN otherwise.
             batches: this rank's share of the sample; all ranks hold equally many batches.
             precision: of the MLP's sums, ``float32`` or ``bfloat16``; linear and FM parts are always float32.
             cache_mb: MiB over all ranks that terms may take to be kept; else they are made in each pass.
@@ -130,8 +132,11 @@ class SubnetScorer:
             self._keep_terms(self.cache_bytes)
             if self.terms is not None:
                 del self.pooled
-        if self.labels.sum() in (0, len(self.labels)):
-            raise UserError(f"the validation sample of {len(self.labels)} rows has one class only: AUC is undefined")
+        if area and self.labels.sum() in (0, len(self.labels)):
+            raise UserError(
+                f"the validation sample of {len(self.labels)} rows has one class only: AUC is undefined. Raise "
+                "search.policy.rows, or set --search.policy.metric logloss"
+            )
 
     def part(self, rows: int) -> SubnetScorer:
         """A scorer of the first ``rows`` rows over all ranks, or a few more (whole chunks); they are shared with this

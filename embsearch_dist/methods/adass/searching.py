@@ -28,6 +28,7 @@ from embsearch_dist.methods.adass.supernet import SupernetTask, load_supernet
 from embsearch_dist.methods.adass.terms import sample_rows
 from embsearch_dist.methods.base import Run, Stage
 from embsearch_dist.schema import Schema, read_json, write_json
+from embsearch_dist.train.metrics import shown
 from embsearch_dist.train.monitor import Monitor
 
 SCORED_POINTS = 4000  # dots of the Pareto picture
@@ -231,7 +232,8 @@ def make_scorer(run: Run, task: SupernetTask | None = None) -> SubnetScorer:
     seed = run.config.run.seed * 7919 + SAMPLE_SEED
     with context.together("drawing the scored validation rows"):
         batches = random_batches(shards, rows, batch, seed, context.rank, context.world_size)
-    return SubnetScorer(task.model, batches, context, policy.precision, policy.cache_mb, policy.refit)
+    area = policy.metric == "auc"
+    return SubnetScorer(task.model, batches, context, policy.precision, policy.cache_mb, policy.refit, area)
 
 
 class SearchStage(Stage):
@@ -326,14 +328,14 @@ def budgets_of(config: AdassConfig, schema: Schema, extra: int = 0) -> list[tupl
 
 def describe(searcher: Searcher, point: dict[str, Any], directory: Path) -> str:
     """The found widths and the next command, for the terminal."""
-    shown = list(point["widths"].items())[:MANY_FIELDS]
-    widths = "  ".join(f"{n}={w}" for n, w in shown)
-    widths += f"  and {more:,} fields more" if (more := len(point["widths"]) - len(shown)) else ""
+    some = list(point["widths"].items())[:MANY_FIELDS]
+    widths = "  ".join(f"{n}={w}" for n, w in some)
+    widths += f"  and {more:,} fields more" if (more := len(point["widths"]) - len(some)) else ""
     reference = (32 + searcher.extra) * sum(searcher.schema.cardinalities)
     return (
         f"found: {widths}\n"
         f"embedding parameters {point['parameters']:,} ({point['parameters'] / reference:.1%} of UES-32), "
-        f"supernet auc {point['auc']:.5f}, {len(searcher.archive):,} subnets scored, "
+        f"supernet auc {shown(point['auc'])}, {len(searcher.archive):,} subnets scored, "
         f"{point['pruned_columns']:,} columns taken away for want of evidence\n"
         f"next: python launch/retrain.py --run {directory}"
     )

@@ -28,7 +28,7 @@ from embsearch_dist.methods.ihas.field_router import assignment_file, load_field
 from embsearch_dist.methods.ihas.router import CentreRouter, load_router
 from embsearch_dist.models.ctr import SubnetModel
 from embsearch_dist.schema import Schema
-from embsearch_dist.train.metrics import score
+from embsearch_dist.train.metrics import area_of, score
 from embsearch_dist.train.retrain import result_name, rows_left_out
 
 ROUTERS = ("centres", "fields")
@@ -193,7 +193,7 @@ def evaluate_routed(
         "seed": config.run.seed,
         "split": stream.shards.split,
         "rows": int(total["rows"]),
-        "auc": total["auc"],
+        **area_of(total, stream.shards.split),
         "logloss": total["logloss"],
         "embedding_parameters": grouped.total("parameters") + tables,
         "embedding_bytes": grouped.total("bytes") + tables * BYTES_PER_PARAMETER,

@@ -110,7 +110,7 @@ def train_best(
 
 def chosen(loglosses: Sequence[float]) -> int:
     """The place of the least; the first one of equal ones, which the search held for better."""
-    return min(range(len(loglosses)), key=lambda k: (loglosses[k], k))
+    return min(range(len(loglosses)), key=lambda k: (math.inf if math.isnan(loglosses[k]) else loglosses[k], k))
 
 
 def reason(found: Sequence[dict[str, Any]], best: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from embsearch_dist.config import Config
 from embsearch_dist.methods.base import Method, Run, Stage
 from embsearch_dist.methods.utilities.config import UtilitiesConfig
 from embsearch_dist.methods.utilities.searching import UtilitiesStage, budgets_of
@@ -15,6 +16,9 @@ class Utilities(Method):
 
     def stages(self) -> list[Stage]:
         return [WidestStage(), UtilitiesStage()]
+
+    def needs_classes(self, config: Config) -> str:
+        return "the method utilities weighs columns by what they save on rows of both"
 
     def check(self, run: Run) -> None:
         budgets_of(run.config.search, run.schema, run.config.model.extra)
