@@ -15,6 +15,7 @@ from embsearch_dist.errors import UserError
 
 LOCK = "run.lock"  # also the mark: it stays when nobody is at work
 EDITED = "# edited"
+HEAD = "# Written by a run. The last line is a checksum; to change the file by hand, put '# edited' in its place.\n"
 SEAL = "# sha256 of the lines above: "
 # Everything that a search, a retraining, an evaluation or a report leaves at the top of a directory.
 OURS = re.compile(
@@ -103,14 +104,15 @@ def _is_record(text: str) -> bool:
 
 def seal_text(text: str) -> str:
     """A config with its checksum as the last line."""
+    text = HEAD + text
     return f"{text}{SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n"
 
 
 def check_text(path: Path) -> None:
     """Compare a run directory's config.yaml with the checksum in its last line.
 
-    One without a checksum is of an older version, or was edited by a person, who says so in its last line; where
-    this version has worked (there is a lock), it is one that was cut short.
+    One without a checksum is of an older version, or was edited by a person, who says so in its last line. One that
+    begins as those of this version do, or lacks a section, was cut short.
 
     Raises:
         UserError: it was changed or cut.
@@ -126,7 +128,7 @@ def check_text(path: Path) -> None:
         return
     mend = f"Copy it back, or, if you changed it on purpose, let its last line be {EDITED!r}"
     if not lines[-1].startswith(SEAL):
-        if (path.parent / LOCK).exists() or not _is_record(text):
+        if text.startswith(HEAD) or not _is_record(text):
             raise UserError(f"{path} was cut short: the line with its checksum is missing. {mend}")
         return
     body = "".join(f"{line}\n" for line in lines[:-1])

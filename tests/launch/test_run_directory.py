@@ -112,7 +112,7 @@ def test_names_that_become_folders(data: Path, run: Path, run_script: Callable, 
     done = run_script("retrain.py", "--run", run, "--allocation", tmp_path / "s.json", check=False)
     assert_refused(done, "cannot name a folder", "--name gives another")
     assert not (tmp_path / "away").exists() and not (run / "retrain").exists()
-    with pytest.raises(UserError, match="search.name: 'a/b' cannot name a folder"):
+    with pytest.raises(UserError, match="search.name: .*'a/b'"):
         small_config(data, run, "search.name=a/b")
     for name in ("007", "exp #1", "no", "ü"):
         assert plain_word(name, "x") == name
