@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from embsearch_dist.errors import UserError
-from embsearch_dist.schema import Schema, read_json, write_json
+from embsearch_dist.schema import Schema, differs, read_sealed, write_sealed
 
 FORMAT = 1
 BYTES_PER_PARAMETER = 4
@@ -97,12 +97,13 @@ class Allocation:
 
     def save(self, path: Path) -> None:
         """Write the allocation as JSON, sizes included for the reader's eye."""
-        write_json(
+        write_sealed(
             Path(path),
             {
                 "format": FORMAT,
                 "dataset": self.schema.dataset,
                 "schema": self.schema.fingerprint,
+                **({"data": self.schema.data} if self.schema.data else {}),
                 "widths": {n: self.widths[n] for n in self.schema.names},
                 "extra_columns": self.extra,
                 "sizes": {r: self.total(r) for r in RESOURCES} | {"P-R": round(self.reduction(), 4)},
@@ -115,9 +116,9 @@ class Allocation:
         """Read an allocation and check that it belongs to ``schema``.
 
         Raises:
-            UserError: missing or broken file, or an allocation made for another schema.
+            UserError: missing, broken or changed file, or an allocation made for another schema or from other data.
         """
-        body = read_json(Path(path))
+        body = read_sealed(Path(path))
         widths = body.get("widths")
         if not isinstance(widths, Mapping):
             raise UserError(f'{path}: not an allocation: key "widths" (field -> width) is missing')
@@ -129,7 +130,19 @@ class Allocation:
                 f"{schema.dataset!r} (schema {schema.fingerprint}): {detail}. Search again on this data, "
                 "or point --data.path to the data set the allocation was made for"
             )
+        check_data(Path(path), body, schema)
         try:
             return cls(schema, dict(widths), dict(body.get("provenance", {})), int(body.get("extra_columns", 0)))
         except UserError as e:
             raise UserError(f"{path}: {e}") from e
+        except (TypeError, ValueError, OverflowError) as e:
+            raise UserError(f"{path}: not an allocation ({e}). Run search.py again") from e
+
+
+def check_data(path: Path, body: Mapping, schema: Schema) -> None:
+    """Refuse widths that were found on other data than ``schema`` is of, where both are known."""
+    if differs(str(body.get("data", "")), schema.data):
+        raise UserError(
+            f"{path} was made from data {body['data']}, this is {schema.data}: the same fields, but other rows or ids. "
+            'Search again, or take the lines "data" and "sha256" out of the file to use its widths here all the same'
+        )

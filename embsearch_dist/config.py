@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
 from embsearch_dist.errors import UserError
+from embsearch_dist.rundir import plain_word, seal_text
 
 HELD = "\ue000{"  # stands for ${ while OmegaConf has a text in hand, which would look for a key there
 TABLES = "dist.tables."
@@ -281,6 +282,8 @@ class Config:
     def check(self) -> None:
         for section in (self.run, self.data, self.model, self.optim, self.train, self.dist, self.search):
             section.check()
+        if name := getattr(self.search, "name", ""):
+            plain_word(name, "config key search.name")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -292,7 +295,9 @@ class Config:
         """Write ``config.yaml``. The order to overwrite is for once: it must not delete the next run."""
         run_dir.mkdir(parents=True, exist_ok=True)
         kept = dataclasses.replace(self, run=dataclasses.replace(self.run, overwrite=False))
-        (run_dir / "config.yaml").write_text(kept.to_yaml())
+        temporary = run_dir / "config.yaml.tmp"
+        temporary.write_text(seal_text(kept.to_yaml()), encoding="utf-8")
+        temporary.replace(run_dir / "config.yaml")
 
 
 SECTIONS = {

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from embsearch_dist.allocation import RESOURCES, Allocation
+from embsearch_dist.allocation import RESOURCES, Allocation, check_data
 from embsearch_dist.errors import UserError
-from embsearch_dist.schema import Schema, read_json, write_json
+from embsearch_dist.schema import Schema, read_sealed, write_sealed
 
 FORMAT = 1
 GROUPS = "groups.json"
@@ -62,7 +62,8 @@ class GroupedAllocation:
             for a, rows in zip(self.allocations, self.rows, strict=True)
         ]
         head = {"format": FORMAT, "kind": "grouped", "dataset": self.schema.dataset, "schema": self.schema.fingerprint}
-        write_json(Path(path), {**head, "groups": groups, "provenance": self.provenance})
+        head |= {"data": self.schema.data} if self.schema.data else {}
+        write_sealed(Path(path), {**head, "groups": groups, "provenance": self.provenance})
 
     @classmethod
     def load(cls, path: Path | str, schema: Schema) -> GroupedAllocation:
@@ -71,7 +72,7 @@ class GroupedAllocation:
         Raises:
             UserError: missing or broken file, or one made for another schema.
         """
-        body = read_json(Path(path))
+        body = read_sealed(Path(path))
         try:
             if body["kind"] != "grouped":
                 raise KeyError("kind")
@@ -81,6 +82,7 @@ class GroupedAllocation:
                     f"{schema.dataset!r} (schema {schema.fingerprint}). Search again on this data, or point "
                     "--data.path to the data set it was made for"
                 )
+            check_data(Path(path), body, schema)
             provenance = dict(body.get("provenance", {}))
             found = tuple(
                 Allocation(schema, dict(g["widths"]), provenance, int(g.get("extra_columns", 0)))

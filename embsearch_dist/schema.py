@@ -80,6 +80,8 @@ class Schema:
         dense: names of float columns, standardised on the training split.
         rows: rows of each split.
         provenance: how it was prepared (source files, options), for people.
+        data: identity of the prepared bytes (:func:`embsearch_dist.data.manifest.identity`), where known: two
+            preparations with one :attr:`fingerprint` may give the same ids to other values.
     """
 
     dataset: str
@@ -87,6 +89,7 @@ class Schema:
     dense: tuple[str, ...] = ()
     rows: dict[str, int] = field(default_factory=dict)
     provenance: dict[str, object] = field(default_factory=dict)
+    data: str = ""
 
     def __post_init__(self) -> None:
         names = [f.name for f in self.fields] + list(self.dense)
@@ -115,6 +118,8 @@ class Schema:
         """Write ``schema.json`` into ``directory`` in one step, so that a reader never sees half of it."""
         body = {"format": FORMAT, "fingerprint": self.fingerprint, **asdict(self)}
         body["fields"] = [f.to_dict() for f in self.fields]
+        if not self.data:
+            del body["data"]
         write_json(Path(directory) / "schema.json", body)
 
     @classmethod
@@ -138,8 +143,9 @@ class Schema:
                 dense=tuple(body["dense"]),
                 rows=dict(body["rows"]),
                 provenance=dict(body["provenance"]),
+                data=str(body.get("data", "")),
             )
-        except (KeyError, TypeError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise UserError(f"{path}: not a schema of format {FORMAT} ({e}); prepare the data again") from e
 
 
@@ -164,6 +170,37 @@ def _finite(body: object) -> object:
     return [_finite(value) for value in body] if isinstance(body, list | tuple) else body
 
 
+def differs(old: str, new: str) -> bool:
+    """Whether two identities of data are known and not the same."""
+    return bool(old and new and old != new)
+
+
+def sealed(body: dict) -> str:
+    """SHA-256 of a JSON object without its key ``sha256``, as it will be read again."""
+    plain = json.dumps(_finite({k: v for k, v in body.items() if k != "sha256"}))
+    return hashlib.sha256(json.dumps(json.loads(plain), sort_keys=True).encode()).hexdigest()
+
+
+def write_sealed(path: Path, body: dict) -> None:
+    """:func:`write_json` with a checksum of the rest in the file, which :func:`read_sealed` compares."""
+    write_json(path, {**body, "sha256": sealed(body)})
+
+
+def read_sealed(path: Path, cure: str = "Run search.py again") -> dict:
+    """A JSON object that :func:`write_sealed` wrote, of an older version (without a checksum), or of a person.
+
+    Raises:
+        UserError: it was changed since it was written; names the file and what to do.
+    """
+    body = read_json(path)
+    if "sha256" in body and body["sha256"] != sealed(body):
+        raise UserError(
+            f"{path} was changed since it was written: it differs from its own checksum. {cure}, or, if you changed it "
+            'on purpose, take its line "sha256" out'
+        )
+    return body
+
+
 def read_json(path: Path) -> dict:
     """Read a JSON object; a broken file is a ``UserError`` that names it."""
     try:
@@ -174,6 +211,10 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path}, line {e.lineno}: not valid JSON ({e.msg})") from e
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not a text file ({e.reason} at byte {e.start})") from e
+    except OSError as e:  # a directory, a loop of links, no permission
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from e
+    except (ValueError, RecursionError) as e:  # a number of thousands of digits, or endless brackets
+        raise UserError(f"{path}: not valid JSON ({' '.join(str(e).split())[:80]})") from e
     if not isinstance(body, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(body).__name__}")
     return body

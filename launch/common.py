@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import re
 import shutil
@@ -12,12 +13,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.architecture.architecture import read_architecture
 from embsearch_dist.architecture.canonical import key
 from embsearch_dist.architecture.space import Space
 from embsearch_dist.architecture.space import load as load_architecture
 from embsearch_dist.config import SAFETY_KEYS, Config, describe, load_config, nearest
+from embsearch_dist.data.manifest import compare_ends, identity
 from embsearch_dist.dist.context import Context, group_was_opened
 from embsearch_dist.dist.environment import end_restarts
 from embsearch_dist.errors import UserError
@@ -28,7 +32,8 @@ from embsearch_dist.methods.ihas.router import ROUTER
 from embsearch_dist.methods.nasrec.searching import RESULT
 from embsearch_dist.models.ctr import common_width
 from embsearch_dist.models.network import check_width
-from embsearch_dist.schema import Schema
+from embsearch_dist.rundir import check_text, clear, hold, is_ours, release
+from embsearch_dist.schema import Schema, differs, read_json, write_json
 from embsearch_dist.train import signals
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,7 +67,10 @@ def run_main(main: Callable[[Sequence[str]], None], document: str | None) -> Non
 def _run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
     """Everything but a signal, which may also come while an error is told."""
     try:
-        main(argv)
+        try:
+            main(argv)
+        finally:
+            release()
     except UserError as e:
         # One voice is enough when all ranks fail alike.
         if os.environ.get("RANK", "0") == "0" or (group_was_opened() and not e.everywhere):
@@ -71,10 +79,23 @@ def _run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
             _end_restarts()
         sys.exit(2)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone, and the work is not done
+        sys.exit(141)
+    except (OSError, MemoryError, torch.OutOfMemoryError) as e:
+        print(f"error: {_refused(e)}", file=sys.stderr, flush=True)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; start the same command again to continue", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def _refused(e: BaseException) -> str:
+    """What the system said no to, in one line."""
+    if isinstance(e, OSError):
+        where = f"{e.filename}: " if e.filename else ""
+        return f"{where}{e.strerror or e}. Check that path, its permissions and the disk"
+    told = " ".join(str(e).split())[:200]
+    return f"memory ran out{f' ({told})' if told else ''}. Lower widths or batch sizes, or use more ranks"
 
 
 def _end_restarts() -> None:
@@ -96,9 +117,21 @@ def read_config(file: str | Path | None, overrides: Sequence[str]) -> Config:
     return load_config(CONFIGS, file, overrides)
 
 
-def lasting(config: Config) -> dict[str, Any]:
-    """All that one training must keep from start to start."""
+def read_run_config(directory: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of a run directory, which must be as it was written: a cut one would mean the defaults.
+
+    Raises:
+        UserError: it is missing, cut or changed.
+    """
+    check_text(directory / "config.yaml")
+    return read_config(directory / "config.yaml", overrides)
+
+
+def lasting(config: Config, same_data: bool = False) -> dict[str, Any]:
+    """All that one training must keep from start to start; ``same_data``: known to be, wherever they lie now."""
     found = config.to_dict()
+    if same_data:
+        del found["data"]["path"]
     found["train"] = {k: v for k, v in found["train"].items() if k not in SAFETY_KEYS}
     found["data"] = {k: v for k, v in found["data"].items() if k != "skip_unreadable"}
     if config.model.backbone != "nasrec":
@@ -118,7 +151,10 @@ def open_data(config: Config, context: Context) -> Schema:
 
         context.first("making synthetic data", make)
     with context.together("reading the schema"):
-        return Schema.load(path)
+        schema = Schema.load(path)
+        if (path / "vocabulary").is_dir():
+            compare_ends(path, "vocabulary")
+        return dataclasses.replace(schema, data=identity(path, schema))
     raise AssertionError("unreachable")
 
 
@@ -132,19 +168,35 @@ def open_search(directory: Path, config: Config, schema: Schema, context: Contex
         home = next((p for p in places if (p / ROUTER).exists() and (p / "config.yaml").exists()), None)
         if home is None:
             raise UserError(f"{directory} belongs to no search of groups: no directory above it has {ROUTER}")
-        found = read_config(home / "config.yaml", [])
+        found = read_run_config(home)
         found.run.dir, found.run.overwrite = str(home), False
         found.data, found.dist = copy.copy(config.data), copy.copy(config.dist)
         return Run(found, schema, context)
     raise AssertionError("unreachable")
 
 
-def open_run_directory(config: Config, schema: Schema, directory: Path) -> None:
-    """Make (or empty, when told) the run directory and leave config and schema in it. Rank 0 calls this."""
-    if config.run.overwrite and directory.exists():
-        if any(directory.iterdir()) and not (directory / "config.yaml").exists():
-            raise UserError(f"{directory} is not a run directory (no config.yaml in it); it is not deleted")
-        shutil.rmtree(directory)
+def open_run_directory(
+    config: Config, schema: Schema, directory: Path, doing: str = "retrain.py", given: str | None = None
+) -> None:
+    """Make (or empty, when told) the run directory, lock it, and leave config and schema in it. Rank 0 calls this.
+
+    Args:
+        doing: who holds the lock, for people.
+        given: the config file of the command line.
+
+    Raises:
+        UserError: somebody is at work there, or files that are not ours would be replaced or deleted.
+    """
+    if (directory / "config.yaml").exists() and not is_ours(directory):
+        raise UserError(
+            f"{directory / 'config.yaml'} was not written by a run: {directory} is not a run directory, and it "
+            "would be replaced. Give another --run.dir; nothing was deleted"
+        )
+    if config.run.overwrite and directory.exists() and not is_ours(directory) and any(directory.iterdir()):
+        raise UserError(f"{directory} is not a run directory (no config.yaml in it); it is not deleted")
+    hold(directory, doing)
+    if config.run.overwrite:
+        clear(directory, Path(given) if given else None)
     config.save(directory)
     schema.save(directory)
     truth = Path(config.data.path) / "truth.json"
@@ -159,13 +211,23 @@ def open_retraining(config: Config, schema: Schema, found: Allocation | GroupedA
         network, space = _network(config.model.architecture)
         for widths in ({w for w in part.values() if w} for part in _widths(found)):
             check_width(config.model.architecture, space, common_width(config.model, sorted(widths)))
+    same_data = False
+    if (directory / "schema.json").exists() and not config.run.overwrite:
+        before = Schema.load(directory)
+        same_data = bool(schema.data) and before.data == schema.data
+        if differs(before.data, schema.data):
+            raise UserError(
+                f"{directory} was trained on data {before.data}, {config.data.path} is {schema.data}: the same fields, "
+                "but other rows or ids. Give --name, the --data.path it was trained on, or --run.overwrite true"
+            )
     kinds: dict[str, type[Allocation | GroupedAllocation]] = {"allocation.json": Allocation, GROUPS: GroupedAllocation}
     for file, kind in kinds.items():
         if (directory / file).exists() and not config.run.overwrite:
             same = isinstance(found, kind) and _widths(kind.load(directory / file, schema)) == _widths(found)
             # Read as a config: one of an older version lacks keys that have been added since.
             kept = _network(directory / RESULT)[0] if (directory / RESULT).exists() else None
-            if not same or kept != network or lasting(read_config(directory / "config.yaml", [])) != lasting(config):
+            old = read_run_config(directory)
+            if not same or kept != network or lasting(old, same_data) != lasting(config, same_data):
                 raise UserError(
                     f"{directory} holds another training; give --name, or --run.overwrite true to replace it"
                 )
@@ -199,6 +261,24 @@ def searched_network(directory: Path, overrides: Sequence[str]) -> list[str]:
     return ["model.backbone=nasrec", f"model.architecture={path}", *width]
 
 
+def chosen_allocation(run_dir: Path) -> Path | None:
+    """Of the allocations that a search has kept, the one that its allocation.json was; None where nothing tells."""
+    kept = sorted((run_dir / "allocations").glob("*.json"))
+    if len(kept) > 1 and (run_dir / "search" / "pareto.json").exists():
+        points = read_json(run_dir / "search" / "pareto.json").get("points", [])
+        names = [str(p.get("name")) for p in points if isinstance(p, dict) and p.get("chosen")]
+        kept = [path for path in kept if path.stem in names]
+    return kept[0] if len(kept) == 1 else None
+
+
+def restore_allocation(run_dir: Path) -> None:
+    """Put back a lost allocation.json from what the search has kept beside it. Rank 0 calls this."""
+    kept = chosen_allocation(run_dir)
+    if kept is not None and not any((run_dir / n).exists() for n in ("allocation.json", GROUPS)):
+        write_json(run_dir / "allocation.json", read_json(kept))
+        print(f"{run_dir / 'allocation.json'} was gone: restored from {kept}", flush=True)
+
+
 def read_result(text: str, run_dir: Path, schema: Schema) -> tuple[str, Allocation | GroupedAllocation]:
     """(default name, result) from ``ues-WIDTH``, a file, or the run's own result, which may be groups."""
     uniform = re.fullmatch(r"ues-(\d+)", text)
@@ -212,6 +292,8 @@ def read_result(text: str, run_dir: Path, schema: Schema) -> tuple[str, Allocati
         _, space = load_architecture(run_dir / RESULT)
         provenance = read_architecture(run_dir / RESULT).get("provenance", {})
         return str(provenance.get("name", "network")), Allocation.uniform(schema, space.width)
+    if not text and not path.exists():
+        path = chosen_allocation(run_dir) or path
     if not path.exists():
         raise UserError(f"no allocation at {path}; search first, or give --allocation FILE or --allocation ues-32")
     allocation = Allocation.load(path, schema)

@@ -35,9 +35,10 @@ from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.ihas.retraining import evaluate_groups, evaluation_file, load_groups
 from embsearch_dist.methods.ihas.routed import ROUTERS
 from embsearch_dist.methods.nasrec.searching import RESULT
+from embsearch_dist.rundir import hold
 from embsearch_dist.schema import SPLITS, write_json
 from embsearch_dist.train.retrain import evaluate_model, load_best
-from launch.common import known_options, open_data, open_search, read_config, run_main
+from launch.common import known_options, open_data, open_search, read_run_config, run_main
 
 
 def main(argv: Sequence[str]) -> None:
@@ -53,9 +54,10 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--router {router}: {directory} holds one model, not models of groups. Leave it out")
     # The file of an architecture may be gone from where it was; the training has kept a copy.
     kept = [f"model.architecture={directory / RESULT}"] if (directory / RESULT).exists() else []
-    config = read_config(directory / "config.yaml", [*kept, *overrides])
+    config = read_run_config(directory, [*kept, *overrides])
     with start(config.run, config.dist) as context:
         run = Run(config, open_data(config, context), context)
+        context.first("opening the directory", lambda: hold(directory, "evaluate.py"))
         result = routed(run, directory, split, router) if grouped else single(run, directory, split)
         if context.rank == 0:
             print(json.dumps(result, indent=2))

@@ -42,6 +42,7 @@ from embsearch_dist.config import split_arguments
 from embsearch_dist.dist.context import start
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import Run, check_classes
+from embsearch_dist.rundir import check_text
 from embsearch_dist.train.metrics import shown
 from launch.common import DEFAULT_CONFIG, known_options, open_data, read_config, run_main, searched_network
 from launch.retraining import Wish, read_wish, retrain_all
@@ -54,6 +55,8 @@ def main(argv: Sequence[str]) -> None:
     if "run" in plain and not (Path(plain["run"]) / "config.yaml").exists():
         raise UserError(f"--run {plain['run']}: no config.yaml there, so it is not a run directory of search.py")
     file = Path(plain["run"]) / "config.yaml" if "run" in plain else plain.get("config", DEFAULT_CONFIG)
+    if "run" in plain:
+        check_text(Path(file))
     base = read_config(file, [o for o in overrides if o.startswith("run.dir=")])
     run_dir = Path(plain.get("run", base.run.dir))
     config = read_config(file, [*searched_network(run_dir, overrides), *overrides])

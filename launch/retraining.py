@@ -17,6 +17,7 @@ from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.fallback import Trained, bracket, choose, predictions, uniform_like, widest_within
 from embsearch_dist.methods.ihas.retraining import retrain_groups
 from embsearch_dist.methods.nasrec.choosing import candidate_files, train_best
+from embsearch_dist.rundir import plain_word
 from embsearch_dist.schema import Schema, write_json
 from embsearch_dist.train.retrain import SubnetTask, evaluate_model, retrain
 from launch.common import open_retraining, open_search, read_result
@@ -98,7 +99,9 @@ def read_wish(wish: Wish, config: Config, run_dir: Path, schema: Schema) -> tupl
             raise UserError(f"{option} compares the widths of one model; this run has found groups. Leave it out")
     if config.model.architecture and name.startswith("ues-"):
         name = f"nasrec-{name}"  # not the uniform baseline: a found network stands behind its tables
-    return wish.name or (f"{name}-best" if wish.best else name), found.counted(config.model.extra)
+    called = wish.name or (f"{name}-best" if wish.best else name)
+    plain_word(called, "--name" if wish.name else "the name in the allocation's provenance (--name gives another)")
+    return called, found.counted(config.model.extra)
 
 
 def retrain_all(

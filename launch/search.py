@@ -30,13 +30,23 @@ from embsearch_dist.config import Config, split_arguments
 from embsearch_dist.dist.context import start
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.base import Run, check_classes, check_stages, run_stages
-from launch.common import DEFAULT_CONFIG, known_options, open_data, open_run_directory, read_config, run_main
+from launch.common import (
+    DEFAULT_CONFIG,
+    known_options,
+    open_data,
+    open_run_directory,
+    read_config,
+    read_run_config,
+    restore_allocation,
+    run_main,
+)
 
 
 def main(argv: Sequence[str]) -> None:
     plain, overrides = split_arguments(argv)
     known_options(plain, ["config", "print-config"])
-    config = resolve(plain.get("config"), overrides)
+    given = plain.get("config")
+    config = resolve(given, overrides)
     if "print-config" in plain:
         print(config.to_yaml(), end="")
         return
@@ -45,17 +55,20 @@ def main(argv: Sequence[str]) -> None:
         directory, method, run = Path(config.run.dir), METHODS[config.method](), Run(config, schema, context)
         check_stages(method, run)
         check_classes(run, method.needs_classes(config))
-        context.first("opening the run directory", lambda: open_run_directory(config, schema, directory))
+        context.first(
+            "opening the run directory", lambda: open_run_directory(config, schema, directory, "search.py", given)
+        )
         if context.rank == 0:
             print(f"run directory {directory}, {context.world_size} rank(s) on {context.device.type}", flush=True)
         run_stages(method, run)
+        context.first("restoring the allocation", lambda: restore_allocation(directory))
 
 
 def resolve(file: str | None, overrides: Sequence[str]) -> Config:
     """The config of this run. A run directory that exists brings its own when no file is named."""
     named = next((o.split("=", 1)[1] for o in overrides if o.startswith("run.dir=")), None)
     if file is None and named is not None and (Path(named) / "config.yaml").exists():
-        return read_config(Path(named) / "config.yaml", overrides)
+        return read_run_config(Path(named), overrides)
     return read_config(file or DEFAULT_CONFIG, overrides)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from embsearch_dist.config import nearest
 from embsearch_dist.errors import UserError
-from embsearch_dist.schema import read_json, write_json
+from embsearch_dist.schema import read_sealed, write_sealed
 
 FORMAT = 1
 KIND = "architecture"
@@ -158,7 +158,7 @@ class Architecture:
         """
         body = self.to_json()
         blocks = body.pop("blocks")
-        write_json(Path(path), {**body, **more, "blocks": blocks})
+        write_sealed(Path(path), {**body, **more, "blocks": blocks})
 
     @classmethod
     def load(cls, path: Path | str) -> Architecture:
@@ -173,11 +173,12 @@ class Architecture:
 def read_architecture(path: Path | str) -> dict[str, Any]:
     """The JSON object in an architecture file; what cannot be read is a ``UserError`` that names the file."""
     try:
-        return read_json(Path(path))
+        body = read_sealed(Path(path))
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not a text file, so not an architecture (JSON)") from e
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from e
+    return {k: v for k, v in body.items() if k != "sha256"}
 
 
 def _block(number: int, body: object) -> Block:

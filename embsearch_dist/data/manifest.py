@@ -6,6 +6,9 @@ machine or how many processes were at work.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from embsearch_dist.schema import Schema, read_json, write_json
 MANIFEST = "manifest.json"
 FORMAT = 1
 AGAIN = "Prepare the data again"
+END_BYTES = 1 << 16
 
 
 def write(directory: Path, schema: Schema, files: dict[str, dict], options: dict[str, object]) -> None:
@@ -27,13 +31,92 @@ def write(directory: Path, schema: Schema, files: dict[str, dict], options: dict
         "options": options,
         "sources": schema.provenance["files"],
         "rows": schema.rows,
-        "files": [{"name": name, **_entry(files[name])} for name in sorted(files)],
+        "files": [{"name": n, **_entry(files[n]), "ends": ends(directory / n)} for n in sorted(files)],
     }
     write_json(directory / MANIFEST, body)
 
 
 def _entry(record: dict) -> dict:
     return {key: record[key] for key in ("rows", "bytes", "sha256")}
+
+
+def ends(path: Path) -> str:
+    """SHA-256 of the first and the last 64 KiB of a file, its footer among them: read when a shard is opened, where all
+    of it would take too long."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        found.update(file.read(END_BYTES))
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(END_BYTES, size - END_BYTES))
+        found.update(file.read(END_BYTES))
+    return found.hexdigest()
+
+
+def identity(directory: Path | str, schema: Schema) -> str:
+    """Short hash of what the data are: rows, sizes and SHA-256 of all files as the manifest tells them, vocabulary
+    included. It does not depend on where they lie. Without a manifest it is of sizes and :func:`ends` of the shards.
+
+    Raises:
+        UserError: a manifest that is not of this schema.json, or cannot be read.
+    """
+    directory = Path(directory)
+    path = directory / MANIFEST
+    try:
+        if path.exists():
+            body = read_json(path)
+            if body["fingerprint"] != schema.fingerprint or body["rows"] != schema.rows:
+                raise UserError(f"{path}: of other data than schema.json beside it: other fields or rows. {AGAIN}")
+            files = sorted([e["name"], int(e["rows"]), int(e["bytes"]), str(e["sha256"])] for e in body["files"])
+        else:
+            shards = sorted(directory.glob("*/part-*.parquet"))
+            files = [[str(p.relative_to(directory)), p.stat().st_size, ends(p)] for p in shards]
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"{path}: not a manifest of format {FORMAT} ({e!r}). {AGAIN}") from e
+    except OSError as e:
+        raise UserError(f"{directory}: cannot be read ({e.strerror}). {AGAIN}") from e
+    return hashlib.sha256(json.dumps([schema.fingerprint, schema.rows, files]).encode()).hexdigest()[:16]
+
+
+class OtherFile(UserError):
+    """A file is not the one that the manifest describes."""
+
+    def __init__(self, file: Path, text: str) -> None:
+        super().__init__(f"{file}: {text}")
+        self.file = file
+
+
+def compare_ends(directory: Path | str, folder: str) -> None:
+    """Compare the files of a split (or of the vocabulary) with the manifest by names, sizes and :func:`ends`.
+
+    Data without a manifest pass; those of an older version, whose manifest has no ends, are compared by size.
+
+    Raises:
+        UserError: names the first file that is missing, unknown or another one.
+    """
+    directory = Path(directory)
+    path = directory / MANIFEST
+    if not path.exists():
+        return
+    body = read_json(path)
+    mend = "Copy the data again, or prepare them again"
+    try:
+        known = {e["name"]: e for e in body["files"] if e["name"].split("/")[0] == folder}
+        for name, entry in known.items():
+            file = directory / name
+            size = file.stat().st_size
+            if size != entry["bytes"]:
+                raise OtherFile(file, f"{size:,} bytes, {MANIFEST} says {entry['bytes']:,}: another file. {mend}")
+            if "ends" in entry and ends(file) != entry["ends"]:
+                raise OtherFile(file, f"not the file that {MANIFEST} describes, though as long. {mend}")
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise UserError(f"{path}: not a manifest of format {FORMAT} ({e!r}). {AGAIN}") from e
+    except FileNotFoundError as e:
+        raise UserError(f"{e.filename}: missing. {mend}") from e
+    except OSError as e:
+        raise UserError(f"{e.filename or directory}: cannot be read ({e.strerror}). {mend}") from e
+    for file in sorted((directory / folder).glob("part-*.parquet")):
+        if f"{folder}/{file.name}" not in known:
+            raise UserError(f"{file}: not in {MANIFEST}, so it is not of this data. Remove it")
 
 
 def verify(directory: Path | str, tick: Callable[[int], None] | None = None) -> tuple[int, int]:

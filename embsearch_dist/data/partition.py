@@ -86,7 +86,7 @@ def write_group(
             "label_mean": {split: round(labels[split] / n, 6) for split, n in rows.items() if n},
             GROUP: {"of": str(prepared), "number": options["group"], "assignment": options["assignment"]},
         }
-        made = Schema(schema.dataset, schema.fields, schema.dense, rows, provenance)
+        made = Schema(schema.dataset, schema.fields, schema.dense, rows, provenance, schema.data)
         manifest.write(partial, made, files, options)
         made.save(partial)
     return made

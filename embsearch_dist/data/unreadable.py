@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from embsearch_dist.data.manifest import shards_of
+from embsearch_dist.data.manifest import OtherFile, compare_ends, shards_of
 from embsearch_dist.data.scratch import is_whole
 from embsearch_dist.data.shards import LeftOut, read_groups, row_groups
 from embsearch_dist.errors import UserError
@@ -46,6 +46,19 @@ def find(
                 changed.append(name)
         tick(size_of(path))
     return found, changed
+
+
+def refuse_others(prepared_dir: Path | str, schema: Schema, split: str) -> None:
+    """Refuse shards that are not those of the manifest; where one cannot be read, say which row group.
+
+    Raises:
+        UserError: names the file, and what is wrong in it or that it is another one.
+    """
+    try:
+        compare_ends(prepared_dir, split)
+    except OtherFile as e:
+        read_groups(schema, row_groups(e.file, schema))
+        raise
 
 
 def size_of(path: Path) -> int:

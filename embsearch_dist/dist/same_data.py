@@ -53,7 +53,7 @@ def seen_in_schema(schema: Schema) -> dict[str, str]:
         fields[f"field {field.name!r}"] = ", ".join(told)
     rows = {f"rows of the {split} split": f"{n:,}" for split, n in schema.rows.items()}
     order = {"order of the fields": ", ".join(schema.names), "dense columns": ", ".join(schema.dense)}
-    return {"data set": schema.dataset} | fields | rows | order
+    return {"data set": schema.dataset} | fields | rows | order | {"identity": schema.data}
 
 
 def seen_in_shards(shards: Shards) -> dict[str, str]:
@@ -146,7 +146,9 @@ def _identity(folder: Path, rank: int) -> list[int]:
 
 
 def _read_record(run_dir: Path, schema: Schema, training: bool) -> dict[str, Any]:
-    path, data = run_dir / RECORD, fingerprint(schema)
+    plain = dataclasses.asdict(schema)
+    del plain["data"]  # older versions did not know it
+    path, data = run_dir / RECORD, fingerprint(plain)
     fresh = {"data": data, "splits": {}, "foreign": False}
     if not path.exists():
         return fresh

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
@@ -38,6 +39,7 @@ from embsearch_dist.dist.tables import (
     module_name,
     plan_by_hand,
 )
+from embsearch_dist.errors import UserError
 
 quieten()
 INIT_BLOCK_ROWS = 4096
@@ -82,6 +84,8 @@ class ShardedTables(nn.Module):
         self.context = context
         if unknown and context.rank == 0:
             warnings.warn(f"dist.tables names {unknown[0]!r}, which has no table in this model", stacklevel=2)
+        with context.together("looking for memory"):
+            check_memory(tables, context, local_world_size(context.world_size))
         collection = make_collection(tables)
         plan = self._plan(collection, tables, dist, optim)
         self.kinds = {t.name: plan[t.module].sharding_type for t in tables}
@@ -209,6 +213,27 @@ class ShardedTables(nn.Module):
             if isinstance(value, torch.Tensor)
         }
         return {"fused_optimizer": fused, "torch_optimizer": own}
+
+
+def check_memory(tables: Sequence[Table], context: Context, local: int) -> None:
+    """Refuse tables whose weights alone are larger than the memory of the machines they would lie on.
+
+    On a GPU with offloading they may lie in main memory, so that counts too.
+
+    Raises:
+        UserError: names the largest table.
+    """
+    there = psutil.virtual_memory().total / local
+    if context.device.type == "cuda":
+        there += torch.cuda.get_device_properties(context.device).total_memory
+    need, room = sum(t.bytes for t in tables), there * context.world_size
+    if need > room:
+        t = max(tables, key=lambda t: t.bytes)
+        raise UserError(
+            f"the tables take {need / 2**30:,.1f} GiB, the {context.world_size} rank(s) have {room / 2**30:,.1f} GiB: "
+            f"the largest is {t.name!r}, {t.rows:,} rows x {t.width:,}. Lower its width (search.candidates, the "
+            "allocation) or use more machines"
+        )
 
 
 def initial_block(seed: int, table: Table, block: int, std: float) -> torch.Tensor:

@@ -17,10 +17,11 @@ from typing import Any, ClassVar
 from embsearch_dist.config import Config, changed_settings, tell_changed
 from embsearch_dist.data.classes import Classes, count_classes
 from embsearch_dist.data.dataset import BatchStream
+from embsearch_dist.data.unreadable import refuse_others
 from embsearch_dist.dist.context import Context
 from embsearch_dist.dist.same_data import agree_on_left_out, check_same, seen_in_schema, seen_in_shards
 from embsearch_dist.errors import UserError
-from embsearch_dist.schema import Schema, read_json, write_json
+from embsearch_dist.schema import Schema, differs, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,9 @@ class Run:
                 device=context.device,
             )
         check_same(context, data.path, seen_in_shards(stream.shards))
+        if not data.skip_unreadable:  # else their SHA-256 were compared, and what differs was named
+            with context.together(f"comparing the {split} split with its manifest"):
+                refuse_others(data.path, self.schema, split)
         return stream
 
 
@@ -108,9 +112,11 @@ def check_stages(method: Method, run: Run) -> None:
     with run.context.together("checking the settings"):
         method.check(run)
         for stage in method.stages():
-            inputs, old = flatten(stage.inputs(run)), read_mark(run, stage)
-            keys = changed_settings(old["inputs"], inputs, type(run.config.search)) if old else []
+            inputs, old = inputs_of(stage, run), read_mark(run, stage)
+            keys = changed(old["inputs"], inputs, run) if old else []
             if old and keys and not stage.repeatable and not run.config.run.overwrite:
+                if keys == ["data"]:
+                    raise UserError(_other_data(run, stage.name, old["inputs"]["data"]))
                 raise UserError(_changed(run.dir, stage.name, tell_changed(old["inputs"], inputs, keys)))
 
 
@@ -146,6 +152,17 @@ def read_mark(run: Run, stage: Stage) -> dict[str, Any] | None:
     return read_json(path) if path.exists() else None
 
 
+def inputs_of(stage: Stage, run: Run) -> dict[str, Any]:
+    """What a stage's mark remembers: its inputs, flat, and the data they were read from."""
+    return flatten(stage.inputs(run)) | ({"data": run.schema.data} if run.schema.data else {})
+
+
+def changed(old: dict[str, Any], new: dict[str, Any], run: Run) -> list[str]:
+    """Keys of a mark that differ; data that one of them does not tell are not compared."""
+    keys = [k for k in changed_settings(old, new, type(run.config.search)) if k != "data"]
+    return keys + (["data"] if differs(old.get("data", ""), new.get("data", "")) else [])
+
+
 def run_stages(method: Method, run: Run) -> None:
     """Run what is not done yet.
 
@@ -158,8 +175,8 @@ def run_stages(method: Method, run: Run) -> None:
     check_stages(method, run)
     for stage in method.stages():
         mark = run.dir / "stages" / f"{stage.name}.json"
-        inputs, old = flatten(stage.inputs(run)), read_mark(run, stage)
-        same = old and not changed_settings(old["inputs"], inputs, type(run.config.search))
+        inputs, old = inputs_of(stage, run), read_mark(run, stage)
+        same = old and not changed(old["inputs"], inputs, run)
         if old and old["state"] == "done" and same:
             if run.context.rank == 0:
                 print(f"stage {stage.name}: done before, skipped", flush=True)
@@ -182,6 +199,14 @@ def flatten(body: Any, prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _other_data(run: Run, stage: str, before: str) -> str:
+    return (
+        f"run directory {run.dir} holds stage {stage!r} that was made from data {before}, {run.config.data.path} is "
+        f"{run.schema.data}: the same fields, but other rows or ids. Set --data.path to the data it was made from, use "
+        "another --run.dir, or start anew with --run.overwrite true"
+    )
 
 
 def _changed(directory: Path, stage: str, shown: str) -> str:

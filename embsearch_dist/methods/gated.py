@@ -187,7 +187,9 @@ def load(run: Run, stage: str, task: Task, best: bool) -> None:
         UserError: they are missing or damaged.
     """
     root = checkpoint_root(run, stage)
-    checkpointer = Checkpointer(root, task.model, None, run.context, schema=run.schema.fingerprint)
+    checkpointer = Checkpointer(
+        root, task.model, None, run.context, schema=run.schema.fingerprint, data=run.schema.data
+    )
     step = checkpointer.best() if best else checkpointer.newest()
     mark = run.dir / "stages" / f"{stage}.json"
     mend = f"To train on from the last whole checkpoint, delete {mark} and give the command again"

@@ -60,6 +60,7 @@ def evaluate_gated(
         "inference_rows_per_s": metrics["rows"] / seconds,
         "widths": allocation.widths,
         "backbone": config.model.backbone,
+        **({"data": task.run.schema.data} if task.run.schema.data else {}),
         **left_out,
     }
 

@@ -25,7 +25,7 @@ from torch.optim.optimizer import Optimizer
 from embsearch_dist.dist.context import Context
 from embsearch_dist.errors import UserError
 from embsearch_dist.models.ctr import CTRModel
-from embsearch_dist.schema import read_json, write_json
+from embsearch_dist.schema import read_json, read_sealed, write_json, write_sealed
 from embsearch_dist.train import manifest
 from embsearch_dist.train.faults import Faults
 from embsearch_dist.train.manifest import verify
@@ -60,6 +60,7 @@ class Checkpointer:
         keep: int = 2,
         *,
         schema: str = "",
+        data: str = "",
         settings: dict[str, Any] | None = None,
         faults: Faults | None = None,
         say: Callable[[str], None] = lambda text: None,
@@ -67,11 +68,12 @@ class Checkpointer:
         """
         Args:
             head_optimizer: None for a model that is only read; nothing can be saved then.
-            schema, settings: what the manifest records and compares, see ``manifest.facts_of``.
+            schema, data, settings: what the manifest records and compares, see ``manifest.facts_of``.
             say: shows a line to the user.
         """
         self.root, self.model, self.optimizer, self.context, self.keep = root, model, head_optimizer, context, keep
-        self.schema, self.settings, self.faults, self.say = schema, settings or {}, faults, say
+        self.schema, self.data, self.settings = schema, data, settings or {}
+        self.faults, self.say = faults, say
         self._thread: threading.Thread | None = None
         self._step = 0
         self._failure: BaseException | None = None
@@ -184,7 +186,7 @@ class Checkpointer:
                 _remove(self.root / f"step-{old}")
         self._fault("prune")
         if best:
-            write_json(self.root / "best.json", {"step": self._step})
+            write_sealed(self.root / "best.json", {"step": self._step})
 
     def _fault(self, point: str) -> None:
         if self.faults is not None:
@@ -215,11 +217,17 @@ class Checkpointer:
 
     def mark_best(self, step: int) -> None:
         """Remember ``step`` as the best checkpoint; it is kept."""
-        self.context.first("marking the best checkpoint", lambda: write_json(self.root / "best.json", {"step": step}))
+        self.context.first("marking the best checkpoint", lambda: write_sealed(self.root / "best.json", {"step": step}))
 
     def best(self) -> int | None:
         path = self.root / "best.json"
-        return int(read_json(path)["step"]) if path.exists() else None
+        if not path.exists():
+            return None
+        mend = "Delete it and give the command of the training again"
+        try:
+            return int(read_sealed(path, mend)["step"])
+        except (KeyError, TypeError, ValueError) as e:
+            raise UserError(f"{path}: names no checkpoint. {mend}") from e
 
     def steps(self) -> list[int]:
         """Steps of checkpoints that have a manifest, ascending."""
@@ -325,7 +333,8 @@ class Checkpointer:
             )
 
     def _facts(self, step: int) -> dict[str, Any]:
-        return manifest.facts_of(step, self.context.world_size, self.model.sharded.kinds, self.schema, self.settings)
+        kinds = self.model.sharded.kinds
+        return manifest.facts_of(step, self.context.world_size, kinds, self.schema, self.settings, self.data)
 
     def _tensors(self, optimizers: bool = True) -> dict[str, Any]:
         return tensors_of(self.model, self.optimizer, optimizers)

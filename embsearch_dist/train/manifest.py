@@ -15,7 +15,7 @@ from typing import Any
 from embsearch_dist.config import changed_settings, fingerprint, tell_changed
 from embsearch_dist.data.scratch import digest
 from embsearch_dist.errors import UserError
-from embsearch_dist.schema import read_json, write_json
+from embsearch_dist.schema import differs, read_json, write_json
 
 NAME = "manifest.json"
 FORMAT = 3
@@ -68,13 +68,14 @@ def verify(directory: Path) -> dict[str, Any]:
 
 
 def facts_of(
-    step: int, world_size: int, kinds: dict[str, str], schema: str, settings: dict[str, Any]
+    step: int, world_size: int, kinds: dict[str, str], schema: str, settings: dict[str, Any], data: str = ""
 ) -> dict[str, Any]:
     """What a manifest says beside its files.
 
     Args:
         kinds: table name -> sharding kind, the plan in short.
         schema: fingerprint of the data's schema.
+        data: identity of the data, where it is known.
         settings: flat settings that the tensors and the course of training depend on.
     """
     settings = json.loads(json.dumps(settings))  # as they will be read again: tuples become lists
@@ -84,6 +85,7 @@ def facts_of(
         "world_size": world_size,
         "sharding": dict(sorted(kinds.items())),
         "schema": schema,
+        **({"data": data} if data else {}),
         "config": fingerprint(settings),
         "settings": settings,
     }
@@ -110,6 +112,11 @@ def check_facts(directory: Path, old: dict[str, Any], new: dict[str, Any], exact
         raise UserError(
             f"checkpoint {directory} was made for data with another schema ({old['schema']}, now {new['schema']}); "
             "set --data.path to the data it was made with, or start anew in another --run.dir"
+        )
+    if differs(old.get("data", ""), new.get("data", "")):
+        raise UserError(
+            f"checkpoint {directory} was made from data {old['data']}, this is {new['data']}: the same fields, but "
+            "other rows or ids. Set --data.path to the data it was made from, or start anew in another --run.dir"
         )
     if new["settings"] and old.get("settings"):
         # Tensors of the same shapes may mean other things under these.

@@ -336,12 +336,14 @@ def _keep_lines(path: Path, stage: str, step: int) -> None:
     if not path.exists():
         return
     temporary = path.with_name(path.name + ".tmp")
-    with open(path, encoding="utf-8") as source, open(temporary, "w", encoding="utf-8") as target:
+    # A byte that is no UTF-8 stays what it is: it must not stop the run.
+    kept = {"encoding": "utf-8", "errors": "surrogateescape", "newline": "\n"}
+    with open(path, **kept) as source, open(temporary, "w", **kept) as target:  # type: ignore[call-overload]
         for line in source:
             try:
                 body = json.loads(line)
                 drop = body["stage"] == stage and body["step"] > step
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 drop = True  # cut off by a crash: nothing can read it
             if not drop:
                 target.write(line if line.endswith("\n") else line + "\n")

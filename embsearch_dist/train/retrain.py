@@ -97,7 +97,7 @@ def retrain(
         progress = trainer.fit()
         trainer.restore_best()
         write = {"seconds": progress.seconds, "steps": progress.step, "best_step": progress.best_step}
-        write |= rows_left_out(training)
+        write |= rows_left_out(training) | ({"data": training.schema.data} if training.schema.data else {})
         context.first("writing training.json", lambda: write_json(directory / "training.json", write))
     return task
 
@@ -109,8 +109,10 @@ def load_best(config: Config, allocation: Allocation, context: Context, director
         UserError: there is no finished training, or a checkpoint is damaged.
     """
     task = SubnetTask(config, allocation, context)
-    root, schema = directory / "checkpoints" / STAGE, allocation.schema.fingerprint
-    checkpointer = Checkpointer(root, task.model, None, context, schema=schema, settings=task.settings)
+    root, schema = directory / "checkpoints" / STAGE, allocation.schema
+    checkpointer = Checkpointer(
+        root, task.model, None, context, schema=schema.fingerprint, data=schema.data, settings=task.settings
+    )
     best = checkpointer.best()
     if best is None:
         raise UserError(f"{directory} holds no trained model; train it first: python launch/retrain.py --help")
@@ -149,6 +151,7 @@ def evaluate_model(
         "inference_rows_per_s": metrics["rows"] / seconds,
         "widths": allocation.widths,
         "backbone": config.model.backbone,
+        **({"data": allocation.schema.data} if allocation.schema.data else {}),
         **rows_left_out(stream),
     }
 

@@ -93,6 +93,7 @@ class Trainer:
             context,
             config.keep_checkpoints,
             schema=training.schema.fingerprint,
+            data=training.schema.data,
             settings=settings | {"data.window_rows": training.window_rows},
             faults=self.faults,
             say=monitor.say,

@@ -130,7 +130,7 @@ def refused_on_ranks(config: Path, tmp_path: Path, start: Callable) -> Callable[
 
     def run(data: Path, *parts: str) -> None:
         begin, run = time.monotonic(), tmp_path / "run"
-        words = ["--config", config, *command_line(data, run)]
+        words = ["--config", config, *command_line(data, run, "search.policy.metric=logloss")]
         told = finish(start(*TORCHRUN, "--", LAUNCH / "search.py", *words), code=None, timeout=120)
         assert time.monotonic() - begin < 90
         errors = [line for line in told.splitlines() if line.startswith("error: ")]
@@ -148,6 +148,7 @@ def test_more_ranks_than_rows(damaged: Path, refused_on_ranks: Callable) -> None
     body = read_json(damaged / "schema.json")
     body["rows"]["validation"] = 1
     write_json(damaged / "schema.json", body)
+    (damaged / "manifest.json").unlink()
     refused_on_ranks(damaged, "split 'validation' has 1 rows for 2 ranks")
 
 

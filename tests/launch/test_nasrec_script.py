@@ -74,7 +74,7 @@ def run(unbroken: Path, tmp_path: Path) -> Path:
     """The same in a directory of the test's own."""
     copy = Path(shutil.copytree(unbroken, tmp_path / "run"))
     config = copy / "config.yaml"
-    config.write_text(config.read_text().replace(str(unbroken), str(copy)))
+    config.write_text(config.read_text().replace(str(unbroken), str(copy)) + "# edited\n")
     return copy
 
 
@@ -177,7 +177,7 @@ def test_a_random_search_goes_on_as_well(data: Path, tmp_path: Path, run: Path, 
     done = run_script(*words, "--search.evolution.generations", 6)
     assert "stage supernet: done before, skipped" in done.stdout
     whole = (run / "evolution.json").read_bytes()
-    body = json.loads(whole)
+    body = {k: v for k, v in json.loads(whole).items() if k != "sha256"}
     assert body["signature"]["evolution"]["strategy"] == "random" and len(body["seen"]) == 20
     body["generation"], body["seen"], body["population"] = 3, body["seen"][:12], [*range(4, 12)]
     (run / "evolution.json").write_text(json.dumps(body))
@@ -255,6 +255,7 @@ def test_a_training_survives_a_search_that_found_something_else(run: Path, run_s
     own = run / "retrain" / "nasrec"
     before = json.loads((own / "evaluation.json").read_text())
     body = json.loads((run / "architecture.json").read_text())
+    del body["sha256"]
     body["space"]["tokens"] += 1
     for other in ((run / "architectures" / "rank-2.json").read_text(), json.dumps(body)):
         (run / "architecture.json").write_text(other)
@@ -345,6 +346,7 @@ def refused(unbroken: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     commands: dict[str, list[str]] = {}
     for name, (change, _) in BAD_FILES.items():
         body = json.loads((run / "architecture.json").read_text())
+        del body["sha256"]
         change(body)
         (folder / f"{name}.json").write_text(json.dumps(body))
     for name, content in UNREADABLE.items():

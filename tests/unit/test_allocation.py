@@ -106,9 +106,28 @@ def test_a_file_that_is_no_allocation_is_refused_by_path(tmp_path: Path, text: s
 
 def test_a_bad_width_in_a_file_is_refused_by_path_and_field(tmp_path: Path) -> None:
     allocation(2, 4, 8).save(tmp_path / "a.json")
-    (tmp_path / "a.json").write_text((tmp_path / "a.json").read_text().replace('"f1": 4', '"f1": "wide"'))
+    edit(tmp_path / "a.json", '"f1": 4', '"f1": "wide"')
     with pytest.raises(UserError, match="a.json: allocation, field 'f1'.*'wide'"):
         Allocation.load(tmp_path / "a.json", SCHEMA)
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    """As a person does it who means it: without the checksum."""
+    lines = path.read_text().replace(old, new).splitlines()
+    assert lines[-2].startswith('  "sha256"')
+    path.write_text("\n".join([*lines[:-3], lines[-3].rstrip(","), "}"]))
+
+
+def test_a_changed_width_is_refused_unless_it_is_meant(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    allocation(2, 4, 8).save(path)
+    whole = path.read_text()
+    path.write_text(whole.replace('"f1": 4', '"f1": 5'))  # one bit
+    with pytest.raises(UserError, match='a.json was changed since it was written.*take its line "sha256" out'):
+        Allocation.load(path, SCHEMA)
+    path.write_text(whole)
+    edit(path, '"f1": 4', '"f1": 5')
+    assert Allocation.load(path, SCHEMA).widths["f1"] == 5
 
 
 def test_a_weight_per_value_is_a_column_more_of_each_kept_table(tmp_path: Path) -> None:

@@ -9,8 +9,16 @@ from torch import nn
 from embsearch_dist.config import load_config
 from embsearch_dist.dist.sharding import ShardedTables
 from embsearch_dist.dist.tables import Table, module_name
+from embsearch_dist.errors import UserError
 from tests.factories import CONFIGS, one_rank, optimizer_state, whole_tables
 from tests.renamed import ODD
+
+
+def test_tables_larger_than_the_machine_are_refused_before_anything_is_made() -> None:
+    config = load_config(CONFIGS, None, [], method="adass")
+    with pytest.raises(UserError, match=r"the largest is 'user', 1,000,000 rows x 1,000,000,000. Lower its width"):
+        tables = [Table("user", 10**6, 10**9), Table("item", 10, 4)]
+        ShardedTables(tables, one_rank(), config.dist, config.optim, 0, 0.1)
 
 
 def test_names_are_kept_where_they_can_be_and_never_meet() -> None:

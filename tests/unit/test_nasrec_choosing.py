@@ -116,7 +116,7 @@ def test_the_winner_is_trained_again_on_both_splits_for_the_steps_that_validatio
     for k in range(1, RANKS + 1):
         copy = shutil.copytree(run.dir / "retrain" / f"best-rank-{k}", run.dir / "retrain" / f"again-rank-{k}")
         config = copy / "config.yaml"
-        config.write_text(config.read_text().replace(f"best-rank-{k}", copy.name))
+        config.write_text(config.read_text().replace(f"best-rank-{k}", copy.name) + "# edited\n")
     before = {p: p.stat().st_mtime_ns for p in (run.dir / "retrain").glob("again-rank-*/checkpoints/retrain/*/data/*")}
     refit = train(run_of(data, run.dir), refit=True, name="again")
     own = run.dir / "retrain" / "again"

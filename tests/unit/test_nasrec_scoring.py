@@ -33,7 +33,7 @@ from embsearch_dist.methods.nasrec.method import NASRec
 from embsearch_dist.methods.nasrec.scoring import Scorer
 from embsearch_dist.methods.nasrec.supernet import SupernetStage, load_supernet
 from embsearch_dist.models.masked import MaskedNetwork
-from embsearch_dist.schema import write_json
+from embsearch_dist.schema import write_sealed
 from embsearch_dist.train.metrics import evaluate
 from embsearch_dist.train.monitor import Monitor
 from tests.factories import one_rank, open_run, prepared, recorded, small_config
@@ -303,7 +303,7 @@ class Killed(Exception):
     """Raised in place of a kill."""
 
 
-@pytest.mark.parametrize("place", ["scalars", "write_json"])
+@pytest.mark.parametrize("place", ["scalars", "write_sealed"])
 @pytest.mark.parametrize("late", [False, True])
 def test_a_search_that_was_killed_has_every_generation_once_in_its_log(
     data: Path, copied: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, late: bool
@@ -322,15 +322,15 @@ def test_a_search_that_was_killed_has_every_generation_once_in_its_log(
 
     def history(path: Path, body: Any) -> None:
         if path.name == "evolution.json":
-            dies(path, body, original=write_json)
+            dies(path, body, original=write_sealed)
         else:
-            write_json(path, body)
+            write_sealed(path, body)
 
     with monkeypatch.context() as patch:
         if place == "scalars":
             patch.setattr(Monitor, "scalars", functools.partialmethod(_through, dies, Monitor.scalars))
         else:
-            patch.setattr("embsearch_dist.methods.nasrec.searching.write_json", history)
+            patch.setattr("embsearch_dist.methods.nasrec.searching.write_sealed", history)
         with pytest.raises(Killed):
             search(data, copied)
     found = search(data, copied)
@@ -372,7 +372,7 @@ def test_a_history_that_cannot_be_read_is_named(data: Path, copied: Path, conten
 
 def test_a_history_with_a_hole_is_named(data: Path, copied: Path) -> None:
     body = search(data, copied)
-    del body["seen"][1]["logloss"]
+    del body["seen"][1]["logloss"], body["sha256"]
     (copied / "evolution.json").write_text(json.dumps(body))
     (copied / "stages" / "evolution.json").unlink()
     with pytest.raises(UserError, match=r"evolution\.json: not a scored architecture.*Delete the file"):

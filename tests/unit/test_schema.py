@@ -111,6 +111,11 @@ def test_a_broken_json_file_is_named(tmp_path: Path, text: str, message: str) ->
 
 def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"value": 1})
-    with pytest.raises(ValueError):
-        write_json(tmp_path / "a.json", {"value": float("nan")})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"value": {1, 2}})
     assert read_json(tmp_path / "a.json") == {"value": 1}
+
+
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"value": [float("nan"), {"more": float("inf")}, 0.5]})
+    assert read_json(tmp_path / "a.json") == {"value": [None, {"more": None}, 0.5]}

@@ -254,7 +254,7 @@ class SearchStage(Stage):
         budgets = budgets_of(config, run.schema, extra)
         searcher = Searcher(run.schema, config, make_scorer(run), distinct_of(run.config, run.schema), extra)
         with Monitor(run.dir, self.name, run.context.rank) as monitor:
-            monitor.resume_at(0)
+            monitor.resume_at(-1)
             size = "sweeps over single changes" if searcher.sweeps else f"{config.policy.steps} steps"
             size += "" if searcher.sweeps else f" x {config.policy.batch} subnets"
             split = run.schema.rows["validation"]

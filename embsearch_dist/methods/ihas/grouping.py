@@ -24,7 +24,7 @@ from embsearch_dist.methods.ihas.config import IHASConfig
 from embsearch_dist.methods.ihas.gating import load_gates
 from embsearch_dist.methods.ihas.kmeans import KMeans
 from embsearch_dist.methods.ihas.router import ROUTER, CentreRouter
-from embsearch_dist.schema import SPLITS, Schema, read_json, write_json
+from embsearch_dist.schema import SPLITS, Schema, read_json, write_json, write_sealed
 from embsearch_dist.train.monitor import Monitor
 
 KEPT = "groups/kept.json"  # per group, 1 for each kept dimension of the search's tables
@@ -45,7 +45,7 @@ class GroupStage(Stage):
     def run(self, run: Run) -> None:
         search: IHASConfig = run.config.search
         with Monitor(run.dir, self.name, run.context.rank) as monitor:
-            monitor.resume_at(0)
+            monitor.resume_at(-1)
             run.context.first("clearing the groups", lambda: _clear(run.dir))
             clustering = Clustering(run, monitor)
             clustering.fit()
@@ -56,7 +56,7 @@ class GroupStage(Stage):
             groups = [f"group {k}" for k in range(len(widths))]
             monitor.heatmap(0, "kept", shown.numpy(), run.schema.names, groups)
             kept = [kept_of(m, search.groups.keep).int().tolist() for m in means]
-            run.context.first("writing what is kept", lambda: write_json(run.dir / KEPT, {"kept": kept}))
+            run.context.first("writing what is kept", lambda: write_sealed(run.dir / KEPT, {"kept": kept}))
             provenance = {"method": "ihas", "name": search.name, "seed": run.config.run.seed}
             if len(widths) == 1:
                 allocation = Allocation(run.schema, widths[0], provenance)

@@ -27,7 +27,7 @@ from embsearch_dist.methods.ihas.gating import load_gates
 from embsearch_dist.methods.ihas.grouping import KEPT
 from embsearch_dist.methods.ihas.routed import ROUTERS, RoutedModel, evaluate_routed, is_data_of, open_router
 from embsearch_dist.models.ctr import SubnetModel
-from embsearch_dist.schema import Schema, read_json, write_json
+from embsearch_dist.schema import Schema, differs, read_sealed, write_json
 from embsearch_dist.train.retrain import SubnetTask, load_best, retrain
 
 BLOCK_ROWS = 1 << 16
@@ -167,6 +167,11 @@ def _schema_of(rows: Path, search: Run) -> Schema:
     schema = Schema.load(rows)
     if schema.fingerprint != search.schema.fingerprint:
         raise UserError(f"{rows} was made for data with another schema. Run search.py again")
+    if differs(schema.data, search.schema.data):
+        raise UserError(
+            f"{rows} was made from data {schema.data}, {search.config.data.path} is {search.schema.data}. Give the "
+            "--data.path of the search, or search again"
+        )
     return schema
 
 
@@ -191,7 +196,7 @@ def read_kept(search: Run, grouped: GroupedAllocation) -> list[dict[str, torch.T
     path = search.dir / KEPT
     width, names = search.config.search.width, search.schema.names
     try:
-        masks = torch.tensor(read_json(path)["kept"]).view(len(grouped.allocations), len(names), width)
+        masks = torch.tensor(read_sealed(path)["kept"]).view(len(grouped.allocations), len(names), width)
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise UserError(f"{path}: does not say which columns the groups keep ({e!r}). Run search.py again") from e
     found = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,7 +27,7 @@ from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.ihas.field_router import assignment_file, load_field_router, read_assignment
 from embsearch_dist.methods.ihas.router import CentreRouter, load_router
 from embsearch_dist.models.ctr import SubnetModel
-from embsearch_dist.schema import Schema
+from embsearch_dist.schema import Schema, differs
 from embsearch_dist.train.metrics import area_of, score
 from embsearch_dist.train.retrain import result_name, rows_left_out
 
@@ -201,6 +201,7 @@ def evaluate_routed(
         "flops_per_sample": sum(flops) + model.router.flops_per_sample(),
         "inference_rows_per_s": total["rows"] / found.seconds,
         "backbone": config.model.backbone,
+        **({"data": run.schema.data} if run.schema.data else {}),
         "groups": parts,
         "router": {
             "kind": kind,
@@ -233,7 +234,10 @@ def agreement(groups: torch.Tensor, run: Run, split: str) -> float | None:
 
 def is_data_of(run: Run) -> bool:
     """Whether ``run.schema`` is of the very data that the search in ``run.dir`` was made from."""
-    return (run.dir / "schema.json").exists() and Schema.load(run.dir) == run.schema
+    if not (run.dir / "schema.json").exists():
+        return False
+    kept = Schema.load(run.dir)
+    return replace(kept, data="") == replace(run.schema, data="") and not differs(kept.data, run.schema.data)
 
 
 def _group(found: Measured, group: int, grouped: GroupedAllocation) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from embsearch_dist.methods.nasrec.latency import FILE, table_of
 from embsearch_dist.methods.nasrec.prefilter import prefilter
 from embsearch_dist.methods.nasrec.scoring import Score, Scorer
 from embsearch_dist.methods.nasrec.supernet import SupernetStage
-from embsearch_dist.schema import read_json, write_json
+from embsearch_dist.schema import read_sealed, write_json, write_sealed
 from embsearch_dist.train.monitor import Monitor
 
 STAGE = "evolution"
@@ -87,7 +87,7 @@ class EvolutionStage(Stage):
                 # Before the state: of a generation that is not saved a continued search drops the line again.
                 monitor.scalars(evolution.generation - 1, values)
                 state = {"signature": signature, **evolution.to_json()}
-                run.context.first("saving the search", lambda s=state: write_json(run.dir / HISTORY, s))  # type: ignore[misc]
+                run.context.first("saving the search", lambda s=state: write_sealed(run.dir / HISTORY, s))  # type: ignore[misc]
                 bar.update(len(proposed), loss=values["best"])
 
     def _score(self, run: Run, scorer: Scorer, architectures: Sequence[Architecture]) -> list[Score]:
@@ -130,5 +130,5 @@ class EvolutionStage(Stage):
 
 def _read(path: Path, signature: dict[str, Any]) -> dict[str, Any] | None:
     """A search under way with the same settings; None when there is none."""
-    body = read_json(path) if path.exists() else None
+    body = read_sealed(path, "Delete it to search anew") if path.exists() else None
     return body if isinstance(body, dict) and body.get("signature") == signature else None

@@ -182,7 +182,7 @@ class UtilitiesStage(Stage):
         wanted = budgets_of(config, run.schema, run.config.model.extra)
         searcher = make_searcher(run)
         with Monitor(run.dir, self.name, context.rank) as monitor:
-            monitor.resume_at(0)
+            monitor.resume_at(-1)
             monitor.say(
                 f"utilities: {len(run.schema.fields)} fields x candidates {config.candidates} on "
                 f"{searcher.model.rows:,} validation rows, by {config.utility}"

@@ -1,0 +1,180 @@
+"""A run directory is ours: a mark says so, a lock says who is at work in it, and only what we made is ever deleted."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+from pathlib import Path
+
+from embsearch_dist.errors import UserError
+
+LOCK = "run.lock"  # also the mark: it stays when nobody is at work
+EDITED = "# edited"
+HEAD = "# Written by a run. The last line is a checksum; to change the file by hand, put '# edited' in its place.\n"
+SEAL = "# sha256 of the lines above: "
+# Everything that a search, a retraining, an evaluation or a report leaves at the top of a directory.
+OURS = re.compile(
+    r"run\.lock|config\.yaml|schema\.json|truth\.json|unreadable\.json|(metrics|heatmaps)\.jsonl|allocation\.json|"
+    r"architecture\.json|groups\.json|(evolution|pareto|latency|prefilter|training|choice)\.json|"
+    r"evaluation(-[a-z]+)*\.json|final(-seed\d+)?\.json|allocations|architectures|stages|checkpoints(\.partial)?|widest|"
+    r"groups|group-\d+|search|tb|report|retrain|.*\.tmp"
+)
+NESTED = ("retrain", "widest")  # folders with directories of the same kind
+_held: dict[Path, int] = {}
+
+
+def plain_word(name: str, where: str) -> str:
+    """A name that becomes a folder or a file: no path, nothing hidden, and short enough.
+
+    Raises:
+        UserError: naming ``where`` it was given.
+    """
+    bad = not name or name.startswith(".") or any(c in "/\\" or not c.isprintable() for c in name)
+    if bad or len(os.fsencode(name)) > 150:
+        raise UserError(
+            f"{where}: {name[:60]!r} cannot name a folder. Give a plain word: no slash, no dot in front, 150 bytes"
+        )
+    return name
+
+
+def foreign(directory: Path) -> Path | None:
+    """The first file in a run directory that is none of ours, also below ``retrain``; None where all are."""
+    for path in sorted(directory.iterdir()):
+        if not OURS.fullmatch(path.name) or path.is_symlink():
+            return path
+        if path.name in NESTED and path.is_dir():
+            inner = [p for p in sorted(path.iterdir()) if p.is_dir() and path.name == "retrain"] or [path]
+            lying = [p for p in path.iterdir() if not p.is_dir()] if path.name == "retrain" else []
+            for one in (*lying[:1], *(f for d in inner if (f := foreign(d)) is not None)):
+                return one
+    return None
+
+
+def clear(directory: Path, given: Path | None = None) -> None:
+    """Delete what a run directory holds, but for its lock. The directory must be :func:`hold` already.
+
+    Args:
+        given: the config file of the command line, which must not go.
+
+    Raises:
+        UserError: the directory is not a run directory, or holds something that we have not made; nothing was deleted.
+    """
+    stays = f"Nothing was deleted. Move it away, or give another --run.dir than {directory}"
+    entries = [p for p in directory.iterdir() if p.name != LOCK]
+    if not entries:
+        return
+    if not is_ours(directory):
+        raise UserError(f"{directory} is not a run directory (no config.yaml of ours in it); it is not deleted")
+    other = foreign(directory)
+    if other is not None:
+        raise UserError(f"{other} was not made by a run, and --run.overwrite true would delete it. {stays}")
+    if given is not None and given.resolve().is_relative_to(directory.resolve()) and given.name != "config.yaml":
+        raise UserError(f"--config {given} lies in the run directory that --run.overwrite true deletes. {stays}")
+    for lock in directory.glob(f"retrain/*/{LOCK}"):
+        hold(lock.parent, "a start with --run.overwrite true")
+    for path in entries:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def is_ours(directory: Path) -> bool:
+    """Whether a config.yaml there is one that a run wrote (of an older version too), not a person."""
+    path = directory / "config.yaml"
+    if not path.is_file():
+        return False
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return (directory / LOCK).exists()
+    return (_is_record(text) and (directory / "schema.json").exists()) or (directory / LOCK).exists()
+
+
+def _is_record(text: str) -> bool:
+    """Whether a config has every section, as those that runs write and those of persons have not."""
+    sections = ("method", "run", "data", "model", "optim", "train", "dist", "search")
+    return all(re.search(rf"^{key}:", text, re.MULTILINE) for key in sections) and "\n  overwrite:" in text
+
+
+def seal_text(text: str) -> str:
+    """A config with its checksum as the last line."""
+    text = HEAD + text
+    return f"{text}{SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n"
+
+
+def check_text(path: Path) -> None:
+    """Compare a run directory's config.yaml with the checksum in its last line.
+
+    One without a checksum is of an older version, or was edited by a person, who says so in its last line. One that
+    begins as those of this version do, or lacks a section, was cut short.
+
+    Raises:
+        UserError: it was changed or cut.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not a text file ({e.reason} at byte {e.start}). Copy it back") from e
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from e
+    lines = text.rstrip("\n").split("\n")
+    if lines[-1].strip() == EDITED:
+        return
+    mend = f"Copy it back, or, if you changed it on purpose, let its last line be {EDITED!r}"
+    if not lines[-1].startswith(SEAL):
+        if text.startswith(HEAD) or not _is_record(text):
+            raise UserError(f"{path} was cut short: the line with its checksum is missing. {mend}")
+        return
+    body = "".join(f"{line}\n" for line in lines[:-1])
+    if lines[-1] != f"{SEAL}{hashlib.sha256(body.encode()).hexdigest()}":
+        raise UserError(f"{path} was changed since it was written: it differs from its checksum. {mend}")
+
+
+def hold(directory: Path, doing: str) -> None:
+    """Make the directory and lock it for this process, until it ends or :func:`release`; again is harmless.
+
+    The kernel drops the lock of whoever dies. Rank 0 calls this for all ranks.
+
+    Raises:
+        UserError: another process is at work there; says which one.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory.resolve() / LOCK
+        if path in _held and path.exists() and os.fstat(_held[path]).st_ino == path.stat().st_ino:
+            return
+        file = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    except OSError as e:
+        raise UserError(f"{directory}: cannot be written ({e.strerror}). Give another --run.dir") from e
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        who = _holder(file)
+        os.close(file)
+        raise UserError(f"{directory}: {who} is at work there. Wait for it, or give another --run.dir or --name") from e
+    except OSError:
+        pass  # a file system without locks
+    body = {"host": socket.gethostname(), "pid": os.getpid(), "doing": doing}
+    os.ftruncate(file, 0)
+    os.pwrite(file, (json.dumps(body) + "\n").encode(), 0)
+    _held[path] = file
+
+
+def release() -> None:
+    """Unlock everything this process holds."""
+    while _held:
+        os.close(_held.popitem()[1])
+
+
+def _holder(file: int) -> str:
+    try:
+        body = json.loads(os.pread(file, 4096, 0))
+        return f"{body['doing']} (process {body['pid']} on {body['host']})"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
