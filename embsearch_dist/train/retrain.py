@@ -96,7 +96,7 @@ def retrain(
         )
         progress = trainer.fit()
         trainer.restore_best()
-        write = {"seconds": progress.seconds, "steps": progress.step, "best_step": progress.best_step}
+        write: dict[str, Any] = {"seconds": progress.seconds, "steps": progress.step, "best_step": progress.best_step}
         write |= rows_left_out(training) | ({"data": training.schema.data} if training.schema.data else {})
         context.first("writing training.json", lambda: write_json(directory / "training.json", write))
     return task
