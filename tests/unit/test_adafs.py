@@ -271,7 +271,7 @@ def test_stages_leave_the_result_of_the_best_weights_since_the_controller_set_in
     curve = dict(zip(*(recorded(tmp_path, STAGE, key, "validation") for key in ("step", "auc")), strict=True))
     best = max((step for step in curve if step > 12), key=lambda step: curve[step])
     assert best < STEPS  # or the last weights would pass for the best ones
-    assert json.loads((tmp_path / "checkpoints" / STAGE / "best.json").read_text()) == {"step": best}
+    assert json.loads((tmp_path / "checkpoints" / STAGE / "best.json").read_text())["step"] == best
     task = load_searched(run)
     stream = run.stream("validation", 200, shuffle=False)
     again = evaluate_gated(task, stream, "validation", run.context, run.config, "x-seed3")
