@@ -143,10 +143,6 @@ class Backbone(nn.Module):
             return linear, linear.new_zeros(self.fields, self.width, 0)
         return linear, self.first.weight[:, :inputs].T.reshape(self.fields, self.width, self.first_width)
 
-    def pair_terms(self, u: torch.Tensor) -> torch.Tensor:
-        """Share of pairs in the FM part: ``u [N, P, d]`` -> ``[N, P, P]``, of which a caller takes what it needs."""
-        return u @ u.transpose(1, 2)
-
     def dense_terms(self, dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Share of the dense columns and of all biases, shaped as :meth:`field_terms`."""
         start = self.starts[-1]

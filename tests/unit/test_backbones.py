@@ -31,7 +31,7 @@ def sum_of_terms(model: Backbone, u: torch.Tensor, x: torch.Tensor) -> torch.Ten
         assert part[1].shape == (ROWS, model.first_width)
         logit, first = logit + part[0], first + part[1]
     if model.fm:
-        logit = logit + model.pair_terms(u).triu(1).sum((1, 2))
+        logit = logit + (u @ u.transpose(1, 2)).triu(1).sum((1, 2))
     return logit + model.rest(first).squeeze(1) if model.deep else logit
 
 

@@ -13,9 +13,7 @@ from embsearch_dist.allocation import Allocation
 from embsearch_dist.data.sample import random_batches
 from embsearch_dist.methods.adass.budget import (
     Budget,
-    check_feasible,
     cost_table,
-    parse_budget,
     relative_costs,
     total_cost,
 )
@@ -27,11 +25,11 @@ from embsearch_dist.methods.adass.scorer import SubnetScorer
 from embsearch_dist.methods.adass.supernet import SupernetTask, load_supernet
 from embsearch_dist.methods.adass.terms import sample_rows
 from embsearch_dist.methods.base import Run, Stage
+from embsearch_dist.methods.found import SCORED_POINTS, budgets
 from embsearch_dist.schema import Schema, read_json, write_json
 from embsearch_dist.train.metrics import shown
 from embsearch_dist.train.monitor import Monitor
 
-SCORED_POINTS = 4000  # dots of the Pareto picture
 MANY_FIELDS = 64
 """With more, ``finder: auto`` sweeps: a policy that draws all fields anew in each subnet learns little of each one, and
 what it costs grows with the fields. Heat maps of more fields are recorded once a stage."""
@@ -251,7 +249,7 @@ class SearchStage(Stage):
     def run(self, run: Run) -> None:
         config: AdassConfig = run.config.search
         extra = run.config.model.extra
-        budgets = budgets_of(config, run.schema, extra)
+        wanted = budgets_of(config, run.schema, extra)
         searcher = Searcher(run.schema, config, make_scorer(run), distinct_of(run.config, run.schema), extra)
         with Monitor(run.dir, self.name, run.context.rank) as monitor:
             monitor.resume_at(-1)
@@ -262,8 +260,8 @@ class SearchStage(Stage):
             seed = run.config.run.seed * 7919 + config.policy.seed
             points = []
             whole = searcher.subnets()
-            with monitor.progress(len(budgets) * whole, "subnets") as bar:
-                for k, (name, budget) in enumerate(budgets):
+            with monitor.progress(len(wanted) * whole, "subnets") as bar:
+                for k, (name, budget) in enumerate(wanted):
                     found = searcher.find(seed, budget, monitor if k == 0 else None, bar.update)
                     provenance = {"name": name, "seed": run.config.run.seed, "search_seed": config.policy.seed}
                     allocation = searcher.allocation(found, provenance)
@@ -315,15 +313,7 @@ def budgets_of(config: AdassConfig, schema: Schema, extra: int = 0) -> list[tupl
     Raises:
         UserError: a budget that no allocation can obey.
     """
-    found: list[tuple[str, Budget | None]] = []
-    texts = [(config.name, config.budget, "search.budget")]
-    texts += [(f"{config.name}-{t.strip()}", t, "search.pareto") for t in config.pareto]
-    for name, text, key in texts:
-        budget = parse_budget(text, schema, key, extra) if text else None
-        if budget:
-            check_feasible(budget, schema, config.candidates, key, extra)
-        found.append((name.replace("%", "pct").replace(" ", ""), budget))
-    return found
+    return budgets(config.name, config.budget, config.pareto, schema, config.candidates, extra)
 
 
 def describe(searcher: Searcher, point: dict[str, Any], directory: Path) -> str:
