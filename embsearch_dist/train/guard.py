@@ -147,6 +147,9 @@ def _weights(device: torch.device) -> torch.Tensor:
 
 
 def _sum(gradients: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    if like.device.type == "cuda" and len(gradients) > 1:
+        # A launch for all of them; magnitudes add up to what is not finite just when one of them is not.
+        return torch.stack(torch._foreach_norm(list(gradients), 1)).sum()
     # Several times cheaper than a norm, and these run in every step.
     sums = [g.sum() for g in gradients]
     return torch.stack(sums).sum() if len(sums) > 1 else sums[0] if sums else like.new_zeros(())

@@ -26,6 +26,7 @@ from embsearch_dist.train.checkpoint import Checkpointer, SaveError
 from embsearch_dist.train.guard import Gate, Verdict, agree
 from embsearch_dist.train.metrics import evaluate, shown
 from embsearch_dist.train.monitor import Monitor
+from embsearch_dist.train.seeding import seed_step
 from embsearch_dist.train.task import Judge, Task
 
 SAVE_FAILURES = 3  # so many checkpoints in a row may fail before training stops: nothing would be left of it
@@ -130,7 +131,8 @@ class Trainer:
             while p.step < self.total and not p.stopped:
                 for batch, following in self._batches():
                     started = time.monotonic()
-                    self.task.model.train()
+                    if not self.task.model.training:  # it asks every module, each time
+                        self.task.model.train()
                     self.task.model.sharded.exchange.expect(None if following is None else following.sparse)
                     verdict = self._step(batch)
                     p.step, p.batch = p.step + 1, batch.position.batch
@@ -224,7 +226,7 @@ class Trainer:
         # Dropout of a step depends on the step alone, so that a continued run draws what the unbroken one did.
         step, model = self.progress.step, self.task.model
         self._follow_schedule()
-        torch.manual_seed((self.training.seed * 1_000_003 + step) * 1021 + self.context.rank)
+        seed_step((self.training.seed * 1_000_003 + step) * 1021 + self.context.rank, self.context.device)
         self.optimizer.zero_grad(set_to_none=True)
         model.sharded.zero_grad()
         buffers = {}
@@ -257,7 +259,7 @@ class Trainer:
         if not self._outer:
             return
         step, task = self.progress.step, cast(BilevelTask, self.task)
-        torch.manual_seed((self.training.seed * 1_000_003 + step) * 1021 + self.context.rank + 509)
+        seed_step((self.training.seed * 1_000_003 + step) * 1021 + self.context.rank + 509, self.context.device)
         with frozen(self._head):
             loss = task.outer_loss(step)
             if loss is None:

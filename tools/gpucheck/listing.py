@@ -26,7 +26,13 @@ class Check:
 
 
 CHECKS = (
-    Check("doctor", "install:doctor", 2, "versions fit each other; a look-up and its fused update run and are right"),
+    Check(
+        "doctor",
+        "install:doctor",
+        2,
+        "versions fit each other; a look-up and its fused update run and are right",
+        60.0,  # the first to read the libraries from the disk
+    ),
     Check(
         "tbe",
         "lookups:against_torch",
@@ -35,7 +41,11 @@ CHECKS = (
     ),
     Check("resume", "chains:resume", 1.5, "Adam and Adagrad, stopped and continued, against the unbroken training"),
     Check(
-        "evaluate", "chains:evaluate", 3, "search, retrain, evaluate; the same AUC on the CPU; the tests of tests/gpu"
+        "evaluate",
+        "chains:evaluate",
+        3,
+        "search, retrain, evaluate; the same AUC on the CPU; the tests of tests/gpu",
+        110.0,  # the tests start a dozen processes
     ),
     Check("methods", "chains:methods", 2, "20 steps of iHAS, NASRec and AdaFS, and what their searches leave"),
     Check("agreement", "agreement:devices", 2, "forward and backward on the device and on the CPU give the same"),
