@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import subprocess
@@ -20,19 +21,21 @@ FOLDERS = ("unit", "distributed", "launch", "pretend", "gpu")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test by its folder; skip GPU tests where there is no GPU."""
-    no_gpu = None
     for item in items:
         parts = item.path.relative_to(ROOT / "tests").parts if item.path.is_relative_to(ROOT / "tests") else ("",)
         if parts[0] not in FOLDERS:
             continue
         item.add_marker(parts[0])
         if parts[0] == "gpu":
-            if no_gpu is None:
-                import torch
-
-                no_gpu = not torch.cuda.is_available()
-            if no_gpu:
+            if not _gpu():
                 item.add_marker(pytest.mark.skip(reason="no GPU: torch.cuda.is_available() is False"))
+
+
+@functools.cache
+def _gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +71,7 @@ def run_script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subpro
     Runs ``launch/<script>`` in a process of its own and returns it with ``stdout`` and ``stderr``.
     With ``check``, a non-zero exit fails the test and shows both. On a timeout the script and all
     its children are killed. The process is a fork of one that has torch loaded, unless ``fresh``: then it is
-    started as from a shell.
+    started as from a shell. So it is on a machine with a GPU, since CUDA does not survive a fork.
     """
 
     printed = tmp_path_factory.mktemp("script")
@@ -84,7 +87,7 @@ def run_script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subpro
     ) -> subprocess.CompletedProcess[str]:
         path = ROOT / "launch" / Path(script).name
         full_env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        start = start_script if fresh else fork_script
+        start = start_script if fresh or _gpu() else fork_script
         done = start(path, [*map(str, args)], cwd or ROOT, full_env | (env or {}), timeout, printed)
         if done is None or (check and done.returncode != 0):
             ended = f"not done after {timeout} s" if done is None else f"exited with {done.returncode}"
