@@ -26,9 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if parts[0] not in FOLDERS:
             continue
         item.add_marker(parts[0])
-        if parts[0] == "gpu":
-            if not _gpu():
-                item.add_marker(pytest.mark.skip(reason="no GPU: torch.cuda.is_available() is False"))
+        if parts[0] == "gpu" and not _gpu():
+            item.add_marker(pytest.mark.skip(reason="no GPU: torch.cuda.is_available() is False"))
 
 
 @functools.cache

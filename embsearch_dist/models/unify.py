@@ -24,7 +24,7 @@ def initial_map(width: int, common: int) -> torch.Tensor:
     """Start of a linear map ``[width, common]``: column k of the embedding goes to place k of the common space.
 
     The transform then begins as no transform, and fields of different widths meet in their leading columns;
-    a random start cost 0.001 AUC on MovieLens-1M (docs/results.md). Columns past d_f wrap around.
+    a random start cost 0.001 AUC on MovieLens-1M (docs/results/search.md). Columns past d_f wrap around.
     """
     weight = torch.zeros(width, common)
     rows = torch.arange(width)

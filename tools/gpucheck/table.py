@@ -30,7 +30,7 @@ def text_table(results: Sequence[Result]) -> str:
 
 
 def markdown(results: Sequence[Result], facts: Mapping[str, str], command: str) -> str:
-    """Ready to be pasted into docs/results.md."""
+    """Ready to be pasted into docs/results/gpu.md."""
     where = ", ".join(f"{k} {v}" for k, v in facts.items())
     head = [
         f"`{command}` ({where}):",

@@ -1,0 +1,57 @@
+"""Tables of docs/results come from the CSV files beside them."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tools")]
+
+from budget_tables import COLUMNS  # noqa: E402
+
+from tools.results_tables import PAGES, filled  # noqa: E402
+
+
+def write(path: Path, lines: list[dict[str, object]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def line(seed: int, method: str, width: int, size: int, auc: float) -> dict[str, object]:
+    widths = f"user={width} movie={width}"
+    shares = {"parameters": size, "share_of_ues32": size / 3200, "test_auc": auc, "test_logloss": 0.5}
+    return {"commit": "abc", "seed": seed, "method": method, "widths": widths, "budget": "50%"} | shares
+
+
+def test_a_block_is_filled_from_its_file_and_all_else_stays(tmp_path: Path) -> None:
+    lines = [line(s, "uniform", 16, 1600, 0.70 + s / 1000) for s in range(2)]
+    lines += [line(s, "utilities", 0, 1500, 0.72 + s / 1000) for s in range(2)]
+    write(tmp_path / "x.csv", lines)
+    text = "before\n<!-- comparison x.csv -->\nold\n<!-- end -->\nafter\n"
+    made = filled(text, tmp_path)
+    assert made.startswith("before\n<!-- comparison x.csv -->\n")
+    assert made.endswith("<!-- end -->\nafter\n")
+    assert "old" not in made
+    assert "| UES-16 | 1,600 |" in made
+    assert "+0.0200 AUC" in made
+    assert filled(made, tmp_path) == made
+
+
+def test_a_missing_file_and_an_empty_one_are_named(tmp_path: Path) -> None:
+    text = "<!-- comparison x.csv -->\n<!-- end -->"
+    with pytest.raises(SystemExit, match=r"x\.csv: a page names this file"):
+        filled(text, tmp_path)
+    write(tmp_path / "x.csv", [])
+    with pytest.raises(SystemExit, match="no line"):
+        filled(text, tmp_path)
+
+
+def test_the_pages_of_this_repository_are_up_to_date() -> None:
+    for page in PAGES.glob("*.md"):
+        assert filled(page.read_text(), PAGES) == page.read_text(), f"{page.name}: run python tools/results_tables.py"
