@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from embsearch_dist.dist.environment import TUNED
-from tests.ranks import CONTEXT
+from tests.ranks import fork
 
 Done = subprocess.CompletedProcess[str]
 
@@ -46,8 +46,7 @@ def fork_script(
     path: Path, words: Sequence[str], cwd: Path, env: Mapping[str, str], timeout: float, folder: Path
 ) -> Done | None:
     """The same in a fork of the server that also the ranks of ``tests/ranks.py`` come from."""
-    process = CONTEXT.Process(target=_run, args=(str(path), [*words], str(cwd), dict(env), str(folder)))
-    process.start()
+    process = fork(_run, (str(path), [*words], str(cwd), dict(env), str(folder)))
     process.join(timeout)
     if process.exitcode is None:
         os.killpg(process.pid or 0, signal.SIGKILL)
