@@ -339,12 +339,12 @@ def load_config(
     base["search"] = OmegaConf.structured(methods[name])
     if file is not None and _is_record(layers[0]):
         was = {k: _before(cls) for k, cls in {**SECTIONS, "search": methods[name]}.items()}
-        base = OmegaConf.merge(base, was)  # type: ignore[assignment]
+        base.merge_with(was)
     where = f"{file}: " if file is not None else ""
     for layer, source in [*((x, where) for x in layers), *((_dotted(k, v, base, literal), "") for k, v in given)]:
         try:
             _reject_unknown(layer, base, "")
-            base = OmegaConf.merge(base, layer)  # type: ignore[assignment]
+            base.merge_with(layer)  # in place: OmegaConf.merge would copy the whole config once per override
         except UserError as e:
             raise UserError(f"{source}{e}") from e
         except OmegaConfBaseException as e:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import gc
 
-import scipy.optimize  # noqa: F401
-import torch.distributed.checkpoint
+import scipy.optimize
+import scipy.stats  # noqa: F401
 import torch.distributed.optim
+import torch.utils.tensorboard  # noqa: F401
 import torchrec.distributed  # noqa: F401
 
 import embsearch_dist.doctor
 import embsearch_dist.methods
+import embsearch_dist.report
 import embsearch_dist.train.trainer  # noqa: F401
-import launch.common  # noqa: F401
+import launch.common
+import launch.retraining  # noqa: F401
 import tests.factories  # noqa: F401
 
 gc.collect()
