@@ -74,7 +74,7 @@ def run_ranks(
     # The loopback interface needs no host name lookup, which fails or stalls on some build machines.
     env.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if not init:
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     deadline = time.monotonic() + timeout
     processes: list[BaseProcess] = []
     for rank in range(world_size):
@@ -160,7 +160,8 @@ def _rank_main(
             faulthandler.cancel_dump_traceback_later()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
