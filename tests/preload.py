@@ -20,7 +20,9 @@ import embsearch_dist.report
 import embsearch_dist.train.trainer  # noqa: F401
 import launch.common
 import launch.retraining  # noqa: F401
-import tests.factories  # noqa: F401
+import tests.factories
 
+for method in tests.factories.CONFIGS:
+    tests.factories.small_config("", "", method=method)  # leaves the defaults of every config behind
 gc.collect()
 gc.freeze()  # or each collection in a fork would visit, and so copy, all of it
