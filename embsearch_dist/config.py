@@ -6,8 +6,10 @@ nearest name. ``python -m embsearch_dist.config --config FILE [--a.b value ...]`
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
+import functools
 import hashlib
 import io
 import json
@@ -335,16 +337,15 @@ def load_config(
     if not name:
         raise UserError(f"no method is named; add 'method: NAME' to the config file (one of {', '.join(methods)})")
     one_of("method", name, list(methods))
-    base = OmegaConf.create({"method": name, **{k: OmegaConf.structured(v) for k, v in SECTIONS.items()}})
-    base["search"] = OmegaConf.structured(methods[name])
+    base = copy.deepcopy(_defaults(name, methods[name]))
     if file is not None and _is_record(layers[0]):
         was = {k: _before(cls) for k, cls in {**SECTIONS, "search": methods[name]}.items()}
-        base = OmegaConf.merge(base, was)  # type: ignore[assignment]
+        base.merge_with(was)
     where = f"{file}: " if file is not None else ""
     for layer, source in [*((x, where) for x in layers), *((_dotted(k, v, base, literal), "") for k, v in given)]:
         try:
             _reject_unknown(layer, base, "")
-            base = OmegaConf.merge(base, layer)  # type: ignore[assignment]
+            base.merge_with(layer)  # in place: OmegaConf.merge would copy the whole config once per override
         except UserError as e:
             raise UserError(f"{source}{e}") from e
         except OmegaConfBaseException as e:
@@ -368,6 +369,14 @@ def load_config(
         # Without overrides it can only be the file; with them, the key that is named tells.
         raise UserError(f"{where}{e}" if not given else str(e)) from e
     return config
+
+
+@functools.cache  # to make it takes as long as all the rest of a config
+def _defaults(name: str, search: type) -> DictConfig:
+    """The typed config of a method, as its dataclasses have it; to be copied."""
+    base = OmegaConf.create({"method": name, **{k: OmegaConf.structured(v) for k, v in SECTIONS.items()}})
+    base["search"] = OmegaConf.structured(search)
+    return base
 
 
 def _read_yaml(path: Path, literal: bool) -> DictConfig:

@@ -34,10 +34,20 @@ THREAD_LIMITS = dict.fromkeys(LIMITED, str(THREADS))
 GRACE_S = 3.0
 """After the first failing rank the others get this long to report their own error; then they are killed."""
 
-# Importing torch and TorchRec costs each new process seconds. The fork server imports them once a
-# session, before any thread exists, and every rank is a fork of it.
+# Importing torch, TorchRec and what we have on top of them costs each new process seconds. The fork server imports
+# them once a session (tests/preload.py), and every rank is a fork of it.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "torchrec", "torchrec.distributed"])
+CONTEXT.set_forkserver_preload(["tests.preload"])
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def fork(target: Callable[..., None], args: tuple[Any, ...], **options: Any) -> BaseProcess:
+    """A process that runs ``target(*args)``, started as a fork of the server; ``options`` are those of ``Process``."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    process = CONTEXT.Process(target=target, args=args, **options)
+    with mock.patch.dict(os.environ, THREAD_LIMITS | {"PYTHONPATH": path}):  # for the server, which starts on first use
+        process.start()
+    return process
 
 
 def run_ranks(
@@ -64,16 +74,13 @@ def run_ranks(
     # The loopback interface needs no host name lookup, which fails or stalls on some build machines.
     env.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if not init:
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     deadline = time.monotonic() + timeout
     processes: list[BaseProcess] = []
-    with mock.patch.dict(os.environ, THREAD_LIMITS):  # for the fork server, which starts here on first use
-        for rank in range(world_size):
-            rank_env = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            inputs = (fn, rank, world_size, str(folder), args, rank_env, timeout, init)
-            process = CONTEXT.Process(target=_rank_main, args=inputs, name=f"rank{rank}", daemon=True)
-            process.start()
-            processes.append(process)
+    for rank in range(world_size):
+        rank_env = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        inputs = (fn, rank, world_size, str(folder), args, rank_env, timeout, init)
+        processes.append(fork(_rank_main, inputs, name=f"rank{rank}", daemon=True))
     try:
         problem = _wait(processes, deadline)
         if problem:
@@ -153,7 +160,8 @@ def _rank_main(
             faulthandler.cancel_dump_traceback_later()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])

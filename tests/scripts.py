@@ -11,11 +11,13 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from embsearch_dist.dist.environment import TUNED
-from tests.ranks import CONTEXT
+from tests.ranks import fork, free_port
 
 Done = subprocess.CompletedProcess[str]
 
@@ -46,14 +48,31 @@ def fork_script(
     path: Path, words: Sequence[str], cwd: Path, env: Mapping[str, str], timeout: float, folder: Path
 ) -> Done | None:
     """The same in a fork of the server that also the ranks of ``tests/ranks.py`` come from."""
-    process = CONTEXT.Process(target=_run, args=(str(path), [*words], str(cwd), dict(env), str(folder)))
-    process.start()
-    process.join(timeout)
+    return _joined(fork(_run, (str(path), [*words], str(cwd), dict(env), str(folder))), timeout, folder)
+
+
+def fork_ranks(
+    count: int, path: Path, words: Sequence[str], cwd: Path, env: Mapping[str, str], timeout: float, folder: Path
+) -> list[Done | None]:
+    """The same on ``count`` ranks, which get the variables of torchrun; ``folder/RANK`` has what each printed."""
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    sizes = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    started = []
+    for rank in map(str, range(count)):
+        (folder / rank).mkdir()
+        full = {**env, **where, **sizes, "RANK": rank, "LOCAL_RANK": rank}
+        started.append(fork(_run, (str(path), [*words], str(cwd), full, str(folder / rank))))
+    deadline = time.monotonic() + timeout
+    return [_joined(p, deadline - time.monotonic(), folder / str(rank)) for rank, p in enumerate(started)]
+
+
+def _joined(process: BaseProcess, timeout: float, folder: Path) -> Done | None:
+    process.join(max(0.0, timeout))
     if process.exitcode is None:
         os.killpg(process.pid or 0, signal.SIGKILL)
         process.join()
         return None
-    return subprocess.CompletedProcess([str(path), *words], process.exitcode, read(folder, "out"), read(folder, "err"))
+    return subprocess.CompletedProcess("", process.exitcode, read(folder, "out"), read(folder, "err"))
 
 
 def _run(path: str, words: list[str], cwd: str, env: dict[str, str], folder: str) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
-from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec import EmbeddingBagCollection, KeyedJaggedTensor, KeyedTensor
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardedTensor
 
@@ -97,6 +96,9 @@ class ShardedTables(nn.Module):
         by_fbgemm = adam and context.device.type == "cuda" and not partial
         sharded = [p for n, p in collection.named_parameters() if self._kind(n) != "data_parallel"]
         if sharded:
+            # It compiles optimizers on import, for a third of a second that only a training should pay.
+            from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+
             fused = torch.optim.SGD if adam and not by_fbgemm else optimizer
             # It keeps the mapping and TorchRec adds to it: data-parallel tables need one of their own.
             apply_optimizer_in_backward(fused, sharded, dict(options))

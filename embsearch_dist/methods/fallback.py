@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from embsearch_dist.allocation import Allocation
@@ -80,6 +79,8 @@ def paired_auc(a: np.ndarray, b: np.ndarray, labels: np.ndarray) -> tuple[float,
 
 def _placements(scores: np.ndarray, clicked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of each clicked row the share of others below it; of each other row the share of clicked ones above it."""
+    from scipy.stats import rankdata  # half a second to load
+
     ranks, positives = rankdata(scores), int(clicked.sum())
     negatives = len(scores) - positives
     below = (ranks[clicked] - rankdata(scores[clicked])) / max(negatives, 1)

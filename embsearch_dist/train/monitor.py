@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -26,6 +27,8 @@ import numpy as np
 
 PLAIN_INTERVAL_S = 10.0
 BAR_INTERVAL_S = 0.5
+PICTURE_INTERVAL_S = 10.0
+"""Between two TensorBoard images of one heat map: to draw one takes as long as several steps, and all ranks wait."""
 LABELS = 64  # names on an axis of a heat map at most; of more, every second, third ... is written
 RESERVED = frozenset({"time", "stage", "step"})
 METRICS, HEATMAPS = "metrics.jsonl", "heatmaps.jsonl"
@@ -53,6 +56,8 @@ class Monitor:
         self._writer: Any = None
         self._tensorboard = True
         self._purge_step: int | None = None
+        self._drawn: dict[str, float] = {}  # name of a heat map -> when it was last drawn
+        self._waiting: dict[str, tuple[int, Any]] = {}  # -> step and picture of a later one that was not
         self._progress: Progress | None = None
 
     def __enter__(self) -> Self:
@@ -88,6 +93,8 @@ class Monitor:
     def heatmap(self, step: int, name: str, matrix: Any, rows: Sequence[str], columns: Sequence[str]) -> None:
         """Record a matrix with named rows and columns, as a ``heatmaps.jsonl`` line and a TensorBoard image.
 
+        Images of one name are at least :data:`PICTURE_INTERVAL_S` apart, but the last one before ``close`` is drawn.
+
         Args:
             step: the step the matrix belongs to.
             name: e.g. ``P_E``; the report draws the matrices of one name over time.
@@ -105,7 +112,15 @@ class Monitor:
         labels = {"rows": [str(r) for r in rows], "columns": [str(c) for c in columns]}
         self._append(HEATMAPS, {"stage": self.stage, "step": int(step), "name": name, **labels, "values": short})
         if self._tensorboard_writer() is not None:
-            self.figure(step, name, _draw(values, labels["rows"], labels["columns"], f"{name}, step {step:,}"))
+            title = f"{name}, step {step:,}"
+            self._waiting[name] = int(step), partial(_draw, values.copy(), labels["rows"], labels["columns"], title)
+            if time.monotonic() - self._drawn.get(name, -math.inf) >= PICTURE_INTERVAL_S:
+                self._draw_waiting(name)
+
+    def _draw_waiting(self, name: str) -> None:
+        step, picture = self._waiting.pop(name)
+        self.figure(step, name, picture())
+        self._drawn[name] = time.monotonic()
 
     def figure(self, step: int, name: str, fig: Any) -> None:
         """Add a matplotlib figure to TensorBoard under ``<stage>/<name>`` and close it (on every rank)."""
@@ -133,6 +148,7 @@ class Monitor:
         if not self.active:
             return
         self._close_files()
+        self._waiting = {name: late for name, late in self._waiting.items() if late[0] <= step}
         for name in (METRICS, HEATMAPS):
             _keep_lines(self.run_dir / name, self.stage, step)
         self._close_writer()
@@ -168,6 +184,8 @@ class Monitor:
     def close(self) -> None:
         """End the progress display and close all files. A later call of any method opens them again."""
         self._close_progress()
+        for name in list(self._waiting):
+            self._draw_waiting(name)
         self._close_files()
         self._close_writer()
 

@@ -32,6 +32,8 @@ CASES = [
 EVERY_KIND = "dist.tables={left: data_parallel, big: row_wise, right: table_wise, idle: column_wise}"
 MIXED = [[EVERY_KIND, f"optim.embedding={name}"] for name in ("adam", "adagrad", "rowwise_adagrad", "sgd")]
 ALL = [*CASES, *MIXED]
+STEPS = 7
+"""Of a training, whose first checkpoint is that of step 4. Who goes on elsewhere makes two or four more."""
 
 
 class Stopped(Exception):
@@ -44,7 +46,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def fit(rank: int, world_size: int, data: str, directory: str, stop_at: int, overrides: list[str]) -> dict[str, Any]:
-    config = small_config(data, directory, "train.steps=10", "train.evals_per_epoch=3", "train.patience=0", *overrides)
+    config = small_config(
+        data, directory, f"train.steps={STEPS}", "train.evals_per_epoch=3", "train.patience=0", *overrides
+    )
     run = open_run(config, rank_context(rank, world_size))
 
     class Task(SubnetTask):
@@ -91,7 +95,7 @@ def test_two_ranks_continue_bitwise(results: tuple[list[Any], list[Any]], folder
         assert continued[rank][case] == unbroken[rank][case]
     losses = [recorded(folder / name / str(case), STAGE, "loss") for name in ("unbroken", "broken")]
     assert losses[0] == losses[1]
-    assert len(losses[0]) == 10
+    assert len(losses[0]) == STEPS
 
 
 def evaluate_many(rank: int, world_size: int, data: str, directory: str) -> list[dict[str, float]]:
@@ -116,7 +120,7 @@ def test_one_rank_evaluates_what_two_have_trained(
 
 def go_on(rank: int, world_size: int, data: str, directory: str, overrides: list[str]) -> str:
     try:
-        fit(rank, world_size, data, directory, 0, ["train.epochs=3", "train.steps=12", *overrides])
+        fit(rank, world_size, data, directory, 0, ["train.epochs=3", f"train.steps={STEPS + 2}", *overrides])
     except UserError as e:
         return str(e)
     return "no error"
@@ -155,14 +159,14 @@ DOWN = {i: i != 7 for i in range(len(CASES))}  # case 7: replicated tables with 
 
 @pytest.fixture(scope="module")
 def elsewhere(results: tuple[list[Any], list[Any]], folder: Path, data: str) -> dict[str, Any]:
-    """Two ranks made 10 steps. ``same`` two go on; ``down`` one does, then ``up`` two; ``to-KIND`` other sharding."""
+    """Two ranks made all steps. ``same`` two go on; ``down`` one does, then ``up`` two; ``to-KIND`` other sharding."""
     begun = [str(folder / "unbroken" / str(i)) for i in range(len(CASES))]
     target = str(folder / "elsewhere")
-    jobs: list[Job] = [(begun[i], f"down-{i}", 12, CASES[i]) for i in DOWN]
+    jobs: list[Job] = [(begun[i], f"down-{i}", STEPS + 2, CASES[i]) for i in DOWN]
     found = dict(zip([j[1] for j in jobs], run_ranks(go_on_elsewhere, 1, folder, data, target, jobs)[0], strict=True))
-    jobs = [(begun[i], f"same-{i}", 14, CASES[i]) for i in DOWN]
-    jobs += [(f"{target}/down-{i}", f"up-{i}", 14, CASES[i]) for i, good in DOWN.items() if good]
-    jobs += [(begun[i], f"{i}-to-{kind}", 14, [*CASES[i], f"dist.sharding={kind}"]) for i, kind, _ in OTHERS]
+    jobs = [(begun[i], f"same-{i}", STEPS + 4, CASES[i]) for i in DOWN]
+    jobs += [(f"{target}/down-{i}", f"up-{i}", STEPS + 4, CASES[i]) for i, good in DOWN.items() if good]
+    jobs += [(begun[i], f"{i}-to-{kind}", STEPS + 4, [*CASES[i], f"dist.sharding={kind}"]) for i, kind, _ in OTHERS]
     two = run_ranks(go_on_elsewhere, 2, folder, data, target, jobs, timeout=280)
     for (_, name, _, _), first, second in zip(jobs, *two, strict=True):
         assert first[0].split(":")[0] == second[0].split(":")[0], name  # both ranks end alike
@@ -175,8 +179,8 @@ def test_another_number_of_ranks_goes_on_where_it_was(elsewhere: dict[str, Any],
     """Down to one rank and up again to two: a lost optimizer state would show in the first step."""
     (same, expected), (down, fewer), (up, again) = (elsewhere[f"{name}-{case}"] for name in ("same", "down", "up"))
     assert same == down == up == "no error"
-    assert (len(fewer), len(again)) == (12, 14)
-    assert fewer == pytest.approx(expected[:12], rel=1e-5)
+    assert (len(fewer), len(again)) == (STEPS + 2, STEPS + 4)
+    assert fewer == pytest.approx(expected[: STEPS + 2], rel=1e-5)
     assert again == pytest.approx(expected, rel=1e-5)
 
 
@@ -184,7 +188,7 @@ def test_another_number_of_ranks_goes_on_where_it_was(elsewhere: dict[str, Any],
 def test_another_sharding_goes_on_where_it_was(elsewhere: dict[str, Any], case: int, kind: str) -> None:
     message, losses = elsewhere[f"{case}-to-{kind}"]
     assert message == "no error"
-    assert len(losses) == 14
+    assert len(losses) == STEPS + 4
     assert losses == pytest.approx(elsewhere[f"same-{case}"][1], rel=1e-5)
 
 
@@ -196,7 +200,7 @@ def test_a_state_that_cannot_be_spread_anew_is_refused(elsewhere: dict[str, Any]
     assert "does not fit this run of " in message
     assert "(made with 2 rank(s), " in message
     assert message.endswith("Continue with the number of ranks, sharding and optimizer it was made with")
-    assert len(losses) == 10  # and nothing was trained
+    assert len(losses) == STEPS  # and nothing was trained
 
 
 def test_state_that_does_not_fit_is_refused_on_every_rank(
@@ -220,7 +224,7 @@ def test_when_every_checkpoint_is_damaged_every_rank_says_so(
         body[len(body) // 2] ^= 255
         path.write_bytes(body)
     first, second = run_ranks(damage, 2, tmp_path, data, str(folder / "broken" / "1"))
-    newest = next((root / "step-10" / "data").glob("__1_*"))
+    newest = next((root / f"step-{STEPS}" / "data").glob("__1_*"))
     assert f"no whole checkpoint is left under {root}: checkpoint file {newest} is damaged" in first
     assert "rank 0 failed while checking the checkpoints" in second
     assert str(newest) in second

@@ -57,16 +57,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(prepared(tmp_path_factory))
 
 
-@pytest.mark.parametrize("sharding", [pytest.param("table_wise", marks=pytest.mark.slow), "row_wise"])
-def test_two_ranks_search_as_one(tmp_path: Path, data: str, sharding: str) -> None:
+@pytest.fixture(scope="module", params=[pytest.param("table_wise", marks=pytest.mark.slow), "row_wise"])
+def searched(tmp_path_factory: pytest.TempPathFactory, data: str, request: pytest.FixtureRequest) -> tuple[Path, Any]:
+    """The run directory of a search on two ranks, to be read, and its figures by rank."""
+    folder = tmp_path_factory.mktemp("searched")
+    found = run_ranks(search, 2, folder, data, str(folder / "run"), f"dist.sharding={request.param}")
+    return folder / "run", found
+
+
+def test_two_ranks_search_as_one(tmp_path: Path, data: str, searched: tuple[Path, Any]) -> None:
     one = run_ranks(search, 1, tmp_path, data, str(tmp_path / "one"))[0]
-    two = run_ranks(search, 2, tmp_path, data, str(tmp_path / "two"), f"dist.sharding={sharding}")
+    of_two, two = searched
     assert two[0] == two[1]
-    np.testing.assert_allclose(*(recorded(tmp_path / d, STAGE, "loss") for d in ("two", "one")), rtol=1e-4)
+    runs = [tmp_path / "one", of_two]
+    np.testing.assert_allclose(*(recorded(r, STAGE, "loss") for r in reversed(runs)), rtol=1e-4)
     for name, figures in one["gates"].items():
         np.testing.assert_allclose(two[0]["gates"][name], figures, rtol=1e-3)
     np.testing.assert_allclose(two[0]["centres"], one["centres"], rtol=1e-3, atol=1e-4)
-    runs = [tmp_path / d for d in ("one", "two")]
     for split in ("train", "validation", "test"):
         a, b = (np.load(r / "groups" / "assignment" / f"{split}.npy") for r in runs)
         assert len(a) == len(b) and (a != b).mean() < 0.005
@@ -75,14 +82,14 @@ def test_two_ranks_search_as_one(tmp_path: Path, data: str, sharding: str) -> No
     assert [g["widths"] for g in kept[0]] == [g["widths"] for g in kept[1]]
 
 
-def test_every_row_is_in_the_files_of_its_group(tmp_path: Path, data: str) -> None:
-    run_ranks(search, 2, tmp_path, data, str(tmp_path / "run"))
-    schema = open_run(small_config(data, tmp_path / "run", method="ihas"), rank_context(0, 1)).schema
-    grouped = GroupedAllocation.load(tmp_path / "run" / GROUPS, schema)
+def test_every_row_is_in_the_files_of_its_group(data: str, searched: tuple[Path, Any]) -> None:
+    directory, _ = searched
+    schema = open_run(small_config(data, directory, method="ihas"), rank_context(0, 1)).schema
+    grouped = GroupedAllocation.load(directory / GROUPS, schema)
     for k, rows in enumerate(grouped.rows):
-        verify(group_dir(tmp_path / "run", k))
+        verify(group_dir(directory, k))
         for split, n in rows.items():
-            assigned = np.load(tmp_path / "run" / "groups" / "assignment" / f"{split}.npy")
+            assigned = np.load(directory / "groups" / "assignment" / f"{split}.npy")
             assert n == int((assigned == k).sum())
     assert sum(grouped.share(k) for k in range(2)) == pytest.approx(1)
     assert grouped.rows[0]["train"] >= grouped.rows[1]["train"] > 0

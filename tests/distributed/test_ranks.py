@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +18,10 @@ def add_up(rank: int, world_size: int, scale: int) -> dict[str, int]:
     total = torch.tensor([rank + scale])
     dist.all_reduce(total)
     return {"rank": rank, "size": world_size, "sum": int(total), "threads": torch.get_num_threads()}
+
+
+def loaded(rank: int, world_size: int) -> list[bool]:
+    return [name in sys.modules for name in ("embsearch_dist.train.trainer", "launch.common", "polars")]
 
 
 def fail_on_one(rank: int, world_size: int, folder: str) -> None:
@@ -45,6 +50,10 @@ def test_results_come_back_in_rank_order(tmp_path: Path) -> None:
         assert results == [{"rank": r, "size": 3, "sum": 3 + 3 * scale, "threads": 1} for r in range(3)]
 
 
+def test_ranks_are_forks_of_a_server_that_has_all_loaded_but_what_starts_threads(tmp_path: Path) -> None:
+    assert run_ranks(loaded, 1, tmp_path) == [[True, True, False]]
+
+
 def test_a_failure_shows_its_traceback_and_ends_all(tmp_path: Path) -> None:
     begin = time.monotonic()
     with pytest.raises(AssertionError, match="a mistake on rank 1") as caught:
@@ -57,8 +66,9 @@ def test_a_failure_shows_its_traceback_and_ends_all(tmp_path: Path) -> None:
 
 
 def test_a_hang_is_cut_short_and_located(tmp_path: Path) -> None:
+    run_ranks(add_up, 2, tmp_path, 1)  # the server has started
     with pytest.raises(AssertionError, match="not done in time") as caught:
-        run_ranks(hang_here, 2, tmp_path, timeout=15)
+        run_ranks(hang_here, 2, tmp_path, timeout=10)
     assert "in hang_here" in str(caught.value)
 
 

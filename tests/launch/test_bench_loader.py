@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from embsearch_dist.schema import Schema
-from tests.factories import prepared
+from tests.scripts import Done, fork_script
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def bench(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "bench_loader.py"), *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Done]:
+    folder, env = tmp_path_factory.mktemp("bench"), os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def run(*words: object) -> Done:
+        done = fork_script(ROOT / "tools" / "bench_loader.py", [*map(str, words)], ROOT, env, 120, folder)
+        assert done is not None, "not done after 120 s"
+        return done
+
+    return run
 
 
-def test_it_measures_both_sides_from_disk_and_from_memory(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    data = prepared(tmp_path_factory)
+def test_it_measures_both_sides_from_disk_and_from_memory(tmp_path: Path, data: Path, bench: Callable) -> None:
     sizes = ["--batch", 128, "--window-rows", 1000, "--trainer-rate", 2000, "--sample-s", 0.01]
     done = bench("--data", data, *sizes, "--json", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
@@ -44,8 +48,8 @@ def test_it_measures_both_sides_from_disk_and_from_memory(
     assert [line.split()[0] for line in done.stdout.splitlines()] == list(found)
 
 
-def test_batches_bound_a_pass_and_help_has_commands(tmp_path_factory: pytest.TempPathFactory) -> None:
-    done = bench("--data", prepared(tmp_path_factory), "--batch", 128, "--window-rows", 500, "--batches", 3)
+def test_batches_bound_a_pass_and_help_has_commands(data: Path, bench: Callable) -> None:
+    done = bench("--data", data, "--batch", 128, "--window-rows", 500, "--batches", 3)
     figures = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines()}
     # 384 rows lie in the first window, which is one row group of 500.
     assert figures["loader_cache_rows"] == "384" and figures["pyarrow_cache_rows"] == "500"

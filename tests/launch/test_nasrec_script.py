@@ -30,7 +30,7 @@ from launch import retrain, search
 from launch.common import run_main
 from tests.factories import command_line, recorded
 from tests.launch.processes import LAUNCH, ROOT, TORCHRUN, finish
-from tests.ranks import CONTEXT, run_ranks
+from tests.ranks import fork, run_ranks
 from tests.scripts import _run, read
 
 CONFIG = """
@@ -119,8 +119,7 @@ def searching(words: list[str], folder: Path) -> Any:
     """``search.py`` in a process that ends, at the latest, with this block."""
     folder.mkdir(exist_ok=True)
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = CONTEXT.Process(target=_run, args=(str(LAUNCH / "search.py"), words, str(ROOT), env, str(folder)))
-    process.start()
+    process = fork(_run, (str(LAUNCH / "search.py"), words, str(ROOT), env, str(folder)))
     try:
         yield process
     finally:

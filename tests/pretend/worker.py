@@ -12,7 +12,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tests.ranks import CONTEXT, THREAD_LIMITS
+from tests.ranks import CONTEXT, THREAD_LIMITS, fork
 
 
 class Worker:
@@ -20,8 +20,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._pipe, there = CONTEXT.Pipe()
-        self._process = CONTEXT.Process(target=_serve, args=(there,), name="pretend", daemon=True)
-        self._process.start()
+        self._process = fork(_serve, (there,), name="pretend", daemon=True)
         there.close()
 
     def __call__(self, fn: Callable[..., Any], *args: Any, timeout: float = 200) -> Any:

@@ -179,6 +179,28 @@ def test_tensorboard_gets_scalars_and_images_and_resume_purges(tmp_path: Path) -
     assert events.Tags()["images"] == ["supernet/P_E"]
 
 
+def test_pictures_are_some_seconds_apart_and_the_last_one_is_drawn(tmp_path: Path, clock: Clock) -> None:
+    loading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with Monitor(tmp_path, "supernet") as monitor:
+        for step in range(9):
+            for name, last in (("P_E", 9), ("P_F", 7)):
+                if step < last:
+                    monitor.heatmap(step, name, [[0.1, 0.9]], ["a"], ["2", "8"])
+            clock.now += 4
+        monitor.resume_at(6)
+    events = loading.EventAccumulator(str(tmp_path / "tb" / "supernet"))
+    events.Reload()
+    assert [e.step for e in events.Images("supernet/P_E")] == [0, 3, 6]  # what was left of step 8 is forgotten
+    assert [e.step for e in events.Images("supernet/P_F")] == [0, 3, 6]
+    with Monitor(tmp_path, "search") as monitor:
+        for step in range(3):
+            monitor.heatmap(step, "P", [[float(step)]], ["a"], ["2"])
+    events = loading.EventAccumulator(str(tmp_path / "tb" / "search"))
+    events.Reload()
+    assert [e.step for e in events.Images("search/P")] == [0, 2]
+    assert [x["step"] for x in read(tmp_path / "heatmaps.jsonl") if x["stage"] == "search"] == [0, 1, 2]
+
+
 @pytest.mark.parametrize(("count", "shown"), [(8, 8), (64, 64), (65, 33), (1200, 64)])
 def test_a_heat_map_of_many_fields_names_some_of_them(count: int, shown: int) -> None:
     names = [f"f{i}" for i in range(count)]

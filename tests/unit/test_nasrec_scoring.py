@@ -36,7 +36,7 @@ from embsearch_dist.models.masked import MaskedNetwork
 from embsearch_dist.schema import write_sealed
 from embsearch_dist.train.metrics import evaluate
 from embsearch_dist.train.monitor import Monitor
-from tests.factories import one_rank, open_run, prepared, recorded, small_config
+from tests.factories import one_rank, open_run, recorded, small_config
 
 SPACE = Space(blocks=3, dense_widths=(8, 16), sparse_widths=(4, 6), tokens=2, width=8)
 NASREC = [
@@ -78,19 +78,6 @@ class OnlySupernet(Method):
 
 def nasrec_run(data: Path, directory: Path, *overrides: str) -> Run:
     return open_run(small_config(data, directory, *NASREC, *overrides, method="nasrec"), one_rank())
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepared(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory with a finished supernet."""
-    directory = tmp_path_factory.mktemp("supernet") / "run"
-    run_stages(OnlySupernet(), nasrec_run(data, directory))
-    return directory
 
 
 def scorer(data: Path, directory: Path, *overrides: str) -> Scorer:
@@ -249,12 +236,6 @@ def test_a_score_that_is_no_number_is_told_with_its_candidate(data: Path, traine
 def test_a_supernet_that_is_not_there(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="checkpoints/supernet holds no checkpoint"):
         scorer(data, tmp_path)
-
-
-@pytest.fixture
-def copied(trained: Path, tmp_path: Path) -> Path:
-    """The finished supernet in a run directory of this test's own."""
-    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def search(data: Path, directory: Path, *overrides: str) -> dict[str, Any]:

@@ -4,7 +4,6 @@ over a split that the supernet has not seen), its first networks, and the table 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,32 +11,11 @@ import torch
 
 from embsearch_dist.architecture.architecture import Architecture
 from embsearch_dist.errors import UserError
-from embsearch_dist.methods.base import run_stages
 from embsearch_dist.methods.nasrec.config import ScoringConfig
 from embsearch_dist.methods.nasrec.latency import LatencyTable
 from embsearch_dist.methods.nasrec.scoring import held_out_sizes
 from embsearch_dist.schema import write_json
-from tests.factories import prepared
-from tests.unit.test_nasrec_scoring import SEEN, SPACE, OnlySupernet, nasrec_run, rows_of, scorer, search
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepared(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory with a finished supernet."""
-    directory = tmp_path_factory.mktemp("supernet") / "run"
-    run_stages(OnlySupernet(), nasrec_run(data, directory))
-    return directory
-
-
-@pytest.fixture
-def copied(trained: Path, tmp_path: Path) -> Path:
-    """The same in a run directory of the test's own."""
-    return Path(shutil.copytree(trained, tmp_path / "run"))
+from tests.unit.test_nasrec_scoring import SEEN, SPACE, nasrec_run, rows_of, scorer, search
 
 
 def test_rows_are_drawn_from_all_of_the_validation_split(data: Path, trained: Path) -> None:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 from embsearch_dist.allocation import cost
 from embsearch_dist.errors import UserError
@@ -101,6 +99,10 @@ def knapsack(scores: torch.Tensor, costs: torch.Tensor, limit: float) -> list[in
     Raises:
         ValueError: no choice fits.
     """
+    # Half a second to load, which every start of every script would pay.
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
     fields, candidates = scores.shape
     variables = fields * candidates
     open_ = torch.isfinite(scores).numpy().ravel()

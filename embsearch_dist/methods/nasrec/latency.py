@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import nnls
 
 from embsearch_dist.architecture.architecture import DENSE_OPERATORS, SPARSE_OPERATORS, Architecture
 from embsearch_dist.architecture.cost import network_cost, operator_costs
@@ -126,6 +125,8 @@ def measure(
 
 def fit(features: np.ndarray, times: np.ndarray) -> np.ndarray:
     """Weights ``[K]``, none below 0, with the least squared relative error of ``features [N, K]`` on ``times [N]``."""
+    from scipy.optimize import nnls  # half a second to load, which only a search that minds latency needs
+
     return np.asarray(nnls(features / times[:, None], np.ones(len(times)))[0])
 
 

@@ -1,0 +1,34 @@
+"""Fixtures that several files of this folder share. What they need is imported when they are asked for: some files here
+run without torch."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prepared data set of ``tests/factories.py``; a file with other data has a fixture of this name."""
+    from tests.factories import prepared
+
+    return prepared(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with a finished supernet of NASRec, to be read; who writes there copies it."""
+    from embsearch_dist.methods.base import run_stages
+    from tests.unit.test_nasrec_scoring import OnlySupernet, nasrec_run
+
+    directory = tmp_path_factory.mktemp("supernet") / "run"
+    run_stages(OnlySupernet(), nasrec_run(data, directory))
+    return directory
+
+
+@pytest.fixture
+def copied(trained: Path, tmp_path: Path) -> Path:
+    """The same in a run directory of the test's own."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
