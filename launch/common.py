@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import os
 import re
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from embsearch_dist.architecture.canonical import key
 from embsearch_dist.architecture.space import Space
 from embsearch_dist.architecture.space import load as load_architecture
 from embsearch_dist.config import SAFETY_KEYS, Config, describe, load_config, nearest
-from embsearch_dist.data.manifest import compare_ends, identity
+from embsearch_dist.data.manifest import MANIFEST, compare_ends, identity
 from embsearch_dist.dist.context import Context, group_was_opened
 from embsearch_dist.dist.environment import end_restarts
 from embsearch_dist.errors import UserError
@@ -33,7 +32,7 @@ from embsearch_dist.methods.nasrec.searching import RESULT
 from embsearch_dist.models.ctr import common_width
 from embsearch_dist.models.network import check_width
 from embsearch_dist.rundir import check_text, clear, hold, is_ours, release
-from embsearch_dist.schema import Schema, differs, read_json, write_json
+from embsearch_dist.schema import Schema, copy_sealed, differs, read_sealed, write_sealed
 from embsearch_dist.train import signals
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,6 +153,8 @@ def open_data(config: Config, context: Context) -> Schema:
         schema = Schema.load(path)
         if (path / "vocabulary").is_dir():
             compare_ends(path, "vocabulary")
+        if context.rank == 0 and not (path / MANIFEST).exists():
+            print(f"{path / MANIFEST} is missing: the files there are compared with nothing", flush=True)
         return dataclasses.replace(schema, data=identity(path, schema))
     raise AssertionError("unreachable")
 
@@ -201,7 +202,7 @@ def open_run_directory(
     schema.save(directory)
     truth = Path(config.data.path) / "truth.json"
     if truth.exists():
-        shutil.copy(truth, directory / "truth.json")
+        copy_sealed(truth, directory / "truth.json")
 
 
 def open_retraining(config: Config, schema: Schema, found: Allocation | GroupedAllocation, directory: Path) -> None:
@@ -232,11 +233,11 @@ def open_retraining(config: Config, schema: Schema, found: Allocation | GroupedA
                     f"{directory} holds another training; give --name, or --run.overwrite true to replace it"
                 )
     # Read now: it may lie in the directory that is about to be emptied.
-    text = Path(config.model.architecture).read_text() if network else ""
+    network_body = read_architecture(config.model.architecture) if network else {}
     open_run_directory(config, schema, directory)
     found.save(directory / ("allocation.json" if isinstance(found, Allocation) else GROUPS))
     if network and not (directory / RESULT).exists():
-        (directory / RESULT).write_text(text)
+        write_sealed(directory / RESULT, network_body)
 
 
 def _network(path: str | Path) -> tuple[tuple[str, int], Space]:
@@ -265,7 +266,7 @@ def chosen_allocation(run_dir: Path) -> Path | None:
     """Of the allocations that a search has kept, the one that its allocation.json was; None where nothing tells."""
     kept = sorted((run_dir / "allocations").glob("*.json"))
     if len(kept) > 1 and (run_dir / "search" / "pareto.json").exists():
-        points = read_json(run_dir / "search" / "pareto.json").get("points", [])
+        points = read_sealed(run_dir / "search" / "pareto.json").get("points", [])
         names = [str(p.get("name")) for p in points if isinstance(p, dict) and p.get("chosen")]
         kept = [path for path in kept if path.stem in names]
     return kept[0] if len(kept) == 1 else None
@@ -275,7 +276,7 @@ def restore_allocation(run_dir: Path) -> None:
     """Put back a lost allocation.json from what the search has kept beside it. Rank 0 calls this."""
     kept = chosen_allocation(run_dir)
     if kept is not None and not any((run_dir / n).exists() for n in ("allocation.json", GROUPS)):
-        write_json(run_dir / "allocation.json", read_json(kept))
+        copy_sealed(kept, run_dir / "allocation.json")
         print(f"{run_dir / 'allocation.json'} was gone: restored from {kept}", flush=True)
 
 
