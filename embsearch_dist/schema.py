@@ -62,7 +62,7 @@ class Field:
 
     @property
     def weights_column(self) -> str:
-        """Column of a weighted list's weights in the shards; no field can have this name."""
+        """Column of a weighted list's weights in the shards."""
         return f"{self.name} weights"
 
     def to_dict(self) -> dict[str, object]:
@@ -93,7 +93,7 @@ class Schema:
     data: str = ""
 
     def __post_init__(self) -> None:
-        names = [f.name for f in self.fields] + list(self.dense)
+        names = [f.name for f in self.fields] + list(self.dense) + [f.weights_column for f in self.fields if f.weighted]
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
             raise UserError(f"schema {self.dataset!r}: column {twice[0]!r} is named twice")

@@ -6,9 +6,11 @@
 
 A case takes a command (prepare.py, search.py, retrain.py or evaluate.py) on one rank, on two, or under torchrun with
 two, and sends SIGKILL at a random moment: to one rank, to all, or to the launcher (whose ranks are killed a moment
-later, as a scheduler does). It may do so again to the second and third start. Then the command runs to its end, and all
-that it leaves is compared with what it leaves without kills: metrics and heat maps line by line, checkpoints by the
-checksums of their tensors, prepared data byte by byte. Times and speeds are not compared.
+later, as a scheduler does). The rank that survives must end by itself, as there is no launcher to end it; that of
+prepare.py, whose ranks wait for each other's files, is ended after a second as torchrun does it. All this may happen to
+the second and third start again. Then the command runs to its end, and all that it leaves is compared with what it
+leaves without kills: metrics and heat maps line by line, checkpoints by the checksums of their tensors, prepared data
+byte by byte. Times and speeds are not compared.
 
     same          nothing differs
     late          the command was done before the kill
@@ -40,6 +42,7 @@ WHO = ("alone", "one of two", "both of two", "launcher")
 WEIGHTS = (4, 3, 2, 1)
 PHASES = {"prepare": None, "search": "fresh", "retrain": "searched", "evaluate": "retrained"}  # and the state before
 PHASE_WEIGHTS = (1, 5, 4, 1)
+GRACE_S = 1.0
 PATIENCE_S = 90  # of a start; tiny runs take seconds
 CLASSES = ("same", "late", "DIVERGED", "FAILED", "HUNG")
 BAD = CLASSES[2:]
@@ -125,6 +128,10 @@ class Sweep:
             if who == "launcher":
                 lab.kill_launcher(pid)
             else:
+                lab.end_session(pid)
+        if phase == "prepare" and who == "one of two":
+            time.sleep(GRACE_S)
+            for pid in pids:
                 lab.end_session(pid)
         codes = lab.finish(pids, PATIENCE_S)
         return -9 in codes, lab.HUNG not in codes
