@@ -85,4 +85,4 @@ def routed(run: Run, directory: Path, split: str, router: str) -> dict[str, Any]
 
 
 if __name__ == "__main__":
-    run_main(main, __doc__)
+    run_main(main, __doc__, searching=False)
