@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
 from embsearch_dist.errors import UserError
-from embsearch_dist.rundir import plain_word, seal_text
+from embsearch_dist.rundir import plain_word, write_text
 
 HELD = "\ue000{"  # stands for ${ while OmegaConf has a text in hand, which would look for a key there
 TABLES = "dist.tables."
@@ -297,9 +297,7 @@ class Config:
         """Write ``config.yaml``. The order to overwrite is for once: it must not delete the next run."""
         run_dir.mkdir(parents=True, exist_ok=True)
         kept = dataclasses.replace(self, run=dataclasses.replace(self.run, overwrite=False))
-        temporary = run_dir / "config.yaml.tmp"
-        temporary.write_text(seal_text(kept.to_yaml()), encoding="utf-8")
-        temporary.replace(run_dir / "config.yaml")
+        write_text(run_dir / "config.yaml", kept.to_yaml())
 
 
 SECTIONS = {

@@ -11,9 +11,10 @@ import shutil
 import socket
 from pathlib import Path
 
+from embsearch_dist import written
 from embsearch_dist.errors import UserError
+from embsearch_dist.written import LOCK
 
-LOCK = "run.lock"  # also the mark: it stays when nobody is at work
 EDITED = "# edited"
 HEAD = "# Written by a run. The last line is a checksum; to change the file by hand, put '# edited' in its place.\n"
 SEAL = "# sha256 of the lines above: "
@@ -21,7 +22,7 @@ SEAL = "# sha256 of the lines above: "
 OURS = re.compile(
     r"run\.lock|config\.yaml|schema\.json|truth\.json|unreadable\.json|(metrics|heatmaps)\.jsonl|allocation\.json|"
     r"architecture\.json|groups\.json|(evolution|pareto|latency|prefilter|training|choice)\.json|"
-    r"evaluation(-[a-z]+)*\.json|final(-seed\d+)?\.json|allocations|architectures|stages|checkpoints(\.partial)?|widest|"
+    r"written\.json|evaluation(-[a-z]+)*\.json|final(-seed\d+)?\.json|allocations|architectures|stages|checkpoints(\.partial)?|widest|"
     r"groups|group-\d+|search|tb|report|retrain|.*\.tmp"
 )
 NESTED = ("retrain", "widest")  # folders with directories of the same kind
@@ -102,10 +103,13 @@ def _is_record(text: str) -> bool:
     return all(re.search(rf"^{key}:", text, re.MULTILINE) for key in sections) and "\n  overwrite:" in text
 
 
-def seal_text(text: str) -> str:
-    """A config with its checksum as the last line."""
+def write_text(path: Path, text: str) -> None:
+    """Replace a run directory's config.yaml in one step; its checksum is the last line."""
     text = HEAD + text
-    return f"{text}{SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n"
+    checksum, temporary = hashlib.sha256(text.encode()).hexdigest(), path.with_name(f"{path.name}.tmp")
+    with written.listed(path, checksum):
+        temporary.write_text(f"{text}{SEAL}{checksum}\n", encoding="utf-8")
+        temporary.replace(path)
 
 
 def check_text(path: Path) -> None:
@@ -132,8 +136,10 @@ def check_text(path: Path) -> None:
             raise UserError(f"{path} was cut short: the line with its checksum is missing. {mend}")
         return
     body = "".join(f"{line}\n" for line in lines[:-1])
-    if lines[-1] != f"{SEAL}{hashlib.sha256(body.encode()).hexdigest()}":
+    checksum = hashlib.sha256(body.encode()).hexdigest()
+    if lines[-1] != f"{SEAL}{checksum}":
         raise UserError(f"{path} was changed since it was written: it differs from its checksum. {mend}")
+    written.check(path, checksum, mend)
 
 
 def hold(directory: Path, doing: str) -> None:
@@ -151,7 +157,8 @@ def hold(directory: Path, doing: str) -> None:
             return
         file = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
     except OSError as e:
-        raise UserError(f"{directory}: cannot be written ({e.strerror}). Give another --run.dir") from e
+        place = e.filename or directory
+        raise UserError(f"{place}: cannot be written ({e.strerror}). Give another --run.dir") from e
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:

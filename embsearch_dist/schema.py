@@ -18,6 +18,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from embsearch_dist import written
 from embsearch_dist.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -61,7 +62,7 @@ class Field:
 
     @property
     def weights_column(self) -> str:
-        """Column of a weighted list's weights in the shards; no field can have this name."""
+        """Column of a weighted list's weights in the shards."""
         return f"{self.name} weights"
 
     def to_dict(self) -> dict[str, object]:
@@ -92,7 +93,7 @@ class Schema:
     data: str = ""
 
     def __post_init__(self) -> None:
-        names = [f.name for f in self.fields] + list(self.dense)
+        names = [f.name for f in self.fields] + list(self.dense) + [f.weights_column for f in self.fields if f.weighted]
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
             raise UserError(f"schema {self.dataset!r}: column {twice[0]!r} is named twice")
@@ -120,7 +121,7 @@ class Schema:
         body["fields"] = [f.to_dict() for f in self.fields]
         if not self.data:
             del body["data"]
-        write_json(Path(directory) / "schema.json", body)
+        write_sealed(Path(directory) / "schema.json", body)
 
     @classmethod
     def load(cls, directory: Path | str) -> Schema:
@@ -135,7 +136,7 @@ class Schema:
                 f"{directory} is not a prepared data set: {path.name} is missing there. "
                 "Make one with: python launch/prepare.py --help"
             )
-        body = read_json(path)
+        body = read_sealed(path, "Copy it back, or prepare the data again")
         try:
             return cls(
                 dataset=body["dataset"],
@@ -182,23 +183,34 @@ def sealed(body: dict) -> str:
 
 
 def write_sealed(path: Path, body: dict) -> None:
-    """:func:`write_json` with a checksum of the rest in the file, which :func:`read_sealed` compares."""
-    write_json(path, {**body, "sha256": sealed(body)})
+    """:func:`write_json` with a checksum of the rest in the file, which :func:`read_sealed` compares; inside a run
+    directory it is listed there, too (:mod:`embsearch_dist.written`)."""
+    checksum = sealed(body)
+    with written.listed(path, checksum):
+        write_json(path, {**body, "sha256": checksum})
 
 
 def read_sealed(path: Path, cure: str = "Run search.py again") -> dict:
     """A JSON object that :func:`write_sealed` wrote, of an older version (without a checksum), or of a person.
 
     Raises:
-        UserError: it was changed since it was written; names the file and what to do.
+        UserError: it was changed since it was written, or is of another run; names the file and what to do.
     """
-    body = read_json(path)
-    if "sha256" in body and body["sha256"] != sealed(body):
-        raise UserError(
-            f"{path} was changed since it was written: it differs from its own checksum. {cure}, or, if you changed it "
-            'on purpose, take its line "sha256" out'
-        )
+    try:
+        body = read_json(path)
+    except UserError as e:
+        raise UserError(f"{e}. {cure}") from e
+    if "sha256" in body:
+        cure = f'{cure}, or, if you changed it on purpose, take its line "sha256" out'
+        if body["sha256"] != sealed(body):
+            raise UserError(f"{path} was changed since it was written: it differs from its own checksum. {cure}")
+        written.check(path, body["sha256"], cure)
     return body
+
+
+def copy_sealed(source: Path, target: Path) -> None:
+    """Read a sealed file and write it elsewhere."""
+    write_sealed(target, read_sealed(source))
 
 
 def read_json(path: Path) -> dict:

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import os
 import re
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -20,8 +19,8 @@ from embsearch_dist.architecture.architecture import read_architecture
 from embsearch_dist.architecture.canonical import key
 from embsearch_dist.architecture.space import Space
 from embsearch_dist.architecture.space import load as load_architecture
-from embsearch_dist.config import SAFETY_KEYS, Config, describe, load_config, nearest
-from embsearch_dist.data.manifest import compare_ends, identity
+from embsearch_dist.config import SAFETY_KEYS, Config, describe, load_config, nearest, split_arguments
+from embsearch_dist.data.manifest import MANIFEST, compare_ends, identity
 from embsearch_dist.dist.context import Context, group_was_opened
 from embsearch_dist.dist.environment import end_restarts
 from embsearch_dist.errors import UserError
@@ -32,8 +31,9 @@ from embsearch_dist.methods.ihas.router import ROUTER
 from embsearch_dist.methods.nasrec.searching import RESULT
 from embsearch_dist.models.ctr import common_width
 from embsearch_dist.models.network import check_width
+from embsearch_dist.pipes import quietly
 from embsearch_dist.rundir import check_text, clear, hold, is_ours, release
-from embsearch_dist.schema import Schema, differs, read_json, write_json
+from embsearch_dist.schema import Schema, copy_sealed, differs, read_sealed, write_sealed
 from embsearch_dist.train import signals
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,12 +41,14 @@ DEFAULT_CONFIG = ROOT / "configs" / "synthetic" / "adass_deepfm.yaml"
 CONFIGS = {name: method.config for name, method in METHODS.items()}
 
 
-def run_main(main: Callable[[Sequence[str]], None], document: str | None) -> None:
-    """Run an entry script: ``--help``, one-line errors with exit code 2, 130 on Ctrl-C, 75 on a scheduler's signal."""
+def run_main(main: Callable[[Sequence[str]], None], document: str | None, searching: bool = True) -> None:
+    """Run an entry script: ``--help``, one-line errors with exit code 2, 130 on Ctrl-C, 75 on a scheduler's signal.
+
+    ``searching``: the keys of the methods' searches concern it.
+    """
     argv = sys.argv[1:]
     if "--help" in argv or "-h" in argv:
-        print((document or "").strip())
-        print(f"\nEvery config key, as --section.key VALUE [default]:\n{describe(CONFIGS)}")
+        _run(lambda words: print_help(words, document, searching), argv)
         return
     signals.catch()
     try:
@@ -64,11 +66,47 @@ def run_main(main: Callable[[Sequence[str]], None], document: str | None) -> Non
         os._exit(0)
 
 
+def print_help(argv: Sequence[str], document: str | None, searching: bool) -> None:
+    """What a script is for and every config key; of the search sections that of the run's method, where one is known:
+    by ``--method NAME``, ``--config FILE`` or the config of ``--run DIR``."""
+    print((document or "").strip())
+    method = asked_method(argv) if searching else ""
+    if not searching:
+        print("\nEvery config key but those of searches (search.py --help), as --section.key VALUE [default]:")
+        print(describe({}))
+        return
+    if method:
+        print(f"\nEvery config key of method {method}, as --section.key VALUE [default]:")
+    else:
+        print(
+            "\nEvery config key, as --section.key VALUE [default]; with --help and --method NAME, --config FILE or "
+            f"--run DIR those of one method ({', '.join(CONFIGS)}):"
+        )
+    print(describe({method: CONFIGS[method]} if method else CONFIGS))
+
+
+def asked_method(argv: Sequence[str]) -> str:
+    """The method that a command line is about, as far as it says so; empty where it does not or cannot be read."""
+    plain, overrides = split_arguments([a for a in argv if a not in ("--help", "-h")])
+    named = next((o.split("=", 1)[1] for o in overrides if o.startswith("method=")), plain.get("method", ""))
+    if not named:
+        file = Path(plain["run"]) / "config.yaml" if "run" in plain else Path(plain.get("config", "/"))
+        try:
+            found = re.search(r"^method: *([a-z]+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+        except (OSError, UnicodeDecodeError):
+            found = None
+        named = found.group(1) if found else ""
+    if named and named not in CONFIGS:
+        raise UserError(f"--method {named!r} is none of {', '.join(CONFIGS)}{nearest(named, list(CONFIGS))}")
+    return named
+
+
 def _run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
     """Everything but a signal, which may also come while an error is told."""
     try:
         try:
-            main(argv)
+            if code := quietly(lambda: main(argv)):
+                sys.exit(code)
         finally:
             release()
     except UserError as e:
@@ -78,9 +116,6 @@ def _run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
         if e.repeats and (e.everywhere or not group_was_opened()):
             _end_restarts()
         sys.exit(2)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone, and the work is not done
-        sys.exit(141)
     except (OSError, MemoryError, torch.OutOfMemoryError) as e:
         print(f"error: {_refused(e)}", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -154,6 +189,8 @@ def open_data(config: Config, context: Context) -> Schema:
         schema = Schema.load(path)
         if (path / "vocabulary").is_dir():
             compare_ends(path, "vocabulary")
+        if context.rank == 0 and not (path / MANIFEST).exists():
+            print(f"{path / MANIFEST} is missing: the files there are compared with nothing", flush=True)
         return dataclasses.replace(schema, data=identity(path, schema))
     raise AssertionError("unreachable")
 
@@ -201,7 +238,7 @@ def open_run_directory(
     schema.save(directory)
     truth = Path(config.data.path) / "truth.json"
     if truth.exists():
-        shutil.copy(truth, directory / "truth.json")
+        copy_sealed(truth, directory / "truth.json")
 
 
 def open_retraining(config: Config, schema: Schema, found: Allocation | GroupedAllocation, directory: Path) -> None:
@@ -232,11 +269,11 @@ def open_retraining(config: Config, schema: Schema, found: Allocation | GroupedA
                     f"{directory} holds another training; give --name, or --run.overwrite true to replace it"
                 )
     # Read now: it may lie in the directory that is about to be emptied.
-    text = Path(config.model.architecture).read_text() if network else ""
+    network_body = read_architecture(config.model.architecture) if network else {}
     open_run_directory(config, schema, directory)
     found.save(directory / ("allocation.json" if isinstance(found, Allocation) else GROUPS))
     if network and not (directory / RESULT).exists():
-        (directory / RESULT).write_text(text)
+        write_sealed(directory / RESULT, network_body)
 
 
 def _network(path: str | Path) -> tuple[tuple[str, int], Space]:
@@ -265,7 +302,7 @@ def chosen_allocation(run_dir: Path) -> Path | None:
     """Of the allocations that a search has kept, the one that its allocation.json was; None where nothing tells."""
     kept = sorted((run_dir / "allocations").glob("*.json"))
     if len(kept) > 1 and (run_dir / "search" / "pareto.json").exists():
-        points = read_json(run_dir / "search" / "pareto.json").get("points", [])
+        points = read_sealed(run_dir / "search" / "pareto.json").get("points", [])
         names = [str(p.get("name")) for p in points if isinstance(p, dict) and p.get("chosen")]
         kept = [path for path in kept if path.stem in names]
     return kept[0] if len(kept) == 1 else None
@@ -275,7 +312,7 @@ def restore_allocation(run_dir: Path) -> None:
     """Put back a lost allocation.json from what the search has kept beside it. Rank 0 calls this."""
     kept = chosen_allocation(run_dir)
     if kept is not None and not any((run_dir / n).exists() for n in ("allocation.json", GROUPS)):
-        write_json(run_dir / "allocation.json", read_json(kept))
+        copy_sealed(kept, run_dir / "allocation.json")
         print(f"{run_dir / 'allocation.json'} was gone: restored from {kept}", flush=True)
 
 

@@ -36,7 +36,7 @@ from embsearch_dist.methods.ihas.retraining import evaluate_groups, evaluation_f
 from embsearch_dist.methods.ihas.routed import ROUTERS
 from embsearch_dist.methods.nasrec.searching import RESULT
 from embsearch_dist.rundir import hold
-from embsearch_dist.schema import SPLITS, write_json
+from embsearch_dist.schema import SPLITS, write_sealed
 from embsearch_dist.train.retrain import evaluate_model, load_best
 from launch.common import known_options, open_data, open_search, read_run_config, run_main
 
@@ -71,7 +71,7 @@ def single(run: Run, directory: Path, split: str) -> dict[str, Any]:
     task = load_best(config, allocation, context, directory)
     result = evaluate_model(task, stream, split, context, config, directory.name, allocation)
     target = evaluation_file(directory, split)
-    context.first("writing the evaluation", lambda: write_json(target, result))
+    context.first("writing the evaluation", lambda: write_sealed(target, result))
     return result
 
 
@@ -85,4 +85,4 @@ def routed(run: Run, directory: Path, split: str, router: str) -> dict[str, Any]
 
 
 if __name__ == "__main__":
-    run_main(main, __doc__)
+    run_main(main, __doc__, searching=False)

@@ -42,6 +42,7 @@ from embsearch_dist.data.prepare import prepare, summary
 from embsearch_dist.data.progress import Progress
 from embsearch_dist.data.team import Team, from_environment
 from embsearch_dist.errors import UserError
+from embsearch_dist.pipes import quietly
 from embsearch_dist.schema import Schema
 from launch.prepare_arguments import MADE, OPTIONS, check, parser
 
@@ -98,5 +99,9 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def script() -> int:
+    return quietly(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script())

@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from embsearch_dist.errors import UserError
+from embsearch_dist.pipes import quietly
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,5 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def script() -> int:
+    return quietly(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script())

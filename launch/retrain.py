@@ -77,4 +77,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, __doc__)
+    run_main(main, __doc__, searching=False)

@@ -18,7 +18,7 @@ from embsearch_dist.methods.fallback import Trained, bracket, choose, prediction
 from embsearch_dist.methods.ihas.retraining import retrain_groups
 from embsearch_dist.methods.nasrec.choosing import candidate_files, train_best
 from embsearch_dist.rundir import plain_word
-from embsearch_dist.schema import Schema, write_json
+from embsearch_dist.schema import Schema, write_sealed
 from embsearch_dist.train.retrain import SubnetTask, evaluate_model, retrain
 from launch.common import open_retraining, open_search, read_result
 
@@ -172,7 +172,7 @@ def retrain_many(
         else:
             final = {"name": trained[0].name, "fallback": False, "reason": "no other uniform width fits its budget"}
         final["model"] = f"retrain/{final['name']}"
-        context.first("writing final.json", lambda: write_json(run_dir / f"final{suffix}.json", final))
+        context.first("writing final.json", lambda: write_sealed(run_dir / f"final{suffix}.json", final))
         if context.rank == 0:
             print(f"final model: {final['reason']}")
     return results
@@ -187,5 +187,5 @@ def retrain_one(run: Run, allocation: Allocation, directory: Path, name: str) ->
     test = run.stream("test", config.train.eval_batch_size, shuffle=False)
     task = retrain(config, allocation, training, validation, context, directory)
     result = evaluate_model(task, test, "test", context, config, name, allocation)
-    context.first("writing evaluation.json", lambda: write_json(directory / "evaluation.json", result))
+    context.first("writing evaluation.json", lambda: write_sealed(directory / "evaluation.json", result))
     return task, result

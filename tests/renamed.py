@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embsearch_dist.schema import Schema, read_json, write_json
+from embsearch_dist.schema import Schema, read_json, write_sealed
 
 ODD = ("type", "a.b", "", "x$y_{$", " two  words ", "items", "t__0123456789abcdef01234567", "ünï <b>/..", "w" * 258)
 
@@ -24,6 +24,6 @@ def renamed(prepared: Path, folder: Path, names: Mapping[str, str]) -> Path:
     body = read_json(folder / "schema.json")
     for field in body["fields"]:
         field["name"] = names.get(field["name"], field["name"])
-    write_json(folder / "schema.json", body)
+    write_sealed(folder / "schema.json", body)
     Schema.load(folder).save(folder)
     return folder

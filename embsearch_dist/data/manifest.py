@@ -14,7 +14,7 @@ from pathlib import Path
 
 from embsearch_dist.data.scratch import digest
 from embsearch_dist.errors import UserError
-from embsearch_dist.schema import Schema, read_json, write_json
+from embsearch_dist.schema import Schema, read_sealed, write_sealed
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -33,7 +33,7 @@ def write(directory: Path, schema: Schema, files: dict[str, dict], options: dict
         "rows": schema.rows,
         "files": [{"name": n, **_entry(files[n]), "ends": ends(directory / n)} for n in sorted(files)],
     }
-    write_json(directory / MANIFEST, body)
+    write_sealed(directory / MANIFEST, body)
 
 
 def _entry(record: dict) -> dict:
@@ -63,7 +63,7 @@ def identity(directory: Path | str, schema: Schema) -> str:
     path = directory / MANIFEST
     try:
         if path.exists():
-            body = read_json(path)
+            body = read_sealed(path, AGAIN)
             if body["fingerprint"] != schema.fingerprint or body["rows"] != schema.rows:
                 raise UserError(f"{path}: of other data than schema.json beside it: other fields or rows. {AGAIN}")
             files = sorted([e["name"], int(e["rows"]), int(e["bytes"]), str(e["sha256"])] for e in body["files"])
@@ -97,7 +97,7 @@ def compare_ends(directory: Path | str, folder: str) -> None:
     path = directory / MANIFEST
     if not path.exists():
         return
-    body = read_json(path)
+    body = read_sealed(path, AGAIN)
     mend = "Copy the data again, or prepare them again"
     try:
         known = {e["name"]: e for e in body["files"] if e["name"].split("/")[0] == folder}
@@ -133,7 +133,7 @@ def verify(directory: Path | str, tick: Callable[[int], None] | None = None) -> 
     path = directory / MANIFEST
     if not path.exists():
         raise UserError(f"{path}: no such file, so nothing can be compared. {AGAIN}")
-    body = read_json(path)
+    body = read_sealed(path, AGAIN)
     try:
         if body["fingerprint"] != schema.fingerprint or body["rows"] != schema.rows:
             raise UserError(f"{directory / 'schema.json'}: its fields or rows are not those of {MANIFEST}. {AGAIN}")
@@ -170,7 +170,7 @@ def _compare(file: Path, entry: dict) -> None:
 def size_of(directory: Path) -> int:
     """Bytes to read for :func:`verify`, for the progress of it; 0 when the manifest cannot tell."""
     try:
-        return sum(entry["bytes"] for entry in read_json(directory / MANIFEST)["files"])
+        return sum(entry["bytes"] for entry in read_sealed(directory / MANIFEST, AGAIN)["files"])
     except (UserError, KeyError, TypeError):
         return 0
 
@@ -181,7 +181,7 @@ def shards_of(directory: Path | str, split: str) -> tuple[dict[str, dict], int]:
     Nothing and 0 when there is no manifest, or none that can be read.
     """
     try:
-        body = read_json(Path(directory) / MANIFEST)
+        body = read_sealed(Path(directory) / MANIFEST, AGAIN)
         files = {entry["name"]: _entry(entry) for entry in body["files"]}
         inside = {name.split("/")[1]: entry for name, entry in files.items() if name.split("/")[0] == split}
         return inside, int(body["options"]["row_group_rows"])

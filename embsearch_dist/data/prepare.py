@@ -31,7 +31,7 @@ from embsearch_dist.data.progress import Progress
 from embsearch_dist.data.splits import HOW_TO_SPLIT, split_parts
 from embsearch_dist.data.staging import Part, stage
 from embsearch_dist.data.team import Team
-from embsearch_dist.data.vocabulary import VOCABULARY, Ids, build_all, load_values
+from embsearch_dist.data.vocabulary import VOCABULARY, Ids, build_all, file_name, load_values
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import SPLITS, Field, Schema
 
@@ -195,7 +195,7 @@ def prepare_into(directory: Path, source: Source, options: Options, team: Team |
     )
     team.barrier("all is read")  # what follows removes it
     if team.rank == 0:
-        files = {f"{VOCABULARY}/{name}.parquet": book["file"] for name, book in zip(fields, books, strict=True)}
+        files = {f"{VOCABULARY}/{file_name(name)}": book["file"] for name, book in zip(fields, books, strict=True)}
         files |= {shard.name: record["file"] for shard, record in zip(shards, done, strict=True)}
         manifest.write(directory, schema, files, told)
         schema.save(directory)

@@ -8,9 +8,11 @@ vocabulary and, for each part, the ids of the part's values; encoding needs only
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import polars as pl
@@ -25,6 +27,7 @@ from embsearch_dist.data.team import Team
 VOCABULARY = "vocabulary"
 PASS_VALUES = 8 << 20
 BATCH_VALUES = 4 << 20
+LONGEST_WORD = 150  # of 255 bytes that a file's name may have; what comes before and behind it needs some
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ def build_all(
     bar = Progress("count", sum(sizes.values()), "values", quiet, team)
 
     def work(name: str) -> None:
-        target, ids, note = directory / f"{name}.parquet", stage / f"field-{name}.arrays", _note(stage, name)
+        target, ids, note = directory / file_name(name), _ids_file(stage, name), _note(stage, name)
         record = load_record(note)
         if record is not None and is_whole(target, record["file"]) and is_whole(ids, record["ids"]):
             bar.add(sizes[name], found=True)
@@ -178,7 +181,25 @@ def build_all(
 
 
 def _note(stage: Path, name: str) -> Path:
-    return stage / f"field-{name}.json"
+    return stage / f"field-{file_word(name)}.json"
+
+
+def _ids_file(stage: Path, name: str) -> Path:
+    return stage / f"field-{file_word(name)}.arrays"
+
+
+def file_word(name: str) -> str:
+    """A field's name as a part of a file's name: itself, or with every other character than letters, digits, ``_`` and
+    ``-`` as its bytes (``%C3%BC``); what is too long for a file system ends in a hash."""
+    word = quote(name, safe="").replace(".", "%2E").replace("~", "%7E")
+    if len(word) <= LONGEST_WORD:
+        return word
+    return f"{word[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+
+
+def file_name(name: str) -> str:
+    """Of a field's vocabulary, inside ``vocabulary/``."""
+    return f"{file_word(name)}.parquet"
 
 
 class Ids:
@@ -190,7 +211,7 @@ class Ids:
         for name in fields:
             record = load_record(_note(stage, name))
             assert record is not None
-            self._arrays[name] = Arrays(stage / f"field-{name}.arrays", record["ids"])
+            self._arrays[name] = Arrays(_ids_file(stage, name), record["ids"])
             self._start[name] = np.cumsum([0, *(part.n_values(name) + 1 for part in parts)])
 
     def of(self, field: str, part: int) -> np.ndarray:
@@ -201,4 +222,4 @@ class Ids:
 
 def load_values(prepared_dir: Path | str, name: str) -> pl.DataFrame:
     """The saved vocabulary of a field: columns value, id, count, by rising id (id 0 has no row)."""
-    return pl.read_parquet(Path(prepared_dir) / VOCABULARY / f"{name}.parquet")
+    return pl.read_parquet(Path(prepared_dir) / VOCABULARY / file_name(name))

@@ -18,7 +18,7 @@ from embsearch_dist.data.shards import LeftOut, Shards
 from embsearch_dist.data.unreadable import counted, describe, find, merge, names_of, size_of, total
 from embsearch_dist.dist.context import Context
 from embsearch_dist.errors import UserError
-from embsearch_dist.schema import Schema, read_json, write_json
+from embsearch_dist.schema import Schema, read_sealed, write_sealed
 
 RECORD = "unreadable.json"
 SHOWN = 3
@@ -152,7 +152,7 @@ def _read_record(run_dir: Path, schema: Schema, training: bool) -> dict[str, Any
     fresh = {"data": data, "splits": {}, "foreign": False}
     if not path.exists():
         return fresh
-    body = read_json(path)
+    body = read_sealed(path)
     try:
         splits = {k: [dataclasses.asdict(LeftOut(**e)) for e in entries] for k, entries in body["splits"].items()}
     except (KeyError, TypeError, AttributeError) as e:
@@ -197,7 +197,7 @@ def _settle(
         )
     if not record["foreign"]:
         splits = record["splits"] | {split: [dataclasses.asdict(entry) for entry in both]}
-        write_json(run_dir / RECORD, {"data": record["data"], "splits": splits})
+        write_sealed(run_dir / RECORD, {"data": record["data"], "splits": splits})
 
 
 def _everywhere(text: str) -> UserError:

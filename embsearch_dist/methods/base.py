@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from embsearch_dist import written
 from embsearch_dist.config import Config, changed_settings, tell_changed
 from embsearch_dist.data.classes import Classes, count_classes
 from embsearch_dist.data.dataset import BatchStream
@@ -21,7 +22,8 @@ from embsearch_dist.data.unreadable import refuse_others
 from embsearch_dist.dist.context import Context
 from embsearch_dist.dist.same_data import agree_on_left_out, check_same, seen_in_schema, seen_in_shards
 from embsearch_dist.errors import UserError
-from embsearch_dist.schema import Schema, differs, read_json, write_json
+from embsearch_dist.schema import Schema, differs, read_sealed, write_sealed
+from embsearch_dist.train.lines import compare_lines, lines_of
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,10 @@ class Stage(ABC):
     @abstractmethod
     def run(self, run: Run) -> None:
         """Do the work, on every rank; continue from checkpoints if there are any."""
+
+    def lacks(self, run: Run) -> str:
+        """What of a finished stage is lost beside the files that its mark lists, in words; rank 0 calls this."""
+        return ""
 
 
 class Method(ABC):
@@ -147,9 +153,19 @@ def check_classes(run: Run, needed: str = "", splits: Sequence[str] = ("validati
 
 
 def read_mark(run: Run, stage: Stage) -> dict[str, Any] | None:
-    """What ``stages/<name>.json`` says: state and inputs; None when the stage was never begun."""
+    """What ``stages/<name>.json`` says: state and inputs; None when the stage was never begun.
+
+    Raises:
+        UserError: it was changed or cannot be read.
+    """
     path = run.dir / "stages" / f"{stage.name}.json"
-    return read_json(path) if path.exists() else None
+    if not path.exists() and not path.is_symlink():
+        return None
+    mend = "Delete it: the stage goes on from its checkpoints then"
+    body = read_sealed(path, mend)
+    if not isinstance(body.get("inputs"), dict) or not isinstance(body.get("state"), str):
+        raise UserError(f"{path}: not the mark of a stage. {mend}")
+    return body
 
 
 def inputs_of(stage: Stage, run: Run) -> dict[str, Any]:
@@ -177,15 +193,51 @@ def run_stages(method: Method, run: Run) -> None:
         mark = run.dir / "stages" / f"{stage.name}.json"
         inputs, old = inputs_of(stage, run), read_mark(run, stage)
         same = old and not changed(old["inputs"], inputs, run)
-        if old and old["state"] == "done" and same:
+        if old and old["state"] == "done" and same and not _lost(run, stage, old):
             if run.context.rank == 0:
                 print(f"stage {stage.name}: done before, skipped", flush=True)
             continue
         # Everybody has compared the mark before rank 0 touches it.
         run.context.share(None)
-        run.context.first("marking a stage", lambda m=mark, i=inputs: write_json(m, {"state": "running", "inputs": i}))  # type: ignore[misc]
+        body = {"state": "running", "inputs": inputs}
+        run.context.first("marking a stage", lambda m=mark, b=body: write_sealed(m, b))  # type: ignore[misc]
+        begun = len(written.log())
         stage.run(run)
-        run.context.first("marking a stage", lambda m=mark, i=inputs: write_json(m, {"state": "done", "inputs": i}))  # type: ignore[misc]
+        run.context.first("marking a stage", lambda s=stage, m=mark, i=inputs, b=begun: _finish(run, s, m, i, b))  # type: ignore[misc]
+
+
+def _finish(run: Run, stage: Stage, mark: Path, inputs: dict[str, Any], begun: int) -> None:
+    """Mark a stage as done, with the files it has left and what its curves are. Checkpoints are not among them: who
+    deletes them to save room wants nothing trained again."""
+    home = run.dir.absolute()
+    left = {p.absolute() for p in written.log()[begun:] if p.exists()}
+    names = {str(p.relative_to(home)) for p in left if p.is_relative_to(home)} - {"config.yaml", "schema.json"}
+    files = sorted(n for n in names if "checkpoints" not in Path(n).parts and not n.startswith("stages/"))
+    body = {"state": "done", "inputs": inputs, "files": files, "lines": lines_of(run.dir, stage.name)}
+    write_sealed(mark, body)
+
+
+def _lost(run: Run, stage: Stage, mark: dict[str, Any]) -> bool:
+    """Whether something that a finished stage has left is gone or damaged; said on rank 0, the same on all ranks."""
+
+    def look() -> str:
+        for name in mark.get("files", []):
+            path = run.dir / name
+            if not path.exists():
+                return f"{path} is gone"
+            try:
+                read_sealed(path) if path.suffix == ".json" else written.check_file(path, "")
+            except (UserError, OSError) as e:
+                return str(e).split(". ")[0]
+        return stage.lacks(run)
+
+    found = str(run.context.share(run.context.first("looking at what a stage has left", look)) or "")
+    if found and run.context.rank == 0:
+        print(f"stage {stage.name}: {found}; made again", flush=True)
+    elif run.context.rank == 0:
+        for text in compare_lines(run.dir, stage.name, mark.get("lines")):
+            print(text, flush=True)
+    return bool(found)
 
 
 def flatten(body: Any, prefix: str = "") -> dict[str, Any]:

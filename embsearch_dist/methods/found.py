@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from embsearch_dist.allocation import Allocation
+from embsearch_dist.errors import UserError
 from embsearch_dist.methods.adass.budget import REFERENCE_WIDTH, Budget, check_feasible, parse_budget
-from embsearch_dist.schema import Schema, read_json, write_json
+from embsearch_dist.schema import Schema, copy_sealed, read_sealed, write_sealed
 from embsearch_dist.train.metrics import shown
 
 SCORED_POINTS = 4000  # dots of the Pareto picture
@@ -62,13 +63,26 @@ def write_points(directory: Path, points: Sequence[Point]) -> None:
         point.allocation.save(directory / "allocations" / f"{point.name}.json")
     path = directory / "search" / "pareto.json"
     bodies = [_body(point, chosen=k == 0) for k, point in enumerate(points)]
-    if path.exists():
-        names = {point.name for point in points}
-        bodies += [{**p, "chosen": False} for p in read_json(path)["points"] if p["name"] not in names]
+    bodies += earlier_points(path, {point.name for point in points})
     scored = list(dict.fromkeys((size, round(auc, 6)) for point in points for size, auc in point.scored))
     every = [list(pair) for pair in scored[:: max(1, len(scored) // SCORED_POINTS)]]
-    write_json(path, {"resource": "parameters", "points": bodies, "scored": every})
-    write_json(directory / "allocation.json", read_json(directory / "allocations" / f"{points[0].name}.json"))
+    write_sealed(path, {"resource": "parameters", "points": bodies, "scored": every})
+    copy_sealed(directory / "allocations" / f"{points[0].name}.json", directory / "allocation.json")
+
+
+def earlier_points(path: Path, names: Set[str]) -> list[dict[str, Any]]:
+    """What ``search/pareto.json`` holds of earlier searches, those called otherwise than ``names``.
+
+    A damaged file must not cost the search that has just ended: it is told, and its points are left out."""
+    if not path.exists() and not path.is_symlink():
+        return []
+    try:
+        return [{**p, "chosen": False} for p in read_sealed(path)["points"] if p["name"] not in names]
+    except (UserError, KeyError, TypeError) as e:
+        print(f"{e}: the points of earlier searches are left out of the picture", flush=True)
+        if path.is_dir() and not path.is_symlink():
+            raise
+        return []
 
 
 def _body(point: Point, chosen: bool) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from embsearch_dist.data.dataset import BatchStream
 from embsearch_dist.dist.context import Context
 from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.gated import GatedTask
-from embsearch_dist.schema import write_json
+from embsearch_dist.schema import write_sealed
 from embsearch_dist.train.metrics import area_of, evaluate, shown
 
 
@@ -75,7 +75,7 @@ def leave_result(run: Run, task: GatedTask, name: str, eval_batch_size: int) -> 
 
     def write() -> None:
         config.save(directory)
-        write_json(directory / "evaluation.json", result)
+        write_sealed(directory / "evaluation.json", result)
 
     context.first("writing evaluation.json", write)
     if context.rank == 0:

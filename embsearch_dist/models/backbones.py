@@ -24,6 +24,7 @@ from torch.nn import functional
 from embsearch_dist.errors import UserError
 from embsearch_dist.models.dense import Linear, fm, linear
 from embsearch_dist.models.pooled import Move, moved
+from embsearch_dist.models.room import check_room
 
 
 class Backbone(nn.Module):
@@ -169,6 +170,7 @@ def make_backbone(
     """
     if kind in ("dlrm", "nasrec"):
         raise UserError(f"config key model.backbone: {kind} is for the model of an allocation (retrain.py) alone")
+    check_room("model.hidden", sum(widths) or fields * width, [] if kind == "fm" else hidden)
     fm = kind in ("deepfm", "fm")
     values = values and kind != "mlp"
     found = Backbone(fields, width, dense, fm, [] if kind == "fm" else hidden, dropout, precision, values, widths)

@@ -20,6 +20,7 @@ from embsearch_dist.models.embeddings import MaxTables, MixedTables
 from embsearch_dist.models.folded import FoldedMLP, can_fold
 from embsearch_dist.models.network import ArchitectureNetwork, read_network
 from embsearch_dist.models.pooled import Pooled
+from embsearch_dist.models.room import check_room
 from embsearch_dist.models.unify import MixedIdentity, MixedUnify, NoUnify, SupernetUnify
 from embsearch_dist.schema import Schema
 
@@ -112,6 +113,7 @@ class SubnetModel(CTRModel):
         self.tables, widths = tables, tables.widths
         with seeded(seed):
             side_by_side = m.backbone not in ("nasrec", "dlrm")
+            check_room("model.unified_width", max(widths), [m.unified_width] * (m.transform != "identity"))
             unify = make_unify(m, widths, context.world_size > 1, side_by_side)
             fields, width, n_dense = len(widths), common_width(m, widths), len(allocation.schema.dense)
             backbone: Any
@@ -119,6 +121,8 @@ class SubnetModel(CTRModel):
                 with context.together("reading the architecture"):
                     backbone = read_network(m.architecture, fields, width, n_dense, m.layer_norm)
             elif m.backbone == "dlrm":
+                check_room("model.bottom", n_dense, m.bottom)
+                check_room("model.hidden", fields * (fields + 1) // 2 + width, m.hidden)
                 backbone = DLRM(fields, width, n_dense, m.bottom, m.hidden, m.dropout)
             else:
                 own = widths if isinstance(unify, MixedIdentity) else []
@@ -177,6 +181,7 @@ class SupernetModel(CTRModel):
             synchronise = context.world_size > 1 and same_subnet
             fields, n_dense = len(schema.fields), len(schema.dense)
             width = max(candidates) if m.transform == "identity" else m.unified_width
+            check_room("model.unified_width", max(candidates), [width] * (m.transform != "identity"))
             unify = SupernetUnify(fields, tables.mask.cpu(), width, m.norm, m.gain, synchronise, m.transform)
             sizes = (fields, width, n_dense, m.hidden, m.dropout, m.precision, bool(m.extra))
             backbone = make_backbone(m.backbone, *sizes)

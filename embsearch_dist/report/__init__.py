@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,8 @@ def write_report(run_dirs: Sequence[Path | str], out: Path | str | None = None) 
         UserError: a directory is no run directory, a file in it is broken, or the data differ.
     """
     runs = load_runs(run_dirs)
+    for text in (text for run in runs for text in run.damaged):
+        print(text, file=sys.stderr)
     directory = Path(out) if out is not None else Path(run_dirs[0]) / "report"
     directory.mkdir(parents=True, exist_ok=True)
     comparison = compare(runs)

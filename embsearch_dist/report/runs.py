@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from embsearch_dist import written
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.architecture.architecture import FORMAT, KIND, Architecture, read_architecture
 from embsearch_dist.architecture.canonical import key
@@ -17,7 +18,9 @@ from embsearch_dist.architecture.space import Space
 from embsearch_dist.architecture.space import load as load_architecture
 from embsearch_dist.errors import UserError
 from embsearch_dist.grouped import GROUPS, GroupedAllocation
-from embsearch_dist.schema import Schema, read_json
+from embsearch_dist.rundir import HEAD, check_text
+from embsearch_dist.schema import Schema, read_json, read_sealed
+from embsearch_dist.train.lines import compare_lines
 
 # What a run directory may hold, and what is lost without it; the report says so in these words.
 FILES = {
@@ -33,6 +36,7 @@ NETWORK, SCORED = "architecture.json", "evolution.json"  # of a search for netwo
 OPTIONAL = ("truth.json", "stability.json", "evaluation.json", GROUPS, NETWORK, SCORED)
 BY_INSTANCE = ("gates", "groups", "controller")  # stages of searches by instances
 BY_OTHER_ROUTER = "evaluation-fields.json"  # a routed model's result with a router that is not the search's
+AGAIN = "Give the command again that wrote it, or delete it"
 _SEED = re.compile(r"[-_]seed[-_]?(\d+)$")
 
 
@@ -137,6 +141,7 @@ class Run:
     retrains: list[Retrain] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     skipped_lines: int = 0
+    damaged: list[str] = field(default_factory=list)
 
     @property
     def without_policy(self) -> bool:
@@ -190,9 +195,9 @@ def load_run(directory: Path) -> Run:
             "Give the directory that search.py or retrain.py wrote"
         )
     run = Run(directory, missing=[name for name in FILES if not (directory / name).exists()])
-    if (directory / "config.yaml").exists():
-        run.config = (directory / "config.yaml").read_text(encoding="utf-8")
-    if (directory / "schema.json").exists():
+    if there(directory / "config.yaml"):
+        run.config = _config(directory / "config.yaml")
+    if there(directory / "schema.json"):
         run.schema = Schema.load(directory)
     _load_allocation(run)
     _load_groups(run)
@@ -203,6 +208,8 @@ def load_run(directory: Path) -> Run:
     bad += bad_widest
     run.heatmaps, bad_maps = _read_lines(directory / "heatmaps.jsonl")
     run.skipped_lines = bad + bad_maps
+    _compare(run, directory, {p.stem: p for p in sorted((directory / "stages").glob("*.json"))})
+    _compare(run, directory / "widest", {"retrain": directory / "widest" / "training.json"})
     never = ["search/pareto.json"] * run.by_instance + ["metrics.jsonl", "heatmaps.jsonl"] * run.without_policy
     if run.by_network:
         never += ["allocation.json", "search/pareto.json", "heatmaps.jsonl"]
@@ -221,6 +228,7 @@ def load_run(directory: Path) -> Run:
             name, seed = (result.name, result.seed) if result else _split_seed(sub.name)
             parts = sorted(sub.glob("group-*"), key=lambda p: (len(p.name), p.name))
             for part in (sub, *parts):
+                _compare(run, part, {"retrain": part / "training.json"})
                 lines, _ = _read_lines(part / "metrics.jsonl")
                 if lines:
                     label = name if part is sub else f"{name} {part.name.replace('-', ' ')}"
@@ -250,7 +258,7 @@ def series(
 
 def _load_allocation(run: Run) -> None:
     path = run.path / "allocation.json"
-    if not path.exists():
+    if not there(path):
         return
     if run.schema is not None:
         allocation = Allocation.load(path, run.schema)
@@ -265,7 +273,7 @@ def _load_allocation(run: Run) -> None:
 
 def _load_groups(run: Run) -> None:
     path = run.path / GROUPS
-    if not path.exists():
+    if not there(path):
         return
     if run.schema is not None:
         grouped = GroupedAllocation.load(path, run.schema)
@@ -283,15 +291,15 @@ def _load_groups(run: Run) -> None:
 
 def _load_networks(run: Run) -> None:
     path = run.path / SCORED
-    if path.exists():
-        body = read_json(path)
+    if there(path):
+        body = read_sealed(path, AGAIN)
         try:
             scored = [_network(b, {"blocks": b["blocks"], "format": FORMAT, "kind": KIND}, path) for b in body["seen"]]
             run.evolution = Evolution(scored, len(body["population"]), int(body["generation"]), dict(body["signature"]))
         except (KeyError, TypeError, ValueError) as e:
             raise UserError(f"{path}: not the state of a search ({e!r}). Run search.py again") from e
     path = run.path / NETWORK
-    if path.exists():
+    if there(path):
         _, run.space = load_architecture(path)
         bodies = {path: read_architecture(path)}
         provenance = bodies[path].get("provenance", {})
@@ -354,25 +362,52 @@ def _split_seed(name: str) -> tuple[str, int | None]:
 
 
 def _optional(path: Path) -> dict[str, Any] | None:
-    return read_json(path) if path.exists() else None
+    return read_sealed(path, AGAIN) if there(path) else None
+
+
+def there(path: Path) -> bool:
+    """Whether anything has that name: a loop of links, too, which is no missing file."""
+    return path.exists() or path.is_symlink()
+
+
+def _config(path: Path) -> str:
+    """The text of a config.yaml; held to its checksum where a run has written it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        text = ""
+    if not text or text.startswith(HEAD) or written.knows(path):
+        check_text(path)
+    return text
+
+
+def _compare(run: Run, directory: Path, marks: dict[str, Path]) -> None:
+    """Note the curves that are not those that a finished stage or training has left; ``marks``: by stage."""
+    for stage, path in marks.items():
+        body = _optional(path)
+        if body is not None and body.get("state", "done") == "done":
+            run.damaged += compare_lines(directory, stage, body.get("lines"))
 
 
 def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The readable JSON objects of a file, and how many lines were not (a killed run cuts off its last line)."""
     lines: list[dict[str, Any]] = []
     bad = 0
-    if not path.exists():
+    if not there(path):
         return lines, bad
-    with open(path, encoding="utf-8", errors="replace") as stream:
-        for text in stream:
-            if not text.strip():
-                continue
-            try:
-                body = json.loads(text)
-            except json.JSONDecodeError:
-                body = None
-            if isinstance(body, dict):
-                lines.append(body)
-            else:
-                bad += 1
+    try:
+        with open(path, encoding="utf-8", errors="replace") as stream:
+            for text in stream:
+                if not text.strip():
+                    continue
+                try:
+                    body = json.loads(text)
+                except (ValueError, RecursionError):
+                    body = None
+                if isinstance(body, dict):
+                    lines.append(body)
+                else:
+                    bad += 1
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}). Delete it: the report does without") from e
     return lines, bad

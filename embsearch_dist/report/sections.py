@@ -270,6 +270,7 @@ def origin(runs: Sequence[Run]) -> Section:
         if run.missing:
             items = "; ".join(f"{name} ({FILES[name]})" for name in run.missing)
             inner += page.missing(f"Not in this run directory: {items}.")
+        inner += "".join(page.missing(text) for text in run.damaged)
         if run.skipped_lines:
             inner += page.missing(f"{run.skipped_lines} unreadable lines of metrics or heat maps were left out.")
         if run.config is not None:

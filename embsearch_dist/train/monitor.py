@@ -25,13 +25,14 @@ from typing import IO, Any, Self
 
 import numpy as np
 
+from embsearch_dist.train.lines import HEATMAPS, METRICS, Lines, Sum, compare_lines, stage_of
+
 PLAIN_INTERVAL_S = 10.0
 BAR_INTERVAL_S = 0.5
 PICTURE_INTERVAL_S = 10.0
 """Between two TensorBoard images of one heat map: to draw one takes as long as several steps, and all ranks wait."""
 LABELS = 64  # names on an axis of a heat map at most; of more, every second, third ... is written
 RESERVED = frozenset({"time", "stage", "step"})
-METRICS, HEATMAPS = "metrics.jsonl", "heatmaps.jsonl"
 
 
 class Monitor:
@@ -53,6 +54,7 @@ class Monitor:
         self.active = rank == 0
         self.quiet = quiet
         self._files: dict[str, IO[str]] = {}
+        self._sums = {METRICS: Sum(), HEATMAPS: Sum()}
         self._writer: Any = None
         self._tensorboard = True
         self._purge_step: int | None = None
@@ -139,18 +141,29 @@ class Monitor:
         if pyplot is not None:
             pyplot.close(fig)
 
-    def resume_at(self, step: int) -> None:
+    @property
+    def lines(self) -> Lines:
+        """Count and checksum of what this stage has recorded, by file: for its checkpoints."""
+        return {name: found.value for name, found in self._sums.items() if found.count}
+
+    def resume_at(self, step: int, known: Lines | None = None) -> None:
         """Forget everything this stage recorded after ``step``, because training goes on from there.
 
         Lines of other stages stay. A last line cut off by a crash is dropped. Call it before the
         first record of a continued stage; ``resume_at(-1)`` forgets the whole stage.
+
+        Args:
+            known: :attr:`lines` at that time, if they were saved; that they are others now is said.
         """
         if not self.active:
             return
         self._close_files()
         self._waiting = {name: late for name, late in self._waiting.items() if late[0] <= step}
         for name in (METRICS, HEATMAPS):
-            _keep_lines(self.run_dir / name, self.stage, step)
+            most = None if known is None else known.get(name, (0, ""))[0]
+            self._sums[name] = _keep_lines(self.run_dir / name, self.stage, step, most)
+        for text in compare_lines(self.run_dir, self.stage, known, self.lines):
+            self.say(text)
         self._close_writer()
         # TensorBoard hides events from purge_step on; the events directory is per stage, since a
         # purge reaches every tag of its directory.
@@ -199,7 +212,9 @@ class Monitor:
             self._files[name] = stream
             if torn:
                 stream.write("\n")
-        stream.write(json.dumps(body, allow_nan=False) + "\n")
+        line = json.dumps(body, allow_nan=False)
+        stream.write(line + "\n")
+        self._sums[name].add(line)
 
     def _tensorboard_writer(self) -> Any:
         """The writer, made on first use: importing TensorBoard takes seconds. None when it is not installed."""
@@ -349,23 +364,27 @@ def _ends_with_newline(path: Path) -> bool:
         return stream.read(1) == b"\n"
 
 
-def _keep_lines(path: Path, stage: str, step: int) -> None:
-    """Rewrite a JSONL file without the stage's lines after ``step``; whole or untouched, never half."""
+def _keep_lines(path: Path, stage: str, step: int, most: int | None = None) -> Sum:
+    """Rewrite a JSONL file without the stage's lines after ``step`` and those beyond the first ``most``; whole or
+    untouched, never half. What the kept lines of the stage are."""
+    found = Sum()
     if not path.exists():
-        return
+        return found
     temporary = path.with_name(path.name + ".tmp")
     # A byte that is no UTF-8 stays what it is: it must not stop the run.
     kept = {"encoding": "utf-8", "errors": "surrogateescape", "newline": "\n"}
     with open(path, **kept) as source, open(temporary, "w", **kept) as target:  # type: ignore[call-overload]
         for line in source:
-            try:
-                body = json.loads(line)
-                drop = body["stage"] == stage and body["step"] > step
-            except (ValueError, KeyError, TypeError, RecursionError):
-                drop = True  # cut off by a crash: nothing can read it
-            if not drop:
-                target.write(line if line.endswith("\n") else line + "\n")
+            place = stage_of(line)
+            if place is None:  # cut off by a crash: nothing can read it
+                continue
+            if place[0] == stage:
+                if place[1] > step or found.count == most:
+                    continue
+                found.add(line)
+            target.write(line if line.endswith("\n") else line + "\n")
     temporary.replace(path)
+    return found
 
 
 def _draw(values: np.ndarray, rows: list[str], columns: list[str], title: str) -> Any:

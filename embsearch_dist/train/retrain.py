@@ -20,8 +20,9 @@ from embsearch_dist.dist.context import Context
 from embsearch_dist.errors import UserError
 from embsearch_dist.models.ctr import SubnetModel
 from embsearch_dist.models.network import ArchitectureNetwork
-from embsearch_dist.schema import write_json
+from embsearch_dist.schema import write_sealed
 from embsearch_dist.train.checkpoint import Checkpointer
+from embsearch_dist.train.lines import lines_of
 from embsearch_dist.train.metrics import area_of, evaluate
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.trainer import Trainer
@@ -97,8 +98,9 @@ def retrain(
         progress = trainer.fit()
         trainer.restore_best()
         write: dict[str, Any] = {"seconds": progress.seconds, "steps": progress.step, "best_step": progress.best_step}
+        write |= {"lines": lines_of(directory, STAGE)} if context.rank == 0 else {}
         write |= rows_left_out(training) | ({"data": training.schema.data} if training.schema.data else {})
-        context.first("writing training.json", lambda: write_json(directory / "training.json", write))
+        context.first("writing training.json", lambda: write_sealed(directory / "training.json", write))
     return task
 
 

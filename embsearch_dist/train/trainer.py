@@ -206,7 +206,7 @@ class Trainer:
         self.task.load_state(state["task"])
         self._set_lr(self._schedule)
         self._resume_best(step)
-        self.monitor.resume_at(p.step)
+        self.monitor.resume_at(p.step, state.get("lines"))
         self.monitor.say(f"continuing from {self.checkpointer.root / f'step-{step}'}")
         if p.batch >= self.training.batches_per_epoch and not p.evaluate:
             p.epoch, p.batch = p.epoch + 1, 0
@@ -217,7 +217,8 @@ class Trainer:
         over = p.step >= self.total or bool(p.stopped)
         if p.best_step and p.best_step != step and not self.checkpointer.is_whole(p.best_step):
             kept = "the last one counts as the best" if over else "the best of the evaluations to come counts"
-            self.monitor.say(f"the best checkpoint, step-{p.best_step}, is gone or damaged; {kept}")
+            place = self.checkpointer.root / f"step-{p.best_step}"
+            self.monitor.say(f"the best checkpoint, step-{p.best_step}, is gone or damaged; {kept} ({place})")
             p.best, p.best_step = None, 0
         if p.best_step or over:
             self.checkpointer.mark_best(p.best_step or step)
@@ -361,7 +362,8 @@ class Trainer:
             self._not_saved(e, must=False)
         background = self.config.async_save and not must
         try:
-            self.checkpointer.save(p.step, {"progress": vars(p), "task": self.task.state()}, best, background)
+            state = {"progress": vars(p), "task": self.task.state(), "lines": self.monitor.lines}
+            self.checkpointer.save(p.step, state, best, background)
         except SaveError as e:
             self._not_saved(e, must)
             return

@@ -16,7 +16,7 @@ import torch
 from embsearch_dist.data.manifest import MANIFEST
 from embsearch_dist.data.prepare import prepare
 from embsearch_dist.errors import UserError
-from embsearch_dist.schema import read_json, write_json
+from embsearch_dist.schema import read_json, write_sealed
 from tests.factories import open_run, rank_context, small_config
 from tests.ranks import run_ranks
 
@@ -77,7 +77,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     schema = copy("schema")
     body = read_json(schema / "schema.json")
     body["fields"][0]["cardinality"] += 1
-    write_json(schema / "schema.json", body)
+    write_sealed(schema / "schema.json", body)
     fewer = make(folder / "fewer", LINES[:-10])
     other = make(folder / "other", [f"{1 - int(line[0])}{line[1:]}" for line in LINES])
     unmarked = [copy("unmarked0"), copy("unmarked1")]

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.schema import Schema, read_json, write_json
+from embsearch_dist.schema import Schema, read_json, write_sealed
 from tests.factories import command_line, small_schema
 from tests.launch.processes import LAUNCH, ROOT
 from tests.scripts import fork_ranks
@@ -150,7 +150,7 @@ def test_more_ranks_than_rows(damaged: Path, refused_on_ranks: Callable) -> None
     rewrite(damaged / "validation" / "part-00000.parquet", lambda f: f.head(1))
     body = read_json(damaged / "schema.json")
     body["rows"]["validation"] = 1
-    write_json(damaged / "schema.json", body)
+    write_sealed(damaged / "schema.json", body)
     (damaged / "manifest.json").unlink()
     refused_on_ranks(damaged, "split 'validation' has 1 rows for 2 ranks")
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from embsearch_dist.grouped import GROUPS, GroupedAllocation
-from embsearch_dist.schema import Schema, read_json, write_json
+from embsearch_dist.schema import Schema, read_json, write_json, write_sealed
 from tests.factories import command_line, recorded, small_config
 from tests.launch.processes import LAUNCH, TORCHRUN, finish
 
@@ -153,7 +153,7 @@ def test_what_does_not_fit_is_refused(run: Path, data: Path, tmp_path: Path, run
     assert "not a directory of retrain.py" in refused("evaluate.py", "--run", run)
     shutil.copytree(data, tmp_path / "other")
     schema = read_json(data / "schema.json")
-    write_json(tmp_path / "other" / "schema.json", {**schema, "dataset": "else"})
+    write_sealed(tmp_path / "other" / "schema.json", {**schema, "dataset": "else"})
     assert "holds other rows than those that" in refused("retrain.py", "--run", run, "--data.path", tmp_path / "other")
     run_script("retrain.py", "--run", run)
     own = run / "retrain" / "ihas"

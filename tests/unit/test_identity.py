@@ -18,7 +18,7 @@ from embsearch_dist.data.prepare import prepare
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import Run, Stage, check_stages, inputs_of
 from embsearch_dist.methods.ues import UES
-from embsearch_dist.schema import Schema, read_json, write_json
+from embsearch_dist.schema import Schema, read_json, write_json, write_sealed
 from embsearch_dist.train.manifest import check_facts, facts_of
 from tests.factories import one_rank, prepared, small_config
 
@@ -90,10 +90,10 @@ def test_a_stale_manifest_and_one_of_an_older_version(data: Path) -> None:
     now = known(data)
     for entry in body["files"]:
         del entry["ends"]
-    write_json(data / MANIFEST, body)
+    write_sealed(data / MANIFEST, body)
     compare_ends(data, "train")
     assert known(data) == now
-    write_json(data / MANIFEST, {**body, "rows": {**body["rows"], "train": 5}})
+    write_sealed(data / MANIFEST, {**body, "rows": {**body["rows"], "train": 5}})
     with pytest.raises(UserError, match="manifest.json: of other data than schema.json"):
         known(data)
     (data / MANIFEST).unlink()

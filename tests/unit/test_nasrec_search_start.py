@@ -14,7 +14,7 @@ from embsearch_dist.errors import UserError
 from embsearch_dist.methods.nasrec.config import ScoringConfig
 from embsearch_dist.methods.nasrec.latency import LatencyTable
 from embsearch_dist.methods.nasrec.scoring import held_out_sizes
-from embsearch_dist.schema import write_json
+from embsearch_dist.schema import write_sealed
 from tests.unit.test_nasrec_scoring import SEEN, SPACE, nasrec_run, rows_of, scorer, search
 
 
@@ -67,7 +67,7 @@ def test_a_search_of_an_older_version_is_not_repeated(data: Path, copied: Path) 
     body = json.loads(mark.read_text())
     new = [k for k in body["inputs"] if k == "search.scoring.held_out" or k.startswith("search.prefilter.")]
     assert len(new) == 5
-    write_json(mark, body | {"inputs": {k: v for k, v in body["inputs"].items() if k not in new}})
+    write_sealed(mark, body | {"inputs": {k: v for k, v in body["inputs"].items() if k not in new}})
     before = (copied / "evolution.json").stat().st_mtime_ns
     search(data, copied, SEEN)
     assert (copied / "evolution.json").stat().st_mtime_ns == before

@@ -14,7 +14,7 @@ import pytest
 from embsearch_dist.data.manifest import MANIFEST, verify
 from embsearch_dist.data.prepare import prepare
 from embsearch_dist.errors import UserError
-from embsearch_dist.schema import Schema, read_json, write_json
+from embsearch_dist.schema import Schema, read_json, write_sealed
 from tests.raw_clicks import OPTIONS, make_raw
 
 
@@ -62,7 +62,7 @@ def flip(path: Path) -> None:
 def change_rows(path: Path) -> None:
     body = read_json(path)
     body["rows"]["test"] += 1
-    write_json(path, body)
+    write_sealed(path, body)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from embsearch_dist.config import SAFETY_KEYS
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.base import Method, Run, Stage, check_stages, flatten, run_stages
-from embsearch_dist.schema import Schema, read_json
+from embsearch_dist.rundir import hold, release
+from embsearch_dist.schema import Schema, read_json, write_sealed
 from tests.factories import one_rank, open_run, prepared, small_config
 
 
@@ -38,6 +39,10 @@ class Recorded(Stage):
         self.log.append(self.name)
         if self.broken:
             raise UserError("out of luck")
+        self.leave(run)
+
+    def leave(self, run: Run) -> None:
+        """What a test puts here."""
 
 
 class Repeated(Recorded):
@@ -71,7 +76,8 @@ def test_stages_run_in_order_and_once(two: Run, capsys: pytest.CaptureFixture[st
     run(two)
     assert Recorded.log == ["recorded", "repeated"]
     assert "stage recorded: done before, skipped" in capsys.readouterr().out
-    assert read_json(two.dir / "stages" / "recorded.json") == {"state": "done", "inputs": {"a.b": 1, "a.c": [1, 2]}}
+    mark = read_json(two.dir / "stages" / "recorded.json")
+    assert (mark["state"], mark["inputs"], mark["files"]) == ("done", {"a.b": 1, "a.c": [1, 2]}, [])
 
 
 def test_changed_settings_are_refused_without_a_check_before(two: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,3 +269,30 @@ def test_ues_writes_the_uniform_allocation_and_a_new_one_when_asked(data: Path, 
         run_stages(METHODS["ues"](), run)
         allocation = Allocation.load(tmp_path / "allocation.json", run.schema)
         assert allocation == Allocation.uniform(run.schema, width)
+
+
+def test_a_finished_stage_whose_file_is_lost_or_exchanged_is_run_again(
+    two: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hold(two.dir, "test")
+    release()
+    path = two.dir / "found.json"
+    monkeypatch.setattr(Repeated, "leave", lambda self, run: write_sealed(run.dir / "found.json", {"value": 1}))
+    run(two)
+    whole = path.read_bytes()
+    for harm in (path.unlink, lambda: path.write_bytes(whole[:-20]), lambda: path.write_text('{"sha256": "0"}')):
+        harm()
+        run(two)
+        assert path.read_bytes() == whole and f"stage repeated: {path}" in capsys.readouterr().out
+    path.write_text('{"value": 2}')  # of a person, who has taken the checksum out
+    run(two)
+    assert read_json(path) == {"value": 2} and Recorded.log == ["recorded"] + 4 * ["repeated"]
+
+
+def test_a_broken_mark_is_named(two: Run) -> None:
+    run(two)
+    mark = two.dir / "stages" / "recorded.json"
+    for text in ("", "{}", '{"state": "done", "inputs": []}', mark.read_text().replace("done", "gone")):
+        mark.write_text(text)
+        with pytest.raises(UserError, match="stages/recorded.json.*Delete it"):
+            run(two)

@@ -20,7 +20,7 @@ from embsearch_dist.data.shards import LeftOut
 from embsearch_dist.dist.same_data import RECORD
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import Run
-from embsearch_dist.schema import Schema, read_json, write_json
+from embsearch_dist.schema import Schema, read_json, write_json, write_sealed
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.retrain import SubnetTask
 from embsearch_dist.train.trainer import Progress, Trainer
@@ -272,7 +272,7 @@ def test_a_list_of_other_data_counts_for_nothing_but_stops_training(data: Path, 
     run_in(data, tmp_path / "run", 1).stream("train", 96, shuffle=True)
     before = (tmp_path / "run" / RECORD).read_bytes()
     body = read_json(data / "schema.json")
-    write_json(data / "schema.json", body | {"dataset": "later"})
+    write_sealed(data / "schema.json", body | {"dataset": "later"})
     with pytest.raises(UserError, match="was written for other data"):
         run_in(data, tmp_path / "run", 1).stream("train", 96, shuffle=True)
     assert run_in(data, tmp_path / "run", 0).stream("test", 96, shuffle=False).rows == 100

@@ -28,10 +28,9 @@ FIELD_KEYS = ("column", "kind", "whole_numbers", *LIST_KEYS)
 FORMATS = ("csv", "tsv", "parquet")
 ENCODINGS = {"utf8": "utf-8", "latin1": "latin-1", "iso-8859-1": "latin-1", "utf16": "utf-16"}
 LONGEST = 10_000
-LONGEST_NAME = 200  # it becomes a file name
+LONGEST_NAME = 1000
 EXAMPLE = "configs/sources/example.yaml shows a whole source file"
-# Field names become file names (vocabulary), table names and parameter names (which may hold no dot).
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+PATTERN = re.compile(r"\*|\^.*\$", re.DOTALL)  # names that polars takes for several columns
 
 
 @dataclass(frozen=True)
@@ -277,14 +276,15 @@ def _fields(path: Path, body: object, label: str) -> tuple[tuple[Column, ...], d
         kind = spec.get("kind", "categorical")
         if kind not in KINDS:
             raise UserError(f"{path}: field {name!r}: unknown kind {kind!r}. {nearest(str(kind), KINDS)}")
-        if not NAME.fullmatch(name) or name == "label" or name in (LABEL, TIME):
-            raise UserError(
-                f"{path}: {name!r} cannot name a field (letters, digits, _ and -; not 'label'). "
-                f"Rename it: `new_name: {{column: {name!r}, kind: {kind}}}`"
-            )
         if len(name) > LONGEST_NAME:
             raise UserError(
-                f"{path}: a field's name has {len(name)} letters, at most {LONGEST_NAME} can be: {name[:40]}..."
+                f"{path}: a field's name has {len(name)} letters, at most {LONGEST_NAME} can be: {name[:40]}... "
+                f"Rename it: `new_name: {{column: ..., kind: {kind}}}`"
+            )
+        if not name.strip() or not name.isprintable() or PATTERN.fullmatch(name) or name in ("label", LABEL, TIME):
+            raise UserError(
+                f"{path}: {name!r} cannot name a field (not empty, no control characters, not 'label', '*' or '^...$')."
+                f" Rename it: `new_name: {{column: {name!r}, kind: {kind}}}`"
             )
         raw[name] = _word(path, f"field {name!r}: column", spec.get("column", name))
         if raw[name] == label:

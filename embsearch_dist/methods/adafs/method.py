@@ -17,7 +17,7 @@ from embsearch_dist.methods.adafs.config import AdaFSConfig
 from embsearch_dist.methods.adafs.controller import AdaFSModel, keep_top
 from embsearch_dist.methods.base import Method, Run, Stage
 from embsearch_dist.methods.gated_result import leave_result
-from embsearch_dist.schema import read_json
+from embsearch_dist.schema import read_sealed
 from embsearch_dist.train.bilevel import frozen
 from embsearch_dist.train.monitor import Monitor
 
@@ -129,7 +129,7 @@ class MeasureStage(Stage):
 
     def inputs(self, run: Run) -> dict[str, Any]:
         best = gated.checkpoint_root(run, STAGE) / "best.json"
-        measured = read_json(best)["step"] if best.exists() else None
+        measured = read_sealed(best)["step"] if best.exists() else None
         return {**_inputs(run), "search.name": run.config.search.result_name, "step": measured}
 
     def run(self, run: Run) -> None:

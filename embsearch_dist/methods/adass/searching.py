@@ -25,8 +25,8 @@ from embsearch_dist.methods.adass.scorer import SubnetScorer
 from embsearch_dist.methods.adass.supernet import SupernetTask, load_supernet
 from embsearch_dist.methods.adass.terms import sample_rows
 from embsearch_dist.methods.base import Run, Stage
-from embsearch_dist.methods.found import SCORED_POINTS, budgets
-from embsearch_dist.schema import Schema, read_json, write_json
+from embsearch_dist.methods.found import SCORED_POINTS, budgets, earlier_points
+from embsearch_dist.schema import Schema, copy_sealed, write_sealed
 from embsearch_dist.train.metrics import shown
 from embsearch_dist.train.monitor import Monitor
 
@@ -281,17 +281,14 @@ class SearchStage(Stage):
 
     def _finish(self, directory: Path, searcher: Searcher, points: list[dict[str, Any]]) -> None:
         path = directory / "search" / "pareto.json"
-        if path.exists():
-            # Earlier searches of the same supernet stay in the picture.
-            names = {p["name"] for p in points}
-            points = points + [{**p, "chosen": False} for p in read_json(path)["points"] if p["name"] not in names]
+        # Earlier searches of the same supernet stay in the picture.
+        points = points + earlier_points(path, {p["name"] for p in points})
         costs = cost_table(searcher.schema, searcher.candidates, "parameters", searcher.extra)
         archive = list(searcher.archive.items())
         every = archive[:: max(1, len(archive) // SCORED_POINTS)]
         scored = [[int(total_cost(c, costs)), round(m["auc"], 6)] for c, m in every]
-        write_json(path, {"resource": "parameters", "points": points, "scored": scored})
-        chosen = directory / "allocations" / f"{points[0]['name']}.json"
-        write_json(directory / "allocation.json", read_json(chosen))
+        write_sealed(path, {"resource": "parameters", "points": points, "scored": scored})
+        copy_sealed(directory / "allocations" / f"{points[0]['name']}.json", directory / "allocation.json")
 
     def _point(self, name: str, allocation: Allocation, found: Found, chosen: bool) -> dict[str, Any]:
         return {

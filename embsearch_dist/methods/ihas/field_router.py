@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from embsearch_dist import written
 from embsearch_dist.data.batch import Batch
 from embsearch_dist.data.scratch import digest, is_whole, temporary
 from embsearch_dist.data.shards import Shards
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import Run
-from embsearch_dist.schema import Schema, read_json, write_json
+from embsearch_dist.schema import Schema, read_sealed, write_sealed
 
 FIELD_ROUTER = "groups/field_router.json"
 FORMAT = 1
@@ -134,11 +135,12 @@ def read_assignment(run_dir: Path, split: str) -> np.ndarray:
     """
     path = assignment_file(run_dir, split)
     try:
+        written.check_file(path, "Run search.py again")
         found = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
-        raise UserError(f"{path} cannot be read ({e}). Run search.py again with --run.overwrite true") from e
+        raise UserError(f"{path} cannot be read ({e}). Run search.py again") from e
     if not isinstance(found, np.ndarray) or found.ndim != 1 or found.dtype != np.uint8:
-        raise UserError(f"{path} holds no groups of rows. Run search.py again with --run.overwrite true")
+        raise UserError(f"{path} holds no groups of rows. Run search.py again")
     return found
 
 
@@ -232,13 +234,13 @@ def _write(
         temporary(own).replace(own)
         fields.append({"name": name, "file": own.name, **digest(own)})
     head = {"format": FORMAT, "schema": run.schema.fingerprint, "agreement": agreement, "made_from": source}
-    write_json(path, {**head, "prior": prior.log().tolist(), "fields": fields})
+    write_sealed(path, {**head, "prior": prior.log().tolist(), "fields": fields})
 
 
 def _is_whole(path: Path, source: dict[str, Any]) -> bool:
     """Whether a router made from just this is there to the byte."""
     try:
-        body = read_json(path)
+        body = read_sealed(path)
         return body["made_from"] == source and all(_table_is_whole(path, entry) for entry in body["fields"])
     except (UserError, KeyError, TypeError):
         return False
@@ -250,7 +252,7 @@ def _table_is_whole(path: Path, entry: dict[str, Any]) -> bool:
 
 def _read(path: Path, run: Run) -> FieldRouter:
     again = f"Delete {path} and give the command of retrain.py again: it makes one at the end"
-    body = read_json(path)
+    body = read_sealed(path)
     try:
         if body["schema"] != run.schema.fingerprint:
             raise UserError(f"{path} was made for data with another schema. Give the data of the search")

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from embsearch_dist import written
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.data.batch import Batch
+from embsearch_dist.data.manifest import compare_ends, identity
 from embsearch_dist.data.partition import write_group
 from embsearch_dist.errors import UserError
 from embsearch_dist.grouped import GROUPS, GroupedAllocation, group_dir
@@ -24,7 +26,7 @@ from embsearch_dist.methods.ihas.config import IHASConfig
 from embsearch_dist.methods.ihas.gating import load_gates
 from embsearch_dist.methods.ihas.kmeans import KMeans
 from embsearch_dist.methods.ihas.router import ROUTER, CentreRouter
-from embsearch_dist.schema import SPLITS, Schema, read_json, write_json, write_sealed
+from embsearch_dist.schema import SPLITS, Schema, read_sealed, write_sealed
 from embsearch_dist.train.monitor import Monitor
 
 KEPT = "groups/kept.json"  # per group, 1 for each kept dimension of the search's tables
@@ -41,6 +43,20 @@ class GroupStage(Stage):
         search: IHASConfig = run.config.search
         own = {"search.name": search.name, "search.groups": dataclasses.asdict(search.groups)}
         return {"schema": run.schema.fingerprint, "run.seed": run.config.run.seed, **own}
+
+    def lacks(self, run: Run) -> str:
+        """A group whose rows are gone or are others: reads what opening them would read."""
+        if not (run.dir / GROUPS).exists():
+            return ""
+        for k in range(len(GroupedAllocation.load(run.dir / GROUPS, run.schema).allocations)):
+            place = group_dir(run.dir, k)
+            try:
+                identity(place, Schema.load(place))
+                for split in SPLITS:
+                    compare_ends(place, split)
+            except UserError as e:
+                return str(e).split(". ")[0]
+        return ""
 
     def run(self, run: Run) -> None:
         search: IHASConfig = run.config.search
@@ -84,8 +100,8 @@ class GroupStage(Stage):
             folder = run.dir / "groups" / "assignment"
             folder.mkdir(parents=True, exist_ok=True)
             for split, groups in assignment.items():
-                np.save(folder / f"{split}.npy", groups, allow_pickle=False)
-            write_json(run.dir / ROUTER, clustering.router.state())
+                _save(folder / f"{split}.npy", groups)
+            write_sealed(run.dir / ROUTER, clustering.router.state())
 
         context.first("writing the assignment", keep)
         path = Path(run.config.data.path)
@@ -144,7 +160,7 @@ class Clustering:
             self.monitor.scalars(n, {"distance": error})
             self.monitor.say(f"k-means, {what}: mean squared distance {error:.6g}")
             state = {**self.router.state(), "passes": n + 1, "signature": self.signature()}
-            run.context.first("saving the clustering", lambda s=state: write_json(path, s))  # type: ignore[misc]
+            run.context.first("saving the clustering", lambda s=state: write_sealed(path, s))  # type: ignore[misc]
         self.kmeans.order()
 
     def signature(self) -> dict[str, Any]:
@@ -204,6 +220,15 @@ class Clustering:
         return np.concatenate(parts), sums.cpu(), counts.cpu()
 
 
+def _save(path: Path, groups: np.ndarray) -> None:
+    """Write an array in one step, and list it: it carries no checksum of its own."""
+    partial = path.with_name(f"{path.name}.tmp")
+    with partial.open("wb") as file:
+        np.save(file, groups, allow_pickle=False)
+    with written.listed(path, written.file_checksum(partial)):
+        partial.replace(path)
+
+
 def _clear(directory: Path) -> None:
     """Drop what an earlier clustering found, so that its result cannot be taken for this one's."""
     for name in (GROUPS, "allocation.json", ROUTER, KEPT):
@@ -234,7 +259,7 @@ def _read(path: Path, signature: dict[str, Any]) -> dict[str, Any] | None:
     """A clustering under way; None when there is none, or one with other settings."""
     if not path.exists():
         return None
-    body = read_json(path)
+    body = read_sealed(path)
     try:
         return body if body["signature"] == signature else None
     except (KeyError, TypeError) as e:

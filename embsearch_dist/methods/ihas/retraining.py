@@ -27,7 +27,7 @@ from embsearch_dist.methods.ihas.gating import load_gates
 from embsearch_dist.methods.ihas.grouping import KEPT
 from embsearch_dist.methods.ihas.routed import ROUTERS, RoutedModel, evaluate_routed, is_data_of, open_router
 from embsearch_dist.models.ctr import SubnetModel
-from embsearch_dist.schema import Schema, differs, read_sealed, write_json
+from embsearch_dist.schema import Schema, differs, read_sealed, write_sealed
 from embsearch_dist.train.retrain import SubnetTask, load_best, retrain
 
 BLOCK_ROWS = 1 << 16
@@ -108,7 +108,7 @@ def evaluate_groups(
     stream = Run(config, search.schema, context).stream(split, config.train.eval_batch_size, shuffle=False)
     result = evaluate_routed(model, search, grouped, stream, config, directory.name, kind)
     target = evaluation_file(directory, split, kind)
-    context.first("writing the evaluation", lambda: write_json(target, result))
+    context.first("writing the evaluation", lambda: write_sealed(target, result))
     return result
 
 

@@ -12,7 +12,7 @@ from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.ihas.gating import GatesTask, load_gates
 from embsearch_dist.methods.ihas.kmeans import KMeans
-from embsearch_dist.schema import read_json
+from embsearch_dist.schema import read_sealed
 
 ROUTER = "groups/router.json"
 
@@ -85,7 +85,7 @@ def load_router(run: Run) -> CentreRouter:
     """
     path = Path(run.dir) / ROUTER
     with run.context.together("reading the router"):
-        body = read_json(path)
+        body = read_sealed(path)
         try:
             on, scale, state = body["on"], torch.tensor(body["scale"], dtype=torch.float32), body["kmeans"]
             k, columns = len(state["centres"]), len(state["centres"][0])

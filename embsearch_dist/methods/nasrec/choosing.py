@@ -22,7 +22,7 @@ from embsearch_dist.architecture.architecture import read_architecture
 from embsearch_dist.config import Config
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import Run
-from embsearch_dist.schema import Schema, read_json, write_json
+from embsearch_dist.schema import Schema, read_sealed, write_sealed
 from embsearch_dist.train.retrain import evaluate_model, load_best, retrain
 
 CHOICE = "choice.json"
@@ -101,10 +101,10 @@ def train_best(
         )
         context.first("copying the winner", lambda: _copy(winner, directory))
         task = load_best(final.config, allocation, context, directory)
-    context.first("writing the choice", lambda: write_json(directory / CHOICE, choice))
+    context.first("writing the choice", lambda: write_sealed(directory / CHOICE, choice))
     test = final.stream("test", final.config.train.eval_batch_size, shuffle=False)
     result = evaluate_model(task, test, "test", context, final.config, directory.name, allocation)
-    context.first("writing evaluation.json", lambda: write_json(directory / "evaluation.json", result))
+    context.first("writing evaluation.json", lambda: write_sealed(directory / "evaluation.json", result))
     return result
 
 
@@ -142,9 +142,9 @@ def _candidate(run: Run, allocation: Allocation, rank: int, open_directory: Open
     validation = run.stream("validation", config.train.eval_batch_size, shuffle=False)
     task = retrain(config, allocation, training, validation, context, own)
     result = evaluate_model(task, validation, "validation", context, config, own.name, allocation)
-    context.first("writing the evaluation", lambda: write_json(own / VALIDATION, result))
+    context.first("writing the evaluation", lambda: write_sealed(own / VALIDATION, result))
     with context.together("reading what training left"):
-        trained = read_json(own / "training.json")
+        trained = read_sealed(own / "training.json")
         score = read_architecture(config.model.architecture).get("provenance", {})
     figures = {k: result[k] for k in ("logloss", "auc", "dense_parameters", "flops_per_sample")}
     steps = {"steps": trained["steps"], "best_step": trained["best_step"] or trained["steps"]}

@@ -27,7 +27,7 @@ from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import Run
 from embsearch_dist.models.ctr import seeded
 from embsearch_dist.models.network import ArchitectureNetwork
-from embsearch_dist.schema import read_json, write_json
+from embsearch_dist.schema import read_sealed, write_sealed
 
 FILE = "latency.json"
 ROWS = 512  # of the forward pass that is timed
@@ -89,7 +89,7 @@ def table_of(run: Run, space: Space, begun: bool) -> LatencyTable:
                 "or delete evolution.json to search anew"
             )
         table = measure(space, columns, fields, context.device, layer_norm, run.config.run.seed)
-        write_json(path, asdict(table))
+        write_sealed(path, asdict(table))
         return asdict(table)
 
     body = context.share(context.first("measuring latencies", make))
@@ -166,6 +166,6 @@ def _features(architecture: Architecture, space: Space, columns: int, fields: in
 
 def _read(path: Path) -> LatencyTable | None:
     try:
-        return LatencyTable(**read_json(path)) if path.exists() else None
+        return LatencyTable(**read_sealed(path)) if path.exists() else None
     except TypeError:
         return None  # of another version

@@ -28,7 +28,7 @@ from embsearch_dist.methods.nasrec.proxies import PROXIES, Inputs
 from embsearch_dist.methods.nasrec.scoring import all_rows
 from embsearch_dist.models.ctr import seeded
 from embsearch_dist.models.network import ArchitectureNetwork
-from embsearch_dist.schema import write_json
+from embsearch_dist.schema import write_sealed
 from embsearch_dist.train.monitor import Monitor
 
 FILE = "prefilter.json"
@@ -53,7 +53,7 @@ def prefilter(run: Run, space: Space, monitor: Monitor) -> list[tuple[Architectu
 
     def save() -> None:
         found = [{"key": drawn[i][1], "mean_rank": float(means[i]), **dict(zip(c.proxies, values[i]))} for i in kept]
-        write_json(run.dir / FILE, {"proxies": c.proxies, "drawn": len(drawn), "rows": c.rows, "kept": found})
+        write_sealed(run.dir / FILE, {"proxies": c.proxies, "drawn": len(drawn), "rows": c.rows, "kept": found})
 
     run.context.first("writing what the proxies say", save)
     monitor.say(

@@ -17,7 +17,7 @@ from embsearch_dist.methods.nasrec.latency import FILE, table_of
 from embsearch_dist.methods.nasrec.prefilter import prefilter
 from embsearch_dist.methods.nasrec.scoring import Score, Scorer
 from embsearch_dist.methods.nasrec.supernet import SupernetStage
-from embsearch_dist.schema import read_sealed, write_json, write_sealed
+from embsearch_dist.schema import read_sealed, write_sealed
 from embsearch_dist.train.monitor import Monitor
 
 STAGE = "evolution"
@@ -118,7 +118,7 @@ class EvolutionStage(Stage):
             best[0].architecture.save(run.dir / RESULT, space=space.to_json(), provenance=provenance(best[0], 1))
             cost = search.evolution.cost if search.evolution.cost != "none" else "flops"
             front = [dataclasses.asdict(c.score) | {"key": c.key} for c in evolution.pareto(cost)]
-            write_json(run.dir / "pareto.json", {"cost": cost, "front": front})
+            write_sealed(run.dir / "pareto.json", {"cost": cost, "front": front})
 
         run.context.first("writing what was found", save)
         for rank, c in enumerate(best[:3], 1):
