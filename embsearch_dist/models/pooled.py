@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torchrec import KeyedTensor
+
+if TYPE_CHECKING:  # what serves a model goes without TorchRec
+    from torchrec import KeyedTensor
 
 
 @dataclass(frozen=True)
