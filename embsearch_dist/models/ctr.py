@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from embsearch_dist.models.folded import FoldedMLP, can_fold
 from embsearch_dist.models.head import Head, common_width, make_head, make_unify
 from embsearch_dist.models.network import ArchitectureNetwork
 from embsearch_dist.models.pooled import Pooled
+from embsearch_dist.models.rows import fill_rows
 from embsearch_dist.models.unify import MixedUnify, SupernetUnify
 from embsearch_dist.schema import Schema
 
@@ -96,9 +98,11 @@ class SubnetModel(CTRModel):
     def forward(self, batch: Batch) -> tuple[torch.Tensor, Pooled]:
         """Logits ``[B]`` and the pooled embeddings (for L2)."""
         pooled = self.tables(batch.sparse)
-        if self.folds and not torch.is_grad_enabled():
-            return self._fold(pooled)(batch.dense, pooled), pooled
-        return self.head(batch.dense, pooled), pooled
+        if torch.is_grad_enabled():
+            return self.head(batch.dense, pooled), pooled
+        whole, dense = replace(pooled, values=fill_rows(pooled.values)), fill_rows(batch.dense)
+        logits = self._fold(whole)(dense, whole) if self.folds else self.head(dense, whole)
+        return logits[: batch.size], pooled
 
     def fold(self) -> None:
         """From now on predict with :class:`FoldedMLP` where the model allows it; for weights that stay as they are."""

@@ -117,7 +117,7 @@ class _Moved(torch.autograd.Function):
 def _copy(values: torch.Tensor, moves: Sequence[Move], columns: int) -> torch.Tensor:
     """One ``cat``, on a GPU one launch for many fields, of slices and of the zeros between them."""
     parts, at = [], 0
-    gaps = values.new_zeros(1, 1).expand(len(values), columns)
+    gaps = values.new_zeros(1, 1).expand(values.shape[0], columns)
     for move in sorted(moves, key=lambda m: m.target):
         if move.target > at:
             parts.append(gaps[:, at : move.target])
@@ -157,7 +157,7 @@ class _FieldLinear(torch.autograd.Function):
         ctx.spans = spans
         ctx.save_for_backward(values, *weights)
         ctx.bias_shape = bias.shape
-        out = values.new_empty(len(values), len(spans), bias.shape[1])
+        out = values.new_empty(values.shape[0], len(spans), bias.shape[1])
         for f, s in enumerate(spans):
             if s is None:
                 out[:, f].zero_()

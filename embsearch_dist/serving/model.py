@@ -19,6 +19,7 @@ from embsearch_dist.models.backbones import make_backbone
 from embsearch_dist.models.folded import FoldedMLP, can_fold
 from embsearch_dist.models.head import Head, make_head
 from embsearch_dist.models.pooled import Pooled
+from embsearch_dist.models.rows import fill_rows
 from embsearch_dist.schema import Schema
 from embsearch_dist.serving.selecting import Selector, make_selector
 from embsearch_dist.serving.tables import Ids, PlainTables, TableSpec
@@ -54,7 +55,13 @@ class Single(ServedModel):
         self.head.load_state_dict(_behind(dense, f"{prefix}head."))
 
     def forward(self, ids: Ids) -> torch.Tensor:
-        return self.head(ids.dense, self.tables(ids))
+        return self.behind(self.head, ids)
+
+    def behind(self, head: Any, ids: Ids) -> torch.Tensor:
+        """What ``head`` makes of the tables' rows."""
+        pooled = self.tables(ids)
+        whole = dataclasses.replace(pooled, values=fill_rows(pooled.values))
+        return head(fill_rows(ids.dense), whole)[: ids.rows]  # type: ignore[no-any-return]
 
 
 class Gated(ServedModel):
@@ -81,7 +88,8 @@ class Gated(ServedModel):
         return self.tables(ids).stack()
 
     def forward(self, ids: Ids) -> torch.Tensor:
-        return self.head(ids.dense, self.selector(self.embed(ids)))
+        u = fill_rows(self.embed(ids).transpose(0, 1)).transpose(0, 1)
+        return self.head(fill_rows(ids.dense), self.selector(u))[: ids.rows]  # type: ignore[no-any-return]
 
 
 class FieldRouter(nn.Module):
@@ -90,6 +98,7 @@ class FieldRouter(nn.Module):
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
         self.names = list(names)
+        self.prior: torch.Tensor
 
     def fill(self, tensors: Tensors, prefix: str) -> None:
         self.register_buffer("prior", tensors[f"{prefix}prior"], persistent=False)
@@ -98,9 +107,9 @@ class FieldRouter(nn.Module):
 
     def forward(self, ids: Ids) -> torch.Tensor:
         """``[B]`` int64."""
-        score = self.prior.expand(len(ids), -1)
+        score = self.prior.expand(ids.rows, -1)
         for k, name in enumerate(self.names):
-            score = score + nn.functional.embedding(ids.single[name], getattr(self, f"t{k}"))
+            score = score + nn.functional.embedding(ids.single[name], self.get_buffer(f"t{k}"))
         return score.argmax(1)
 
 
@@ -111,6 +120,8 @@ class CentreRouter(nn.Module):
         super().__init__()
         self.base, self.on, self.groups = base, on, groups
         self.names = base.fields
+        self.scale: torch.Tensor
+        self.centres: torch.Tensor
 
     def fill(self, tables: Tensors, dense: Tensors, prefix: str) -> None:
         self.base.fill(tables, dense, prefix)
@@ -121,15 +132,16 @@ class CentreRouter(nn.Module):
         """``[B]`` int64."""
         from embsearch_dist.methods.ihas.kmeans import squared_distances
 
+        selector: Any = self.base.selector
         u = self.base.embed(ids).transpose(0, 1)
-        logits, masks = self.base.selector.look(u)  # type: ignore[operator]
+        logits, masks = selector.look(u)
         if self.on == "masks":
             seen = masks
         elif self.on == "probabilities":
             seen = torch.sigmoid(logits)
         else:
             u = u / self.scale[:, None] if self.on == "scaled" else u
-            seen = u.reshape(len(u), -1) * masks
+            seen = u.flatten(1) * masks
         alive = torch.ones(len(self.centres), dtype=torch.bool)
         return squared_distances(seen, self.centres, alive).argmin(1)
 
@@ -160,14 +172,14 @@ class Routed(ServedModel):
         """Logits of one group's model for any rows."""
         model: Any = self.models[group]
         folded = self._folded[group]
-        return model(ids) if folded is None else folded(ids.dense, model.tables(ids))
+        return model.behind(model.head if folded is None else folded, ids)
 
     def forward(self, ids: Ids) -> torch.Tensor:
         groups = self.router(ids)
         if torch.compiler.is_exporting():  # shapes there may not depend on values: all models answer, one is taken
             every = torch.stack([self.answer(k, ids) for k in range(len(self.models))], 1)
             return every.gather(1, groups[:, None]).squeeze(1)
-        logits = torch.empty(len(ids))
+        logits = torch.empty(ids.rows)
         for k in range(len(self.models)):
             rows = (groups == k).nonzero().flatten()
             if len(rows):

@@ -40,7 +40,9 @@ def quantise(table: torch.Tensor, precision: str, name: str) -> dict[str, torch.
     else:
         found = _int8(table) if precision == "int8" else _int4(table)
     if not all(bool(x.isfinite().all()) for x in found.values() if x.is_floating_point()):
-        raise UserError(f"table {name!r} has values beyond float16, which {precision} needs. Export with --precision fp32")
+        raise UserError(
+            f"table {name!r} has values beyond float16, which {precision} needs. Export with --precision fp32"
+        )
     return found
 
 

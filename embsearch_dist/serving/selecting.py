@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from embsearch_dist.models.rows import fill_rows
+
 
 class Selector(nn.Module):
     """Embeddings ``[F, B, d]`` as the tables hold them -> ``[B, F, d]`` as the head reads them."""
@@ -54,7 +56,7 @@ class GateSelector(Selector):
         """``u [B, F, d]`` -> logits of the gates and masks, each ``[B, F * d]``."""
         from embsearch_dist.methods.ihas.gates import deterministic
 
-        logits = self.gates(u.reshape(len(u), -1))
+        logits = self.gates(fill_rows(u.flatten(1)))[: u.shape[0]]
         s = self.selection
         return logits, deterministic(logits, s["bins"], s["fallback"], s["smooth"])
 

@@ -30,8 +30,10 @@ class Ids:
     lists: Mapping[str, Bag | Padded]
     dense: torch.Tensor
 
-    def __len__(self) -> int:
-        return len(self.dense)
+    @property
+    def rows(self) -> int:
+        """B; not ``len``, which a traced program would take for a constant."""
+        return self.dense.shape[0]
 
     def take(self, rows: torch.Tensor | slice) -> Ids:
         """Some of the rows, lists as bags."""
@@ -135,13 +137,15 @@ class PlainTables(nn.Module):
     def _check(self, spec: TableSpec, part: str, tensor: torch.Tensor) -> None:
         rows, columns = spec.field.cardinality, spec.columns
         if part == CODES:
-            wanted, kind = (rows, columns if self.precision == "int8" else -(-columns // 2)), torch.uint8
+            wanted, kind = [rows, columns if self.precision == "int8" else -(-columns // 2)], torch.uint8
         elif part:
-            wanted, kind = (rows,), torch.float16
+            wanted, kind = [rows], torch.float16
         else:
-            wanted, kind = (rows, columns), torch.float32 if self.precision == "fp32" else torch.float16
-        if tuple(tensor.shape) != tuple(wanted) or tensor.dtype != kind:
-            raise ValueError(f"table {spec.field.name!r} is {tensor.dtype} {list(tensor.shape)}, not {kind} {list(wanted)}")
+            wanted, kind = [rows, columns], torch.float32 if self.precision == "fp32" else torch.float16
+        if list(tensor.shape) != wanted or tensor.dtype != kind:
+            raise ValueError(
+                f"table {spec.field.name!r} is {tensor.dtype} {list(tensor.shape)}, not {kind} {list(wanted)}"
+            )
 
     def rows(self, k: int, ids: torch.Tensor) -> torch.Tensor:
         """Rows of the k-th table: ``ids [...]`` int64 -> ``[..., columns]`` float32."""
@@ -176,8 +180,9 @@ class PlainTables(nn.Module):
         weights = bag.weights if self.specs[k].field.weighted else None
         if self.precision == "fp32":
             table = getattr(self, self._parts[k][""])
-            how = {"mode": "sum", "include_last_offset": True, "per_sample_weights": weights}
-            return functional.embedding_bag(bag.ids, table, bag.offsets, **how)
+            return functional.embedding_bag(
+                bag.ids, table, bag.offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
+            )
         rows = self.rows(k, bag.ids)
         rows = rows if weights is None else rows * weights[:, None]
         place = torch.repeat_interleave(torch.arange(len(bag.offsets) - 1), bag.lengths)
@@ -185,7 +190,9 @@ class PlainTables(nn.Module):
 
 
 def ids_of(
-    single: Mapping[str, np.ndarray], lists: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray | None]], dense: np.ndarray
+    single: Mapping[str, np.ndarray],
+    lists: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray | None]],
+    dense: np.ndarray,
 ) -> Ids:
     """From arrays: ids of any integer type, lists as ids, offsets and weights."""
     return Ids(
