@@ -129,11 +129,16 @@ class Encoder:
                 bags = Bags(codes, offsets_of(lengths), part.weights(name)).take(rows)
                 columns.append(replace(bags, ids=ids.take(bags.ids, mode="clip")))
         for name, (mean, std) in self.scale.items():
-            x = part.dense(name).take(rows)
-            # A missing value sits at the mean; a constant column carries nothing and becomes zeros.
-            scaled = (x - mean) / std if std > 0 else np.zeros_like(x)
-            columns.append(np.nan_to_num(scaled, nan=0.0).astype(np.float32))
+            columns.append(standardised(part.dense(name).take(rows), mean, std))
         return columns
+
+
+def standardised(x: np.ndarray, mean: float, std: float) -> np.ndarray:
+    """A dense column ``[N]`` float64 as the models see it, float32.
+
+    A missing value (NaN) sits at the mean; a constant column carries nothing and becomes zeros."""
+    scaled = (x - mean) / std if std > 0 else np.zeros_like(x)
+    return np.nan_to_num(scaled, nan=0.0).astype(np.float32)
 
 
 def encode(

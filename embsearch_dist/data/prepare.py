@@ -179,6 +179,7 @@ def prepare_into(directory: Path, source: Source, options: Options, team: Team |
             "files": [{"name": f.name, "bytes": f.stat().st_size} for f in source.files],
             "rows_read": rows_read,
             "notes": list(source.notes),
+            "source": dict(source.description),
             "split": options.split,
             "seed": options.seed,
             "min_count": min_count,

@@ -196,15 +196,15 @@ def _arrays(
             arrays[f"dense {column.name}"] = series.fill_null(float("nan")).to_numpy()
             continue
         if column.bag is not None:
-            series, lengths, shortened[column.name] = _first(series, column.bag.max_length)
+            series, lengths, shortened[column.name] = leading(series, column.bag.max_length)
             arrays[f"lengths {column.name}"] = lengths.astype(np.min_scalar_type(column.bag.max_length))
             if column.bag.weighted:
                 arrays[f"weights {column.name}"] = series.struct.field("weight").to_numpy()
                 series = series.struct.field("value")
-        codes, values = _numbered(series)
+        codes, values = numbered(series)
         if column.kind == "bucketed":
             # Several numbers fall into one bucket, so the buckets are numbered once more.
-            renumber, values = _numbered(bucket(pl.Series(values)))
+            renumber, values = numbered(bucket(pl.Series(values)))
             codes = np.concatenate([np.zeros(1, np.int32), renumber])[codes]
         text = values.cast(pa.large_string())
         _, offsets, data = text.buffers()
@@ -215,7 +215,7 @@ def _arrays(
     return arrays, times, shortened
 
 
-def _first(series: pl.Series, most: int) -> tuple[pl.Series, np.ndarray, int]:
+def leading(series: pl.Series, most: int) -> tuple[pl.Series, np.ndarray, int]:
     """The elements of lists, at most the first ``most`` of each, ``[N]`` how many that are, and the rows cut."""
     lengths = series.list.len().to_numpy().astype(np.int64)
     elements = series.filter(pl.Series(lengths > 0)).explode()
@@ -226,7 +226,7 @@ def _first(series: pl.Series, most: int) -> tuple[pl.Series, np.ndarray, int]:
     return elements, lengths, cut
 
 
-def _numbered(series: pl.Series) -> tuple[np.ndarray, pa.Array]:
+def numbered(series: pl.Series) -> tuple[np.ndarray, pa.Array]:
     """Number the distinct values from 1 on as they come (0: null), and give them."""
     coded = series.rechunk().to_arrow().dictionary_encode()
     return coded.indices.fill_null(-1).to_numpy() + 1, coded.dictionary

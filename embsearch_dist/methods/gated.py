@@ -22,6 +22,7 @@ from embsearch_dist.data.dataset import BatchStream
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import Run
 from embsearch_dist.models.gated import GatedModel
+from embsearch_dist.models.rows import fill_rows
 from embsearch_dist.train.bilevel import HeldOut, frozen
 from embsearch_dist.train.checkpoint import Checkpointer
 from embsearch_dist.train.monitor import Monitor
@@ -109,8 +110,9 @@ class GatedTask(ABC):
     def predict(self, batch: Batch) -> torch.Tensor:
         """Logits as at inference; while nothing is selected yet, with everything open."""
         with torch.no_grad():
-            u = self.model.embed(batch)
-            return self.model.bare_head(batch.dense, u if self.steps <= self.warmup else self.select_final(u))
+            u, dense = fill_rows(self.model.embed(batch)), fill_rows(batch.dense)
+            u = u if self.steps <= self.warmup else self.select_final(u)
+            return self.model.bare_head(dense, u)[: batch.size]
 
     def close(self) -> None:
         """Let go of the held-out batches; the next outer step, if there is one, opens them again."""

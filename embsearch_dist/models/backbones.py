@@ -79,7 +79,7 @@ class Backbone(nn.Module):
             dense: ``[B, n_dense]``.
             first_order: with ``values``, the sum over the fields of the values' weights, ``[B]``.
         """
-        x = u.reshape(len(u), -1)
+        x = u.flatten(1)
         if dense.shape[1]:
             x = torch.cat([x, dense], 1)
         part = dense if self.values else x

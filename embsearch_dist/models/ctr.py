@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,43 +11,23 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import Config, ModelConfig, OptimConfig
+from embsearch_dist.config import Config, OptimConfig
 from embsearch_dist.data.batch import Batch
 from embsearch_dist.dist.context import Context
 from embsearch_dist.dist.sharding import ShardedTables
-from embsearch_dist.models.backbones import Backbone, make_backbone
+from embsearch_dist.models.backbones import make_backbone
 from embsearch_dist.models.dlrm import DLRM
 from embsearch_dist.models.embeddings import MaxTables, MixedTables
 from embsearch_dist.models.folded import FoldedMLP, can_fold
-from embsearch_dist.models.network import ArchitectureNetwork, read_network
+from embsearch_dist.models.head import Head, common_width, make_head, make_unify
+from embsearch_dist.models.network import ArchitectureNetwork
 from embsearch_dist.models.pooled import Pooled
 from embsearch_dist.models.room import check_room
-from embsearch_dist.models.unify import MixedIdentity, MixedUnify, NoUnify, SupernetUnify
+from embsearch_dist.models.rows import fill_rows
+from embsearch_dist.models.unify import MixedUnify, SupernetUnify
 from embsearch_dist.schema import Schema
 
-
-class Head(nn.Module):
-    """Unify + backbone: everything that is replicated."""
-
-    def __init__(self, unify: nn.Module, backbone: Backbone) -> None:
-        super().__init__()
-        self.unify, self.backbone = unify, backbone
-
-    def forward(self, dense: torch.Tensor, *embeddings: Any) -> torch.Tensor:
-        u = self.unify(*embeddings)
-        if not (isinstance(self.backbone, Backbone) and self.backbone.values):
-            return self.backbone(u, dense)
-        return self.backbone(u, dense, self._first_order(*embeddings))
-
-    def _first_order(
-        self, pooled: Pooled, choice: torch.Tensor | None = None, keep: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Sum of the values' weights over the fields that a subnet keeps (all without one): ``[B]``."""
-        weights = pooled.first_order()
-        if choice is None or keep is None:
-            return weights.sum(1)
-        assert isinstance(self.unify, SupernetUnify)
-        return weights @ (keep & self.unify.present[choice]).to(weights.dtype)
+__all__ = ["CTRModel", "Head", "SubnetModel", "SupernetModel", "bare", "common_width", "make_unify", "seeded"]
 
 
 class CTRModel(nn.Module):
@@ -111,31 +92,18 @@ class SubnetModel(CTRModel):
         self.folds, self._folded = False, list[FoldedMLP]()  # in a list: no part of the state
         tables = MixedTables(allocation, context, config.dist, config.optim, seed, m.init_std, extra=m.extra)
         self.tables, widths = tables, tables.widths
-        with seeded(seed):
-            side_by_side = m.backbone not in ("nasrec", "dlrm")
-            check_room("model.unified_width", max(widths), [m.unified_width] * (m.transform != "identity"))
-            unify = make_unify(m, widths, context.world_size > 1, side_by_side)
-            fields, width, n_dense = len(widths), common_width(m, widths), len(allocation.schema.dense)
-            backbone: Any
-            if m.backbone == "nasrec":
-                with context.together("reading the architecture"):
-                    backbone = read_network(m.architecture, fields, width, n_dense, m.layer_norm)
-            elif m.backbone == "dlrm":
-                check_room("model.bottom", n_dense, m.bottom)
-                check_room("model.hidden", fields * (fields + 1) // 2 + width, m.hidden)
-                backbone = DLRM(fields, width, n_dense, m.bottom, m.hidden, m.dropout)
-            else:
-                own = widths if isinstance(unify, MixedIdentity) else []
-                sizes = (fields, width, n_dense, m.hidden, m.dropout, m.precision, bool(m.extra), own)
-                backbone = make_backbone(m.backbone, *sizes)
-        self.head = self._wrap(Head(unify, backbone), context)
+        with seeded(seed), context.together("reading the architecture"):
+            head = make_head(m, widths, len(allocation.schema.dense), context.world_size > 1)
+        self.head = self._wrap(head, context)
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, Pooled]:
         """Logits ``[B]`` and the pooled embeddings (for L2)."""
         pooled = self.tables(batch.sparse)
-        if self.folds and not torch.is_grad_enabled():
-            return self._fold(pooled)(batch.dense, pooled), pooled
-        return self.head(batch.dense, pooled), pooled
+        if torch.is_grad_enabled():
+            return self.head(batch.dense, pooled), pooled
+        whole, dense = replace(pooled, values=fill_rows(pooled.values)), fill_rows(batch.dense)
+        logits = self._fold(whole)(dense, whole) if self.folds else self.head(dense, whole)
+        return logits[: batch.size], pooled
 
     def fold(self) -> None:
         """From now on predict with :class:`FoldedMLP` where the model allows it; for weights that stay as they are."""
@@ -191,25 +159,6 @@ class SupernetModel(CTRModel):
         """Logits ``[B]`` of the subnet ``choice [F]``, ``keep [F]``, and the pooled rows of the max-tables."""
         pooled = self.tables(batch.sparse)
         return self.head(batch.dense, pooled, choice, keep), pooled
-
-
-def common_width(model: ModelConfig, widths: Sequence[int]) -> int:
-    """Width at which the kept fields of an allocation reach the backbone."""
-    alike = model.unify == "mixed" and len(set(widths)) == 1
-    return max(widths) if alike or model.transform == "identity" else model.unified_width
-
-
-def make_unify(model: ModelConfig, widths: Sequence[int], synchronise: bool, side_by_side: bool) -> nn.Module:
-    """The transform of an allocation's kept fields.
-
-    ``side_by_side``: the backbone takes fields of different widths as they are.
-    """
-    alike, identity = len(set(widths)) == 1, model.transform == "identity"
-    if alike and (model.unify == "mixed" or (identity and model.norm == "none")):
-        return NoUnify()
-    if identity:
-        return MixedIdentity(widths, model.norm, model.gain, synchronise, side_by_side)
-    return MixedUnify(widths, model.unified_width, model.norm, model.gain, synchronise, model.transform)
 
 
 def bare(module: nn.Module) -> nn.Module:

@@ -36,8 +36,10 @@ class _OneDNN(torch.autograd.Function):
 
 
 def plain_on_cpu(x: torch.Tensor) -> bool:
-    """Whether products of ``x`` are float32 ones on a CPU, which paths of our own may take over."""
-    return x.device.type == "cpu" and x.dtype is torch.float32 and not torch.is_autocast_enabled("cpu")
+    """Whether products of ``x`` are float32 ones on a CPU, which paths of our own may take over. Programs that are
+    exported hold none of them: they must run elsewhere."""
+    own = x.device.type == "cpu" and x.dtype is torch.float32 and not torch.is_autocast_enabled("cpu")
+    return own and not torch.compiler.is_exporting()
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

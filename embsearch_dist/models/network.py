@@ -36,7 +36,7 @@ def features(
         dense: ``[B, I]``; without columns it counts as one of zeros.
         tokens: ``[B, width, F]``.
     """
-    denses: list[torch.Tensor | None] = [dense if dense.shape[1] else dense.new_zeros(len(dense), 1)]
+    denses: list[torch.Tensor | None] = [dense if dense.shape[1] else dense.new_zeros(dense.shape[0], 1)]
     sparses: list[torch.Tensor | None] = [tokens.contiguous()]  # once, and not by everything that reads it
     for number, block in enumerate(blocks, 1):
         if block is None:
@@ -54,7 +54,7 @@ def features(
         if block.dense_to_sparse:
             assert d is not None and s is not None
             made = own.norm("merge", own.linear("merge", d))
-            merged_s = torch.cat([made.view(len(made), tokens.shape[1], -1), s], 2)
+            merged_s = torch.cat([made.view(made.shape[0], tokens.shape[1], -1), s], 2)
         denses.append(merged_d)
         sparses.append(merged_s)
     last_d, last_s = denses[-1], sparses[-1]
@@ -64,8 +64,8 @@ def features(
 
 def head(weights: Weights, dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
     """Logits ``[B]``: one linear unit on both outputs of the last block."""
-    logits = torch.addmv(weights["head_bias"].expand(len(dense)), dense, weights["head_dense"].reshape(-1))
-    return logits.addmv_(sparse.reshape(len(sparse), -1), weights["head_sparse"].reshape(-1))
+    logits = torch.addmv(weights["head_bias"].expand(dense.shape[0]), dense, weights["head_dense"].reshape(-1))
+    return logits.addmv_(sparse.flatten(1), weights["head_sparse"].reshape(-1))
 
 
 class _Named:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torchrec import KeyedTensor
+
+if TYPE_CHECKING:  # what serves a model goes without TorchRec
+    from torchrec import KeyedTensor
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class _Moved(torch.autograd.Function):
 def _copy(values: torch.Tensor, moves: Sequence[Move], columns: int) -> torch.Tensor:
     """One ``cat``, on a GPU one launch for many fields, of slices and of the zeros between them."""
     parts, at = [], 0
-    gaps = values.new_zeros(1, 1).expand(len(values), columns)
+    gaps = values.new_zeros(1, 1).expand(values.shape[0], columns)
     for move in sorted(moves, key=lambda m: m.target):
         if move.target > at:
             parts.append(gaps[:, at : move.target])
@@ -155,7 +157,7 @@ class _FieldLinear(torch.autograd.Function):
         ctx.spans = spans
         ctx.save_for_backward(values, *weights)
         ctx.bias_shape = bias.shape
-        out = values.new_empty(len(values), len(spans), bias.shape[1])
+        out = values.new_empty(values.shape[0], len(spans), bias.shape[1])
         for f, s in enumerate(spans):
             if s is None:
                 out[:, f].zero_()

@@ -10,7 +10,8 @@ from pathlib import Path
 import polars as pl
 
 from embsearch_dist.data.formats.blocks import Block, Layout, parse, read_blocks, read_header
-from embsearch_dist.data.formats.columns import LOG_NOTE, TIME, Chunk, Column, Rows, Source, log_of
+from embsearch_dist.data.formats.columns import EVERYTHING, LOG_NOTE, TIME, Chunk, Column, Reading, Rows, Source
+from embsearch_dist.data.formats.unlabelled import check_kept, layout_of, without_label
 from embsearch_dist.errors import UserError
 
 CRITEO_NUMBERS = tuple(f"I{i}" for i in range(1, 14))
@@ -64,7 +65,7 @@ def by_name(file: Path) -> list[tuple[int, str]]:
     return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"([0-9]+)", file.name)]
 
 
-def criteo(paths: Sequence[Path], numbers: str = "bucketed") -> Source:
+def criteo(paths: Sequence[Path], numbers: str = "bucketed", reading: Reading = EVERYTHING) -> Source:
     """Criteo's train.txt: C1-C26 as they are, and I1-I13.
 
     ``numbers``: ``bucketed`` makes I1-I13 fields, 39 in all; ``dense`` keeps them numbers, log(max(x, 0) + 1) as in
@@ -74,13 +75,14 @@ def criteo(paths: Sequence[Path], numbers: str = "bucketed") -> Source:
     The minimum count of 10 is that of iHAS and FuxiCTR for the whole 45.8M rows.
     """
     files = text_files(paths, ("train.txt", "train.txt.gz"))
-    columns = (*(Column(n, numbers) for n in CRITEO_NUMBERS), *(Column(n) for n in CRITEO_CATEGORIES))
+    first = (Column(n, numbers, log=numbers == "dense") for n in CRITEO_NUMBERS)
+    columns = (*first, *(Column(n) for n in CRITEO_CATEGORIES))
 
-    def read(block: Block) -> pl.DataFrame:
-        rows = Rows(parse(block, CRITEO), block.where)
-        series = [rows.convert(c, c.name) for c in columns]
-        if numbers == "dense":
-            series = [log_of(s) if c.kind == "dense" else s for c, s in zip(columns, series)]
+    def read(layout: Layout, block: Block) -> pl.DataFrame:
+        rows = Rows(parse(block, layout, _wanted(layout, "label", columns, reading)), block.where)
+        series = [rows.convert(c, c.name) for c in columns if reading.wants(c)]
+        if not reading.labelled:
+            return pl.DataFrame([*series, *rows.kept(reading.kept)])
         # All times equal: ties go by row number.
         time = pl.repeat(0.0, rows.frame.height, dtype=pl.Float64, eager=True).alias(TIME)
         return pl.DataFrame([rows.label("label"), time, *series])
@@ -88,10 +90,11 @@ def criteo(paths: Sequence[Path], numbers: str = "bucketed") -> Source:
     notes: tuple[str, ...] = ("time order is row order",)
     if numbers == "dense":
         notes += (f"I1 to I13 are {LOG_NOTE}",)
-    return Source("criteo", columns, files, partial(_chunks, files, CRITEO, read), min_count=10, notes=notes)
+    chunks = partial(_chunks, files, CRITEO, "label", read, reading)
+    return Source("criteo", columns, files, chunks, min_count=10, notes=notes)
 
 
-def avazu(paths: Sequence[Path]) -> Source:
+def avazu(paths: Sequence[Path], reading: Reading = EVERYTHING) -> Source:
     """Avazu's train.csv: its 22 columns after ``click``, with ``hour`` as the hour of the day (0-23).
 
     ``id`` names the row and says nothing about it, so it is no field; the date in ``hour`` would be
@@ -102,31 +105,54 @@ def avazu(paths: Sequence[Path]) -> Source:
     files = text_files(paths, ("train.csv", "train.csv.gz", "train.gz", "train"))
     for file in files:
         header = read_header(file, ",", "utf-8")
-        if header != AVAZU.columns:
+        if header != AVAZU.columns and (reading.labelled or header != without_label(AVAZU, "click").columns):
             odd = next((n for n in header if n not in AVAZU.columns), None)
             what = f"column {odd!r} is not Avazu's" if odd else f"{len(header)} columns or another order"
             raise UserError(
                 f"{file}, line 1: {what}. Expected the header of Kaggle's train.csv: id,click,hour,C1,...,C21"
             )
     columns = tuple(Column(n) for n in AVAZU_FIELDS)
-    wanted = tuple(n for n in AVAZU.columns if n != "id")
 
-    def read(block: Block) -> pl.DataFrame:
-        rows = Rows(parse(block, AVAZU, wanted), block.where)
-        hour = rows.integer("hour")
-        bad = (hour % 100 > 23) | (hour < 0)
-        if bad.any():
-            row = int(bad.arg_max() or 0)
-            raise UserError(f"{rows.where(row)}, column 'hour': {hour[row]} is not YYMMDDHH. Fix that line")
-        series = [(hour % 100).cast(pl.String).alias("hour")]
-        series += [rows.convert(c, c.name) for c in columns[1:]]
+    def read(layout: Layout, block: Block) -> pl.DataFrame:
+        rows = Rows(parse(block, layout, _wanted(layout, "click", columns, reading)), block.where)
+        series = [rows.convert(c, c.name) for c in columns[1:] if reading.wants(c)]
+        if reading.labelled or reading.wants(columns[0]):
+            hour = _hour(rows)
+            series.insert(0, (hour % 100).cast(pl.String).alias("hour"))
+        if not reading.labelled:
+            return pl.DataFrame([*series, *rows.kept(reading.kept)])
         return pl.DataFrame([rows.label("click"), hour.cast(pl.Float64).alias(TIME), *series])
 
     notes = ("hour is the hour of the day",)
-    return Source("avazu", columns, files, partial(_chunks, files, AVAZU, read), min_count=4, notes=notes)
+    chunks = partial(_chunks, files, AVAZU, "click", read, reading)
+    return Source("avazu", columns, files, chunks, min_count=4, notes=notes)
 
 
-def _chunks(files: Sequence[Path], layout: Layout, read: Callable[[Block], pl.DataFrame]) -> Iterator[Chunk]:
+def _hour(rows: Rows) -> pl.Series:
+    """Avazu's YYMMDDHH as int64, checked."""
+    hour = rows.integer("hour")
+    bad = (hour % 100 > 23) | (hour < 0)
+    if bad.any():
+        row = int(bad.arg_max() or 0)
+        raise UserError(f"{rows.where(row)}, column 'hour': {hour[row]} is not YYMMDDHH. Fix that line")
+    return hour
+
+
+def _wanted(layout: Layout, label: str, columns: Sequence[Column], reading: Reading) -> tuple[str, ...]:
+    """The columns of a file that are parsed."""
+    names = {c.name for c in columns if reading.wants(c)} | set(reading.kept) | ({label} if reading.labelled else set())
+    return tuple(n for n in layout.columns if n in names)
+
+
+def _chunks(
+    files: Sequence[Path],
+    layout: Layout,
+    label: str,
+    read: Callable[[Layout, Block], pl.DataFrame],
+    reading: Reading,
+) -> Iterator[Chunk]:
     for file in files:
-        for block in read_blocks(file, layout):
-            yield Chunk(block.consumed, partial(read, block))
+        own = layout if reading.labelled else layout_of(file, layout, label)
+        check_kept(file, own, reading)
+        for block in read_blocks(file, own):
+            yield Chunk(block.consumed, partial(read, own, block))

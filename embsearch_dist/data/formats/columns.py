@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from embsearch_dist.data.formats.cells import Spelling, as_whole, text_of
 from embsearch_dist.errors import UserError
 
 LABEL, TIME = "__label", "__time"
+KEPT = "__kept "  # stands before the name of a column that is only passed on
 KINDS = ("categorical", "list", "bucketed", "dense")
 MAX_LENGTH = 100
 WORDS = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
@@ -49,13 +50,35 @@ class Column:
 
     ``kind``: ``categorical`` (any text), ``list`` (any number of texts, with a ``bag``), ``bucketed`` (a number,
     turned into a category by :func:`bucket`) or ``dense`` (a number that stays one). ``whole``: texts like ``1.0``
-    are the whole number ``1``.
+    are the whole number ``1``. ``log``: of a dense column :func:`log_of` is taken.
     """
 
     name: str
     kind: str = "categorical"
     bag: Bag | None = None
     whole: bool = False
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What of the raw rows is wanted.
+
+    Attributes:
+        labelled: the label, which must then be there; rows that are to be predicted have none.
+        only: names of the columns of the source that are read; ``None``: all.
+        kept: columns of the files that are passed on as they are, behind :data:`KEPT` in the frames.
+    """
+
+    labelled: bool = True
+    only: frozenset[str] | None = None
+    kept: tuple[str, ...] = ()
+
+    def wants(self, column: Column) -> bool:
+        return self.only is None or column.name in self.only
+
+
+EVERYTHING = Reading()
 
 
 @dataclass(frozen=True)
@@ -94,6 +117,7 @@ class Source:
         no_time: why a chronological split is impossible; ``None`` when it is possible.
         notes: what was decided while opening, kept in the schema for people.
         recipe: what else decides the rows (the text of a source file): another recipe, other data.
+        description: how more such rows are read, see :mod:`embsearch_dist.data.formats.described`; JSON-able.
     """
 
     dataset: str
@@ -104,6 +128,7 @@ class Source:
     no_time: str | None = None
     notes: tuple[str, ...] = ()
     recipe: str = ""
+    description: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -296,9 +321,14 @@ class Rows:
         if column.bag is not None:
             return self.bag(raw, column.bag, column.whole).alias(column.name)
         if column.kind != "categorical":
-            return self.number(raw).alias(column.name)
+            number = self.number(raw).alias(column.name)
+            return log_of(number) if column.log else number
         text = self.category(raw)
         return (as_whole(text) if column.whole else text).alias(column.name)
+
+    def kept(self, columns: Sequence[str]) -> list[pl.Series]:
+        """Columns of the files as they are, under the names that they have in a frame."""
+        return [self.frame[name].alias(f"{KEPT}{name}") for name in columns]
 
     def _refuse(self, bad: pl.Series, raw: pl.Series, column: str, wrong: str, fix: str) -> None:
         if bad.any():

@@ -17,7 +17,18 @@ import numpy as np
 import polars as pl
 
 from embsearch_dist.data.formats.blocks import Block, Layout, parse, read_blocks
-from embsearch_dist.data.formats.columns import LABEL, LOG_NOTE, Chunk, Column, Rows, Source, log_of
+from embsearch_dist.data.formats.columns import (
+    EVERYTHING,
+    LABEL,
+    LOG_NOTE,
+    Chunk,
+    Column,
+    Reading,
+    Rows,
+    Source,
+    log_of,
+)
+from embsearch_dist.data.formats.unlabelled import check_kept, layout_of
 from embsearch_dist.errors import UserError
 
 IDS = ("display_url", "ad_id", "advertiser_id", "query_id", "keyword_id", "title_id", "description_id", "user_id")
@@ -30,7 +41,7 @@ TRAINING_FILES = ("training.txt", "training.txt.gz")
 PROFILE_FILES = ("userid_profile.txt", "userid_profile.txt.gz")
 
 
-def kdd2012(path: Path) -> Source:
+def kdd2012(path: Path, reading: Reading = EVERYTHING) -> Source:
     """KDD Cup 2012 track 2: a directory with training.txt and userid_profile.txt (or the training file itself).
 
     Fields: the eight ids as they stand, then gender and age of the user, both missing where ``user_id`` is 0 (nobody
@@ -48,20 +59,25 @@ def kdd2012(path: Path) -> Source:
             f"{training.parent / PROFILE_FILES[0]}: no such file. {training.name} needs it for gender and age: "
             "put the file of that name from the same archive beside it"
         )
-    columns = (*(Column(n) for n in (*IDS, "gender", "age")), *(Column(n, "dense") for n in NUMBERS))
+    columns = (*(Column(n) for n in (*IDS, "gender", "age")), *(Column(n, "dense", log=True) for n in NUMBERS))
     users = Profiles(profiles)
+    layout = TRAINING if reading.labelled else layout_of(training, TRAINING, "click")
+    check_kept(training, layout, reading)
 
     def read(block: Block) -> pl.DataFrame:
-        rows = Rows(parse(block, TRAINING), block.where)
-        label = (rows.integer("click") > 0).cast(pl.Float32).alias(LABEL)
+        rows = Rows(parse(block, layout), block.where)
         numbers = [log_of(rows.integer(n)) for n in NUMBERS]
         *others, (text, user) = (_identifier(rows, n) for n in IDS)
         ids = [*(other for other, _ in others), text.set(user == 0, None)]
-        return pl.DataFrame([label, *ids, *users.of(user), *numbers])
+        series = [*ids, *users.of(user), *numbers]
+        if not reading.labelled:
+            wanted = [s for s, c in zip(series, columns, strict=True) if reading.wants(c)]
+            return pl.DataFrame([*wanted, *rows.kept(reading.kept)])
+        return pl.DataFrame([(rows.integer("click") > 0).cast(pl.Float32).alias(LABEL), *series])
 
     def chunks() -> Iterator[Chunk]:
         before = profiles.stat().st_size  # they are read before the first rows
-        for block in read_blocks(training, TRAINING):
+        for block in read_blocks(training, layout):
             yield Chunk(before + block.consumed, partial(read, block))
             before = 0
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import polars as pl
 
 from embsearch_dist.data.formats.blocks import Block, Layout, parse, read_blocks
-from embsearch_dist.data.formats.columns import TIME, Bag, Chunk, Column, Rows, Source
+from embsearch_dist.data.formats.columns import EVERYTHING, TIME, Bag, Chunk, Column, Reading, Rows, Source
+from embsearch_dist.data.formats.unlabelled import check_kept, layout_of
 from embsearch_dist.errors import UserError
 
 LIKED_ABOVE = 3
@@ -27,7 +28,7 @@ GENRES_100K = (
 YEAR = r"\((\d{4})\)\s*$"
 
 
-def movielens_1m(path: Path, genres_as_list: bool = False) -> Source:
+def movielens_1m(path: Path, genres_as_list: bool = False, reading: Reading = EVERYTHING) -> Source:
     """MovieLens 1M: a directory with users.dat, movies.dat and ratings (or the ratings file itself).
 
     Fields: user_id, gender, age, occupation, zip, movie_id, year (of the title), genres (the whole
@@ -45,10 +46,11 @@ def movielens_1m(path: Path, genres_as_list: bool = False) -> Source:
         ratings.parent / "movies.dat", Layout(("movie_id", "title", "genres"), "::", encoding="latin-1")
     ).select("movie_id", pl.col("title").str.extract(YEAR).alias("year"), "genres")
     layout = Layout(names, "::", encoding="latin-1")
-    return _source("movielens_1m", ratings, layout, users, movies, ("users.dat", "movies.dat"), genres_as_list)
+    small = ("users.dat", "movies.dat")
+    return _source("movielens_1m", ratings, layout, users, movies, small, genres_as_list, reading)
 
 
-def movielens_100k(path: Path, genres_as_list: bool = False) -> Source:
+def movielens_100k(path: Path, genres_as_list: bool = False, reading: Reading = EVERYTHING) -> Source:
     """MovieLens 100K: a directory with u.data, u.user and u.item. Fields and label as for 1M, timed."""
     ratings = path if path.is_file() else _first(path, ("u.data",))
     users = _small(
@@ -67,7 +69,8 @@ def movielens_100k(path: Path, genres_as_list: bool = False) -> Source:
         pl.concat_str(flags, separator="|", ignore_nulls=True).alias("genres"),
     )
     layout = Layout(("user_id", "movie_id", "rating", "timestamp"), "\t", encoding="latin-1")
-    return _source("movielens_100k", ratings, layout, users, movies, ("u.user", "u.item"), genres_as_list)
+    small = ("u.user", "u.item")
+    return _source("movielens_100k", ratings, layout, users, movies, small, genres_as_list, reading)
 
 
 def _source(
@@ -78,7 +81,10 @@ def _source(
     movies: pl.DataFrame,
     small: tuple[str, str],
     genres_as_list: bool,
+    reading: Reading,
 ) -> Source:
+    layout = layout if reading.labelled else layout_of(ratings, layout, "rating")
+    check_kept(ratings, layout, reading)
     timed = "timestamp" in layout.columns
     lists = {"genres": Column("genres", "list", GENRES)} if genres_as_list else {}
     columns = tuple(lists.get(n, Column(n)) for n in (TIMED if timed else BASE))
@@ -89,7 +95,8 @@ def _source(
         _known(rows, "movie_id", movies, small[1])
         frame = rows.frame.join(users, on="user_id", how="left", maintain_order="left")
         frame = frame.join(movies, on="movie_id", how="left", maintain_order="left")
-        frame = frame.with_columns(rows.label("rating", LIKED_ABOVE))
+        if reading.labelled:
+            frame = frame.with_columns(rows.label("rating", LIKED_ABOVE))
         if timed:
             seconds = rows.integer("timestamp")
             frame = frame.with_columns(seconds.alias("timestamp"), seconds.cast(pl.Float64).alias(TIME))
@@ -98,6 +105,9 @@ def _source(
             frame = frame.with_columns(weekend.alias("weekday"), moment.dt.hour().cast(pl.String).alias("hour_in_day"))
         for name, column in lists.items():
             frame = frame.with_columns(Rows(frame, block.where).convert(column, name))
+        if not reading.labelled:
+            wanted = frame.select(c.name for c in columns if reading.wants(c))
+            return pl.DataFrame([*wanted.get_columns(), *rows.kept(reading.kept)])
         return frame.select("__label", *((TIME,) if timed else ()), *(c.name for c in columns))
 
     def chunks() -> Iterator[Chunk]:

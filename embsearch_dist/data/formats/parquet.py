@@ -104,7 +104,7 @@ def agree(
 
     Args:
         files: in the order of their rows.
-        uses: key of the source file, column, and what for (a key of :data:`ALLOWED`).
+        uses: key of the source file, column, and what for (a key of :data:`ALLOWED`, or ``kept`` for any type).
         check: called with a file and its column names; raises for one that is not there.
 
     Raises:
@@ -122,7 +122,7 @@ def agree(
                 raise UserError(f"{file}: column {column!r} is there twice. Rename one of them")
         schemas[file] = schema
     exact: dict[str, tuple[Path, Path]] = {}
-    for key, column, use in uses:
+    for key, column, use in (u for u in uses if u[2] != "kept"):
         first: dict[str, Path] = {}
         for file, schema in schemas.items():
             type_ = schema.field(column).type

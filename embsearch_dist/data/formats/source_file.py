@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import yaml
@@ -46,7 +47,7 @@ class TableSource:
         encoding: ``utf-8``, ``latin-1`` or ``utf-16``.
         quoted: whether quotes protect separators.
         spelling: how cells are written.
-        label: where the label stands.
+        label: where the label stands; none in rows that are to be predicted.
         time: where the time stands, if there is one.
         columns: fields and dense columns, in the order of the schema.
         raw: the column of the files behind each of ``columns``.
@@ -61,7 +62,7 @@ class TableSource:
     encoding: str
     quoted: bool
     spelling: Spelling
-    label: LabelColumn
+    label: LabelColumn | None
     time: TimeColumn | None
     columns: tuple[Column, ...]
     raw: dict[str, str]
@@ -71,7 +72,7 @@ class TableSource:
     def uses(self) -> tuple[tuple[str, str, str], ...]:
         """Every use of a column of the files: key of the source file, column, and what for: ``label``, ``time``,
         ``categorical``, ``number``, ``list`` or ``weights``."""
-        found = [("label", self.label.column, "label")]
+        found = [("label", self.label.column, "label")] if self.label else []
         if self.time:
             found.append(("time", self.time.column, "time"))
         for c in self.columns:
@@ -85,6 +86,20 @@ class TableSource:
     def wanted(self) -> tuple[str, ...]:
         """The columns to read from the files."""
         return tuple(dict.fromkeys(column for _, column, _ in self.uses))
+
+    def describe(self) -> dict[str, Any]:
+        """How further rows of this kind are read; JSON-able. What belongs to single files or the label is left out."""
+        kinds = {"delimiter": self.delimiter, "encoding": self.encoding, "quoted": self.quoted}
+        columns = [{**describe_column(c), "column": self.raw[c.name]} for c in self.columns]
+        spelling = asdict(self.spelling) | {"missing": list(self.spelling.missing)}
+        return {"format": "table", "columns": columns, "text": kinds, "spelling": spelling}
+
+
+def describe_column(column: Column) -> dict[str, Any]:
+    """A column as JSON; what it lacks is left out."""
+    body: dict[str, Any] = {"name": column.name, "kind": column.kind}
+    body |= {"bag": asdict(column.bag)} if column.bag is not None else {}
+    return body | {key: True for key in ("whole", "log") if getattr(column, key)}
 
 
 class _Literal(yaml.SafeLoader):

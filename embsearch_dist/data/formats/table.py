@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import polars as pl
 
 from embsearch_dist.data.formats import inputs, parquet
 from embsearch_dist.data.formats.blocks import Block, Layout, has_rows, parse, read_blocks, read_header
-from embsearch_dist.data.formats.columns import Chunk, Rows, Source, nearest
+from embsearch_dist.data.formats.columns import Chunk, Reading, Rows, Source, nearest
 from embsearch_dist.data.formats.source_file import TableSource, read_source_file
 from embsearch_dist.data.formats.times import Clock
 from embsearch_dist.errors import UserError
@@ -30,15 +31,11 @@ def table(path: Path) -> Source:
             between files; while reading also bad cells and rows.
     """
     spec = read_source_file(path)
-    files, notes = inputs.expand(path, spec.files, any_name=bool(spec.format))
-    kind = spec.format or inputs.format_of(path, files)
-    kept, cut = _open_parquet(spec, files) if kind == "parquet" else _open_text(spec, files, kind)
-    if not kept:
-        raise UserError(f"{files[0]}: the file has no rows. Give a file with at least one")
-    notes += tuple(f"{file.name} has no rows" for file in files if file not in kept)
+    kept, cut, notes = _opened(spec, ())
 
     def read(clock: Clock | None, rows: Callable[[], Rows]) -> pl.DataFrame:
         found = rows()
+        assert spec.label is not None
         series = [found.label_of(spec.label)]
         if clock is not None:
             series.append(clock.read(found))
@@ -53,40 +50,83 @@ def table(path: Path) -> Source:
                 yield Chunk(consumed, partial(read, clock, rows))
 
     no_time = None if spec.time else f"{path} names no time column; add `time: COLUMN` or use --split random"
-    if spec.label.threshold is not None:
+    if spec.label is not None and spec.label.threshold is not None:
         notes += (f"label is {spec.label.column} > {spec.label.threshold:g}",)
     recipe = path.read_text(encoding="utf-8")
-    return Source(spec.name, spec.columns, kept, chunks, spec.min_count, no_time, notes, recipe)
+    return Source(spec.name, spec.columns, kept, chunks, spec.min_count, no_time, notes, recipe, spec.describe())
 
 
-def _open_parquet(spec: TableSource, files: Sequence[Path]) -> tuple[tuple[Path, ...], _Cutter]:
-    agreed = parquet.agree(files, spec.uses, partial(_check_names, spec))
+def unlabelled(spec: TableSource, reading: Reading) -> Source:
+    """Open rows that are to be predicted: ``spec`` has neither label nor time.
+
+    Raises:
+        UserError: as :func:`table` does.
+    """
+    spec = replace(spec, columns=tuple(c for c in spec.columns if reading.wants(c)))
+    files, cut, notes = _opened(spec, reading.kept)
+
+    def read(rows: Callable[[], Rows]) -> pl.DataFrame:
+        found = rows()
+        return pl.DataFrame([*(found.convert(c, spec.raw[c.name]) for c in spec.columns), *found.kept(reading.kept)])
+
+    def chunks() -> Iterator[Chunk]:
+        for file in files:
+            for consumed, rows in cut(file, None):
+                yield Chunk(consumed, partial(read, rows))
+
+    return Source(spec.name, spec.columns, files, chunks, notes=notes)
+
+
+def _opened(spec: TableSource, passed: Sequence[str]) -> tuple[tuple[Path, ...], _Cutter, tuple[str, ...]]:
+    """The files that have rows, how each is cut, and notes; ``passed``: columns that are read and left as they are."""
+    files, notes = inputs.expand(spec.path, spec.files, any_name=bool(spec.format))
+    kind = spec.format or inputs.format_of(spec.path, files)
+    wanted = tuple(dict.fromkeys([*spec.wanted, *passed]))
+    uses = (*spec.uses, *((f"--keep {name}", name, "kept") for name in passed))
+    opened = _open_parquet if kind == "parquet" else partial(_open_text, kind=kind)
+    kept, cut = opened(spec, files, uses, wanted)
+    if not kept:
+        raise UserError(f"{files[0]}: the file has no rows. Give a file with at least one")
+    return kept, cut, notes + tuple(f"{file.name} has no rows" for file in files if file not in kept)
+
+
+_Uses = Sequence[tuple[str, str, str]]
+
+
+def _open_parquet(
+    spec: TableSource, files: Sequence[Path], uses: _Uses, wanted: tuple[str, ...]
+) -> tuple[tuple[Path, ...], _Cutter]:
+    agreed = parquet.agree(files, uses, partial(_check_names, spec, uses))
     return agreed.files, lambda file, size: parquet.rows_of(agreed, file, spec.spelling)
 
 
-def _open_text(spec: TableSource, files: Sequence[Path], kind: str) -> tuple[tuple[Path, ...], _Cutter]:
+def _open_text(
+    spec: TableSource, files: Sequence[Path], uses: _Uses, wanted: tuple[str, ...], kind: str
+) -> tuple[tuple[Path, ...], _Cutter]:
     delimiter = spec.delimiter or DELIMITERS[kind]
     layouts = {}
     for file in files:
         if len(files) > 1 and not has_rows(file, spec.encoding):
             continue
         header = read_header(file, delimiter, spec.encoding, spec.quoted)
-        _check_names(spec, file, header, delimiter)
+        _check_names(spec, uses, file, header, delimiter)
         layouts[file] = Layout(header, delimiter, header=True, quoted=spec.quoted, encoding=spec.encoding)
-    return tuple(layouts), lambda file, size: _text_rows(spec, file, layouts[file], size)
+    return tuple(layouts), lambda file, size: _text_rows(spec, wanted, file, layouts[file], size)
 
 
-def _text_rows(spec: TableSource, file: Path, layout: Layout, block_bytes: int | None) -> Iterator[_Cut]:
+def _text_rows(
+    spec: TableSource, wanted: tuple[str, ...], file: Path, layout: Layout, block_bytes: int | None
+) -> Iterator[_Cut]:
     def rows(block: Block) -> Rows:
-        return Rows(parse(block, layout, spec.wanted), block.where, spec.spelling)
+        return Rows(parse(block, layout, wanted), block.where, spec.spelling)
 
     for block in read_blocks(file, layout, block_bytes):
         yield block.consumed, partial(rows, block)
 
 
-def _check_names(spec: TableSource, file: Path, names: tuple[str, ...], delimiter: str = "") -> None:
+def _check_names(spec: TableSource, uses: _Uses, file: Path, names: tuple[str, ...], delimiter: str = "") -> None:
     """Every wanted column is there; else the nearest one, or the delimiter under which it would be."""
-    for key, column, _ in spec.uses:
+    for key, column, _ in uses:
         if column not in names:
             advice = nearest(column, names)
             better = [d for d in OTHERS if delimiter not in ("", d) and column in _names_by(spec, file, d)]

@@ -49,7 +49,7 @@ class Controller(nn.Module):
 
     def forward(self, e: torch.Tensor) -> torch.Tensor:
         """``e [B, N, d]`` -> weights ``[B, N]``, each row adds up to 1."""
-        outputs = self.linear(e.reshape(len(e), -1))
+        outputs = self.linear(e.flatten(1))
         outputs = self.norm(outputs[None], self.choice)[:, 0]
         return torch.softmax(functional.dropout(torch.relu(outputs), self.dropout, self.training), 1)
 
@@ -63,9 +63,20 @@ def keep_top(weights: torch.Tensor, k: int, renormalise: bool) -> torch.Tensor:
     Args:
         renormalise: what a row keeps adds up to 1.
     """
-    order = weights.detach().sort(dim=1, descending=True, stable=True).indices[:, :k]
-    weights = weights * torch.zeros_like(weights).scatter(1, order, 1.0)
+    if torch.compiler.is_exporting():  # a stable sort has no form in ONNX
+        kept = (_places(weights) < k).to(weights.dtype)
+    else:
+        order = weights.detach().sort(dim=1, descending=True, stable=True).indices[:, :k]
+        kept = torch.zeros_like(weights).scatter(1, order, 1.0)
+    weights = weights * kept
     return weights / weights.sum(1, keepdim=True) if renormalise else weights
+
+
+def _places(weights: torch.Tensor) -> torch.Tensor:
+    """Where each of ``weights [B, N]`` stands in its row, the largest first, of equal ones the first: ``[B, N]``."""
+    mine, other = weights[:, :, None], weights[:, None, :]
+    before = torch.ones(weights.shape[1], weights.shape[1], dtype=torch.bool).tril(-1)  # the other comes first
+    return ((other > mine) | ((other == mine) & before)).sum(2)
 
 
 class AdaFSModel(GatedModel):

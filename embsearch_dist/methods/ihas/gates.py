@@ -95,10 +95,13 @@ def thresholds(p: torch.Tensor, bins: int, fallback: float, smooth: int = 0) -> 
     Returns:
         ``[B]``.
     """
-    rows, columns = p.shape
+    rows = p.shape[0]
     place = (p * bins).to(torch.int32).clamp_(0, bins - 1)
-    place += (torch.arange(rows, device=p.device, dtype=torch.int32) * bins)[:, None]
-    counts = torch.bincount(place.reshape(-1), minlength=rows * bins).reshape(rows, bins).float()
+    if torch.compiler.is_exporting():  # bincount has no form in ONNX
+        counts = torch.stack([(place == k).sum(1) for k in range(bins)], 1).float()
+    else:
+        place += (torch.arange(rows, device=p.device, dtype=torch.int32) * bins)[:, None]
+        counts = torch.bincount(place.reshape(-1), minlength=rows * bins).reshape(rows, bins).float()
     if smooth:
         window = 2 * smooth + 1
         counts = functional.avg_pool1d(counts[:, None], window, 1, smooth, count_include_pad=False)[:, 0]

@@ -22,6 +22,7 @@ from embsearch_dist.methods.ihas.gates import (
 )
 from embsearch_dist.models.ctr import seeded
 from embsearch_dist.models.gated import GatedModel
+from embsearch_dist.models.rows import fill_rows
 from embsearch_dist.train.monitor import Monitor
 
 STAGE = "gates"
@@ -44,7 +45,10 @@ class GatesTask(gated.GatedTask):
 
     def logits(self, u: torch.Tensor) -> torch.Tensor:
         """Logits of the gates ``[B, C]`` for embeddings ``u [B, F, d]``; the selector without DDP."""
-        return self.model.bare_selector(u.reshape(len(u), -1))
+        flat = u.reshape(len(u), -1)
+        if torch.is_grad_enabled():
+            return self.model.bare_selector(flat)
+        return self.model.bare_selector(fill_rows(flat))[: len(flat)]
 
     def masks(self, u: torch.Tensor) -> torch.Tensor:
         """Deterministic masks ``[B, C]`` (section 3.3.2)."""

@@ -1,0 +1,280 @@
+"""Raw rows -> probabilities, in bounded memory, by several processes, in the order of the rows.
+
+Every process cuts the input alike and takes each n-th piece, as preparation does: it parses, encodes and predicts it
+and hands the scores to the first process, which writes them piece by piece in order. A process that is ahead waits, so
+no more than a piece a process is in memory.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from embsearch_dist.data.formats.columns import KEPT, Chunk, Reading, Source
+from embsearch_dist.data.scratch import temporary
+from embsearch_dist.errors import UserError
+from embsearch_dist.serving.directory import ModelDirectory, open_directory
+from embsearch_dist.serving.encoding import RowEncoder, add_counts
+from embsearch_dist.serving.tables import Ids
+
+LOGIT, PROBABILITY = "logit", "probability"
+MARK = b"embsearch_dist.scores"
+OWN = "own"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to predict.
+
+    Attributes:
+        model: the model directory.
+        input: file or folder of raw rows.
+        out: the Parquet file to write.
+        format: of the rows: that of the training data (``own``), or ``table``: columns by name.
+        keep: columns of the input that are written beside the scores.
+        processes: how many work.
+        overwrite: replace scores that an earlier call has written.
+    """
+
+    model: Path
+    input: Path
+    out: Path
+    format: str = OWN
+    keep: tuple[str, ...] = ()
+    processes: int = 1
+    overwrite: bool = False
+
+
+@dataclass
+class Done:
+    """What was predicted: rows, and for each field the values that have no id."""
+
+    rows: int = 0
+    unseen: dict[str, int] = field(default_factory=dict)
+
+
+@torch.inference_mode()
+def logits_of(model: Any, ids: Ids, batch_rows: int) -> torch.Tensor:
+    """``[N]`` float32, batch by batch."""
+    parts = [model(ids.take(slice(a, a + batch_rows))) for a in range(0, ids.rows, batch_rows)]
+    return torch.cat(parts).float() if parts else torch.zeros(0)
+
+
+class Scorer:
+    """One process's model, encoder and source."""
+
+    def __init__(self, job: Job, directory: ModelDirectory) -> None:
+        self.job, self.directory = job, directory
+        self.model = directory.model()
+        self.encoder = RowEncoder(directory)
+        self.source = open_input(job, directory, directory.columns)
+
+    def score(self, chunk: Chunk) -> tuple[pa.Table, dict[str, int]]:
+        """Kept columns, logits and probabilities of a piece, and the values that have no id."""
+        frame = chunk.frame
+        encoded = self.encoder(frame)
+        logits = logits_of(self.model, encoded.ids, self.directory.batch_rows)
+        kept = [frame[f"{KEPT}{name}"].alias(name) for name in self.job.keep]
+        scores = {LOGIT: logits.numpy(), PROBABILITY: torch.sigmoid(logits).numpy()}
+        columns = [*kept, *(pl.Series(name, values) for name, values in scores.items())]
+        return pl.DataFrame(columns).to_arrow(), encoded.unseen
+
+
+def open_input(job: Job, directory: ModelDirectory, columns: frozenset[str]) -> Source:
+    """The raw rows of a job.
+
+    Raises:
+        UserError: they cannot be read, or lack a column.
+    """
+    for name in job.keep:
+        if name in (LOGIT, PROBABILITY):
+            raise UserError(f"--keep {name}: that is the name of a column of scores. Rename the column of the input")
+    format = directory.source.format if job.format == OWN else job.format
+    return directory.source.open(job.input, format, Reading(False, columns, job.keep))
+
+
+def predict(job: Job, tick: Callable[[int], None] = lambda n: None) -> Done:
+    """Write the scores of all rows of the input.
+
+    Args:
+        tick: called with the bytes of the input that were dealt with.
+
+    Raises:
+        UserError: the model directory is damaged, the rows do not fit it, or ``job.out`` is in the way. Nothing is
+            written then.
+    """
+    check_out(job)
+    directory = open_directory(job.model)
+    if job.processes == 1:
+        return _write(job, directory, _alone(Scorer(job, directory)), tick)
+    open_input(job, directory, directory.columns)  # what every process would refuse is told before any is started
+    with _Workers(job) as workers:
+        return _write(job, directory, workers.pieces(), tick)
+
+
+_Piece = tuple[pa.Table, dict[str, int], int]
+
+
+def check_out(job: Job) -> None:
+    """Raises:
+    UserError: the output is no Parquet file's name, exists and may not be replaced, or its folder is missing.
+    """
+    out = job.out
+    if out.suffix.lower() in (".csv", ".tsv", ".txt", ".json"):
+        raise UserError(f"--out {out}: scores are written as Parquet. Give a name that ends in .parquet")
+    if out.exists() or out.is_symlink():
+        if not _is_ours(out):
+            raise UserError(f"--out {out} exists and holds no scores: it is left alone. Give another --out")
+        if not job.overwrite:
+            raise UserError(f"--out {out} exists. Give another --out, or --overwrite to replace the scores")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: no such folder. Make it, or give another --out")
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return path.is_file() and MARK in (pq.read_schema(path).metadata or {})
+    except (pa.ArrowException, OSError):
+        return False
+
+
+def _write(job: Job, directory: ModelDirectory, pieces: Iterator[_Piece], tick: Callable[[int], None]) -> Done:
+    done, unfinished = Done(), temporary(job.out)
+    writer: pq.ParquetWriter | None = None
+    told = f"{directory.body['name']}, tables at {directory.body['precision']}"
+    try:
+        for table, unseen, consumed in pieces:
+            if writer is None:
+                schema = table.schema.with_metadata({MARK: told.encode()})
+                writer = pq.ParquetWriter(unfinished, schema, compression="zstd", compression_level=1)
+            writer.write_table(_fitting(table, writer.schema))
+            done.rows += table.num_rows
+            add_counts(done.unseen, unseen)
+            tick(consumed)
+        if writer is None:
+            raise UserError(f"--input {job.input}: it has no rows. Give a file with at least one")
+        writer.close()
+        unfinished.replace(job.out)
+    except OSError as e:
+        raise UserError(f"--out {job.out}: cannot be written ({e.strerror or e}). Check the disk and the path") from e
+    finally:
+        if writer is not None and writer.is_open:
+            writer.close()
+        unfinished.unlink(missing_ok=True)
+    return done
+
+
+def _fitting(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table with the types of the first one: a kept column may differ from file to file."""
+    try:
+        return table.cast(schema)
+    except (pa.ArrowException, ValueError) as e:
+        raise UserError(f"--keep: the files differ in the type of a column ({' '.join(str(e).split())[:120]})") from e
+
+
+def _alone(scorer: Scorer) -> Iterator[_Piece]:
+    for chunk in scorer.source.chunks():
+        yield *scorer.score(chunk), chunk.consumed
+
+
+class _Workers:
+    """Processes that score each n-th piece."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.ends: list[Connection] = []
+        self.processes: list[Any] = []
+
+    def __enter__(self) -> _Workers:
+        context = multiprocessing.get_context("spawn")
+        # polars counts the cores when it is loaded, and would give all of them to every process.
+        before = {name: os.environ.get(name) for name in ("POLARS_MAX_THREADS", "OMP_NUM_THREADS")}
+        os.environ.update(dict.fromkeys(before, "1"))
+        try:
+            for rank in range(self.job.processes):
+                mine, other = context.Pipe(duplex=False)
+                process = context.Process(target=_work, args=(other, self.job, rank), daemon=True)
+                process.start()
+                other.close()
+                self.ends.append(mine)
+                self.processes.append(process)
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for end in self.ends:
+            end.close()
+        for process in self.processes:
+            process.terminate()
+            process.join()
+
+    def pieces(self) -> Iterator[_Piece]:
+        """All pieces in order.
+
+        Raises:
+            UserError: what a process found, in the order of the rows; or a process was killed.
+        """
+        k = 0
+        while True:
+            end = self.ends[k % len(self.ends)]
+            try:
+                said = end.recv()
+                if said[0] == "end":
+                    return
+                if said[0] == "error":
+                    raise UserError(said[1])
+                data = end.recv_bytes()
+            except EOFError as e:
+                raise UserError(
+                    "a process ended before its rows were done (killed, or out of memory?). Start again, perhaps with "
+                    "fewer --processes"
+                ) from e
+            with pa.ipc.open_stream(pa.py_buffer(data)) as reader:
+                yield reader.read_all(), said[1], said[2]
+            k += 1
+
+
+def _work(end: Connection, job: Job, rank: int) -> None:
+    """A process of :class:`_Workers`. The first that comes to the end of the input says so in its turn."""
+    torch.set_num_threads(1)
+    try:
+        try:
+            scorer = Scorer(job, open_directory(job.model, checked=True))
+            for k, chunk in enumerate(scorer.source.chunks()):
+                if k % job.processes == rank:
+                    table, unseen = scorer.score(chunk)
+                    end.send(("piece", unseen, chunk.consumed))
+                    end.send_bytes(_packed(table))
+            end.send(("end",))
+        except UserError as e:
+            end.send(("error", str(e)))
+    except (BrokenPipeError, KeyboardInterrupt):
+        pass  # the first process has gone, and says why
+
+
+def _packed(table: pa.Table) -> memoryview:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return memoryview(sink.getvalue())
+
+
+def told(done: Done, job: Job, seconds: float) -> str:
+    """For people: rows, speed, and the values that the training did not know."""
+    lines = [f"{job.out}: {done.rows:,} rows in {seconds:.1f} s"]
+    for name, n in done.unseen.items():
+        if n:
+            lines.append(f"{name}: {n:,} values have no id of their own ({n / done.rows:.2%} of the rows' number)")
+    return "\n".join(lines)

@@ -1,0 +1,111 @@
+"""Turn a trained model into a directory that stands alone: weights, vocabulary, how rows are read, programs, a card.
+
+    python launch/export.py --run runs/my/retrain/adass --out exported/my
+    python launch/export.py --run runs/my/retrain/adass --out exported/my --precision int8 --format onnx
+    python launch/export.py --run runs/my/retrain/adass --out exported/my --format torch onnx triton
+    python launch/export.py --run runs/my/retrain/ihas --out exported/ihas --router fields
+    python launch/export.py --run runs/my/retrain/adafs --out exported/adafs
+
+Options: --run DIR (what retrain.py, or a search that needs no retraining, has left), --out DIR, --precision
+fp32|fp16|int8|int4 of the embedding tables (default fp32), --format torch onnx aoti triton (programs beside the
+directory's own arrays; default none), --name NAME (default: that of the run), --router centres|fields of models of
+groups, --source FILE (the YAML source file, or criteo, where the data were prepared by an older version), --overwrite
+(replace a model directory), --section.key VALUE. One process; the test split is read to measure what comes out.
+docs/serving.md says what the directory holds.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from embsearch_dist.dist.environment import reexec_with_tuned_environment
+
+if __name__ == "__main__":
+    reexec_with_tuned_environment()  # before anything loads torch, or it would be loaded twice
+
+from embsearch_dist.config import one_of, split_arguments
+from embsearch_dist.dist.context import start
+from embsearch_dist.errors import UserError
+from embsearch_dist.methods.base import Run
+from embsearch_dist.methods.ihas.routed import ROUTERS
+from embsearch_dist.methods.nasrec.searching import RESULT
+from embsearch_dist.rundir import plain_word
+from embsearch_dist.serving import programs
+from embsearch_dist.serving.collect import Collected, collect_gated, collect_routed, collect_single, kind_of
+from embsearch_dist.serving.export import Wish, described_by, export, summary
+from embsearch_dist.serving.quantised import PRECISIONS
+from launch.common import known_options, open_data, open_search, read_run_config, run_main
+
+OPTIONS = ("run", "out", "precision", "format", "name", "router", "source", "overwrite")
+
+
+def main(argv: Sequence[str]) -> None:
+    formats, rest = split_formats(argv)
+    plain, overrides = split_arguments(rest)
+    known_options(plain, OPTIONS)
+    for name in ("run", "out"):
+        if not plain.get(name):
+            raise UserError(f"--{name} is missing. See --help")
+    directory, router = Path(plain["run"]), plain.get("router", ROUTERS[0])
+    precision = plain.get("precision", PRECISIONS[0])
+    one_of("--precision", precision, PRECISIONS)
+    one_of("--router", router, ROUTERS)
+    for name in formats:
+        one_of("--format", name, programs.FORMATS)
+    kind = kind_of(directory)
+    if "router" in plain and kind != "routed":
+        raise UserError(f"--router {router}: {directory} holds one model, not models of groups. Leave it out")
+    name = plain_word(plain.get("name", directory.name), "--name")
+    wish = Wish(Path(plain["out"]), precision, formats, "overwrite" in plain, name)
+    run_dir = directory.resolve().parents[1] if kind == "gated" else directory
+    kept = [f"model.architecture={directory / RESULT}"] if (directory / RESULT).exists() else []
+    config = read_run_config(run_dir, [*kept, *overrides])
+    with start(config.run, config.dist) as context:
+        if context.world_size > 1:
+            raise UserError("export.py is for one process. Start it without torchrun", everywhere=True)
+        config.run.dir = str(run_dir)
+        run = Run(config, open_data(config, context), context)
+        if "source" in plain:
+            described = described_by(plain["source"], run.schema)
+            provenance = {**run.schema.provenance, "source": described}
+            run = Run(config, replace(run.schema, provenance=provenance), context)
+        found = collect(run, directory, kind, router)
+        size = config.train.eval_batch_size if kind != "gated" else config.search.training.eval_batch_size
+        body = export(wish, found, Path(config.data.path), run.schema, run.stream("test", size, shuffle=False))
+        print(summary(body, wish.out))
+
+
+def split_formats(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words behind ``--format``, of which there may be several, and all other arguments."""
+    words: list[str] = []
+    rest: list[str] = []
+    taking = False
+    for word in argv:
+        if word.startswith("--"):
+            taking = word == "--format"
+            if taking:
+                continue
+        (words if taking else rest).append(word)
+    if "--format" in argv and not words:
+        raise UserError(f"--format needs a word: {', '.join(programs.FORMATS)}")
+    return list(dict.fromkeys(words)), rest
+
+
+def collect(run: Run, directory: Path, kind: str, router: str) -> Collected:
+    """The trained model of a directory under RUN/retrain."""
+    with run.context.together("reading the trained model"):
+        if kind == "single":
+            return collect_single(run, directory)
+        if kind == "gated":
+            return collect_gated(run, directory)
+    search = open_search(directory, run.config, run.schema, run.context)
+    return collect_routed(run, search, directory, router)
+
+
+if __name__ == "__main__":
+    run_main(main, __doc__)
