@@ -71,6 +71,8 @@ setup(
         "cuda": ["torch>=2.13,<2.14", "torchrec==1.8.0", "fbgemm-gpu==1.8.0"],
         "cpu-torch211": ["torch>=2.11,<2.12", "fbgemm-gpu-cpu==1.6.0"],
         "cuda-torch211": ["torch>=2.11,<2.12", "torchrec==1.6.1", "fbgemm-gpu==1.6.0"],
+        "export": ["safetensors>=0.5,<1", "onnx>=1.18,<2", "onnxscript>=0.5,<1", "onnxruntime>=1.20,<2"],
+        "serve": ["safetensors>=0.5,<1", "starlette>=0.46,<2", "uvicorn>=0.34,<1"],
         "test": [
             "pytest>=8",
             "pytest-timeout>=2.3",
@@ -80,6 +82,14 @@ setup(
             "scikit-learn>=1.6",
             "hypothesis>=6.100,<7",
             "types-PyYAML",
+            # export and serve, and what asks the server
+            "safetensors>=0.5,<1",
+            "onnx>=1.18,<2",
+            "onnxscript>=0.5,<1",
+            "onnxruntime>=1.20,<2",
+            "starlette>=0.46,<2",
+            "uvicorn>=0.34,<1",
+            "httpx>=0.28,<1",
         ],
     },
     entry_points={

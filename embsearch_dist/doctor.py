@@ -43,6 +43,11 @@ REQUIRED = (
     *("matplotlib", "psutil", "torchx", "iopath", "tensordict", "torchmetrics", "pyre-extensions"),
 )
 """Packages (by their pip name) without which some part does not import."""
+EXTRAS = {
+    "export": ("safetensors", "onnx", "onnxscript", "onnxruntime"),
+    "serve": ("safetensors", "starlette", "uvicorn"),
+}
+"""Packages of extras: what needs them says so."""
 CPU_BUILD, CUDA_BUILD = "fbgemm-gpu-cpu", "fbgemm-gpu"
 BUILT_FOR = {"1.6": ((8, 0), (9, 0), (10, 0)), "1.8": ((8, 0), (9, 0), (10, 0))}
 """Compute capabilities that the CUDA build of FBGEMM holds machine code for, by its release: read from the fat

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from embsearch_dist.methods.nasrec.searching import RESULT
 from embsearch_dist.models.ctr import SubnetModel
 from embsearch_dist.schema import Schema
 from embsearch_dist.serving.tables import Bag, Ids
-from embsearch_dist.train.retrain import load_best
+from embsearch_dist.train.retrain import SubnetTask, load_best
 
 Predict = Callable[[Batch], torch.Tensor]
 
@@ -86,12 +86,16 @@ def kind_of(directory: Path) -> str:
 def collect_single(run: Run, directory: Path) -> Collected:
     """An ordinary model: AdaS&S, uniform widths, prunings, NASRec networks."""
     allocation = Allocation.load(directory / "allocation.json", run.schema)
-    task = load_best(run.config, allocation, run.context, directory)
-    task.model.eval()
-    body = {"kind": "single", "widths": [dict(allocation.widths)], "model": model_of(run.config.model)}
-    found = Collected(body, task.predict)
-    take_subnet(found, task.model, "", run.config.model.extra)
+    found = of_single(load_best(run.config, allocation, run.context, directory), allocation, run.config.model)
     found.files = existing(directory, ("allocation.json", "evaluation.json", RESULT))
+    return found
+
+
+def of_single(task: SubnetTask, allocation: Allocation, model: ModelConfig) -> Collected:
+    """The model of an allocation, of one rank."""
+    task.model.eval()
+    found = Collected({"kind": "single", "widths": [dict(allocation.widths)], "model": model_of(model)}, task.predict)
+    take_subnet(found, task.model, "", model.extra)
     return found
 
 
@@ -103,16 +107,20 @@ def collect_routed(run: Run, search: Run, directory: Path, kind: str) -> Collect
             f"{search.dir} has other groups than {directory} was trained on. Train the new ones: retrain.py"
         )
     models = load_groups(run.config, grouped, run.context, directory)
-    router = open_router(search, kind, len(models))
-    routed = RoutedModel(router, models, run.schema, run.context).eval()
-    widths = [dict(a.widths) for a in grouped.allocations]
-    body = {"kind": "routed", "widths": widths, "model": model_of(run.config.model)}
-    found = Collected(body, routed)
-    for k, model in enumerate(models):
-        take_subnet(found, model, f"group-{k}/", run.config.model.extra)
-    _take_router(found, router)
+    routed = RoutedModel(open_router(search, kind, len(models)), models, run.schema, run.context)
+    found = of_routed(routed, grouped.allocations, run.config.model)
     evaluation = "evaluation.json" if kind == "centres" else f"evaluation-{kind}.json"
     found.files = existing(directory, (GROUPS,)) | existing(directory, (evaluation,), "evaluation.json")
+    return found
+
+
+def of_routed(routed: RoutedModel, allocations: Sequence[Allocation], model: ModelConfig) -> Collected:
+    """Models of groups behind a router, of one rank."""
+    body = {"kind": "routed", "widths": [dict(a.widths) for a in allocations], "model": model_of(model)}
+    found = Collected(body, routed.eval())
+    for k, one in enumerate(routed.subnets):
+        take_subnet(found, one, f"group-{k}/", model.extra)
+    _take_router(found, routed.router)
     return found
 
 
@@ -124,15 +132,22 @@ def collect_gated(search: Run, directory: Path) -> Collected:
             f"--run {directory}: a result of method {method!r} without a model of its own. Train it: retrain.py"
         )
     task: Any = load_searched(search) if method == "adafs" else load_gates(search)
-    found = Collected(_gated_body(task, search), task.predict)
-    found.body |= {"kind": "gated", "model": model_of(search.config.model)}
-    _take_gated(found, task, "")
+    found = of_gated(task)
     found.files = existing(directory, ("evaluation.json",))
     return found
 
 
-def _gated_body(task: GatedTask, search: Run) -> dict[str, Any]:
+def of_gated(task: GatedTask) -> Collected:
+    """A searched model with its selector, of one rank."""
+    task.model.eval()
+    found = Collected(_gated_body(task) | {"kind": "gated", "model": model_of(task.run.config.model)}, task.predict)
+    _take_gated(found, task, "")
+    return found
+
+
+def _gated_body(task: GatedTask) -> dict[str, Any]:
     own: Any = task
+    search = task.run
     if search.config.method == "adafs":
         s = search.config.search
         selection = {"kind": "adafs", "mode": s.mode, "k": own.k, "renormalise": s.renormalise, "scale": s.scale}
@@ -162,7 +177,7 @@ def _take_router(found: Collected, router: Router) -> None:
         return
     assert isinstance(router, CentreRouter)
     task = router.task
-    body = _gated_body(task, task.run) | {"kind": "centres", "on": router.on, "fields": list(task.run.schema.names)}
+    body = _gated_body(task) | {"kind": "centres", "on": router.on, "fields": list(task.run.schema.names)}
     found.body["router"] = body | {"model": model_of(task.run.config.model)}
     _take_gated(found, task, "router/")
     found.dense["router/scale"] = router.scale.cpu()

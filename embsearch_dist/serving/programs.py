@@ -147,9 +147,27 @@ def save_onnx(program: Program, traced: Any, path: Path) -> None:
             )
         assert made is not None
         made.save(str(path))
+        _name_dimensions(onnx, program, path)
         onnx.checker.check_model(str(path))
     except Exception as e:
         raise UserError(f"--format onnx: this model has no form in ONNX ({_line(e)}). Use --format torch") from e
+
+
+def _name_dimensions(onnx: Any, program: Program, path: Path) -> None:
+    """Call the free dimensions ``batch`` and ``length_FIELD``, which the exporter has numbered."""
+    model = onnx.load(str(path))
+    names: dict[str, str] = {}
+    for port, value in zip(program.ports, model.graph.input, strict=True):
+        dims = value.type.tensor_type.shape.dim
+        names[dims[0].dim_param] = "batch"
+        if port.columns < 0:
+            names[dims[1].dim_param] = f"length_{port.field}"
+    for value in (*model.graph.input, *model.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in names:
+                dim.dim_param = names[dim.dim_param]
+    del model.graph.value_info[:]  # shapes within, by the old names; a runtime finds its own
+    onnx.save(model, str(path))
 
 
 class TorchRunner:

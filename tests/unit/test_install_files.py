@@ -78,6 +78,7 @@ def test_pins_are_within_the_ranges_of_setup(repo_root: Path, setup_call: dict, 
     packaging = pytest.importorskip("packaging.requirements")
     files, extras = pinned(repo_root, pair), setup_call["extras_require"]
     ranges = [(files["common"], setup_call["install_requires"]), (files["test"], extras["test"])]
+    ranges += [(files["test"], extras[name]) for name in doctor.EXTRAS]
     ranges += [(files["common"] | files[variant], extras[variant + suffix]) for variant in ("cpu", "cuda")]
     for found, lines in ranges:
         for line in lines:
@@ -97,10 +98,15 @@ def test_setup_admits_only_what_is_tested(setup_call: dict) -> None:
 def test_the_doctor_knows_the_requirements(setup_call: dict) -> None:
     required = {normal(re.split(r"[<>=]", line)[0]) for line in setup_call["install_requires"]}
     assert {normal(name) for name in doctor.REQUIRED} == (required - {"urllib3"}) | {"torchrec"}
+    extras = setup_call["extras_require"]
+    for name, packages in doctor.EXTRAS.items():
+        assert [re.split(r"[<>=]", line)[0] for line in extras[name]] == list(packages)
+        assert set(extras[name]) <= set(extras["test"])  # or their tests would not run everywhere
 
 
 def test_everything_imported_is_required(repo_root: Path) -> None:
-    known = {normal(name) for name in doctor.REQUIRED} | {"fbgemm-gpu"}
+    optional = {package for packages in doctor.EXTRAS.values() for package in packages}
+    known = {normal(name) for name in (*doctor.REQUIRED, *optional)} | {"fbgemm-gpu"}
     strange = set()
     for path in [*(repo_root / "embsearch_dist").rglob("*.py"), *(repo_root / "launch").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):

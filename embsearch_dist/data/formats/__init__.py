@@ -21,7 +21,7 @@ NUMBERS = ("bucketed", "dense")
 __all__ = ["FORMATS", "GENRES", "LABEL", "NUMBERS", "TIME", "Column", "Chunk", "Source", "nearest", "open_source"]
 
 
-def described(source: Source, name: str, genres: str, numbers: str) -> dict[str, object]:
+def _describe(source: Source, name: str, genres: str, numbers: str) -> dict[str, object]:
     """How more rows of a source are read, JSON-able; :mod:`embsearch_dist.data.formats.described` reads it."""
     if source.description:
         return dict(source.description)
@@ -46,7 +46,7 @@ def open_source(
         UserError: unknown format, or whatever the reader finds wrong with the files.
     """
     source = open_rows(name, paths, genres, numbers)
-    return replace(source, description=described(source, name, genres, numbers))
+    return replace(source, description=_describe(source, name, genres, numbers))
 
 
 def open_rows(

@@ -1,0 +1,197 @@
+"""Batch prediction: raw rows without a label, in order, with the bits of an evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from embsearch_dist.data.formats import blocks, open_source
+from embsearch_dist.data.formats.columns import KEPT, LABEL, TIME, Reading
+from embsearch_dist.data.formats.described import Description
+from embsearch_dist.data.prepare import prepare
+from embsearch_dist.errors import UserError
+from embsearch_dist.serving import encoding
+from embsearch_dist.serving.directory import ModelDirectory, open_directory
+from embsearch_dist.serving.encoding import Index
+from embsearch_dist.serving.predict import Job, predict, told
+from tests.served import exported, run_of, single
+
+ROWS = 1500
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelDirectory:
+    """A model on data split by time; ``test.csv`` beside it holds the raw rows of the test split, without the label.
+
+    Prices are bucketed, x is dense, both with blanks; the model has dropped ``idle``.
+    """
+    folder, rng = tmp_path_factory.mktemp("predict"), np.random.default_rng(0)
+    user, price = rng.integers(0, 300, ROWS), rng.exponential(20, ROWS).round(2)
+    frame = pl.DataFrame(
+        {
+            "click": rng.integers(0, 2, ROWS),
+            "at": np.arange(ROWS),
+            "user": [f"u{k}" if k else None for k in user],
+            "price": [None if p < 1 else p for p in price],
+            "idle": rng.integers(0, 9, ROWS),
+            "x": [None if k % 7 == 0 else float(v) for k, v in enumerate(rng.standard_normal(ROWS))],
+        }
+    )
+    frame.write_csv(folder / "clicks.csv")
+    frame.tail(ROWS // 10).drop("click", "idle").write_csv(folder / "test.csv")
+    fields = "user: categorical, price: bucketed, idle: categorical, x: dense"
+    (folder / "s.yaml").write_text(f"files: clicks.csv\nlabel: click\ntime: at\nmin_count: 3\nfields: {{{fields}}}\n")
+    prepare("table", folder / "s.yaml", folder / "out", split="time", quiet=True)
+    run = run_of(folder / "out", "model.hidden=[32,16]")
+    exported(run, single(run, {"user": 8, "price": 4, "idle": 0}), folder / "model")
+    torch.save(trained_logits(folder), folder / "logits.pt")
+    return open_directory(folder / "model")
+
+
+def trained_logits(folder: Path) -> torch.Tensor:
+    """What the training model says of the test split."""
+    run = run_of(folder / "out", "model.hidden=[32,16]")
+    found = single(run, {"user": 8, "price": 4, "idle": 0})
+    with torch.no_grad():
+        return torch.cat([found.predict(b) for b in run.stream("test", 64, shuffle=False).epoch(0)])
+
+
+def test_scores_have_the_bits_of_the_evaluation(model: ModelDirectory, tmp_path: Path) -> None:
+    folder = model.path.parent
+    wanted = torch.load(folder / "logits.pt", weights_only=True)
+    done = predict(Job(model.path, folder / "test.csv", tmp_path / "s.parquet", keep=("at", "user")))
+    scores = pl.read_parquet(tmp_path / "s.parquet")
+    assert np.array_equal(scores["logit"].to_numpy(), wanted.numpy()) and done.rows == len(wanted) == ROWS // 10
+    assert np.array_equal(scores["probability"].to_numpy(), torch.sigmoid(wanted).numpy())
+    assert scores.columns == ["at", "user", "logit", "probability"]
+    assert scores["at"].to_list() == [str(k) for k in range(ROWS - ROWS // 10, ROWS)]
+    raw = pl.read_csv(folder / "test.csv")
+    known = set(model.vocabulary("user"))
+    unknown = sum(value is not None and value not in known for value in raw["user"])
+    assert done.unseen["user"] == unknown > 0
+    assert f"user: {unknown} values have no id of their own" in told(done, Job(Path(), Path(), Path()), 1.0)
+
+
+def test_pieces_and_formats_do_not_matter(
+    model: ModelDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = model.path.parent
+    wanted = torch.load(folder / "logits.pt", weights_only=True).numpy()
+    raw = pl.read_csv(folder / "test.csv")
+    for k, part in enumerate(raw.iter_slices(40)):
+        (tmp_path / "parts").mkdir(exist_ok=True)
+        part.write_parquet(tmp_path / "parts" / f"part-{k}.parquet")
+    predict(Job(model.path, tmp_path / "parts", tmp_path / "parts.out", keep=("at",)))
+    scores = pl.read_parquet(tmp_path / "parts.out")
+    assert np.array_equal(scores["logit"].to_numpy(), wanted) and scores["at"].dtype == pl.Int64
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 300)
+    predict(Job(model.path, folder / "test.csv", tmp_path / "small.out"))
+    assert np.array_equal(pl.read_parquet(tmp_path / "small.out")["logit"].to_numpy(), wanted)
+    assert pq.read_metadata(tmp_path / "small.out").num_row_groups > 5
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda f: f.drop("price"), "test.csv has no column 'price'"),
+        (lambda f: f.with_columns(x=pl.lit("much")), "line 2, column 'x': not a finite number: 'much'"),
+        (lambda f: f.head(0), "the file has no rows"),
+    ],
+)
+def test_rows_that_do_not_fit_are_one_clear_line(change, said: str, model: ModelDirectory, tmp_path: Path) -> None:
+    change(pl.read_csv(model.path.parent / "test.csv")).write_csv(tmp_path / "test.csv")
+    with pytest.raises(UserError) as e:
+        predict(Job(model.path, tmp_path / "test.csv", tmp_path / "s.parquet"))
+    assert said in str(e.value) and "\n" not in str(e.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["test.csv"]
+
+
+def test_wrong_types_of_parquet_and_unknown_columns_are_refused(model: ModelDirectory, tmp_path: Path) -> None:
+    raw = pl.read_csv(model.path.parent / "test.csv")
+    raw.with_columns(price=pl.Series([[1]] * raw.height)).write_parquet(tmp_path / "t.parquet")
+    with pytest.raises(UserError, match="column 'price' is .*Write a number"):
+        predict(Job(model.path, tmp_path / "t.parquet", tmp_path / "s.parquet"))
+    job = Job(model.path, model.path.parent / "test.csv", tmp_path / "s.parquet", keep=("usr",))
+    with pytest.raises(UserError, match="--keep usr.*no column 'usr'. Did you mean 'user'"):
+        predict(job)
+    with pytest.raises(UserError, match="no such file or folder"):
+        predict(Job(model.path, tmp_path / "none.csv", tmp_path / "s.parquet"))
+
+
+def test_only_scores_are_replaced(model: ModelDirectory, tmp_path: Path) -> None:
+    rows, out = model.path.parent / "test.csv", tmp_path / "s.parquet"
+    pl.DataFrame({"mine": [1]}).write_parquet(out)
+    with pytest.raises(UserError, match="holds no scores: it is left alone"):
+        predict(Job(model.path, rows, out, overwrite=True))
+    out.unlink()
+    predict(Job(model.path, rows, out))
+    with pytest.raises(UserError, match="or --overwrite to replace the scores"):
+        predict(Job(model.path, rows, out))
+    predict(Job(model.path, rows, out, overwrite=True))
+    with pytest.raises(UserError, match="written as Parquet"):
+        predict(Job(model.path, rows, tmp_path / "s.csv"))
+
+
+def test_a_large_vocabulary_is_looked_up_as_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = pl.Series([f"v{k}" for k in range(3000)])
+    asked = pl.Series(["v7", None, "nothing", "v2999", "", "v7"] + [f"v{k}" for k in range(2900, 3200)])
+    small = Index(values)(asked)
+    monkeypatch.setattr(encoding, "FEW", 10)
+    large = Index(values)
+    assert np.array_equal(large(asked), small) and small.tolist()[:6] == [8, 0, 0, 3000, 0, 8]
+    large._hashes[1:] = large._hashes[8]  # every value seems to be the eighth: only the values themselves tell
+    assert set(large(asked)[np.flatnonzero(small == 0)].tolist()) == {0}
+
+
+CRITEO = "\t".join(["1", *["3"] * 13, *["a"] * 26])
+AVAZU = "id,click,hour,C1,banner_pos,site_id,site_domain,site_category,app_id,app_domain,app_category,device_id,"
+AVAZU += "device_ip,device_model,device_type,device_conn_type,C14,C15,C16,C17,C18,C19,C20,C21"
+
+
+@pytest.mark.parametrize("format", ["criteo", "avazu", "movielens_1m", "kdd2012"])
+def test_public_data_are_read_without_their_label(format: str, tmp_path: Path) -> None:
+    """As their test files come: with the label's column or without, the fields are those that preparation reads."""
+    labelled, bare, kept = write_public(format, tmp_path)
+    source = open_source(format, labelled)
+    wanted = next(source.chunks()).frame
+    described = Description.of({**source.description, "dense": {}}, "here")
+    for path in (labelled, bare):
+        frame = next(described.open(path, format, Reading(False, None, (kept,))).chunks()).frame
+        assert frame.drop(f"{KEPT}{kept}").equals(wanted.drop(LABEL, TIME, strict=False))
+    some = source.columns[-1].name
+    frame = next(described.open(bare, format, Reading(False, frozenset([some]))).chunks()).frame
+    assert frame.columns == [some]
+    with pytest.raises(UserError, match="--keep nothing"):
+        next(described.open(bare, format, Reading(False, None, ("nothing",))).chunks())
+
+
+def write_public(format: str, folder: Path) -> tuple[Path, Path, str]:
+    """Rows in a public form, with and without the label, and a column to keep."""
+    two = [folder / "with", folder / "without"]
+    for path in two:
+        path.mkdir()
+    if format == "criteo":
+        lines = [CRITEO, CRITEO.replace("3", "", 2)]
+        (two[0] / "train.txt").write_text("\n".join(lines) + "\n")
+        (two[1] / "train.txt").write_text("\n".join(line[2:] for line in lines) + "\n")
+        return two[0], two[1], "C3"
+    if format == "avazu":
+        row = ["7", "1", "14102113", *["x"] * 21]
+        for path, names, cells in ((two[0], AVAZU, row), (two[1], AVAZU.replace("click,", ""), [row[0], *row[2:]])):
+            (path / "train.csv").write_text(names + "\n" + ",".join(cells) + "\n")
+        return two[0], two[1], "id"
+    if format == "movielens_1m":
+        for path, line in ((two[0], "1::5::4::978300760\n"), (two[1], "1::5::978300760\n")):
+            (path / "ratings.dat").write_text(line)
+            (path / "users.dat").write_text("1::F::25::3::12345\n")
+            (path / "movies.dat").write_text("5::Thing (1990)::Drama|War\n")
+        return two[0], two[1], "timestamp"
+    for path, head in ((two[0], "0\t"), (two[1], "")):
+        (path / "training.txt").write_text(head + "\t".join("2 11 3 4 2 1 5 6 7 8 9".split()) + "\n")
+        (path / "userid_profile.txt").write_text("9\t1\t3\n")
+    return two[0], two[1], "user_id"
