@@ -83,7 +83,7 @@ def count(name: str, data: Path, context: Context, steps: int, overrides: Sequen
     run = Run(config, Schema.load(data), context)
     training: TrainConfig = config.train if side.section == "train" else getattr(config.search, side.section[7:])
     task = make_task(side, run, total)
-    with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:  # the monitor writes as it closes
         if side.whole:
             whole = full(config.search.space.make())
             stack.enter_context(mock.patch.object(nasrec, "training_architecture", lambda *_: whole))
