@@ -26,6 +26,21 @@ OURS = re.compile(
     r"groups|group-\d+|search|tb|report|retrain|.*\.tmp"
 )
 NESTED = ("retrain", "widest")  # folders with directories of the same kind
+_CHECKPOINTS = r"[\w-]+/(best\.json|step-\d+(\.(partial|old|damaged))*/(data/[^/]+|(state|manifest)\.json))"
+_SHARDS = r"group-\d+(\.(partial|replaced))?/((schema|manifest|job)\.json|PREPARING|\w+/part-\d+\.parquet)"
+# And what their folders hold, by paths inside them.
+INSIDE = {
+    "stages": r"[\w-]+\.json",
+    "search": r"pareto\.json",
+    "allocations": r"[^/]+\.json",
+    "architectures": r"rank-\d+\.json",
+    "report": r"index\.html|[\w-]+\.png",
+    "tb": r"[\w-]+/events\.out\.tfevents\.[^/]+",
+    "checkpoints": _CHECKPOINTS,
+    "checkpoints.partial": _CHECKPOINTS,
+    "groups": rf"[\w-]+\.json|field_router-\d+\.npy|assignment/\w+\.npy|{_SHARDS}",
+}
+LISTED = ("allocations", "architectures")  # a person may put a file of that form there; written.json tells whose it is
 _held: dict[Path, int] = {}
 
 
@@ -48,11 +63,28 @@ def foreign(directory: Path) -> Path | None:
     for path in sorted(directory.iterdir()):
         if not OURS.fullmatch(path.name) or path.is_symlink():
             return path
+        if path.name in INSIDE and (inner_file := _foreign_inside(path, directory)) is not None:
+            return inner_file
         if path.name in NESTED and path.is_dir():
             inner = [p for p in sorted(path.iterdir()) if p.is_dir() and path.name == "retrain"] or [path]
             lying = [p for p in path.iterdir() if not p.is_dir()] if path.name == "retrain" else []
             for one in (*lying[:1], *(f for d in inner if (f := foreign(d)) is not None)):
                 return one
+    return None
+
+
+def _foreign_inside(folder: Path, directory: Path) -> Path | None:
+    """The first file in one of the folders of :data:`INSIDE` that is none of ours."""
+    if not folder.is_dir():
+        return folder
+    listed = folder.name in LISTED and (directory / written.LIST).is_file()
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir() and not path.is_symlink():
+            continue
+        name = path.relative_to(folder).as_posix()
+        ours = re.fullmatch(rf"({INSIDE[folder.name]})(\.(\d+\.)?tmp)?", name) and not path.is_symlink()
+        if not ours or (listed and not path.name.endswith(".tmp") and not written.knows(path)):
+            return path
     return None
 
 

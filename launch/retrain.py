@@ -45,7 +45,7 @@ from embsearch_dist.methods.base import Run, check_classes
 from embsearch_dist.rundir import check_text
 from embsearch_dist.train.metrics import shown
 from launch.common import DEFAULT_CONFIG, known_options, open_data, read_config, run_main, searched_network
-from launch.retraining import Wish, read_wish, retrain_all
+from launch.retraining import Wish, read_wish, retrain_all, taken
 
 
 def main(argv: Sequence[str]) -> None:
@@ -66,6 +66,8 @@ def main(argv: Sequence[str]) -> None:
         with context.together("reading the allocation"):
             name, found = read_wish(wish, config, run_dir, schema)
         check_classes(Run(config, schema, context), splits=("validation", "test"))
+        if context.rank == 0:
+            print(taken(wish, config, run_dir, name, found), flush=True)
         results = retrain_all(wish, config, schema, context, run_dir, name, suffix, found)
         whole = Allocation.uniform(schema, 32).counted(config.model.extra).total("parameters")
         for label, result in results.items() if context.rank == 0 else ():

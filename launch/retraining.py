@@ -104,6 +104,20 @@ def read_wish(wish: Wish, config: Config, run_dir: Path, schema: Schema) -> tupl
     return called, found.counted(config.model.extra)
 
 
+def taken(wish: Wish, config: Config, run_dir: Path, name: str, found: Found) -> str:
+    """A line that says which of a run's results is trained, by what search it was found, and what else there is."""
+    told = found.provenance
+    parts = [f"found by the search of seed {told['seed']}"] if "seed" in told else []
+    parts += [f"under the budget {told['budget']}"] if "budget" in told else []
+    if told.get("seed", config.run.seed) != config.run.seed:
+        parts.append(f"trained with seed {config.run.seed}")
+    others = sorted(p.stem for p in (run_dir / "allocations").glob("*.json") if p.stem != told.get("name"))
+    more = ""
+    if not wish.allocation and not config.model.allocation and others and isinstance(found, Allocation):
+        more = f"; {len(others)} more in {run_dir / 'allocations'} (--allocation FILE): {', '.join(others[:6])}"
+    return f"retraining {name}{': ' if parts else ''}{', '.join(parts)}{more}"
+
+
 def retrain_all(
     wish: Wish,
     config: Config,

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from embsearch_dist.report import architectures, groups, history, sections, verdict
+from embsearch_dist.report import architectures, following, groups, history, sections, verdict
 from embsearch_dist.report.page import page
 from embsearch_dist.report.runs import load_runs
 from embsearch_dist.report.summary import compare, headline
@@ -48,6 +48,7 @@ def write_report(run_dirs: Sequence[Path | str], out: Path | str | None = None) 
         architectures.search(runs, directory),
         groups.gates(runs, directory),
         history.heatmaps(runs, directory),
+        following.section(runs),
         sections.origin(runs),
     ]
     title = f"embsearch_dist report: {', '.join(r.label for r in runs)}"

@@ -22,6 +22,7 @@ from embsearch_dist.report.summary import Comparison, display_name, percent
 from embsearch_dist.schema import SPLITS, Schema
 
 GATES, KEPT = ("gates", "probabilities"), ("groups", "kept")
+ALIKE = 0.05  # of the columns: groups that differ in no more are the same
 MAX_DOTS = 6  # groups whose colours can be told apart
 MAX_NUMBERS = 16  # columns of a matrix that have room for a number each
 LEAST, LOW = 0.01, 0.5  # share of the gates beside a valley; its height over that of the lower peak
@@ -90,6 +91,13 @@ def found(runs: Sequence[Run], directory: Path) -> Section | None:
         return None
     groups, schema = run.groups, run.schema
     body = _sizes(runs)
+    for one in (r for r in runs if len(r.groups) > 1):
+        other, columns = differing_columns([g.widths for g in one.groups])
+        if other <= ALIKE * columns:
+            body += page.missing(
+                f"Nothing found to tell rows apart: the groups of {one.label} differ in {other} of {columns} columns. "
+                "One model for all rows does the same for less."
+            )
     if 0 < len(groups) <= MAX_DOTS:
         fields, widths = list(groups[0].widths), [g.widths for g in groups]
         caption = "The width of each field's embedding in each group's model; 0 means the field is dropped. "
@@ -108,6 +116,12 @@ def found(runs: Sequence[Run], directory: Path) -> Section | None:
         table = page.table(["Field", *(name for name, _ in every)], rows, (0,))
         body += page.folded("All widths as a table", table)
     return Section("groups", "Groups" if groups else "Kept per field", body) if body else None
+
+
+def differing_columns(widths: Sequence[dict[str, int]]) -> tuple[int, int]:
+    """Columns that some groups keep and others do not, and columns in all; by field the widest group counts."""
+    every = [[w.get(name, 0) for w in widths] for name in widths[0]]
+    return sum(max(w) - min(w) for w in every), sum(max(w) for w in every)
 
 
 def routed(comparison: Comparison) -> str:

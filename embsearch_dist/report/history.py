@@ -59,6 +59,11 @@ HEATMAPS = {
     ),
 }
 
+UNDECIDED = 0.5  # of the entropy that a policy began with
+STILL_OPEN = (
+    "Not as it should be: the policy of {run} is still undecided at the end (entropy {last:.2f} nats, {first:.2f} at "
+    "the start). The widths come from the local search behind it; more --search.policy.steps let it decide."
+)
 CAPTURED = (
     "Not as it should be: at the end one width, {width}, takes more than half of the draws in every field. The others "
     "were hardly trained, so their scores in the search say little about them."
@@ -121,7 +126,12 @@ def search(runs: Sequence[Run], directory: Path) -> Section | None:
         "width and "
         "parameters are the size the policy currently proposes on average."
     )
-    return Section("search", title, page.picture(image, caption, "Reward, entropy and size over search steps"))
+    body = page.picture(image, caption, "Reward, entropy and size over search steps")
+    for run in runs:
+        _, entropy = series(run.metrics, "entropy", "search")
+        if len(entropy) > 1 and entropy[-1] > UNDECIDED * entropy[0]:
+            body += page.missing(STILL_OPEN.format(run=run.label, first=entropy[0], last=entropy[-1]))
+    return Section("search", title, body)
 
 
 def heatmaps(runs: Sequence[Run], directory: Path) -> Section | None:
@@ -225,12 +235,29 @@ def _cost_table(runs: Sequence[Run]) -> str:
         memory = [v for lines in repeats for v in _values(lines, "memory_mb")]
         cells = [Cell(label, css="text"), Cell(str(len(repeats))), Cell(f"{max(steps):,.0f}" if steps else "-")]
         cells.append(Cell(_clock(statistics.fmean(spans)) if spans else "-"))
-        cells.append(Cell(f"{statistics.median(speed):,.0f}" if speed else "-"))
+        cells.append(_speed(speed))
         cells.append(Cell(f"{max(memory):,.0f}" if memory else "-"))
         rows.append(("", cells))
-    head = ["Stage", "Runs", "Last step", "Time (h:mm:ss)", "Samples/s (median)", "Peak memory (MB)"]
-    note = "Time runs from a stage's first record to its last, pauses of an interrupted run included; mean over runs."
+    head = ["Stage", "Runs", "Last step", "Time (h:mm:ss)", "Samples/s", "Peak memory (MB)"]
+    note = (
+        "Time runs from a stage's first record to its last, pauses of an interrupted run included; mean over runs. "
+        "Samples/s: the median of what the log recorded, with the range of the middle half."
+    )
     return "<h3>Cost of each stage</h3>" + page.table(head, rows, (0,)) + page.paragraph(note, "note")
+
+
+def _speed(recorded: Sequence[float]) -> Cell:
+    """Median and middle half in two digits: a machine's speed is known no better."""
+    if not recorded:
+        return Cell("-")
+    if len(recorded) < 4:
+        return Cell(f"{_two_digits(statistics.median(recorded)):,.0f}")
+    low, middle, high = statistics.quantiles(recorded, n=4)
+    return Cell(f"{_two_digits(middle):,.0f} ({_two_digits(low):,.0f} to {_two_digits(high):,.0f})")
+
+
+def _two_digits(number: float) -> float:
+    return float(f"{number:.2g}")
 
 
 def _values(lines: Sequence[dict[str, Any]], key: str) -> list[float]:

@@ -37,7 +37,7 @@ table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabu
 th, td { padding: .4rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { color: var(--muted); font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
-td.text, th.text { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+td.text, th.text { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 8rem; }
 tr.found td { font-weight: 650; }
 tr.base td { background: var(--soft); }
 .sd { color: var(--muted); font-weight: 400; }
@@ -46,6 +46,8 @@ details { margin: .8rem 0; }
 summary { cursor: pointer; color: var(--accent); }
 pre { background: var(--soft); padding: .8rem 1rem; overflow-x: auto; font: 13px/1.5 ui-monospace, "SF Mono", Consolas,
   "Liberation Mono", monospace; border-radius: 4px; }
+@media (max-width: 30rem) { body { padding: 1.25rem .8rem 3rem; } .headline { font-size: 1.2rem; }
+  th, td { padding: .35rem .45rem; } section { margin-top: 2rem; } }
 @media print { body { max-width: none; } nav { display: none; } section { break-inside: avoid; } }
 """
 

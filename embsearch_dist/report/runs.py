@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -10,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from embsearch_dist import written
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.architecture.architecture import FORMAT, KIND, Architecture, read_architecture
 from embsearch_dist.architecture.canonical import key
@@ -18,9 +16,10 @@ from embsearch_dist.architecture.space import Space
 from embsearch_dist.architecture.space import load as load_architecture
 from embsearch_dist.errors import UserError
 from embsearch_dist.grouped import GROUPS, GroupedAllocation
-from embsearch_dist.rundir import HEAD, check_text
+from embsearch_dist.report.reading import config_text, read_lines, there
 from embsearch_dist.schema import Schema, read_json, read_sealed
 from embsearch_dist.train.lines import compare_lines
+from embsearch_dist.written import knows
 
 # What a run directory may hold, and what is lost without it; the report says so in these words.
 FILES = {
@@ -196,17 +195,17 @@ def load_run(directory: Path) -> Run:
         )
     run = Run(directory, missing=[name for name in FILES if not (directory / name).exists()])
     if there(directory / "config.yaml"):
-        run.config = _config(directory / "config.yaml")
+        run.config = config_text(directory / "config.yaml")
     if there(directory / "schema.json"):
         run.schema = Schema.load(directory)
     _load_allocation(run)
     _load_groups(run)
     _load_networks(run)
-    run.metrics, bad = _read_lines(directory / "metrics.jsonl")
-    widest, bad_widest = _read_lines(directory / "widest" / "metrics.jsonl")
+    run.metrics, bad = read_lines(directory / "metrics.jsonl")
+    widest, bad_widest = read_lines(directory / "widest" / "metrics.jsonl")
     run.metrics += [{**line, "stage": "widest"} for line in widest]
     bad += bad_widest
-    run.heatmaps, bad_maps = _read_lines(directory / "heatmaps.jsonl")
+    run.heatmaps, bad_maps = read_lines(directory / "heatmaps.jsonl")
     run.skipped_lines = bad + bad_maps
     _compare(run, directory, {p.stem: p for p in sorted((directory / "stages").glob("*.json"))})
     _compare(run, directory / "widest", {"retrain": directory / "widest" / "training.json"})
@@ -215,6 +214,7 @@ def load_run(directory: Path) -> Run:
         never += ["allocation.json", "search/pareto.json", "heatmaps.jsonl"]
     if run.groups or any(line.get("stage") == "controller" for line in run.metrics):
         never.append("allocation.json")  # groups have widths of their own; a controller weighs, and chooses none
+    run.damaged += [f"{directory / n} is gone: it was written there" for n in run.missing if knows(directory / n)]
     run.missing = [name for name in run.missing if name not in never]
     run.pareto = _optional(directory / "search" / "pareto.json")
     run.truth = _optional(directory / "truth.json")
@@ -229,7 +229,7 @@ def load_run(directory: Path) -> Run:
             parts = sorted(sub.glob("group-*"), key=lambda p: (len(p.name), p.name))
             for part in (sub, *parts):
                 _compare(run, part, {"retrain": part / "training.json"})
-                lines, _ = _read_lines(part / "metrics.jsonl")
+                lines, _ = read_lines(part / "metrics.jsonl")
                 if lines:
                     label = name if part is sub else f"{name} {part.name.replace('-', ' ')}"
                     run.retrains.append(Retrain(label, seed, lines))
@@ -365,49 +365,9 @@ def _optional(path: Path) -> dict[str, Any] | None:
     return read_sealed(path, AGAIN) if there(path) else None
 
 
-def there(path: Path) -> bool:
-    """Whether anything has that name: a loop of links, too, which is no missing file."""
-    return path.exists() or path.is_symlink()
-
-
-def _config(path: Path) -> str:
-    """The text of a config.yaml; held to its checksum where a run has written it."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        text = ""
-    if not text or text.startswith(HEAD) or written.knows(path):
-        check_text(path)
-    return text
-
-
 def _compare(run: Run, directory: Path, marks: dict[str, Path]) -> None:
     """Note the curves that are not those that a finished stage or training has left; ``marks``: by stage."""
     for stage, path in marks.items():
         body = _optional(path)
         if body is not None and body.get("state", "done") == "done":
             run.damaged += compare_lines(directory, stage, body.get("lines"))
-
-
-def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The readable JSON objects of a file, and how many lines were not (a killed run cuts off its last line)."""
-    lines: list[dict[str, Any]] = []
-    bad = 0
-    if not there(path):
-        return lines, bad
-    try:
-        with open(path, encoding="utf-8", errors="replace") as stream:
-            for text in stream:
-                if not text.strip():
-                    continue
-                try:
-                    body = json.loads(text)
-                except (ValueError, RecursionError):
-                    body = None
-                if isinstance(body, dict):
-                    lines.append(body)
-                else:
-                    bad += 1
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}). Delete it: the report does without") from e
-    return lines, bad

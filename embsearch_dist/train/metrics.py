@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from embsearch_dist.data.batch import Batch
 from embsearch_dist.dist.context import Context
+from embsearch_dist.schema import Schema
 
 METRICS = ("auc", "logloss", "accuracy")
 BINS = 1 << 16  # of :func:`binned_auc`: 1024 to a unit of the logit, which is clamped to 32 on both sides
@@ -180,3 +181,19 @@ def score(
         "accuracy": float(((logits > 0) == (labels > 0.5)).double().mean()),
         "rows": float(len(labels)),
     }
+
+
+def beside_click_rate(schema: Schema, logloss: float) -> str:
+    """A note where a validation logloss is above that of the click rate alone; empty where it is not, or unknown."""
+    means = schema.provenance.get("label_mean")
+    rate = means.get("validation") if isinstance(means, dict) else None
+    if not isinstance(rate, float) or not 0 < rate < 1:
+        return ""
+    base = -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate))
+    if logloss <= base:
+        return ""
+    return (
+        f"note: the best checkpoint by AUC has logloss {logloss:.5f}, the click rate {rate:.4f} alone has {base:.5f}: "
+        "it orders rows, but its probabilities are off. --train.metric logloss selects by them; a lower learning rate "
+        "or more data may help both"
+    )

@@ -24,7 +24,7 @@ from embsearch_dist.train import faults, signals
 from embsearch_dist.train.bilevel import BilevelTask, frozen
 from embsearch_dist.train.checkpoint import Checkpointer, SaveError
 from embsearch_dist.train.guard import Gate, Verdict, agree
-from embsearch_dist.train.metrics import evaluate, shown
+from embsearch_dist.train.metrics import beside_click_rate, evaluate, shown
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.seeding import seed_step
 from embsearch_dist.train.task import Judge, Task
@@ -40,6 +40,7 @@ class Progress:
     epoch: int = 0
     batch: int = 0
     best: float | None = None
+    best_logloss: float | None = None
     best_step: int = 0
     bad_evals: int = 0
     lr_factor: float = 1.0
@@ -219,7 +220,7 @@ class Trainer:
             kept = "the last one counts as the best" if over else "the best of the evaluations to come counts"
             place = self.checkpointer.root / f"step-{p.best_step}"
             self.monitor.say(f"the best checkpoint, step-{p.best_step}, is gone or damaged; {kept} ({place})")
-            p.best, p.best_step = None, 0
+            p.best, p.best_logloss, p.best_step = None, None, 0
         if p.best_step or over:
             self.checkpointer.mark_best(p.best_step or step)
 
@@ -318,12 +319,13 @@ class Trainer:
             value = (1 if metric == "auc" else -1) * metrics[metric]
             early = bool(self._outer) and p.step <= cast(BilevelTask, self.task).warmup
             # What is not a number is better than nothing and worse than nothing alike: it is never the best.
-            better = math.isfinite(value) and (p.best is None or value > p.best)
+            better = math.isfinite(value) and (p.best is None or (value, -metrics["logloss"]) > self._best(p))
             if early:
                 better = False
             elif better:
                 self._best_before = (p.best, p.best_step)
                 p.best, p.best_step, p.bad_evals = value, p.step, 0
+                p.best_logloss = metrics["logloss"]
             else:
                 p.bad_evals += 1
                 if self.config.patience and p.bad_evals >= self.config.patience:
@@ -338,10 +340,20 @@ class Trainer:
             )
         p.evaluate = False
         over = p.step >= self.total or bool(p.stopped)
+        if over and p.best_logloss is not None:
+            note = beside_click_rate(self.training.schema, p.best_logloss) if self.config.metric == "auc" else ""
+            if note:
+                self.monitor.say(note)
         if over and not p.best_step and self.validation is not None:
             self.monitor.say("no evaluation gave a number to select by, so the last checkpoint counts as the best")
             p.best_step = p.step
         self._save(best=self.validation is None or p.best_step == p.step, must=over)
+
+    @staticmethod
+    def _best(p: Progress) -> tuple[float, float]:
+        """What has to be beaten: of equal metrics the lower logloss is the better one."""
+        assert p.best is not None
+        return p.best, math.inf if p.best_logloss is None else -p.best_logloss
 
     def _metric(self, metrics: dict[str, float]) -> str:
         """What selects: the metric of the config, or logloss where AUC is undefined."""
@@ -376,6 +388,7 @@ class Trainer:
         self._failures += 1
         if p.best_step == error.step:  # what was never saved cannot be the best
             p.best, p.best_step = self._best_before
+            p.best_logloss = None
         disk = "Free or enlarge the disk, then give" if error.disk else "Mend that, then give"
         again = f"{disk} the same command again"
         if must or self.config.on_save_error == "stop" or self._failures >= SAVE_FAILURES:

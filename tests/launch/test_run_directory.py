@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from embsearch_dist.errors import UserError
-from embsearch_dist.rundir import LOCK, hold, plain_word, release
-from embsearch_dist.schema import read_json, write_json
+from embsearch_dist.rundir import LOCK, foreign, hold, plain_word, release
+from embsearch_dist.schema import read_json, write_json, write_sealed
+from embsearch_dist.written import adopt
 from tests.factories import command_line, small_config
 from tests.launch.test_bad_input import assert_refused
 
@@ -48,7 +49,12 @@ def test_a_folder_of_the_users_is_left_as_it_is(
     assert {p.name: p.read_text() for p in own.iterdir()} == files
 
 
-@pytest.mark.parametrize("place", ["notes.txt", "retrain/mine.txt", "retrain/a/thesis.tex", "more.yaml"])
+PLACES = ["notes.txt", "retrain/mine.txt", "retrain/a/thesis.tex", "more.yaml"]
+PLACES += ["report/notes.md", "tb/notes.txt", "stages/mine.txt", "search/thesis.tex", "allocations/by_hand.json"]
+PLACES += ["checkpoints/supernet/step-3/readme", "groups/group-0/mine.csv", "widest/checkpoints/retrain/notes"]
+
+
+@pytest.mark.parametrize("place", [PLACES[0], PLACES[5], PLACES[8]])
 def test_overwrite_deletes_only_what_we_made(data: Path, run: Path, run_script: Callable, place: str) -> None:
     before = run / "allocation.json"
     (run / place).parent.mkdir(parents=True, exist_ok=True)
@@ -60,6 +66,30 @@ def test_overwrite_deletes_only_what_we_made(data: Path, run: Path, run_script: 
     (run / place).unlink()
     assert search(run_script, data, run, "--run.overwrite", "true").returncode == 0
     assert before.exists() and not (run / "metrics.jsonl").exists()
+
+
+def test_files_of_the_users_are_found_in_every_folder(run: Path) -> None:
+    """And none of what every method leaves is taken for theirs."""
+    made = ["stages/widest.json", "search/pareto.json", "report/index.html", "report/curves-gates.png"]
+    made += ["tb/gates/events.out.tfevents.17.host.3.0", "checkpoints/gates/best.json", "architectures/rank-12.json"]
+    made += ["checkpoints/gates/step-12/data/__0_1.distcp", "checkpoints/gates/step-12/data/.metadata"]
+    made += ["checkpoints/gates/step-9.damaged/manifest.json", "checkpoints/gates/step-9.partial/state.json"]
+    made += ["groups/router.json", "groups/field_router-0.npy", "groups/assignment/train.npy", "groups/kmeans.json.tmp"]
+    made += ["groups/group-1/train/part-00000.parquet", "groups/group-1/schema.json", "retrain/a/training.json"]
+    made += ["widest/checkpoints/retrain/step-1/state.json", "retrain/a/group-0/tb/retrain/events.out.tfevents.1"]
+    for name in made:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).touch()
+    adopt(run / "architectures/rank-12.json", "0")
+    assert foreign(run) is None
+    for name in PLACES:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("{}")
+        assert foreign(run) == run / name
+        (run / name).unlink()
+    (run / "report" / "index.html").unlink()
+    (run / "report" / "index.html").symlink_to(run / "config.yaml")
+    assert foreign(run) == run / "report" / "index.html"
 
 
 def test_one_process_works_in_a_directory(data: Path, run: Path, run_script: Callable) -> None:
@@ -132,6 +162,11 @@ def test_one_bit_of_an_allocation_is_noticed_and_a_lost_one_is_restored(
     (run / "allocations").mkdir()
     (run / "allocations" / "ues-4.json").write_text(whole)
     path.unlink()
+    done = run_script("search.py", "--run.dir", run)
+    assert f"stage allocate: {path} is gone; made again" in done.stdout and path.exists()
+    path.unlink()
+    mark = read_json(run / "stages" / "allocate.json")
+    write_sealed(run / "stages" / "allocate.json", {**mark, "files": []})  # as of an older version
     done = run_script("search.py", "--run.dir", run)
     assert f"{path} was gone: restored from" in done.stdout and read_json(path) == read_json(
         run / "allocations/ues-4.json"

@@ -18,7 +18,10 @@ from embsearch_dist.architecture.architecture import Architecture
 from embsearch_dist.data.manifest import MANIFEST, compare_ends, identity
 from embsearch_dist.errors import UserError
 from embsearch_dist.grouped import GROUPS, GroupedAllocation
-from embsearch_dist.schema import Schema
+from embsearch_dist.report.reading import read_lines
+from embsearch_dist.schema import Schema, read_json, write_json
+from embsearch_dist.train.lines import compare_lines, lines_of
+from embsearch_dist.train.monitor import Monitor
 from launch.common import read_run_config
 from tests.factories import prepared, small_config
 from tests.unit.test_nasrec_choosing import searched
@@ -72,6 +75,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     GroupedAllocation(schema, (one, one), ({"train": 5}, {"train": 6}), {}).save(folder / GROUPS)
     small_config(folder / "data", folder).save(folder)
     shutil.copy(searched(folder / "nasrec") / "architectures" / "rank-1.json", folder / "architecture.json")
+    with Monitor(folder, "fit", quiet=True) as monitor:
+        for step in range(8):
+            monitor.scalars(step, {"loss": 1 / (step + 1), "lr": 0.01})
+    write_json(folder / "known.json", lines_of(folder, "fit"))
     return folder
 
 
@@ -82,6 +89,13 @@ def of_data(folder: Path, schema: Schema) -> Any:
     return read.fingerprint, read.rows, identity(folder / "data", read)
 
 
+def of_lines(folder: Path, schema: Schema) -> Any:
+    """What a report shows of a finished stage, or the words with which it says that lines are others."""
+    for text in compare_lines(folder, "fit", read_json(folder / "known.json")):
+        raise UserError(text)
+    return read_lines(folder / "metrics.jsonl")
+
+
 READERS: dict[str, Callable[[Path, Schema], Any]] = {
     "config.yaml": lambda folder, schema: dataclasses.asdict(read_run_config(folder)),
     "allocation.json": lambda folder, schema: Allocation.load(folder / "allocation.json", schema).widths,
@@ -89,6 +103,7 @@ READERS: dict[str, Callable[[Path, Schema], Any]] = {
     "architecture.json": lambda folder, schema: Architecture.load(folder / "architecture.json"),
     "data/schema.json": of_data,
     f"data/{MANIFEST}": of_data,
+    "metrics.jsonl": of_lines,
 }
 
 

@@ -21,7 +21,7 @@ from embsearch_dist.train.metrics import evaluate
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.retrain import SubnetTask, load_best, retrain
 from embsearch_dist.train.signals import StoppedBySignal
-from embsearch_dist.train.trainer import Trainer
+from embsearch_dist.train.trainer import Progress, Trainer
 from tests.factories import (
     one_rank,
     open_run,
@@ -313,3 +313,10 @@ def test_weights_of_another_transform_are_refused(data: Path, tmp_path: Path) ->
             load_best(config, Allocation(run.schema, WIDTHS), run.context, tmp_path)
         with pytest.raises(UserError, match="was 'width', now 'identity'|was 'embedding', now 'value'"):
             retrain(config, Allocation(run.schema, WIDTHS), *streams(run), run.context, tmp_path, quiet=True)
+
+
+def test_of_equal_metrics_the_lower_logloss_is_better() -> None:
+    assert Trainer._best(Progress(best=0.7, best_logloss=0.5)) < (0.7, -0.4)
+    assert Trainer._best(Progress(best=0.7, best_logloss=0.5)) > (0.7, -0.6)
+    assert Trainer._best(Progress(best=0.7)) > (0.7, -0.1)  # of an older version: equal is not better
+    assert Trainer._best(Progress(best=0.7)) < (0.71, -9.0)

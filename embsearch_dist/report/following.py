@@ -1,0 +1,36 @@
+"""What a reader of the report may do next, as commands to copy."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from embsearch_dist.report import page
+from embsearch_dist.report.page import Section
+from embsearch_dist.report.runs import Run
+
+
+def commands(run: Run) -> list[tuple[str, str]]:
+    """(what for, command) of one run, the nearest first."""
+    place, names = shlex.quote(str(run.path)), {r.name for r in run.results}
+    controller = any(line.get("stage") == "controller" for line in run.metrics)
+    searched = run.widths is not None or bool(run.groups) or (run.space is not None and bool(run.networks))
+    if not searched and not names:
+        return [("Go on with the search", f"python launch/search.py --run.dir {place}")]
+    found = []
+    if searched and not run.retrains:
+        found.append(("Train what was found", f"python launch/retrain.py --run {place}"))
+    uniform = any(n.startswith(("ues-", "nasrec-ues-")) for n in names)
+    if run.widths is not None and not run.groups and not run.by_network and not uniform:
+        text = "Train the uniform widths around it, to compare"
+        found.append((text, f"python launch/retrain.py --run {place} --allocation bracket"))
+    if searched and run.retrains and not controller:
+        text = "Another seed: differences of one training are noise until several agree"
+        found.append((text, f"python launch/retrain.py --run {place} --run.seed 1"))
+    return found
+
+
+def section(runs: Sequence[Run]) -> Section | None:
+    """The commands of all runs; None where there is nothing to do."""
+    lines = [f"# {what}\n{command}" for run in runs for what, command in commands(run)]
+    return Section("next", "Next", page.code("\n".join(dict.fromkeys(lines)))) if lines else None
