@@ -43,7 +43,7 @@ WEIGHTS = (4, 3, 2, 1)
 PHASES = {"prepare": None, "search": "fresh", "retrain": "searched", "evaluate": "retrained"}  # and the state before
 PHASE_WEIGHTS = (1, 5, 4, 1)
 GRACE_S = 1.0
-PATIENCE_S = 90  # of a start; tiny runs take seconds
+PATIENCE_S = 240  # of a start; tiny runs take seconds, under torchrun on a busy machine a minute
 CLASSES = ("same", "late", "DIVERGED", "FAILED", "HUNG")
 BAD = CLASSES[2:]
 
