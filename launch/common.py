@@ -190,7 +190,7 @@ def open_data(config: Config, context: Context) -> Schema:
         if (path / "vocabulary").is_dir():
             compare_ends(path, "vocabulary")
         if context.rank == 0 and not (path / MANIFEST).exists():
-            print(f"{path / MANIFEST} is missing: the files there are compared with nothing", flush=True)
+            print(f"{path / MANIFEST} is missing: the files there are compared with nothing", file=sys.stderr)
         return dataclasses.replace(schema, data=identity(path, schema))
     raise AssertionError("unreachable")
 

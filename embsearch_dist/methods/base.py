@@ -211,8 +211,10 @@ def _finish(run: Run, stage: Stage, mark: Path, inputs: dict[str, Any], begun: i
     deletes them to save room wants nothing trained again."""
     home = run.dir.absolute()
     left = {p.absolute() for p in written.log()[begun:] if p.exists()}
-    names = {str(p.relative_to(home)) for p in left if p.is_relative_to(home)} - {"config.yaml", "schema.json"}
-    files = sorted(n for n in names if "checkpoints" not in Path(n).parts and not n.startswith("stages/"))
+    names = {str(p.relative_to(home)) for p in left if p.is_relative_to(home)} - {"schema.json"}
+    # Whoever reads a config.yaml checks it by the checksum in its last line.
+    own = (n for n in names if Path(n).name != "config.yaml" and "checkpoints" not in Path(n).parts)
+    files = sorted(n for n in own if not n.startswith("stages/"))
     body = {"state": "done", "inputs": inputs, "files": files, "lines": lines_of(run.dir, stage.name)}
     write_sealed(mark, body)
 

@@ -253,11 +253,12 @@ def test_a_training_survives_a_search_that_found_something_else(run: Path, run_s
     run_script("retrain.py", "--run", run)
     own = run / "retrain" / "nasrec"
     before = json.loads((own / "evaluation.json").read_text())
+    second = json.loads((run / "architectures" / "rank-2.json").read_text())
     body = json.loads((run / "architecture.json").read_text())
-    del body["sha256"]
     body["space"]["tokens"] += 1
-    for other in ((run / "architectures" / "rank-2.json").read_text(), json.dumps(body)):
-        (run / "architecture.json").write_text(other)
+    for other in (second, body):
+        del other["sha256"]  # a person's file
+        (run / "architecture.json").write_text(json.dumps(other))
         refused = run_script("retrain.py", "--run", run, check=False)
         assert refused.returncode == 2, refused.stderr
         assert refused.stderr.strip().splitlines()[-1].startswith(f"error: {own} holds another training; give --name")

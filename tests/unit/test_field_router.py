@@ -23,7 +23,7 @@ from embsearch_dist.methods.ihas.field_router import (
     read_assignment,
 )
 from embsearch_dist.methods.ihas.routed import open_router
-from embsearch_dist.schema import Field, Schema, read_json, write_json
+from embsearch_dist.schema import Field, Schema, read_json, write_json, write_sealed
 from tests.factories import one_rank, open_run, prepared, random_batch, small_config, small_schema
 from tests.raw_lists import list_schema, prepared_lists, random_lists
 
@@ -213,7 +213,7 @@ def test_damage_and_strangers(data: Path, tmp_path: Path) -> None:
         ({**body, "fields": [{**body["fields"][0], "name": "nobody"}]}, "not a router of fields"),
         ({**body, "prior": [0.0, 0.0, 0.0]}, r"not a router of fields.*float32 \[\d+, 2\]"),
     ):
-        write_json(path, broken)
+        write_sealed(path, {k: v for k, v in broken.items() if k != "sha256"})
         with pytest.raises(UserError, match=told):
             load_field_router(run)
     write_json(path, body)

@@ -85,7 +85,8 @@ def test_a_search_begins_with_what_the_prefilter_kept_and_minds_predicted_latenc
     body = search(data, copied, *prefilter, *cost)
     kept = json.loads((copied / "prefilter.json").read_text())["kept"]
     assert [c["key"] for c in body["seen"][:4]] == [c["key"] for c in kept]
-    table = LatencyTable(**json.loads((copied / "latency.json").read_text()))
+    written = json.loads((copied / "latency.json").read_text())
+    table = LatencyTable(**{k: v for k, v in written.items() if k != "sha256"})
     for c in body["seen"]:
         architecture = Architecture.from_json({"format": 1, "kind": "architecture", "blocks": c["blocks"]}, "x")
         assert c["latency"] == table.predict(architecture, SPACE, 1, 4)

@@ -166,6 +166,8 @@ def _features(architecture: Architecture, space: Space, columns: int, fields: in
 
 def _read(path: Path) -> LatencyTable | None:
     try:
-        return LatencyTable(**read_sealed(path)) if path.exists() else None
+        if not path.exists():
+            return None
+        return LatencyTable(**{k: v for k, v in read_sealed(path).items() if k != "sha256"})
     except TypeError:
         return None  # of another version
