@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def rows_of(out: Path, models: Sequence[Trained]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "commit": job.get("commit", "unknown"),
-                "command": job.get("command", ""),
+                "command": portable(job.get("command", ""), out),
                 "seed": m.seed,
                 "hardware": machine,
                 "data": f"{schema.dataset} {schema.fingerprint} {schema.rows.get('train', 0)} training rows",
@@ -100,6 +101,11 @@ def rows_of(out: Path, models: Sequence[Trained]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def portable(command: str, out: Path) -> str:
+    """A command without the folders of the machine it ran on."""
+    return re.sub(r"(--data\.path=)\S+", r"\1PREPARED", command.replace(str(out), "OUT"))
 
 
 def best_validation(metrics: Path, step: int) -> dict[str, float]:
