@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks import run_ranks
+from tests.ranks import THREADS, run_ranks
 
 
 def add_up(rank: int, world_size: int, scale: int) -> dict[str, int]:
@@ -47,7 +47,7 @@ def own_group(rank: int, world_size: int) -> int:
 def test_results_come_back_in_rank_order(tmp_path: Path) -> None:
     for scale in (1, 2):  # a second call in the same folder must not meet the first one's rendezvous
         results = run_ranks(add_up, 3, tmp_path, scale)
-        assert results == [{"rank": r, "size": 3, "sum": 3 + 3 * scale, "threads": 1} for r in range(3)]
+        assert results == [{"rank": r, "size": 3, "sum": 3 + 3 * scale, "threads": THREADS} for r in range(3)]
 
 
 def test_ranks_are_forks_of_a_server_that_has_all_loaded_but_what_starts_threads(tmp_path: Path) -> None:
