@@ -45,7 +45,7 @@ CHECKS = (
         "chains:evaluate",
         3,
         "search, retrain, evaluate; the same AUC on the CPU; the tests of tests/gpu",
-        110.0,  # the tests start a dozen processes
+        110.0,  # the tests go through the chain twice more
     ),
     Check("methods", "chains:methods", 2, "20 steps of iHAS, NASRec and AdaFS, and what their searches leave"),
     Check("agreement", "agreement:devices", 2, "forward and backward on the device and on the CPU give the same"),
