@@ -12,11 +12,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from embsearch_dist.errors import UserError
+from embsearch_dist.precision import SERVED, row_bytes
 from embsearch_dist.schema import Schema, differs, read_sealed, write_sealed
 
 FORMAT = 1
 BYTES_PER_PARAMETER = 4
-RESOURCES = ("widths", "parameters", "bytes")
+RESOURCES = ("widths", "parameters", "bytes", *SERVED)
 
 
 def physical_width(width: int) -> int:
@@ -25,9 +26,10 @@ def physical_width(width: int) -> int:
 
 
 def cost(resource: str, cardinality: int, width: int, extra: int = 0) -> int:
-    """What one table costs: its ``widths`` (columns of the embedding), nominal ``parameters``, or physical ``bytes``.
+    """What one table costs: its ``widths`` (columns of the embedding), nominal ``parameters``, physical ``bytes`` of
+    training, or ``served_fp32``, ``served_fp16``, ``served_int8``, ``served_int4``: bytes as it is served.
 
-    ``extra``: columns beside the width, which a dropped field lacks; parameters and bytes count them.
+    ``extra``: columns beside the width, which a dropped field lacks; all but widths count them.
     """
     columns = width + extra if width else 0
     if resource == "widths":
@@ -36,6 +38,8 @@ def cost(resource: str, cardinality: int, width: int, extra: int = 0) -> int:
         return cardinality * columns
     if resource == "bytes":
         return cardinality * physical_width(columns) * BYTES_PER_PARAMETER
+    if resource in SERVED:
+        return cardinality * row_bytes(columns, resource.removeprefix("served_"))
     raise UserError(f"resource {resource!r} is none of {', '.join(RESOURCES)}")
 
 
@@ -88,7 +92,7 @@ class Allocation:
         return [n for n in self.schema.names if self.widths[n]]
 
     def total(self, resource: str) -> int:
-        """Sum over fields of ``widths`` (columns), ``parameters`` (nominal) or ``bytes`` (physical)."""
+        """Sum over fields of one of :data:`RESOURCES`; see :func:`cost`."""
         return sum(cost(resource, f.cardinality, self.widths[f.name], self.extra) for f in self.schema.fields)
 
     def reduction(self, reference_width: int = 32) -> float:

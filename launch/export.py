@@ -34,11 +34,11 @@ from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.ihas.routed import ROUTERS
 from embsearch_dist.methods.nasrec.searching import RESULT
+from embsearch_dist.precision import PRECISIONS
 from embsearch_dist.rundir import plain_word
 from embsearch_dist.serving import programs
 from embsearch_dist.serving.collect import Collected, collect_gated, collect_routed, collect_single, kind_of
 from embsearch_dist.serving.export import Wish, described_by, export, summary
-from embsearch_dist.serving.quantised import PRECISIONS
 from launch.common import known_options, open_data, open_search, read_run_config, run_main
 
 OPTIONS = ("run", "out", "precision", "format", "name", "router", "source", "overwrite")

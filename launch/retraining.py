@@ -10,6 +10,7 @@ from typing import Any
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import Config
+from embsearch_dist.data.dataset import BatchStream
 from embsearch_dist.dist.context import Context
 from embsearch_dist.errors import UserError
 from embsearch_dist.grouped import GroupedAllocation
@@ -20,6 +21,7 @@ from embsearch_dist.methods.nasrec.choosing import candidate_files, train_best
 from embsearch_dist.rundir import plain_word
 from embsearch_dist.schema import Schema, write_sealed
 from embsearch_dist.train.retrain import SubnetTask, evaluate_model, retrain
+from embsearch_dist.train.served import evaluate_served
 from launch.common import open_retraining, open_search, read_result
 
 BRACKET = "bracket"
@@ -201,5 +203,16 @@ def retrain_one(run: Run, allocation: Allocation, directory: Path, name: str) ->
     test = run.stream("test", config.train.eval_batch_size, shuffle=False)
     task = retrain(config, allocation, training, validation, context, directory)
     result = evaluate_model(task, test, "test", context, config, name, allocation)
+    result |= as_served(task, allocation, test, "test", run)
     context.first("writing evaluation.json", lambda: write_sealed(directory / "evaluation.json", result))
     return task, result
+
+
+def as_served(
+    task: SubnetTask, allocation: Allocation, stream: BatchStream, split: str, run: Run, precision: str = ""
+) -> dict[str, Any]:
+    """``served``: the figures at a precision, by default ``search.precision``; nothing where neither is told."""
+    precision = precision or getattr(run.config.search, "precision", "")
+    if not precision:
+        return {}
+    return {"served": evaluate_served(task, allocation, precision, stream, split, run.context)}

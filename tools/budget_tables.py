@@ -26,10 +26,33 @@ from embsearch_dist.schema import Schema
 COLUMNS = (
     "commit", "command", "seed", "hardware", "data", "backbone", "budget", "method", "widths", "parameters",
     "share_of_ues32", "validation_auc", "validation_logloss", "test_auc", "test_logloss", "search_seconds",
-    "training_seconds",
+    "training_seconds", "precision", "served_bytes", "served_share_of_ues32", "served_auc", "served_logloss",
 )  # fmt: skip
 BASELINES = ("fdo", "magnitude")
 LABELLED = 24  # models in the picture whose names have room
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a comparison judges by: columns of its CSV, and what sizes are called."""
+
+    size: str
+    share: str
+    auc: str
+    logloss: str
+    unit: str
+
+    @classmethod
+    def of(cls, rows: Sequence[dict[str, Any]]) -> Measure:
+        """Bytes and figures as served where every line has them at one precision, else parameters."""
+        precisions = {r.get("precision") or "" for r in rows}
+        if len(precisions) == 1 and (precision := precisions.pop()):
+            return cls("served_bytes", "served_share_of_ues32", "served_auc", "served_logloss", f"bytes at {precision}")
+        return cls("parameters", "share_of_ues32", "test_auc", "test_logloss", "parameters")
+
+    def reference(self, rows: Sequence[dict[str, Any]]) -> float:
+        """Size of UES-32."""
+        return float(rows[0][self.size]) / float(rows[0][self.share])
 
 
 @dataclass(frozen=True)
@@ -58,14 +81,15 @@ def write_all(out: Path, models: Sequence[Trained], seeds: int) -> str:
     if not rows:
         raise SystemExit(f"{out}: no training is finished yet")
     with (out / "comparison.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", restval="")
         writer.writeheader()
         writer.writerows(rows)
-    compared = summarise(rows)
-    reference = float(rows[0]["parameters"]) / float(rows[0]["share_of_ues32"])
-    text = markdown(rows, compared, reference, seeds)
+    compared, measure = summarise(rows), Measure.of(rows)
+    text = markdown(rows, compared, seeds)
     (out / "comparison.md").write_text(text)
-    render("comparison", lambda theme: draw(theme, list(compared.values()), "test", len(compared) <= LABELLED), out)
+    size = "embedding parameters" if measure.size == "parameters" else f"{measure.unit}, all tables"
+    models = list(compared.values())
+    render("comparison", lambda theme: draw(theme, models, "test", len(models) <= LABELLED, size), out)
     return text
 
 
@@ -98,9 +122,23 @@ def rows_of(out: Path, models: Sequence[Trained]) -> list[dict[str, Any]]:
                 "test_logloss": result["logloss"],
                 "search_seconds": search.get("seconds", ""),
                 "training_seconds": round(training["seconds"], 1),
+                **as_served(result.get("served")),
             }
         )
     return rows
+
+
+def as_served(told: dict[str, Any] | None) -> dict[str, Any]:
+    """The columns of what an evaluation tells of tables at a precision; empty where it tells nothing."""
+    if not told:
+        return {}
+    return {
+        "precision": told["precision"],
+        "served_bytes": told["bytes"],
+        "served_share_of_ues32": f"{told['bytes'] / told['ues32_bytes']:.6f}",
+        "served_auc": told["auc"],
+        "served_logloss": told["logloss"],
+    }
 
 
 def portable(command: str, out: Path) -> str:
@@ -126,14 +164,15 @@ def hardware() -> str:
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], Model]:
     """(method, budget or width) -> the model over its seeds."""
     grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    measure = Measure.of(rows)
     for row in rows:
         grouped.setdefault(key_of(row), []).append(row)
     found = {}
     for (method, label), own in grouped.items():
         uniform = method.startswith("uniform")
         name = f"UES-{label}{method.removeprefix('uniform')}" if uniform else f"{method} {label}"
-        size = statistics.fmean(float(r["parameters"]) for r in own)
-        found[method, label] = Model(name, size, {r["seed"]: float(r["test_auc"]) for r in own}, method, uniform)
+        size = statistics.fmean(float(r[measure.size]) for r in own)
+        found[method, label] = Model(name, size, {r["seed"]: float(r[measure.auc]) for r in own}, method, uniform)
     return found
 
 
@@ -160,10 +199,12 @@ def verdicts(models: dict[tuple[str, str], Model], reference: float) -> list[str
     return lines
 
 
-def markdown(rows: Sequence[dict[str, Any]], models: dict[tuple[str, str], Model], reference: float, seeds: int) -> str:
+def markdown(rows: Sequence[dict[str, Any]], models: dict[tuple[str, str], Model], seeds: int) -> str:
     """Verdicts, then the table; s.e. is the standard error over seeds."""
-    first = rows[0]
+    first, measure = rows[0], Measure.of(rows)
+    reference = measure.reference(rows)
     commits = ", ".join(sorted({str(r["commit"]) for r in rows}))
+    sizes = f"| model | {measure.unit} | of UES-32 "
     head = [
         f"{first['data']}, {first['backbone']}, up to {seeds} seeds, commit {commits}; {first['hardware']}.",
         "Search time is that of all budgets of a method together, its trained model or supernet included, which "
@@ -171,7 +212,7 @@ def markdown(rows: Sequence[dict[str, Any]], models: dict[tuple[str, str], Model
         "",
         *verdicts(models, reference),
         "",
-        "| model | parameters | of UES-32 | test AUC (s.e.) | test logloss | validation AUC | search s | training s |",
+        sizes + "| test AUC (s.e.) | test logloss | validation AUC | search s | training s |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for key, model in models.items():
@@ -179,7 +220,7 @@ def markdown(rows: Sequence[dict[str, Any]], models: dict[tuple[str, str], Model
         error = "one seed" if math.isnan(model.error) else f"{model.error:.4f}"
         head.append(
             f"| {model.name} | {model.parameters:,.0f} | {percent(model.parameters / reference)} "
-            f"| {model.mean:.4f} ({error}) | {mean(own, 'test_logloss')} | {mean(own, 'validation_auc')} "
+            f"| {model.mean:.4f} ({error}) | {mean(own, measure.logloss)} | {mean(own, 'validation_auc')} "
             f"| {mean(own, 'search_seconds', '.0f')} | {mean(own, 'training_seconds', '.0f')} |"
         )
     return "\n".join(head) + "\n"

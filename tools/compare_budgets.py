@@ -5,6 +5,8 @@
     python tools/compare_budgets.py ... --dry-run                                    list the commands
     python tools/compare_budgets.py ... --variants plain:model.unify=mixed           uniform widths in this way too
     python tools/compare_budgets.py ... --settings utilities:search.evidence=2       keys of one method's search
+    python tools/compare_budgets.py ... --precision int8 --budgets ues-12,ues-28 --widths 12,28
+                                                              judge by bytes and AUC of tables as served at int8
 
 For each seed: the searches of --methods under every budget, a training of each found allocation and of each uniform
 width, all with the config's own recipe (its train, optim and model sections; stopped on the validation split). Every
@@ -61,6 +63,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="*", default=[], help="NAME:key=value,... further sets of uniform widths")
     parser.add_argument("--settings", nargs="*", default=[], help="METHOD:search.key=value,... of one search")
     parser.add_argument("--extra", nargs="*", default=[], help="further overrides for all runs, section.key=value")
+    parser.add_argument("--precision", default="", help="fp32 | fp16 | int8 | int4: judge tables as served at it")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and leave")
     parser.add_argument("--only-tables", action="store_true", help="run nothing: tables of what is there")
@@ -150,7 +153,8 @@ class Plan:
 
     def common(self, directory: Path, seed: int) -> list[str]:
         where = [f"data.path={self.args.data}", f"run.dir={directory}", f"run.seed={seed}"]
-        return [f"--{x}" for x in [*where, *self.args.extra]]
+        served = [f"search.precision={self.args.precision}"] if self.args.precision else []
+        return [f"--{x}" for x in [*where, *served, *self.args.extra]]
 
     def uniforms(self) -> list[list[Job]]:
         return [

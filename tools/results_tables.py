@@ -63,8 +63,7 @@ def table_of(path: Path) -> str:
         rows = list(csv.DictReader(file))
     if not rows:
         raise SystemExit(f"{path}: no line below the head")
-    reference = float(rows[0]["parameters"]) / float(rows[0]["share_of_ues32"])
-    return markdown(rows, summarise(rows), reference, len({r["seed"] for r in rows}))
+    return markdown(rows, summarise(rows), len({r["seed"] for r in rows}))
 
 
 if __name__ == "__main__":

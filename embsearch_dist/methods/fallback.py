@@ -12,7 +12,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.data.dataset import BatchStream
 from embsearch_dist.dist.context import Context
-from embsearch_dist.methods.adass.budget import parse_budget
+from embsearch_dist.methods.found import budget_of
 from embsearch_dist.train.metrics import auc
 from embsearch_dist.train.retrain import SubnetTask
 
@@ -23,27 +23,35 @@ def uniform_like(found: Allocation, width: int) -> Allocation:
 
 
 def bracket(found: Allocation) -> list[int]:
-    """The uniform widths whose size is just not above and just not below that of ``found``; one where it is theirs."""
-    size = found.total("parameters")
-    below = max(0, size // sum(found.schema.cardinalities) - found.extra)
-    if below and uniform_like(found, below).total("parameters") == size:
+    """The uniform widths whose size is just not above and just not below that of ``found``; one where it is theirs.
+
+    Sizes are of what its budget counts. As bytes of served tables several widths cost the same: the widest of them.
+    """
+    resource = budget_of(found).resource
+    size = found.total(resource)
+    below = _widest(found, resource, size)
+    if below and uniform_like(found, below).total(resource) == size:
         return [below]
-    return [w for w in (below, below + 1) if w > 0]
+    above = _widest(found, resource, uniform_like(found, below + 1).total(resource))
+    return [w for w in (below, above) if w > 0]
 
 
 def widest_within(found: Allocation) -> int:
     """The largest uniform width inside the budget that ``found`` was searched under; inside its own size where it names
     none. 0: none fits."""
-    text = found.provenance.get("budget")
-    if isinstance(text, str):
-        budget = parse_budget(text, found.schema, "budget of the allocation", found.extra)
-        resource, limit = budget.resource, budget.limit
-    else:
-        resource, limit = "parameters", found.total("parameters")
-    width = limit // max(1, sum(found.schema.cardinalities))
-    while width and uniform_like(found, width).total(resource) > limit:
-        width -= 1
-    return width
+    budget = budget_of(found)
+    return _widest(found, budget.resource, budget.limit)
+
+
+def _widest(found: Allocation, resource: str, limit: int) -> int:
+    """The widest uniform width that costs at most ``limit``; 0: none does."""
+    fits, beyond = 0, 1
+    while uniform_like(found, beyond).total(resource) <= limit:
+        fits, beyond = beyond, 2 * beyond
+    while beyond - fits > 1:
+        middle = (fits + beyond) // 2
+        fits, beyond = (middle, beyond) if uniform_like(found, middle).total(resource) <= limit else (fits, middle)
+    return fits
 
 
 @torch.no_grad()

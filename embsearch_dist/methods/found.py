@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.adass.budget import REFERENCE_WIDTH, Budget, check_feasible, parse_budget
+from embsearch_dist.precision import PRECISIONS
 from embsearch_dist.schema import Schema, copy_sealed, read_sealed, write_sealed
 from embsearch_dist.train.metrics import shown
 
@@ -33,9 +34,19 @@ class Point:
     scored: list[tuple[int, float]] = field(default_factory=list)
 
 
-def budgets(
-    name: str, budget: str, pareto: Sequence[str], schema: Schema, candidates: Sequence[int], extra: int
-) -> list[tuple[str, Budget | None]]:
+class Budgeted(Protocol):
+    """The settings of a search that has budgets."""
+
+    budget: str
+    pareto: list[str]
+    precision: str
+
+    @property
+    def candidates(self) -> list[int]:
+        """Widths that a field may get."""
+
+
+def budgets(config: Budgeted, name: str, schema: Schema, extra: int) -> list[tuple[str, Budget | None]]:
     """(allocation name, budget) of every search of a stage, the main one first; all checked.
 
     ``extra``: columns of a kept field's table beside its width (``ModelConfig.extra``).
@@ -43,15 +54,30 @@ def budgets(
     Raises:
         UserError: a budget that no allocation of the candidates can obey.
     """
-    texts = [(name, budget, "search.budget")]
-    texts += [(f"{name}-{text.strip()}", text, "search.pareto") for text in pareto]
+    texts = [(name, config.budget, "search.budget")]
+    texts += [(f"{name}-{text.strip()}", text, "search.pareto") for text in config.pareto]
     found: list[tuple[str, Budget | None]] = []
     for called, text, key in texts:
-        parsed = parse_budget(text, schema, key, extra) if text else None
+        parsed = parse_budget(text, schema, key, extra, config.precision) if text else None
         if parsed:
-            check_feasible(parsed, schema, candidates, key, extra)
+            check_feasible(parsed, schema, config.candidates, key, extra)
         found.append((called.replace("%", "pct").replace(" ", ""), parsed))
     return found
+
+
+def budget_told(budget: Budget | None, precision: str) -> dict[str, object]:
+    """What an allocation's provenance says of the budget it was found under; see :func:`budget_of`."""
+    told: dict[str, object] = {"budget": budget.text} if budget else {}
+    return told | ({"precision": precision} if budget and precision else {})
+
+
+def budget_of(found: Allocation) -> Budget:
+    """The budget that an allocation was found under; what it takes itself where it names none."""
+    text, precision = found.provenance.get("budget"), found.provenance.get("precision", "")
+    if not isinstance(text, str):
+        return Budget("parameters", found.total("parameters"), "")
+    known = str(precision) if precision in PRECISIONS else ""
+    return parse_budget(text, found.schema, "budget of the allocation", found.extra, known)
 
 
 def write_points(directory: Path, points: Sequence[Point]) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from embsearch_dist.report import architectures, following, groups, history, sections, verdict
+from embsearch_dist.report import architectures, following, groups, history, sections, served, verdict
 from embsearch_dist.report.page import page
 from embsearch_dist.report.runs import load_runs
 from embsearch_dist.report.summary import compare, headline
@@ -36,6 +36,7 @@ def write_report(run_dirs: Sequence[Path | str], out: Path | str | None = None) 
     parts = [
         sections.verdict(comparison, directory),
         sections.results(comparison),
+        served.section(comparison, directory),
         sections.allocation(runs, directory),
         groups.found(runs, directory),
         architectures.found(runs, directory),
@@ -59,7 +60,10 @@ def write_report(run_dirs: Sequence[Path | str], out: Path | str | None = None) 
         final = [
             f"{r.label}: {r.final['reason']}." if len(runs) > 1 else f"{r.final['reason']}." for r in runs if r.final
         ]
-        sentences = [*verdict.sentences(comparison, str(run_dirs[0])), *final, *sentences]
+        # A search under a budget of served bytes is judged by them: the widths around it are others.
+        where = str(run_dirs[0])
+        own = served.sentences(comparison, where) or verdict.sentences(comparison, where)
+        sentences = [*own, *final, *sentences]
     html = page(title, sentences, [p for p in parts if p is not None])
     target = directory / "index.html"
     temporary = target.with_name("index.html.tmp")

@@ -44,6 +44,7 @@ class Result:
     """One ``evaluation.json``: a retrained model measured on held-out data.
 
     ``groups`` and ``router`` are those of a routed result: a model per group, and what sends a row to one.
+    ``served``: ``auc``, ``logloss``, ``bytes`` and ``ues32_bytes`` of tables at ``precision``, where it was measured.
     ``network`` is the key of the architecture behind the tables, where one was; ``rank`` its place in its search.
     """
 
@@ -58,6 +59,8 @@ class Result:
     backbone: str = ""
     network: str | None = None
     rank: int | None = None
+    precision: str = ""
+    served: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -343,6 +346,10 @@ def _load_result(run: Run, directory: Path, file: str = "evaluation.json") -> Re
     widths = _whole(body.get("widths") or {})
     result = Result(named, str(body.get("split", "test")), seed, numbers, widths, path, groups, router)
     result.backbone = str(body.get("backbone") or "")
+    if isinstance(body.get("served"), dict):
+        result.precision = str(body["served"].get("precision"))
+        told = {k: math.nan if v is None else v for k, v in body["served"].items()}
+        result.served = {k: float(told[k]) for k in ("auc", "logloss", "bytes", "ues32_bytes") if k in told}
     if (directory / NETWORK).exists() and result.backbone in ("", "nasrec"):
         result.network = key(Architecture.load(directory / NETWORK))
         ranks = {n.key: rank for rank, n in enumerate(run.networks, 1)}

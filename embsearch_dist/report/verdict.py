@@ -162,8 +162,11 @@ def sentences(comparison: Comparison | None, directory: str) -> list[str]:
     return texts
 
 
-def draw(theme: Theme, models: Sequence[Model], split: str, label: bool = True) -> Figure:
-    """AUC against size; bars are one standard error over seeds, lines join the models of a group."""
+def draw(
+    theme: Theme, models: Sequence[Model], split: str, label: bool = True, size: str = "embedding parameters"
+) -> Figure:
+    """AUC against size, whose name is ``size``; bars are one standard error over seeds, lines join the models of a
+    group."""
     fig = figure(4.2)
     axes = fig.subplots()
     uniform = list(dict.fromkeys(m.group for m in models if m.uniform))
@@ -178,7 +181,7 @@ def draw(theme: Theme, models: Sequence[Model], split: str, label: bool = True) 
             ls="-" if first or not plain else "--", lw=1.0, ms=5 if plain else 6, color=colors[group],
             mec=theme.background, capsize=3, label=group,
         )  # fmt: skip
-    axes.set_xlabel("embedding parameters")
+    axes.set_xlabel(size)
     seeds = max(len(m.auc) for m in models)
     axes.set_ylabel(f"{split} AUC" + (f", mean of {seeds} seeds" if seeds > 1 else ", one seed"))
     size_axis(axes, [m.parameters for m in models])

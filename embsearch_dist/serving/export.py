@@ -17,6 +17,7 @@ from embsearch_dist import __version__
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.data.dataset import BatchStream
 from embsearch_dist.errors import UserError
+from embsearch_dist.precision import quantise, served
 from embsearch_dist.schema import Schema, write_json
 from embsearch_dist.serving import programs
 from embsearch_dist.serving.card import card
@@ -32,7 +33,6 @@ from embsearch_dist.serving.directory import (
     save_arrays,
 )
 from embsearch_dist.serving.model import build, config_of, fill
-from embsearch_dist.serving.quantised import quantise, served_bytes
 from embsearch_dist.serving.triton import write_repository
 from embsearch_dist.train.metrics import score, shown
 
@@ -45,7 +45,7 @@ class Wish:
 
     Attributes:
         out: the directory.
-        precision: of the tables; one of :data:`embsearch_dist.serving.quantised.PRECISIONS`.
+        precision: of the tables; one of :data:`embsearch_dist.precision.PRECISIONS`.
         formats: programs, of :data:`embsearch_dist.serving.programs.FORMATS`.
         overwrite: replace an earlier model directory.
         name: of the model.
@@ -239,8 +239,8 @@ def sizes(body: Mapping[str, Any], schema: Schema, directory: Path) -> dict[str,
         extra = config_of(body["model"], directory).extra
         allocations = [Allocation(schema, dict(w)).counted(extra) for w in body["widths"]]
     router, at = body.get("router", {}), dict.fromkeys(("fp32", body["precision"]))
-    base = served_bytes(Allocation.uniform(schema, router["width"]), "fp32") if "width" in router else 0
-    return made | {f"served_{p}": base + sum(served_bytes(a, p) for a in allocations) for p in at}
+    base = Allocation.uniform(schema, router["width"]).total(served("fp32")) if "width" in router else 0
+    return made | {served(p): base + sum(a.total(served(p)) for a in allocations) for p in at}
 
 
 def versions() -> dict[str, str]:

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from embsearch_dist.allocation import physical_width
 from embsearch_dist.models.pooled import Pooled
+from embsearch_dist.precision import BITS, CODES, SCALE, SHIFT, unpacked
 from embsearch_dist.schema import Field
-from embsearch_dist.serving.quantised import BITS, CODES, SCALE, SHIFT, unpacked
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class PlainTables(nn.Module):
 
     Args:
         specs: kept fields, in schema order.
-        precision: one of :data:`embsearch_dist.serving.quantised.PRECISIONS`.
+        precision: one of :data:`embsearch_dist.precision.PRECISIONS`.
         padded: fields come in the order and at the physical widths that the sharded tables of a training on one rank
             have, for products over all columns that are to have the same bits.
     """

@@ -9,6 +9,7 @@ import pytest
 
 from embsearch_dist.allocation import Allocation, cost, physical_width
 from embsearch_dist.errors import UserError
+from embsearch_dist.precision import SERVED
 from embsearch_dist.schema import Field, Schema
 from tests.factories import small_schema
 
@@ -54,7 +55,9 @@ def test_the_file_shows_widths_in_schema_order_and_sizes(tmp_path: Path) -> None
     Allocation(SCHEMA, {"f2": 4, "f0": 2, "f1": 8}).save(tmp_path / "a.json")
     body = json.loads((tmp_path / "a.json").read_text())
     assert list(body["widths"].items()) == [("f0", 2), ("f1", 8), ("f2", 4)]
-    assert body["sizes"] == {"widths": 14, "parameters": 300, "bytes": 4 * 500, "P-R": round(1 - 300 / 3680, 4)}
+    served = {"served_fp32": 16 * 100 + 32 * 10 + 16 * 5, **dict.fromkeys(SERVED[1:], 16 * 115)}
+    share = round(1 - 300 / 3680, 4)
+    assert body["sizes"] == {"widths": 14, "parameters": 300, "bytes": 4 * 500, **served, "P-R": share}
 
 
 def test_uniform_gives_every_field_the_same_width() -> None:

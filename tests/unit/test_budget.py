@@ -37,6 +37,8 @@ SCHEMA = small_schema(1000, 100, 50)  # UES-32: 36,800 parameters
         ("80%", "parameters", 29_440),
         (" 12.5 % ", "parameters", 4600),
         ("250%", "parameters", 92_000),
+        ("ues-12", "parameters", 13_800),
+        (" UES-1 ", "parameters", 1150),
     ],
 )
 def test_a_budget_is_read_in_parameters_bytes_or_percent(text: str, resource: str, limit: int) -> None:
@@ -44,9 +46,31 @@ def test_a_budget_is_read_in_parameters_bytes_or_percent(text: str, resource: st
     assert (budget.resource, budget.limit, budget.text) == (resource, limit, text)
 
 
-@pytest.mark.parametrize("text", ["", "much", "MB", "-5", "10TB", "5 apples", "1.5.2MB", "%", "nan", "inf"])
+@pytest.mark.parametrize(
+    ("text", "precision", "resource", "limit"),
+    [
+        ("200000", "int8", "parameters", 200_000),
+        ("1.5MB", "int8", "served_int8", 1_500_000),
+        ("50%", "int8", "served_int8", 1150 * 48 // 2),  # a row of 32 columns takes 36 bytes, rounded up to 48
+        ("ues-12", "int8", "served_int8", 1150 * 16),
+        ("ues-13", "int8", "served_int8", 1150 * 32),
+        ("ues-24", "int4", "served_int4", 1150 * 16),
+        ("ues-8", "fp16", "served_fp16", 1150 * 16),
+        ("100%", "fp32", "served_fp32", 1150 * 128),
+    ],
+)
+def test_with_a_precision_budgets_count_bytes_as_served(text: str, precision: str, resource: str, limit: int) -> None:
+    budget = parse_budget(text, SCHEMA, precision=precision)
+    assert (budget.resource, budget.limit, budget.text) == (resource, limit, text)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "much", "ues-0", "ues-", "ues12", "MB", "-5", "10TB", "5 apples", "1.5.2MB", "%", "nan", "inf"]
+)
 def test_what_is_no_budget_is_refused_with_the_forms(text: str) -> None:
-    with pytest.raises(UserError, match=r"search.budget.*is not a budget; write 200000 .parameters., 1.5MB or 80%"):
+    with pytest.raises(
+        UserError, match=r"search.budget.*is not a budget; write 200000 .parameters., 1.5MB, 80% .of UES-32. or ues-12"
+    ):
         parse_budget(text, SCHEMA)
 
 
@@ -81,6 +105,7 @@ def test_cost_tables_count_each_resource() -> None:
     assert cost_table(SCHEMA, [0, 2, 8], "widths").tolist() == [[0, 2, 8]] * 3
     assert cost_table(SCHEMA, [0, 2, 8], "parameters").tolist()[1] == [0, 200, 800]
     assert cost_table(SCHEMA, [0, 2, 8], "bytes").tolist()[1] == [0, 1600, 3200]
+    assert cost_table(SCHEMA, [0, 12, 13, 28, 29], "served_int8").tolist()[1] == [0, 1600, 3200, 3200, 4800]
     assert total_cost([2, 1, 0], cost_table(SCHEMA, [0, 2, 8], "parameters")) == 8200
 
 

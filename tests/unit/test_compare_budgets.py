@@ -41,10 +41,13 @@ def searched(out: Path, seed: int, method: str, budget: str, widths: dict[str, i
     Allocation(SCHEMA, widths).save(out / f"seed{seed}" / folder / "allocations" / f"{name}.json")
 
 
-def trained(out: Path, seed: int, name: str, widths: dict[str, int], auc: float) -> None:
+def trained(
+    out: Path, seed: int, name: str, widths: dict[str, int], auc: float, served: dict[str, object] | None = None
+) -> None:
     place = out / f"seed{seed}" / "models" / "retrain" / (name if seed == 0 else f"{name}-seed{seed}")
     size = Allocation(SCHEMA, widths).total("parameters")
     body = {"auc": auc, "logloss": 0.5, "embedding_parameters": size, "widths": widths, "backbone": "deepfm"}
+    body |= {"served": served} if served else {}
     SCHEMA.save(place)
     Allocation(SCHEMA, widths).save(place / "allocation.json")
     write_json(place / "evaluation.json", body)
@@ -109,6 +112,30 @@ def test_tables_and_verdicts_come_from_what_is_finished(
     assert float(ours["validation_auc"]) == pytest.approx(0.78)  # of step 20, whose weights were kept
     assert (ours["search_seconds"], ours["training_seconds"]) == ("42.0", "12.3")
     assert (tmp_path / "comparison.png").exists()
+
+
+def test_at_a_precision_bytes_and_figures_as_served_judge(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--precision", "int8", "--methods", "utilities", "--budgets", "ues-12"]
+    call(tool, monkeypatch, tmp_path, *arguments, "--dry-run")
+    jobs = capsys.readouterr().out.splitlines()
+    assert all("--search.precision=int8" in line for line in jobs)
+    for seed in (0, 1):
+        folder = tmp_path / f"seed{seed}" / "widest" / "allocations"
+        Allocation(SCHEMA, {"f0": 12, "f1": 28, "f2": 0}).save(folder / "utilities.json")
+        for name, width, auc in (("utilities-ues-12", 0, 0.753), ("ues-4", 4, 0.7), ("ues-8", 8, 0.75 - 0.001 * seed)):
+            widths = dict.fromkeys(SCHEMA.names, width) if width else {"f0": 12, "f1": 28, "f2": 0}
+            size = Allocation(SCHEMA, widths).total("served_int8")
+            told = {"precision": "int8", "bytes": size, "ues32_bytes": 4800, "auc": auc, "logloss": 0.6}
+            trained(tmp_path, seed, name, widths, 0.9, told)
+    call(tool, monkeypatch, tmp_path, *arguments, "--only-tables")
+    text = capsys.readouterr().out
+    # 60 rows of 16 bytes and 30 of 32 are more than UES-8 takes, 100 of 16; so no width judges.
+    assert "- **utilities, budget ues-12**: no verdict: no uniform width that is not smaller was trained" in text
+    assert "| UES-8 | 1,600 | 33% | 0.7495 (0.0005) | 0.6000 |" in text and "| bytes at int8 |" in text
+    row = next(r for r in csv.DictReader((tmp_path / "comparison.csv").open()) if r["method"] == "utilities")
+    assert (row["precision"], row["served_bytes"], row["served_auc"]) == ("int8", "1920", "0.753")
 
 
 def test_a_comparison_of_nothing_and_wrong_arguments_are_told(

@@ -33,6 +33,16 @@ def test_the_uniform_width_of_a_budget_is_the_widest_that_it_holds() -> None:
     assert within(budget="99") == 0
     assert within(budget="3KB") == 4  # 5 would be stored as 8: 3,200 bytes
     assert within(budget="3200B") == 8
+    assert within(budget="1600B", precision="int8") == 12  # 100 rows of 16 bytes
+    assert within(budget="1599B", precision="int8") == 0
+    assert within(budget="ues-13", precision="int8") == 28
+
+
+def test_a_bracket_in_served_bytes_is_of_the_widest_widths_of_a_cost() -> None:
+    told = {"budget": "ues-28", "precision": "int8"}
+    mixed = Allocation(SCHEMA, {"f0": 28, "f1": 2, "f2": 0}, dict(told))  # 60 rows of 32 bytes, 30 of 16
+    assert bracket(mixed) == [12, 28]
+    assert bracket(Allocation(SCHEMA, {"f0": 8, "f1": 2, "f2": 12}, dict(told))) == [12]
 
 
 def drawn(rows: int, noise: float, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_inference import rounded_row_
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
-from embsearch_dist.serving.quantised import quantise, row_bytes, served_bytes, unpacked
+from embsearch_dist.precision import quantise, row_bytes, unpacked
 from tests.factories import small_schema
 
 KINDS = {"fp32": SparseType.FP32, "fp16": SparseType.FP16, "int8": SparseType.INT8, "int4": SparseType.INT4}
@@ -58,9 +58,9 @@ def test_bytes_of_a_row_are_those_that_torchrec_allocates(precision: str) -> Non
 
 def test_served_bytes_count_rows_and_first_order_weights() -> None:
     allocation = Allocation(small_schema(10, 20, 30), {"f0": 12, "f1": 0, "f2": 28})
-    assert served_bytes(allocation, "int8") == 10 * 16 + 30 * 32
-    assert served_bytes(allocation.counted(1), "int8") == 10 * 32 + 30 * 48
-    assert served_bytes(allocation, "fp32") == 10 * 48 + 30 * 112
+    assert allocation.total("served_int8") == 10 * 16 + 30 * 32
+    assert allocation.counted(1).total("served_int8") == 10 * 32 + 30 * 48
+    assert allocation.total("served_fp32") == 10 * 48 + 30 * 112
 
 
 def test_values_beyond_float16_are_refused() -> None:

@@ -101,3 +101,27 @@ def test_a_report_opens_with_the_verdict_or_says_how_to_get_one(tmp_path: Path) 
     assert command not in html
     assert "the found widths are better." in html
     assert (tmp_path / "report" / "verdict.png").exists()
+
+
+def test_a_search_under_served_bytes_is_judged_by_them(tmp_path: Path) -> None:
+    def evaluated(name: str, allocation: Allocation, auc: float) -> None:
+        body = {"name": name, "seed": 0, "split": "test", "auc": 0.5, "logloss": 0.5, "widths": allocation.widths}
+        told = {"precision": "int8", "bytes": allocation.total("served_int8"), "ues32_bytes": 4800, "auc": auc}
+        sizes = {"embedding_parameters": allocation.total("parameters"), "served": told | {"logloss": 0.6}}
+        write_json(tmp_path / "retrain" / name / "evaluation.json", body | sizes)
+
+    SCHEMA.save(tmp_path)
+    found = Allocation(SCHEMA, {"f0": 12, "f1": 12, "f2": 0}, {"method": "utilities", "name": "utilities"})
+    found.save(tmp_path / "allocation.json")
+    evaluated("utilities", found, 0.76)  # 90 rows of 16 bytes
+    html = write_report([tmp_path]).read_text()
+    assert '<p class="headline">No verdict on utilities served at int8: ' in html
+    assert f"python launch/retrain.py --run {tmp_path} --allocation bracket" in html
+    evaluated("ues-12", Allocation.uniform(SCHEMA, 12), 0.757)
+    html = write_report([tmp_path]).read_text()
+    assert (
+        '<p class="headline">Served at int8, utilities at 30% of UES-32: +0.0030 AUC over UES-12, the best uniform '
+        "width that is not smaller (33%), one seed: a hint (test split)." in html
+    )
+    assert "As served at int8" in html and "<td>1,440</td>" in html
+    assert (tmp_path / "report" / "served.png").exists()

@@ -11,44 +11,71 @@ import numpy as np
 import torch
 
 from embsearch_dist.allocation import cost
+from embsearch_dist.config import one_of
 from embsearch_dist.errors import UserError
+from embsearch_dist.precision import PRECISIONS, SERVED, served
 from embsearch_dist.schema import Schema
 
 RETRIES = 20  # of the knapsack's solver, whose tolerance may let a choice pass that is a little too expensive
 REFERENCE_WIDTH = 32  # P-R and '%' budgets are relative to UES-32
+COLUMN_BYTES = dict(zip(SERVED, (4, 2, 1, 0.5), strict=True)) | {"bytes": 4}
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+BUDGET_HELP = (
+    "hard bound on the tables: '200000' parameters, '1.5MB', '80%' of UES-32, or 'ues-12': what that width takes"
+)
+PRECISION_HELP = (
+    "budgets (but plain numbers) count bytes of tables served at fp32 | fp16 | int8 | int4; empty = of training"
+)
+
+
+def check_precision(precision: str) -> None:
+    """Of the key ``search.precision``."""
+    one_of("search.precision", precision, ("", *PRECISIONS))
 
 
 @dataclass(frozen=True)
 class Budget:
-    """At most ``limit`` of ``resource`` (parameters or physical bytes) in all tables together."""
+    """At most ``limit`` of ``resource`` (parameters, physical bytes, or bytes as served) in all tables together."""
 
     resource: str
     limit: int
     text: str
 
 
-def parse_budget(text: str, schema: Schema, key: str = "search.budget", extra: int = 0) -> Budget:
-    """``'200000'`` parameters, ``'1.5MB'`` of table bytes, ``'80%'`` of the parameters of UES-32.
+def parse_budget(text: str, schema: Schema, key: str = "search.budget", extra: int = 0, precision: str = "") -> Budget:
+    """``'200000'`` parameters, ``'1.5MB'`` of tables, ``'80%'`` of UES-32, ``'ues-12'``: what that width takes.
 
-    ``extra``: columns of every table beside its width, those of UES-32 too.
+    Args:
+        extra: columns of every table beside its width, those of uniform widths too.
+        precision: all forms but the first count bytes of tables that are served at it; empty: percents and uniform
+            widths count parameters, and bytes are those of training.
 
     Raises:
         UserError: not of one of these forms, or not above 0.
     """
+    unit_of = served(precision) if precision else "parameters"
+    uniform = re.fullmatch(r"\s*ues-([1-9][0-9]{0,5})\s*", text, re.IGNORECASE)
+    if uniform:
+        return Budget(unit_of, uniform_cost(schema, int(uniform.group(1)), unit_of, extra), text)
     match = re.fullmatch(r"\s*([0-9][0-9_]*\.?[0-9]*(?:e[0-9]+)?)\s*([A-Za-z%]*)\s*", text)
     unit = match.group(2).upper() if match else ""
     if match is None or (unit not in UNITS and unit not in ("", "%")):
-        forms = "200000 (parameters), 1.5MB or 80% (of UES-32)"
+        forms = "200000 (parameters), 1.5MB, 80% (of UES-32) or ues-12 (as much as that width takes)"
         raise UserError(f"config key {key}: {text!r} is not a budget; write {forms}")
     number = float(match.group(1).replace("_", ""))
     if number <= 0:
         raise UserError(f"config key {key}: a budget must be above 0, got {text!r}")
     if unit == "%":
-        return Budget("parameters", int(number / 100 * (REFERENCE_WIDTH + extra) * sum(schema.cardinalities)), text)
+        return Budget(unit_of, int(number / 100 * uniform_cost(schema, REFERENCE_WIDTH, unit_of, extra)), text)
     if unit:
-        return Budget("bytes", int(number * UNITS[unit]), text)
+        return Budget(unit_of if precision else "bytes", int(number * UNITS[unit]), text)
     return Budget("parameters", int(number), text)
+
+
+def uniform_cost(schema: Schema, width: int, resource: str, extra: int = 0) -> int:
+    """What one width for every field costs."""
+    return sum(cost(resource, f.cardinality, width, extra) for f in schema.fields)
 
 
 def cost_table(schema: Schema, candidates: Sequence[int], resource: str, extra: int = 0) -> torch.Tensor:
@@ -68,7 +95,7 @@ def relative_costs(schema: Schema, candidates: Sequence[int], resource: str, ext
     costs = cost_table(schema, candidates, resource, extra)
     if resource == "widths":
         return costs.float()
-    per_column = sum(schema.cardinalities) / len(schema.fields) * (4 if resource == "bytes" else 1)
+    per_column = sum(schema.cardinalities) / len(schema.fields) * COLUMN_BYTES.get(resource, 1)
     return (costs / per_column).float()
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from embsearch_dist.allocation import RESOURCES
 from embsearch_dist.config import TrainConfig, one_of, option, require
+from embsearch_dist.methods.adass.budget import BUDGET_HELP, PRECISION_HELP, check_precision
 from embsearch_dist.models.embeddings import SCHEMES, check_candidates
+from embsearch_dist.precision import served
 
 MODES = ("adaptive", "random", "vanilla_uniform", "weighted_uniform")
 PRECISIONS = ("bfloat16", "float32")
@@ -14,6 +15,7 @@ EQ5 = ("growth", "layernorm")
 KEEP = ("best", "last")
 METRICS = ("auc", "logloss", "accuracy")
 REFITS = ("none", "linear")
+RESOURCES = ("widths", "parameters", "bytes", "served_bytes")
 FINDERS = ("auto", "policy", "sweeps")
 
 
@@ -88,7 +90,7 @@ class PolicyConfig:
     lr: float = option(2e-3, "learning rate of the policy (Adam); the paper's 5e-4 needs several times the steps")
     metric: str = option("auc", "reward: auc | logloss (its negative) | accuracy (as printed)")
     reward_weight: float = option(10.0, "weight of the reward (the paper prints lambda_r here too, but no number)")
-    resource: str = option("widths", "what the penalty counts: widths (as printed) | parameters | bytes")
+    resource: str = option("widths", "the penalty counts: widths (as printed) | parameters | bytes | served_bytes")
     lambda_r: float = option(0.0025, "Eq. 9: weight of the expected size; effect-first 0.0025, resource-first 0.005")
     lambda_c: float = option(0.08, "Eq. 9: weight of the competition term; effect-first 0.08, resource-first 0.04")
     model_width: int = option(32, "width of the transformer")
@@ -129,7 +131,8 @@ class AdassConfig:
     distinct: bool = option(True, "draw and search candidates of a field that cannot differ once, at the cheapest")
     supernet: SupernetConfig = field(default_factory=lambda: SupernetConfig(epochs=10, patience=0))
     policy: PolicyConfig = field(default_factory=PolicyConfig)
-    budget: str = option("", "hard bound on the tables: '200000' parameters, '1.5MB', or '80%' of UES-32's parameters")
+    budget: str = option("", BUDGET_HELP)
+    precision: str = option("", PRECISION_HELP)
     pareto: list[str] = option([], "further budgets to derive allocations for, e.g. [20%, 40%, 80%]")
 
     def check(self) -> None:
@@ -138,4 +141,13 @@ class AdassConfig:
         self.sampling.check(len(self.candidates))
         self.supernet.check("search.supernet")
         self.policy.check()
+        check_precision(self.precision)
+        by_bytes = self.policy.resource == "served_bytes"
+        require(bool(self.precision) or not by_bytes, "search.policy.resource", "served_bytes needs search.precision")
         require(bool(self.name) and "/" not in self.name, "search.name", f"must be a plain word, got {self.name!r}")
+
+    @property
+    def counted(self) -> str:
+        """The resource that the penalty counts."""
+        resource = self.policy.resource
+        return served(self.precision) if resource == "served_bytes" else resource

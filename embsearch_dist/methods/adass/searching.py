@@ -25,7 +25,7 @@ from embsearch_dist.methods.adass.scorer import SubnetScorer
 from embsearch_dist.methods.adass.supernet import SupernetTask, load_supernet
 from embsearch_dist.methods.adass.terms import sample_rows
 from embsearch_dist.methods.base import Run, Stage
-from embsearch_dist.methods.found import SCORED_POINTS, budgets, earlier_points
+from embsearch_dist.methods.found import SCORED_POINTS, budget_told, budgets, earlier_points
 from embsearch_dist.schema import Schema, copy_sealed, write_sealed
 from embsearch_dist.train.metrics import shown
 from embsearch_dist.train.monitor import Monitor
@@ -121,7 +121,7 @@ class Searcher:
         resource = budget.resource if budget else "parameters"
         costs = cost_table(self.schema, self.candidates, resource, self.extra).numpy()
         widths = np.array(self.candidates)
-        relative = relative_costs(self.schema, self.candidates, policy.resource, self.extra).double().numpy()
+        relative = relative_costs(self.schema, self.candidates, self.config.counted, self.extra).double().numpy()
         column = policy.reward_weight * policy.column_cost * widths
         sign = -1.0 if policy.metric == "logloss" else 1.0
         return Problem(
@@ -144,7 +144,7 @@ class Searcher:
             if monitor is not None:
                 self._record(monitor, trace, policy.steps)
 
-        costs = relative_costs(self.schema, self.candidates, policy.resource, self.extra)
+        costs = relative_costs(self.schema, self.candidates, self.config.counted, self.extra)
         limit = None if problem.limit == float("inf") else problem.limit
         column = policy.column_cost * torch.tensor(self.candidates, dtype=torch.float32)
         absolute = torch.from_numpy(problem.costs).float()
@@ -210,8 +210,8 @@ class Searcher:
     def allocation(self, found: Found, provenance: dict[str, object]) -> Allocation:
         widths = {n: self.candidates[j] for n, j in zip(self.schema.names, found.choice, strict=True)}
         scores = {f"supernet_{k}": found.metrics[k] for k in ("auc", "logloss")}
-        budget = {"budget": found.budget.text} if found.budget else {}
-        return Allocation(self.schema, widths, {"method": "adass", **provenance, **budget, **scores}, self.extra)
+        told = budget_told(found.budget, self.config.precision)
+        return Allocation(self.schema, widths, {"method": "adass", **provenance, **told, **scores}, self.extra)
 
 
 def make_scorer(run: Run, task: SupernetTask | None = None) -> SubnetScorer:
@@ -242,7 +242,7 @@ class SearchStage(Stage):
 
     def inputs(self, run: Run) -> dict[str, Any]:
         search_config: AdassConfig = run.config.search
-        keys = {k: getattr(search_config, k) for k in ("name", "policy", "budget", "pareto")}
+        keys = {k: getattr(search_config, k) for k in ("name", "policy", "budget", "pareto", "precision")}
         keys["supernet.keep"] = search_config.supernet.keep
         return {"schema": run.schema.fingerprint, "run.seed": run.config.run.seed, "search": keys}
 
@@ -310,7 +310,7 @@ def budgets_of(config: AdassConfig, schema: Schema, extra: int = 0) -> list[tupl
     Raises:
         UserError: a budget that no allocation can obey.
     """
-    return budgets(config.name, config.budget, config.pareto, schema, config.candidates, extra)
+    return budgets(config, config.name, schema, extra)
 
 
 def describe(searcher: Searcher, point: dict[str, Any], directory: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from embsearch_dist.config import one_of, option, require
+from embsearch_dist.methods.adass.budget import BUDGET_HELP, PRECISION_HELP, check_precision
 
 RULES = ("fdo", "magnitude")
 
@@ -19,11 +20,13 @@ class TruncationConfig:
     keep: float = option(0.95, "without a budget: share of a field's variance, or of all squared magnitudes, kept")
     weighted: bool = option(False, "count a row as often as training looks it up; false = once, as published")
     rows: int = option(50_000, "rows drawn: of training for weights, of validation for the figures shown")
-    budget: str = option("", "hard bound on the tables: '200000' parameters, '1.5MB', or '80%' of UES-32's parameters")
+    budget: str = option("", BUDGET_HELP)
+    precision: str = option("", PRECISION_HELP)
     pareto: list[str] = option([], "further budgets to derive allocations for, e.g. [20%, 40%, 80%]")
 
     def check(self) -> None:
         one_of("search.rule", self.rule, RULES)
+        check_precision(self.precision)
         require(self.width >= 1, "search.width", f"must be at least 1, got {self.width}")
         require(0 < self.keep <= 1, "search.keep", f"must be above 0 and at most 1, got {self.keep}")
         require(self.rows >= 1, "search.rows", f"must be at least 1, got {self.rows}")

@@ -12,7 +12,7 @@ from embsearch_dist.allocation import Allocation, cost
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.adass.budget import Budget
 from embsearch_dist.methods.base import Method, Run, Stage
-from embsearch_dist.methods.found import Point, budgets, describe, write_points
+from embsearch_dist.methods.found import Point, budget_told, budgets, describe, write_points
 from embsearch_dist.methods.truncated import TruncatedModel, by_columns, principal
 from embsearch_dist.methods.truncation.config import TruncationConfig
 from embsearch_dist.methods.truncation.rules import fdo_under, fdo_widths, magnitude_under, magnitude_widths
@@ -71,7 +71,7 @@ class Truncation(Method):
 
 def budgets_of(config: TruncationConfig, schema: Schema, extra: int) -> list[tuple[str, Budget | None]]:
     """The searches of this stage. Raises ``UserError`` for a budget below the rule's smallest allocation."""
-    found = budgets(config.result, config.budget, config.pareto, schema, config.candidates, extra)
+    found = budgets(config, config.result, schema, extra)
     if config.rule == "magnitude":
         for _, budget in found:
             # The largest column may be any field's; below this the one that comes first may not fit.
@@ -131,7 +131,7 @@ def _point(
         "name": name,
         "seed": run.config.run.seed,
         "kept": round(kept, 6),
-        **({"budget": budget.text} if budget else {}),
+        **budget_told(budget, config.precision),
         **{f"truncated_{k}": metrics[k] for k in ("auc", "logloss")},
     }
     allocation = Allocation(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from embsearch_dist.config import one_of, option, require
+from embsearch_dist.methods.adass.budget import BUDGET_HELP, PRECISION_HELP, check_precision
 from embsearch_dist.models.embeddings import check_candidates
 
 UTILITIES = ("loss", "saliency")
@@ -25,11 +26,13 @@ class UtilitiesConfig:
     basis_rows: int = option(50_000, "training rows that the directions are taken from")
     rounds: int = option(3, "allocations that are measured for a budget, each found from the ones before")
     seed: int = option(0, "seed of the drawn rows, beside run.seed, which the training shares")
-    budget: str = option("", "hard bound on the tables: '200000' parameters, '1.5MB', or '80%' of UES-32's parameters")
+    budget: str = option("", BUDGET_HELP)
+    precision: str = option("", PRECISION_HELP)
     pareto: list[str] = option([], "further budgets to derive allocations for, e.g. [20%, 40%, 80%]")
 
     def check(self) -> None:
         check_candidates(self.candidates)
+        check_precision(self.precision)
         one_of("search.utility", self.utility, UTILITIES)
         one_of("search.basis", self.basis, BASES)
         widest, width = self.candidates[-1], self.width

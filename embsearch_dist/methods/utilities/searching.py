@@ -11,7 +11,7 @@ import torch
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.methods.adass.budget import Budget, cost_table, knapsack, total_cost
 from embsearch_dist.methods.base import Run, Stage
-from embsearch_dist.methods.found import Point, budgets, describe, write_points
+from embsearch_dist.methods.found import Point, budget_told, budgets, describe, write_points
 from embsearch_dist.methods.truncated import Changes, TruncatedModel, logit_gram, principal, sensitive
 from embsearch_dist.methods.utilities.config import UtilitiesConfig
 from embsearch_dist.methods.widest import Moments, Sample, first_rows, load_widest, random_rows
@@ -207,7 +207,7 @@ class UtilitiesStage(Stage):
             "seed": run.config.run.seed,
             "search_seed": searcher.config.seed,
             "utility": searcher.config.utility,
-            **({"budget": budget.text} if budget else {}),
+            **budget_told(budget, searcher.config.precision),
             **{f"truncated_{k}": metrics[k] for k in ("auc", "logloss")},
         }
         allocation = Allocation(run.schema, dict(zip(run.schema.names, ranks, strict=True)), provenance, searcher.extra)
@@ -222,4 +222,4 @@ class UtilitiesStage(Stage):
 
 def budgets_of(config: UtilitiesConfig, schema: Schema, extra: int) -> list[tuple[str, Budget | None]]:
     """The searches of this stage; see :func:`embsearch_dist.methods.found.budgets`."""
-    return budgets(config.name, config.budget, config.pareto, schema, config.candidates, extra)
+    return budgets(config, config.name, schema, extra)

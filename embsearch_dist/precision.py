@@ -1,4 +1,8 @@
-"""Embedding rows in fewer bits: float16, or whole numbers with a scale and a shift per row, as TorchRec quantises them.
+"""The precisions that embedding tables are served at: what a row costs, and its values in fewer bits.
+
+Other sizes of this project count float32 columns. A served row is smaller and comes in steps: TorchRec's inference
+tables hold an int8 row of d columns in d + 4 bytes, rounded up to 16, so that widths 2 to 12 cost the same, and 13 as
+much as 28.
 
 int8 and int4 are FBGEMM's row-wise formats for inference: a value is ``code * scale + shift``, scale and shift are
 float16. int8 rounds to 255 steps between a row's smallest and largest value, int4 to 15; two int4 codes share a byte,
@@ -9,15 +13,30 @@ from __future__ import annotations
 
 import torch
 
-from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
-BITS = {"int8": 8, "int4": 4}
-CODES, SCALE, SHIFT = "codes", "scale", "shift"
 ROW_ALIGNMENT = 16  # bytes: torchrec.quant.embedding_modules.DEFAULT_ROW_ALIGNMENT
 SCALE_SHIFT_BYTES = 4
+SERVED = tuple(f"served_{p}" for p in PRECISIONS)
+"""Resources: bytes of all tables as TorchRec serves them at a precision."""
+BITS = {"int8": 8, "int4": 4}
+CODES, SCALE, SHIFT = "codes", "scale", "shift"
 TINY = 1e-8  # FBGEMM's guard against rows of equal values
+
+
+def row_bytes(width: int, precision: str) -> int:
+    """Bytes of a row of ``width`` columns (0 for none) as TorchRec's inference tables hold it: a multiple of 16."""
+    if not width:
+        return 0
+    sizes = {"fp32": 4 * width, "fp16": 2 * width, "int8": width + SCALE_SHIFT_BYTES}
+    plain = sizes.get(precision, (width + 1) // 2 + SCALE_SHIFT_BYTES)
+    return -(-plain // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
+def served(precision: str) -> str:
+    """The resource that counts bytes at a precision."""
+    return f"served_{precision}"
 
 
 def quantise(table: torch.Tensor, precision: str, name: str) -> dict[str, torch.Tensor]:
@@ -74,19 +93,14 @@ def unpacked(codes: torch.Tensor, width: int, bits: int) -> torch.Tensor:
     return both[..., :width]
 
 
-def row_bytes(width: int, precision: str) -> int:
-    """Bytes of a row of ``width`` columns (0 for none) as TorchRec's inference tables hold it: a multiple of 16."""
-    if not width:
-        return 0
-    sizes = {"fp32": 4 * width, "fp16": 2 * width, "int8": width + SCALE_SHIFT_BYTES}
-    plain = sizes.get(precision, (width + 1) // 2 + SCALE_SHIFT_BYTES)
-    return -(-plain // ROW_ALIGNMENT) * ROW_ALIGNMENT
+def rounded(table: torch.Tensor, precision: str, name: str) -> torch.Tensor:
+    """A table ``[rows, d]`` float32 as it is read back after :func:`quantise`: what a served model computes with.
 
-
-def served_bytes(allocation: Allocation, precision: str) -> int:
-    """Bytes of all tables of an allocation as TorchRec serves them: the cost of :func:`row_bytes`, row by row."""
-    total = 0
-    for field in allocation.schema.fields:
-        width = allocation.widths[field.name]
-        total += field.cardinality * row_bytes(width + allocation.extra if width else 0, precision)
-    return total
+    Raises:
+        UserError: as :func:`quantise`.
+    """
+    parts = quantise(table, precision, name)
+    if "" in parts:
+        return parts[""].float()
+    values = unpacked(parts[CODES], table.shape[1], BITS[precision])
+    return values * parts[SCALE].float()[:, None] + parts[SHIFT].float()[:, None]
