@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from embsearch_dist.errors import UserError
-from embsearch_dist.precision import SERVED, row_bytes
+from embsearch_dist.precision import MIXED, PRECISIONS, SERVED, row_bytes, served
 from embsearch_dist.schema import Schema, differs, read_sealed, write_sealed
 
 FORMAT = 1
@@ -53,15 +53,21 @@ class Allocation:
         provenance: method, seed, budget, score, ...: anything JSON can hold.
         extra: columns that each kept field's table has beside its width; the config that a model is built with says
             how many (``ModelConfig.extra``), see :meth:`counted`.
+        precisions: field -> the precision that its table is to be served at, where the search has chosen one.
     """
 
     schema: Schema
     widths: dict[str, int]
     provenance: dict[str, object] = field(default_factory=dict)
     extra: int = 0
+    precisions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         known = set(self.schema.names)
+        for name, precision in self.precisions.items():
+            if name not in known or precision not in PRECISIONS:
+                options = ", ".join(PRECISIONS)
+                raise UserError(f"allocation, field {name!r}: precision must be one of {options}, got {precision!r}")
         for name, width in self.widths.items():
             if name not in known:
                 raise UserError(f"allocation names field {name!r}, which data set {self.schema.dataset!r} lacks")
@@ -91,8 +97,15 @@ class Allocation:
         """Names of the fields with a width above 0, in schema order."""
         return [n for n in self.schema.names if self.widths[n]]
 
+    def precision_of(self, name: str, precision: str) -> str:
+        """The precision of a field's table where all are served at ``precision``: its own if that is ``mixed``."""
+        return self.precisions.get(name, "int8") if precision == MIXED else precision
+
     def total(self, resource: str) -> int:
         """Sum over fields of one of :data:`RESOURCES`; see :func:`cost`."""
+        if resource == served(MIXED) and self.precisions:
+            own = {n: served(self.precision_of(n, MIXED)) for n in self.schema.names}
+            return sum(cost(own[f.name], f.cardinality, self.widths[f.name], self.extra) for f in self.schema.fields)
         return sum(cost(resource, f.cardinality, self.widths[f.name], self.extra) for f in self.schema.fields)
 
     def reduction(self, reference_width: int = 32) -> float:
@@ -110,6 +123,7 @@ class Allocation:
                 **({"data": self.schema.data} if self.schema.data else {}),
                 "widths": {n: self.widths[n] for n in self.schema.names},
                 "extra_columns": self.extra,
+                **({"precisions": self.precisions} if self.precisions else {}),
                 "sizes": {r: self.total(r) for r in RESOURCES} | {"P-R": round(self.reduction(), 4)},
                 "provenance": self.provenance,
             },
@@ -136,7 +150,8 @@ class Allocation:
             )
         check_data(Path(path), body, schema)
         try:
-            return cls(schema, dict(widths), dict(body.get("provenance", {})), int(body.get("extra_columns", 0)))
+            extra, precisions = int(body.get("extra_columns", 0)), dict(body.get("precisions", {}))
+            return cls(schema, dict(widths), dict(body.get("provenance", {})), extra, precisions)
         except UserError as e:
             raise UserError(f"{path}: {e}") from e
         except (TypeError, ValueError, OverflowError) as e:

@@ -16,9 +16,11 @@ import torch
 from embsearch_dist.errors import UserError
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
+MIXED = "mixed"
+"""A precision of its own for each field, as an allocation says; int8 where it says none."""
 ROW_ALIGNMENT = 16  # bytes: torchrec.quant.embedding_modules.DEFAULT_ROW_ALIGNMENT
 SCALE_SHIFT_BYTES = 4
-SERVED = tuple(f"served_{p}" for p in PRECISIONS)
+SERVED = tuple(f"served_{p}" for p in (*PRECISIONS, MIXED))
 """Resources: bytes of all tables as TorchRec serves them at a precision."""
 BITS = {"int8": 8, "int4": 4}
 CODES, SCALE, SHIFT = "codes", "scale", "shift"
@@ -29,6 +31,7 @@ def row_bytes(width: int, precision: str) -> int:
     """Bytes of a row of ``width`` columns (0 for none) as TorchRec's inference tables hold it: a multiple of 16."""
     if not width:
         return 0
+    precision = "int8" if precision == MIXED else precision
     sizes = {"fp32": 4 * width, "fp16": 2 * width, "int8": width + SCALE_SHIFT_BYTES}
     plain = sizes.get(precision, (width + 1) // 2 + SCALE_SHIFT_BYTES)
     return -(-plain // ROW_ALIGNMENT) * ROW_ALIGNMENT

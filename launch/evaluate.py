@@ -7,8 +7,8 @@
     torchrun --standalone --nproc-per-node 2 -- launch/evaluate.py --run runs/synthetic_adass_deepfm/retrain/adass
 
 Options: --run DIR (a directory that retrain.py wrote), --split test|validation|train, --section.key VALUE; --precision
-fp32|fp16|int8|int4 adds figures with tables rounded as an export at it serves them (default: search.precision); for
-models of groups --router centres|fields: the search's own (default) or one that looks at a few raw fields.
+fp32|fp16|int8|int4|mixed adds figures with tables rounded as an export at it serves them (default: search.precision);
+for models of groups --router centres|fields: the search's own (default) or one that looks at a few raw fields.
 Prints the figures as JSON and leaves them in DIR/evaluation.json, -SPLIT and -fields in its name where they are not
 of the test split or the default router.
 """
@@ -37,7 +37,7 @@ from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.ihas.retraining import evaluate_groups, evaluation_file, load_groups
 from embsearch_dist.methods.ihas.routed import ROUTERS
 from embsearch_dist.methods.nasrec.searching import RESULT
-from embsearch_dist.precision import PRECISIONS
+from embsearch_dist.precision import MIXED, PRECISIONS
 from embsearch_dist.rundir import hold
 from embsearch_dist.schema import SPLITS, write_sealed
 from embsearch_dist.train.retrain import evaluate_model, load_best
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     one_of("--split", split, SPLITS)
     one_of("--router", router, ROUTERS)
     precision = plain.get("precision", "")
-    one_of("--precision", precision, ("", *PRECISIONS))
+    one_of("--precision", precision, ("", *PRECISIONS, MIXED))
     grouped = (directory / GROUPS).exists() and (directory / "group-0").exists()
     if not (grouped or (directory / "allocation.json").exists()) or not (directory / "config.yaml").exists():
         raise UserError(f"--run {directory}: not a directory of retrain.py (allocation.json or config.yaml is missing)")

@@ -7,10 +7,11 @@
     python launch/export.py --run runs/my/retrain/adafs --out exported/adafs
 
 Options: --run DIR (what retrain.py, or a search that needs no retraining, has left), --out DIR, --precision
-fp32|fp16|int8|int4 of the embedding tables (default fp32), --format torch onnx aoti triton (programs beside the
-directory's own arrays; default none), --name NAME (default: that of the run), --router centres|fields of models of
-groups, --source FILE (the YAML source file, or criteo, where the data were prepared by an older version), --overwrite
-(replace a model directory), --section.key VALUE. One process; the test split is read to measure what comes out.
+fp32|fp16|int8|int4 of the embedding tables (default fp32; mixed: what a search with search.precision mixed chose for
+each field), --format torch onnx aoti triton (programs beside the directory's own arrays; default none), --name NAME
+(default: that of the run), --router centres|fields of models of groups, --source FILE (the YAML source file, or criteo,
+where the data were prepared by an older version), --overwrite (replace a model directory), --section.key VALUE. One
+process; the test split is read to measure what comes out.
 docs/serving.md says what the directory holds.
 """
 
@@ -34,7 +35,7 @@ from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.ihas.routed import ROUTERS
 from embsearch_dist.methods.nasrec.searching import RESULT
-from embsearch_dist.precision import PRECISIONS
+from embsearch_dist.precision import MIXED, PRECISIONS
 from embsearch_dist.rundir import plain_word
 from embsearch_dist.serving import programs
 from embsearch_dist.serving.collect import Collected, collect_gated, collect_routed, collect_single, kind_of
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(f"--{name} is missing. See --help")
     directory, router = Path(plain["run"]), plain.get("router", ROUTERS[0])
     precision = plain.get("precision", PRECISIONS[0])
-    one_of("--precision", precision, PRECISIONS)
+    one_of("--precision", precision, (*PRECISIONS, MIXED))
     one_of("--router", router, ROUTERS)
     for name in formats:
         one_of("--format", name, programs.FORMATS)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.adass.budget import REFERENCE_WIDTH, Budget, check_feasible, parse_budget
-from embsearch_dist.precision import PRECISIONS
+from embsearch_dist.precision import MIXED, PRECISIONS
 from embsearch_dist.schema import Schema, copy_sealed, read_sealed, write_sealed
 from embsearch_dist.train.metrics import shown
 
@@ -76,7 +76,7 @@ def budget_of(found: Allocation) -> Budget:
     text, precision = found.provenance.get("budget"), found.provenance.get("precision", "")
     if not isinstance(text, str):
         return Budget("parameters", found.total("parameters"), "")
-    known = str(precision) if precision in PRECISIONS else ""
+    known = str(precision) if precision in (*PRECISIONS, MIXED) else ""
     return parse_budget(text, found.schema, "budget of the allocation", found.extra, known)
 
 

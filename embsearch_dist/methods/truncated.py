@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -17,6 +18,7 @@ from embsearch_dist.dist.context import Context
 from embsearch_dist.methods.widest import Moments, Sample, head_gradients, logits_of, unified
 from embsearch_dist.models.backbones import Backbone
 from embsearch_dist.models.ctr import SubnetModel
+from embsearch_dist.precision import rounded
 from embsearch_dist.train.metrics import score
 
 RIDGE = 1e-6  # of the mean sensitivity: directions that the head does not read keep a place in the basis
@@ -139,31 +141,36 @@ class TruncatedModel:
         self.mean_values = context.sum(sample.values.double().sum(0)).div(self.rows).float()
 
     @torch.no_grad()
-    def logits(self, ranks: Sequence[int]) -> torch.Tensor:
-        """Logits ``[n]`` of this rank's rows with field f at rank ``ranks[f]``."""
+    def logits(self, ranks: Sequence[int], precisions: Sequence[str] = ()) -> torch.Tensor:
+        """Logits ``[n]`` of this rank's rows with field f at rank ``ranks[f]``, stored at ``precisions[f]``."""
         kept = torch.tensor(list(ranks), device=self.context.device)
         parts = []
         for piece in self.sample.pieces(_rows_of_piece(self.sample.x.shape[0] * self.sample.x.shape[2])):
-            x = self.bases.embeddings(self.bases.coefficients(piece.x), kept)
+            coefficients = self.bases.coefficients(piece.x)
+            for f, (rank, precision) in enumerate(zip(ranks, precisions, strict=False)):
+                coefficients[f] = as_stored(coefficients[f], rank, precision)
+            x = self.bases.embeddings(coefficients, kept)
             values = piece.values
             if values.shape[1]:
                 values = torch.where(kept > 0, values, self.mean_values)
             parts.append(logits_of(self.head, unified(self.head, x), piece.dense, values).float())
         return torch.cat(parts)
 
-    def metrics(self, ranks: Sequence[int]) -> dict[str, float]:
-        """AUC, logloss, accuracy and rows with field f at rank ``ranks[f]``, over the rows of all ranks."""
-        logits, labels = self.context.gather(self.logits(ranks)), self.context.gather(self.sample.label)
+    def metrics(self, ranks: Sequence[int], precisions: Sequence[str] = ()) -> dict[str, float]:
+        """AUC, logloss, accuracy and rows of :meth:`logits`, over the rows of all ranks."""
+        logits, labels = self.context.gather(self.logits(ranks, precisions)), self.context.gather(self.sample.label)
         return score(logits.cpu(), labels.cpu())
 
     @torch.no_grad()
-    def changes(self, choice: Sequence[int], candidates: Sequence[int]) -> Changes:
+    def changes(self, choice: Sequence[int], candidates: Sequence[int], precisions: Sequence[str] = ()) -> Changes:
         """What every change of one field does: ``choice [F]`` indices into ``candidates [T]``.
+
+        ``precisions [T]``: what each candidate is stored at; none for the training's own.
 
         Losses are those of ``scale * logit + shift``, which fit the allocation itself best. A model that has learned
         too much by heart is too sure of itself: without that, each direction less would look like a gain.
         """
-        own = self.logits([candidates[j] for j in choice])
+        own = self.logits([candidates[j] for j in choice], [precisions[j] for j in choice] if precisions else ())
         scale, shift = calibration(own, self.sample.label, self.context)
         fields, count = len(choice), len(candidates)
         device = self.context.device
@@ -173,7 +180,7 @@ class TruncatedModel:
         second = torch.zeros(fields, count, count, dtype=torch.float64, device=device)
         numbers = fields * count * max(self.sample.x.shape[2], self.head.backbone.width)
         for piece in self.sample.pieces(_rows_of_piece(numbers)):
-            options = self._unified(piece, candidates)
+            options = self._unified(piece, candidates, precisions)
             current = options[picked, :, everywhere].transpose(0, 1)
             none = torch.tensor([width == 0 for width in candidates], device=device)
             values = piece.values
@@ -194,12 +201,13 @@ class TruncatedModel:
             self.context.sum(part)
         return Changes(float(loss) / self.rows, self.rows, (more / self.rows).cpu(), (second / self.rows).cpu())
 
-    def _unified(self, piece: Sample, candidates: Sequence[int]) -> torch.Tensor:
+    def _unified(self, piece: Sample, candidates: Sequence[int], precisions: Sequence[str]) -> torch.Tensor:
         """``[T, n, F, d]``: what the backbone gets of each field at each candidate."""
         coefficients, out = self.bases.coefficients(piece.x), []
-        for width in candidates:
+        for width, precision in zip(candidates, precisions or [""] * len(candidates), strict=True):
             ranks = torch.full((len(piece.x),), width, device=piece.x.device)
-            out.append(unified(self.head, self.bases.embeddings(coefficients, ranks)))
+            own = as_stored(coefficients, width, precision)
+            out.append(unified(self.head, self.bases.embeddings(own, ranks)))
         return torch.stack(out)
 
     def _one_changed(
@@ -249,6 +257,27 @@ class TruncatedModel:
             along = torch.bmm(g, self.bases.synthesis.transpose(1, 2))
             found += (along * self.bases.coefficients(piece.x)).abs().double().sum(1)
         return (self.context.sum(found) / self.rows).cpu()
+
+
+def as_stored(coefficients: torch.Tensor, rank: int, precision: str) -> torch.Tensor:
+    """Coefficients ``[..., w]`` whose first ``rank`` come back from a row of a table at ``precision``.
+
+    A row is rounded in steps of its range. Coefficients are sorted by size, the columns of a trained table are not: so
+    they are rounded behind a rotation, the same one for every row and field, that spreads them over all columns.
+    """
+    if not rank or precision in ("", "fp32"):
+        return coefficients
+    rotation = _rotation(rank).to(coefficients.device)
+    rows = coefficients[..., :rank] @ rotation
+    back = rounded(rows.flatten(0, -2), precision, "of the search").view_as(rows) @ rotation.T
+    return torch.cat([back, coefficients[..., rank:]], -1)
+
+
+@cache
+def _rotation(width: int) -> torch.Tensor:
+    """A random orthogonal matrix, always the same."""
+    generator = torch.Generator().manual_seed(width)
+    return torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64)).Q.float()
 
 
 def calibration(logits: torch.Tensor, labels: torch.Tensor, context: Context) -> tuple[float, float]:

@@ -26,6 +26,7 @@ from embsearch_dist.methods.ihas.routed import RoutedModel, Router, open_router
 from embsearch_dist.methods.ihas.router import CentreRouter
 from embsearch_dist.methods.nasrec.searching import RESULT
 from embsearch_dist.models.ctr import SubnetModel
+from embsearch_dist.precision import MIXED
 from embsearch_dist.schema import Schema
 from embsearch_dist.serving.tables import Bag, Ids
 from embsearch_dist.train.retrain import SubnetTask, load_best
@@ -94,7 +95,10 @@ def collect_single(run: Run, directory: Path) -> Collected:
 def of_single(task: SubnetTask, allocation: Allocation, model: ModelConfig) -> Collected:
     """The model of an allocation, of one rank."""
     task.model.eval()
-    found = Collected({"kind": "single", "widths": [dict(allocation.widths)], "model": model_of(model)}, task.predict)
+    body = {"kind": "single", "widths": [dict(allocation.widths)], "model": model_of(model)}
+    if allocation.precisions:
+        body["precisions"] = {n: allocation.precision_of(n, MIXED) for n in allocation.kept}
+    found = Collected(body, task.predict)
     take_subnet(found, task.model, "", model.extra)
     return found
 

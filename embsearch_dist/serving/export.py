@@ -17,7 +17,7 @@ from embsearch_dist import __version__
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.data.dataset import BatchStream
 from embsearch_dist.errors import UserError
-from embsearch_dist.precision import quantise, served
+from embsearch_dist.precision import MIXED, PRECISIONS, quantise, served
 from embsearch_dist.schema import Schema, write_json
 from embsearch_dist.serving import programs
 from embsearch_dist.serving.card import card
@@ -45,7 +45,7 @@ class Wish:
 
     Attributes:
         out: the directory.
-        precision: of the tables; one of :data:`embsearch_dist.precision.PRECISIONS`.
+        precision: of the tables; one of :data:`embsearch_dist.precision.PRECISIONS`, or ``mixed``.
         formats: programs, of :data:`embsearch_dist.serving.programs.FORMATS`.
         overwrite: replace an earlier model directory.
         name: of the model.
@@ -71,6 +71,11 @@ def export(wish: Wish, found: Collected, prepared: Path, schema: Schema, stream:
         UserError: ``wish.out`` is in the way, the data do not tell their source, or a format cannot carry the model.
     """
     source = source_of(prepared, schema)
+    if wish.precision == MIXED and not found.body.get("precisions"):
+        raise UserError(
+            "--precision mixed: this model has no precision for each field. Only searches with search.precision mixed "
+            f"choose some; give one of {', '.join(PRECISIONS)}"
+        )
     with new_directory(wish.out, wish.overwrite) as partial:
         schema.save(partial)
         write_json(partial / SOURCE, source)
@@ -157,7 +162,8 @@ def _copy_vocabulary(prepared: Path, target: Path, fields: Sequence[str]) -> Non
 def _quantised(found: Collected, precision: str) -> dict[str, torch.Tensor]:
     arrays = {}
     for name, table in found.tables.items():
-        own = "fp32" if name.startswith(found.keep_exact or ("\0",)) else precision
+        own = found.body["precisions"][name] if precision == MIXED else precision
+        own = "fp32" if name.startswith(found.keep_exact or ("\0",)) else own
         for part, tensor in quantise(table, own, name).items():
             arrays[f"{name}/{part}" if part else name] = tensor
     return arrays
@@ -237,7 +243,7 @@ def sizes(body: Mapping[str, Any], schema: Schema, directory: Path) -> dict[str,
         allocations = [Allocation.uniform(schema, body["width"])]
     else:
         extra = config_of(body["model"], directory).extra
-        allocations = [Allocation(schema, dict(w)).counted(extra) for w in body["widths"]]
+        allocations = [Allocation(schema, dict(w), {}, extra, dict(body.get("precisions", {}))) for w in body["widths"]]
     router, at = body.get("router", {}), dict.fromkeys(("fp32", body["precision"]))
     base = Allocation.uniform(schema, router["width"]).total(served("fp32")) if "width" in router else 0
     return made | {served(p): base + sum(a.total(served(p)) for a in allocations) for p in at}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from embsearch_dist.models.folded import FoldedMLP, can_fold
 from embsearch_dist.models.head import Head, make_head
 from embsearch_dist.models.pooled import Pooled
 from embsearch_dist.models.rows import fill_rows
+from embsearch_dist.precision import MIXED
 from embsearch_dist.schema import Schema
 from embsearch_dist.serving.selecting import Selector, make_selector
 from embsearch_dist.serving.tables import Ids, PlainTables, TableSpec
@@ -38,15 +40,28 @@ class ServedModel(nn.Module):
 
 
 class Single(ServedModel):
-    """Tables of one allocation, and the head behind them."""
+    """Tables of one allocation, and the head behind them.
+
+    ``precisions``: of the fields whose tables have another than ``precision``.
+    """
 
     def __init__(
-        self, schema: Schema, widths: Mapping[str, int], model: ModelConfig, precision: str, padded: bool = False
+        self,
+        schema: Schema,
+        widths: Mapping[str, int],
+        model: ModelConfig,
+        precision: str,
+        precisions: Mapping[str, str] = MappingProxyType({}),
+        padded: bool = False,
     ) -> None:
         super().__init__()
         self.fields = [n for n in schema.names if widths[n]]
-        specs = [TableSpec(f, widths[f.name], widths[f.name] + model.extra) for f in schema.fields if widths[f.name]]
-        self.tables = PlainTables(specs, precision, padded)
+        specs = [
+            TableSpec(f, widths[f.name], widths[f.name] + model.extra, precisions.get(f.name, precision))
+            for f in schema.fields
+            if widths[f.name]
+        ]
+        self.tables = PlainTables(specs, padded)
         self.head: Head = make_head(model, [s.width for s in specs], len(schema.dense), False)
 
     def fill(self, tables: Tensors, dense: Tensors, prefix: str) -> None:
@@ -73,7 +88,7 @@ class Gated(ServedModel):
         super().__init__()
         self.fields = list(schema.names)
         count, n_dense = len(schema.fields), len(schema.dense)
-        self.tables = PlainTables([TableSpec(f, width, width) for f in schema.fields], precision)
+        self.tables = PlainTables([TableSpec(f, width, width, precision) for f in schema.fields])
         self.selector: Selector = make_selector(selection, count, width)
         kind = (model.backbone, count, width, n_dense, model.hidden, model.dropout, model.precision)
         self.head = Head(nn.Identity(), make_backbone(*kind))
@@ -196,7 +211,8 @@ def build(body: Mapping[str, Any], schema: Schema, directory: Path) -> Any:
     model = config_of(body["model"], directory)
     precision, kind = body["precision"], body["kind"]
     if kind == "single":
-        return Single(schema, body["widths"][0], model, precision)
+        own = body["precisions"] if precision == MIXED else {}
+        return Single(schema, body["widths"][0], model, precision, own)
     if kind == "gated":
         return Gated(schema, body["width"], model, precision, body["selection"])
     if kind != "routed":

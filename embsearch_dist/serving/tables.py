@@ -88,11 +88,13 @@ class Padded:
 
 @dataclass(frozen=True)
 class TableSpec:
-    """A table: field, nominal width, and columns that are stored (the width and a first-order weight, if any)."""
+    """A table: field, nominal width, columns that are stored (the width and a first-order weight, if any), and its
+    precision, one of :data:`embsearch_dist.precision.PRECISIONS`."""
 
     field: Field
     width: int
     columns: int
+    precision: str
 
 
 class PlainTables(nn.Module):
@@ -100,14 +102,13 @@ class PlainTables(nn.Module):
 
     Args:
         specs: kept fields, in schema order.
-        precision: one of :data:`embsearch_dist.precision.PRECISIONS`.
         padded: fields come in the order and at the physical widths that the sharded tables of a training on one rank
             have, for products over all columns that are to have the same bits.
     """
 
-    def __init__(self, specs: Sequence[TableSpec], precision: str, padded: bool = False) -> None:
+    def __init__(self, specs: Sequence[TableSpec], padded: bool = False) -> None:
         super().__init__()
-        self.specs, self.precision, self.padded = list(specs), precision, padded
+        self.specs, self.padded = list(specs), padded
         order = sorted(range(len(specs)), key=lambda k: specs[k].width) if padded else range(len(specs))
         self._order = list(order)
         widths = [physical_width(s.columns) if padded else s.columns for s in self.specs]
@@ -126,7 +127,7 @@ class PlainTables(nn.Module):
             KeyError: one is missing. ValueError: one has another shape or type.
         """
         for k, spec in enumerate(self.specs):
-            parts = [CODES, SCALE, SHIFT] if self.precision in BITS else [""]
+            parts = [CODES, SCALE, SHIFT] if spec.precision in BITS else [""]
             for part in parts:
                 tensor = tensors[f"{prefix}{spec.field.name}{'/' if part else ''}{part}"]
                 self._check(spec, part, tensor)
@@ -137,11 +138,11 @@ class PlainTables(nn.Module):
     def _check(self, spec: TableSpec, part: str, tensor: torch.Tensor) -> None:
         rows, columns = spec.field.cardinality, spec.columns
         if part == CODES:
-            wanted, kind = [rows, columns if self.precision == "int8" else -(-columns // 2)], torch.uint8
+            wanted, kind = [rows, columns if spec.precision == "int8" else -(-columns // 2)], torch.uint8
         elif part:
             wanted, kind = [rows], torch.float16
         else:
-            wanted, kind = [rows, columns], torch.float32 if self.precision == "fp32" else torch.float16
+            wanted, kind = [rows, columns], torch.float32 if spec.precision == "fp32" else torch.float16
         if list(tensor.shape) != wanted or tensor.dtype != kind:
             raise ValueError(
                 f"table {spec.field.name!r} is {tensor.dtype} {list(tensor.shape)}, not {kind} {list(wanted)}"
@@ -153,7 +154,7 @@ class PlainTables(nn.Module):
         if "" in parts:
             return functional.embedding(ids, parts[""]).float()
         codes = functional.embedding(ids, parts[CODES])
-        values = unpacked(codes, self.specs[k].columns, BITS[self.precision])
+        values = unpacked(codes, self.specs[k].columns, BITS[self.specs[k].precision])
         scale, shift = (functional.embedding(ids, parts[p][:, None]).float() for p in (SCALE, SHIFT))
         return values * scale + shift
 
@@ -178,7 +179,7 @@ class PlainTables(nn.Module):
 
     def _summed(self, k: int, bag: Bag) -> torch.Tensor:
         weights = bag.weights if self.specs[k].field.weighted else None
-        if self.precision == "fp32":
+        if self.specs[k].precision == "fp32":
             table = getattr(self, self._parts[k][""])
             return functional.embedding_bag(
                 bag.ids, table, bag.offsets, mode="sum", per_sample_weights=weights, include_last_offset=True

@@ -29,7 +29,7 @@ def evaluate_served(
         UserError: see :func:`rounded_tables`.
     """
     task.model.eval()
-    with rounded_tables(task, precision, context):
+    with rounded_tables(task, allocation, precision, context):
         metrics = evaluate(task.predict, stream.epoch(0), context)
     figures = {**area_of(metrics, split), "logloss": metrics["logloss"]}
     reference = Allocation.uniform(allocation.schema, REFERENCE_WIDTH).counted(allocation.extra)
@@ -38,8 +38,10 @@ def evaluate_served(
 
 
 @contextmanager
-def rounded_tables(task: SubnetTask, precision: str, context: Context) -> Iterator[None]:
+def rounded_tables(task: SubnetTask, allocation: Allocation, precision: str, context: Context) -> Iterator[None]:
     """Inside, tables hold the values that an export at ``precision`` computes with; on all ranks.
+
+    ``precision``: ``mixed`` for that of each field, as the allocation says.
 
     Raises:
         UserError: a table is split by columns (scale and shift are those of whole rows), or has values that the
@@ -62,7 +64,7 @@ def rounded_tables(task: SubnetTask, precision: str, context: Context) -> Iterat
                 before.append((live, live.detach().cpu().clone()))
                 for start in range(0, len(live), ROWS):
                     part = live[start : start + ROWS]
-                    part.copy_(rounded(part.float(), precision, name))
+                    part.copy_(rounded(part.float(), allocation.precision_of(name, precision), name))
         yield
     finally:
         with torch.no_grad():

@@ -142,3 +142,14 @@ def test_a_weight_per_value_is_a_column_more_of_each_kept_table(tmp_path: Path) 
     assert allocation(32, 32, 32).counted(1).reduction() == 0  # UES-32 has the column too
     a.save(tmp_path / "a.json")
     assert Allocation.load(tmp_path / "a.json", SCHEMA) == a != a.counted(0)
+
+
+def test_precisions_of_fields_are_saved_counted_and_checked(tmp_path: Path) -> None:
+    widths, own = {"f0": 24, "f1": 12, "f2": 0}, {"f0": "int4", "f1": "int8"}
+    found = Allocation(SCHEMA, widths, precisions=own)
+    found.save(tmp_path / "a.json")
+    assert Allocation.load(tmp_path / "a.json", SCHEMA) == found
+    assert found.total("served_mixed") == 16 * 100 + 16 * 10
+    assert Allocation(SCHEMA, widths).total("served_mixed") == found.total("served_int8") == 32 * 100 + 16 * 10
+    with pytest.raises(UserError, match="field 'f0': precision must be one of fp32, fp16, int8, int4, got 'int2'"):
+        Allocation(SCHEMA, widths, precisions={"f0": "int2"})

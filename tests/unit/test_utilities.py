@@ -16,7 +16,7 @@ from embsearch_dist.errors import UserError
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.adass.budget import parse_budget, total_cost
 from embsearch_dist.methods.base import check_stages, run_stages
-from embsearch_dist.methods.truncated import Changes, TruncatedModel, principal
+from embsearch_dist.methods.truncated import Changes, TruncatedModel, as_stored, principal
 from embsearch_dist.methods.utilities.config import UtilitiesConfig
 from embsearch_dist.methods.utilities.searching import Searcher, choose, supported
 from embsearch_dist.methods.widest import Moments, Sample
@@ -83,6 +83,28 @@ def test_a_budget_that_holds_the_planted_widths_finds_them_and_a_smaller_one_is_
         found = planted.ranks(planted.find(budget))
         assert 0 < 30 * sum(found) <= budget.limit
         assert found[6:] == [0, 0]
+
+
+def test_with_mixed_precision_each_field_gets_one_and_served_bytes_hold(planted: Searcher) -> None:
+    config = UtilitiesConfig(candidates=[0, 4, 8], width=8, precision="mixed")
+    searcher = Searcher(SCHEMA, config, planted.model)
+    assert [(o.width, o.precision) for o in searcher.options[:3]] == [(0, ""), (4, "int8"), (4, "int4")]
+    for text in ("ues-8", "50%"):
+        budget = parse_budget(text, SCHEMA, precision="mixed")
+        choice = searcher.find(budget)
+        widths = dict(zip(SCHEMA.names, searcher.ranks(choice), strict=True))
+        found = Allocation(SCHEMA, widths, precisions=searcher.precisions_of(choice))
+        assert found.total("served_mixed") == total_cost(choice, searcher.costs(budget)) <= budget.limit
+        assert set(found.precisions) == set(found.kept)
+
+
+def test_rounding_costs_more_in_fewer_bits_and_nothing_in_none() -> None:
+    x = torch.randn(3, 500, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(as_stored(x, 8, "fp32"), x) and torch.equal(as_stored(x, 0, "int4"), x)
+    int8, int4 = as_stored(x, 6, "int8"), as_stored(x, 6, "int4")
+    assert torch.equal(int8[..., 6:], x[..., 6:])  # what is cut off anyway stays as it is
+    errors = [float((y - x)[..., :6].square().mean().sqrt()) for y in (int8, int4)]
+    assert 1e-4 < errors[0] < 0.01 < errors[1] < 0.2
 
 
 def test_saliency_orders_the_planted_fields_too(planted: Searcher) -> None:

@@ -13,25 +13,23 @@ import torch
 from embsearch_dist.allocation import cost
 from embsearch_dist.config import one_of
 from embsearch_dist.errors import UserError
-from embsearch_dist.precision import PRECISIONS, SERVED, served
+from embsearch_dist.precision import MIXED, PRECISIONS, SERVED, served
 from embsearch_dist.schema import Schema
 
 RETRIES = 20  # of the knapsack's solver, whose tolerance may let a choice pass that is a little too expensive
 REFERENCE_WIDTH = 32  # P-R and '%' budgets are relative to UES-32
-COLUMN_BYTES = dict(zip(SERVED, (4, 2, 1, 0.5), strict=True)) | {"bytes": 4}
+COLUMN_BYTES = dict(zip(SERVED, (4, 2, 1, 0.5, 1), strict=True)) | {"bytes": 4}
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 BUDGET_HELP = (
     "hard bound on the tables: '200000' parameters, '1.5MB', '80%' of UES-32, or 'ues-12': what that width takes"
 )
-PRECISION_HELP = (
-    "budgets (but plain numbers) count bytes of tables served at fp32 | fp16 | int8 | int4; empty = of training"
-)
+PRECISION_HELP = "MB, % and ues-N count bytes served at fp32|fp16|int8|int4|mixed (a field's own); empty = as trained"
 
 
 def check_precision(precision: str) -> None:
     """Of the key ``search.precision``."""
-    one_of("search.precision", precision, ("", *PRECISIONS))
+    one_of("search.precision", precision, ("", *PRECISIONS, MIXED))
 
 
 @dataclass(frozen=True)
@@ -104,6 +102,8 @@ def check_feasible(
 ) -> None:
     """Raise ``UserError`` when even the narrowest allocation is too large."""
     costs = cost_table(schema, candidates, budget.resource, extra)
+    if budget.resource == served(MIXED):
+        costs = costs.minimum(cost_table(schema, candidates, served("int4"), extra))
     least = int(costs.min(1).values.sum())
     if not any(candidates[:1]):
         # All-dropped is no model: the cheapest field must get its narrowest real width.

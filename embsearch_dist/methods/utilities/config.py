@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from embsearch_dist.config import one_of, option, require
 from embsearch_dist.methods.adass.budget import BUDGET_HELP, PRECISION_HELP, check_precision
 from embsearch_dist.models.embeddings import check_candidates
+from embsearch_dist.precision import MIXED
 
 UTILITIES = ("loss", "saliency")
 BASES = ("sensitivity", "variance")
@@ -33,6 +34,8 @@ class UtilitiesConfig:
     def check(self) -> None:
         check_candidates(self.candidates)
         check_precision(self.precision)
+        measured = self.utility == "loss" or self.precision != MIXED
+        require(measured, "search.precision", "mixed needs search.utility loss: it measures what rounding costs")
         one_of("search.utility", self.utility, UTILITIES)
         one_of("search.basis", self.basis, BASES)
         widest, width = self.candidates[-1], self.width

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from embsearch_dist.allocation import Allocation
+from embsearch_dist.allocation import Allocation, cost
 from embsearch_dist.methods.adass.budget import Budget, cost_table, knapsack, total_cost
 from embsearch_dist.methods.base import Run, Stage
 from embsearch_dist.methods.found import Point, budget_told, budgets, describe, write_points
@@ -16,6 +16,7 @@ from embsearch_dist.methods.truncated import Changes, TruncatedModel, logit_gram
 from embsearch_dist.methods.utilities.config import UtilitiesConfig
 from embsearch_dist.methods.widest import Moments, Sample, first_rows, load_widest, random_rows
 from embsearch_dist.models.ctr import SubnetModel
+from embsearch_dist.precision import MIXED, row_bytes, served
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.monitor import Monitor
 
@@ -76,6 +77,26 @@ def choose(worth: torch.Tensor, costs: torch.Tensor, limit: float | None) -> lis
     return choice
 
 
+@dataclass(frozen=True)
+class Option:
+    """What a field's table may be: its width, and the precision it is served at; "" where that is not searched."""
+
+    width: int
+    precision: str = ""
+
+
+def options_of(config: UtilitiesConfig, extra: int) -> list[Option]:
+    """What is searched: the candidate widths; with ``precision: mixed`` each at int8 and at int4, cheapest row first.
+
+    Of two whose rows cost the same the first counts unless there is evidence for the other: the narrower one, and of
+    one width that at int8.
+    """
+    if config.precision != MIXED:
+        return [Option(width) for width in config.candidates]
+    both = [Option(w, p) for w in config.candidates for p in (("int8", "int4") if w else ("",))]
+    return sorted(both, key=lambda o: (row_bytes(o.width + extra, o.precision) if o.width else 0, o.width))
+
+
 @dataclass
 class Searcher:
     """Searches of one widest model; budgets share what was measured.
@@ -92,11 +113,16 @@ class Searcher:
     extra: int = 0
     measured: dict[tuple[int, ...], Changes] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.options = options_of(self.config, self.extra)
+        self.widths = [o.width for o in self.options]
+        self.precisions = [o.precision for o in self.options] if self.config.precision == MIXED else []
+
     def around(self, choice: Sequence[int]) -> Changes:
         """The changes around an allocation, measured once."""
         key = tuple(choice)
         if key not in self.measured:
-            self.measured[key] = self.model.changes(choice, self.config.candidates)
+            self.measured[key] = self.model.changes(choice, self.widths, self.precisions)
         return self.measured[key]
 
     def worth_at_full_width(self) -> torch.Tensor:
@@ -104,7 +130,7 @@ class Searcher:
         if self.salient is not None:
             summed = torch.nn.functional.pad(self.salient.cumsum(1), (1, 0))
             return summed[:, self.config.candidates] - summed[:, self.config.candidates[:1]]
-        widest = [len(self.config.candidates) - 1] * len(self.schema.fields)
+        widest = [len(self.options) - 1] * len(self.schema.fields)
         return supported(self.around(widest), self.config.evidence, self.held)
 
     def find(self, budget: Budget | None) -> list[int]:
@@ -114,7 +140,7 @@ class Searcher:
         on each other. So the found allocation is measured, with all changes around it; the mean of all worths so far
         gives the next one; of those that were measured the one of least loss is taken.
         """
-        costs = cost_table(self.schema, self.config.candidates, budget.resource if budget else "parameters", self.extra)
+        costs = self.costs(budget)
         limit = float(budget.limit) if budget else None
         worths = [self.worth_at_full_width()]
         choice = self._choose(worths, costs, limit)
@@ -134,8 +160,28 @@ class Searcher:
         context = self.model.context
         return context.share(choose(torch.stack(worths).mean(0), costs, limit) if context.rank == 0 else [])
 
+    def costs(self, budget: Budget | None) -> torch.Tensor:
+        """``[F, T]``: what each option costs, in the budget's unit; without one parameters, or bytes as served."""
+        if not self.precisions:
+            resource = budget.resource if budget else "parameters"
+            return cost_table(self.schema, self.widths, resource, self.extra)
+        resource = budget.resource if budget else served(MIXED)
+        own = [served(o.precision or "int8") if resource == served(MIXED) else resource for o in self.options]
+        rows = [
+            [cost(r, f.cardinality, w, self.extra) for r, w in zip(own, self.widths, strict=True)]
+            for f in self.schema.fields
+        ]
+        return torch.tensor(rows, dtype=torch.float64)
+
     def ranks(self, choice: Sequence[int]) -> list[int]:
-        return [self.config.candidates[j] for j in choice]
+        return [self.widths[j] for j in choice]
+
+    def precisions_of(self, choice: Sequence[int]) -> dict[str, str]:
+        """Kept field -> the precision chosen for it; nothing where precisions are not searched."""
+        if not self.precisions:
+            return {}
+        named = zip(self.schema.names, (self.options[j] for j in choice), strict=True)
+        return {name: option.precision for name, option in named if option.width}
 
 
 def make_searcher(run: Run) -> Searcher:
@@ -157,7 +203,7 @@ def make_searcher(run: Run) -> Searcher:
 
 def held_by_training(model: TruncatedModel, config: UtilitiesConfig) -> torch.Tensor:
     """``[F]``: what the first width above 0 saves on training rows against none, all other fields being whole."""
-    narrow = [*config.candidates[:2], config.width]
+    narrow = [*[o.width for o in options_of(config, 0)[:2]], config.width]
     changes = model.changes([2] * model.sample.x.shape[0], narrow)
     return changes.more[:, 0] - changes.more[:, 1]
 
@@ -192,15 +238,16 @@ class UtilitiesStage(Stage):
                 for name, budget in wanted:
                     points.append(self._point(run, searcher, name, budget))
                     bar.update(1)
-            columns = [str(d) for d in config.candidates]
+            columns = [f"{o.width} {o.precision}".strip() for o in searcher.options]
             worth = searcher.worth_at_full_width()
             monitor.heatmap(0, "worth", (worth * 1000).numpy(), run.schema.names, columns)
             context.first("writing the allocations", lambda: write_points(run.dir, points))
             monitor.say(describe(points[0], run.dir))
 
     def _point(self, run: Run, searcher: Searcher, name: str, budget: Budget | None) -> Point:
-        ranks = searcher.ranks(searcher.find(budget))
-        metrics = searcher.model.metrics(ranks)
+        choice = searcher.find(budget)
+        ranks, precisions = searcher.ranks(choice), searcher.precisions_of(choice)
+        metrics = searcher.model.metrics(ranks, [precisions.get(n, "") for n in run.schema.names])
         provenance: dict[str, object] = {
             "method": "utilities",
             "name": name,
@@ -210,7 +257,8 @@ class UtilitiesStage(Stage):
             **budget_told(budget, searcher.config.precision),
             **{f"truncated_{k}": metrics[k] for k in ("auc", "logloss")},
         }
-        allocation = Allocation(run.schema, dict(zip(run.schema.names, ranks, strict=True)), provenance, searcher.extra)
+        widths = dict(zip(run.schema.names, ranks, strict=True))
+        allocation = Allocation(run.schema, widths, provenance, searcher.extra, precisions)
         return Point(
             name,
             allocation,
