@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.fallback import Trained, bracket, choose, predictions, uniform_like, widest_within
 from embsearch_dist.methods.ihas.retraining import retrain_groups
 from embsearch_dist.methods.nasrec.choosing import candidate_files, train_best
+from embsearch_dist.precision import served
 from embsearch_dist.rundir import plain_word
 from embsearch_dist.schema import Schema, write_sealed
 from embsearch_dist.train.retrain import SubnetTask, evaluate_model, retrain
-from embsearch_dist.train.served import evaluate_served
+from embsearch_dist.train.served import evaluate_served, rounded_tables
 from launch.common import open_retraining, open_search, read_result
 
 BRACKET = "bracket"
@@ -180,8 +182,12 @@ def retrain_many(
         task, results[name + suffix] = retrain_one(run, allocation, directory, name + suffix)
         if choosing:
             validation = run.stream("validation", one.train.eval_batch_size, shuffle=False)
-            logits, labels = predictions(task, validation, context)
-            trained.append(Trained(name + suffix, allocation.total("parameters"), logits))
+            precision = getattr(one.search, "precision", "")
+            with rounded_tables(task, allocation, precision, context) if precision else nullcontext():
+                logits, labels = predictions(task, validation, context)
+            size = allocation.total(served(precision) if precision else "parameters")
+            unit = f"bytes at {precision}" if precision else "parameters"
+            trained.append(Trained(name + suffix, size, logits, unit))
     if choosing:
         if len(trained) == 2:
             final = choose(trained[0], trained[1], labels, config.train.metric)

@@ -98,11 +98,12 @@ def _placements(scores: np.ndarray, clicked: np.ndarray) -> tuple[np.ndarray, np
 
 @dataclass(frozen=True)
 class Trained:
-    """A retrained model as the choice sees it; ``logits [N]`` of the validation split."""
+    """A retrained model as the choice sees it: ``logits [N]`` of the validation split, and the size of its tables."""
 
     name: str
-    parameters: int
+    size: int
     logits: np.ndarray
+    unit: str = "parameters"
 
 
 def choose(found: Trained, uniform: Trained, labels: np.ndarray, metric: str) -> dict[str, Any]:
@@ -120,10 +121,10 @@ def choose(found: Trained, uniform: Trained, labels: np.ndarray, metric: str) ->
         metric = "logloss"  # AUC is undefined
     gain, error = (paired_auc if metric == "auc" else paired_logloss)(found.logits, uniform.logits, labels)
     level = abs(gain) <= error
-    kept = min(found, uniform, key=lambda m: m.parameters) if level else found if gain > 0 else uniform
+    kept = min(found, uniform, key=lambda m: m.size) if level else found if gain > 0 else uniform
     what = "AUC" if metric == "auc" else "logloss saved"
     figures = f"{gain:+.5f} validation {what}, standard error {error:.5f}"
-    beside = f"{found.name} ({found.parameters:,} parameters) against {uniform.name} ({uniform.parameters:,})"
+    beside = f"{found.name} ({found.size:,} {found.unit}) against {uniform.name} ({uniform.size:,})"
     if level:
         reason = f"{beside}: {figures}: level, so the smaller one"
     elif kept is found:
@@ -138,5 +139,6 @@ def choose(found: Trained, uniform: Trained, labels: np.ndarray, metric: str) ->
         "metric": metric,
         "difference": gain,
         "standard_error": error,
-        "parameters": {m.name: m.parameters for m in (found, uniform)},
+        "size": {m.name: m.size for m in (found, uniform)},
+        "unit": found.unit,
     }

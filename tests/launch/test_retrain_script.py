@@ -90,19 +90,30 @@ def test_the_uniform_widths_around_the_found_size_and_the_choice_between_two(run
         assert f"final model: {final['reason']}" in done.stdout
         assert final["name"] in (f"adass{suffix}", f"ues-{below}{suffix}")
         assert (run / final["model"] / "evaluation.json").exists()
-        assert set(final["parameters"]) == {f"adass{suffix}", f"ues-{below}{suffix}"}
+        assert set(final["size"]) == {f"adass{suffix}", f"ues-{below}{suffix}"}
+    run_script("retrain.py", "--run", run, *short, "--or-uniform", "--run.seed", 4, "--search.precision", "int8")
+    final = json.loads((run / "final-seed4.json").read_text())
+    # What was found without a precision is compared by its size in parameters, and both as served.
+    assert final["unit"] == "bytes at int8"
+    assert final["size"]["adass-seed4"] == Allocation(schema, WIDTHS).total("served_int8")
     refused = run_script("retrain.py", "--run", run, "--allocation", "bracket", "--name", "x", check=False)
     assert "names its results ues-WIDTH" in refused.stderr
 
 
 def test_two_ranks_under_torchrun_get_what_one_gets(run: Path, run_script: Callable, start: Callable) -> None:
-    finish(start(*TORCHRUN, "--", LAUNCH / "retrain.py", "--run", run, "--train.epochs", 1, "--name", "two"))
-    run_script("retrain.py", "--run", run, "--train.epochs", 1, "--name", "one")
+    short = ["--train.epochs", 1, "--search.precision", "int8"]
+    finish(start(*TORCHRUN, "--", LAUNCH / "retrain.py", "--run", run, *short, "--name", "two"))
+    run_script("retrain.py", "--run", run, *short, "--name", "one")
     results = [json.loads((run / "retrain" / n / "evaluation.json").read_text()) for n in ("one", "two")]
     assert results[1]["auc"] == pytest.approx(results[0]["auc"], abs=1e-3)
     assert results[1]["logloss"] == pytest.approx(results[0]["logloss"], rel=1e-4)
+    served = [r["served"] for r in results]
+    assert served[0]["precision"] == "int8" and served[0]["bytes"] == served[1]["bytes"]
+    assert served[1]["logloss"] == pytest.approx(served[0]["logloss"], rel=1e-4)
+    assert served[0]["logloss"] != results[0]["logloss"]
     losses = [recorded(run / "retrain" / n, "retrain", "loss") for n in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     # What two ranks have trained, one evaluates: in other batches, so that rows as good as equal may change places.
-    shown = run_script("evaluate.py", "--run", run / "retrain" / "two")
-    assert json.loads(shown.stdout)["auc"] == pytest.approx(results[1]["auc"], abs=1e-4)
+    shown = json.loads(run_script("evaluate.py", "--run", run / "retrain" / "two", "--precision", "int4").stdout)
+    assert shown["auc"] == pytest.approx(results[1]["auc"], abs=1e-4)
+    assert shown["served"]["precision"] == "int4" and shown["served"]["bytes"] <= served[1]["bytes"]
