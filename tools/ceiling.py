@@ -77,7 +77,7 @@ class Climb:
         whole = [(w,) * len(start) for w in self.candidates if w]
         uniform = [*[u for u in whole if self.fits(u)][-1:], *[u for u in whole if not self.fits(u)][:1]]
         with tqdm(
-            total=args.models + args.seeds * (args.top + 2), unit="model", disable=not sys.stderr.isatty()
+            total=args.models + (args.seeds + 1) * (args.top + 3), unit="model", disable=not sys.stderr.isatty()
         ) as bar:
             for widths in self.climb(start, bar):
                 self.train(widths, args.seed)
