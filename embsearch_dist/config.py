@@ -1,7 +1,7 @@
 """The typed configuration: one dataclass per component, a YAML file, dotted command-line overrides.
 
 Precedence: command line > YAML file > the defaults below. An unknown key is an error that offers the
-nearest name. ``python -m embsearch_dist.config --config FILE [--a.b value ...]`` prints what a run would use.
+nearest name. ``python launch/search.py --config FILE --print-config`` prints what a run would use.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import functools
 import hashlib
 import io
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -557,16 +556,3 @@ def _describe_fields(cls: type, prefix: str) -> list[str]:
         else:
             lines.append(f"{prefix}.{f.name} [{default}]  {f.metadata.get('help', '')}".rstrip())
     return lines
-
-
-def main() -> None:
-    """Print the resolved configuration."""
-    from embsearch_dist.methods import METHODS
-
-    plain, dotted = split_arguments(sys.argv[1:])
-    sections = {name: m.config for name, m in METHODS.items()}
-    print(load_config(sections, plain.get("config"), dotted).to_yaml(), end="")
-
-
-if __name__ == "__main__":
-    main()

@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
         if "json" in plain:
             Path(plain["json"]).write_text(json.dumps(figures, indent=2) + "\n")
     if "out" in plain:
-        from embsearch_dist.dist.plan_picture import draw_plans  # matplotlib: only for a picture
+        from embsearch_dist.report.plan_picture import draw_plans  # matplotlib: only for a picture
 
         print(draw_plans(plans, Path(plain["out"])), file=sys.stderr if plain.get("json") == "-" else sys.stdout)
 

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from embsearch_dist.architecture import picture as blocks_picture  # no name out of it: it imports report.style
 from embsearch_dist.architecture.canonical import prune
 from embsearch_dist.architecture.space import Space
+from embsearch_dist.report import network_picture
 from embsearch_dist.report.plots import front
 from embsearch_dist.report.runs import Evolution, Network
 from embsearch_dist.report.style import Theme, figure, label_ends, label_points, short, si_axis, size_axis
@@ -64,7 +64,7 @@ def usage_of(networks: Sequence[Network], space: Space) -> dict[str, dict[str, f
     pruned = [[b for b in prune(n.architecture) if b is not None] for n in networks]
     dense = [b for blocks in pruned for b in blocks if b.dense]
     sparse = [b for blocks in pruned for b in blocks if b.sparse]
-    names = blocks_picture.NAMES
+    names = network_picture.NAMES
     return {
         "Dense operator": {names[o]: _share([o in b.dense for b in dense]) for o in space.dense_operators},
         "Dense width (columns)": {str(w): _share([b.dense_width == w for b in dense]) for w in space.dense_widths},

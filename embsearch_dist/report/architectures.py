@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from embsearch_dist.architecture import picture as blocks_picture  # no name out of it: it imports report.style
 from embsearch_dist.architecture.canonical import prune
 from embsearch_dist.architecture.space import Space
 from embsearch_dist.report import architecture_plots as plots
-from embsearch_dist.report import page
+from embsearch_dist.report import network_picture, page
 from embsearch_dist.report.architecture_plots import Mark, Population, populations, usage_of
 from embsearch_dist.report.page import Cell, Section
 from embsearch_dist.report.plots import Curve, curves
@@ -183,7 +182,7 @@ def _picture(run: Run, place: int, runs: Sequence[Run], directory: Path) -> str:
     fields, dense = len(schema.fields), len(schema.dense)
     text += f", behind embeddings of width {space.width} for each of {fields} fields."
     title = f"{own}{run.provenance.get('name', 'network')}"
-    draw = partial(blocks_picture.draw, architecture=architecture, space=space, n_dense=dense, fields=fields)
+    draw = partial(network_picture.draw, architecture=architecture, space=space, n_dense=dense, fields=fields)
     image = render(f"network-{place + 1}" if place else "network", lambda t: draw(t, title=title), directory)
     # One caption for all pictures: with several it has to name every operator.
     several = (*space.dense_operators, *space.sparse_operators) if len(runs) > 1 else ()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.methods.adass import scorer
+from embsearch_dist.methods.adass import layout as layouts
 from embsearch_dist.methods.adass.searching import make_scorer
 from embsearch_dist.methods.adass.supernet import SupernetTask
 from embsearch_dist.schema import Schema
@@ -184,8 +184,8 @@ def score_subnets(rank: int, world_size: int, data: str, directory: str, norm: s
     run = open_run(small_config(data, directory, f"model.norm={norm}"), rank_context(rank, world_size))
     choices = torch.tensor([[a, b, (a + b) % 4, 3 - a] for a in range(4) for b in range(4)])
     found = []
-    for layout in (scorer.CPU, scorer.ACCELERATOR):
-        scorer.CPU = layout
+    for layout in (layouts.CPU, layouts.ACCELERATOR):
+        layouts.CPU = layout
         subnets = make_scorer(run, SupernetTask(run))
         scores = subnets.score(choices)
         assert subnets.score(choices) == scores

@@ -13,10 +13,11 @@ from sklearn.metrics import roc_auc_score
 from embsearch_dist.data.batch import Batch
 from embsearch_dist.dist.sharding import ShardedTables
 from embsearch_dist.errors import UserError
-from embsearch_dist.methods.adass import scorer
+from embsearch_dist.methods.adass import layout as layouts
+from embsearch_dist.methods.adass.layout import ACCELERATOR, CPU, Layout, layout_for
 from embsearch_dist.methods.adass.passes import relu_
 from embsearch_dist.methods.adass.refit import HeadFit, Inherited
-from embsearch_dist.methods.adass.scorer import ACCELERATOR, CPU, Layout, SubnetScorer, layout_for
+from embsearch_dist.methods.adass.scorer import SubnetScorer
 from embsearch_dist.methods.adass.terms import STATES, sample_rows, slices
 from embsearch_dist.models.backbones import Backbone
 from embsearch_dist.models.ctr import SupernetModel
@@ -89,7 +90,7 @@ def test_the_layout_of_an_accelerator_gives_the_same_metrics(
 ) -> None:
     model, batches = supernet("none", backbone), sample()
     expected = SubnetScorer(model, batches, one_rank()).score(CHOICES)
-    monkeypatch.setattr(scorer, "CPU", Layout(chunk_rows, together=True))
+    monkeypatch.setattr(layouts, "CPU", Layout(chunk_rows, together=True))
     for one, other in zip(expected, SubnetScorer(model, batches, one_rank()).score(CHOICES), strict=True):
         assert other["auc"] == pytest.approx(one["auc"], abs=1e-4)  # a logit on the edge of a bin may be in the next
         assert other["logloss"] == pytest.approx(one["logloss"], rel=1e-6)
@@ -177,8 +178,8 @@ def test_terms_that_do_not_fit_are_made_anew_in_each_pass_and_give_the_same_logi
 ) -> None:
     model, batches = supernet(norm), sample()
     kept = SubnetScorer(model, batches, one_rank())
-    monkeypatch.setattr(scorer, "CPU", Layout(chunk_rows=50, together=False))
-    monkeypatch.setattr(scorer, "SLAB_BYTES", 50 * 13 * 80 * 2)  # two chunks at a time, and not all five
+    monkeypatch.setattr(layouts, "CPU", Layout(chunk_rows=50, together=False))
+    monkeypatch.setattr(layouts, "SLAB_BYTES", 50 * 13 * 80 * 2)  # two chunks at a time, and not all five
     made = SubnetScorer(model, batches, one_rank(), cache_mb=0)
     assert kept.terms is not None and made.terms is None
     torch.testing.assert_close(made.logits(CHOICES), kept.logits(CHOICES), rtol=1e-5, atol=1e-5)
@@ -290,5 +291,5 @@ def test_criteos_fields_score_200_000_rows_in_4_gib() -> None:
 
 
 def test_chunks_shrink_with_the_terms_of_a_row() -> None:
-    assert layout_for(torch.device("cpu"), 10**5, scorer.SLAB_BYTES // 10).chunk_rows == 10
-    assert layout_for(torch.device("cpu"), 10**5, 10 * scorer.SLAB_BYTES).chunk_rows == 1
+    assert layout_for(torch.device("cpu"), 10**5, layouts.SLAB_BYTES // 10).chunk_rows == 10
+    assert layout_for(torch.device("cpu"), 10**5, 10 * layouts.SLAB_BYTES).chunk_rows == 1

@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch.nn import functional
 
 from embsearch_dist.data.batch import Batch
 from embsearch_dist.dist.context import Context
+from embsearch_dist.methods.adass.layout import Layout
 from embsearch_dist.methods.adass.refit import HeadFit, Inherited
 from embsearch_dist.methods.adass.terms import Sums
+from embsearch_dist.models.backbones import Backbone
 from embsearch_dist.models.ctr import SupernetModel
 
-if TYPE_CHECKING:
-    from embsearch_dist.methods.adass.scorer import SubnetScorer
+
+class Frozen(Protocol):
+    """What a pass needs to know of :class:`embsearch_dist.methods.adass.scorer.SubnetScorer`.
+
+    Attributes:
+        layers: weight (transposed) and bias of the MLP's layers behind the first.
+        chunks: of ``layout.chunk_rows`` rows each; the first ``fit_chunks`` serve to fit heads, by ``fit_labels``.
+        scored: rows in the others, without what fills the last one up.
+    """
+
+    context: Context
+    layout: Layout
+    backbone: Backbone
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+    chunks: int
+    fit_chunks: int
+    fit_labels: torch.Tensor
+    scored: int
 
 
 class Output:
     """Where the sums of a pass go, chunk by chunk: through the rest of the MLP to logits, or first to a fit."""
 
-    def __init__(self, scorer: SubnetScorer, count: int) -> None:
+    def __init__(self, scorer: Frozen, count: int) -> None:
         self.scorer, size = scorer, scorer.layout.chunk_rows
         device, skipped = scorer.context.device, scorer.fit_chunks
         self.found = torch.empty(count, scorer.chunks - skipped, size, device=device)
@@ -56,7 +74,7 @@ class Output:
         return self.found.view(len(self.found), -1)[:, : self.scorer.scored]
 
 
-def inherited(scorer: SubnetScorer) -> Inherited:
+def inherited(scorer: Frozen) -> Inherited:
     """The supernet's own last layer."""
     if not scorer.layers:
         return Inherited(torch.zeros(0, device=scorer.context.device), 0.0)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -24,6 +23,7 @@ import torch.distributed as dist
 from embsearch_dist.data.batch import Batch
 from embsearch_dist.dist.context import Context
 from embsearch_dist.errors import UserError
+from embsearch_dist.methods.adass import layout as layouts
 from embsearch_dist.methods.adass.passes import Output, compare, look_up
 from embsearch_dist.methods.adass.terms import (
     STATES,
@@ -42,41 +42,7 @@ from embsearch_dist.train.metrics import METRICS, binned_auc, score, score_many
 
 CANDIDATES_PER_PASS = 256  # that share the terms of a slab, where they are made anew in each pass
 CANDIDATES_TOGETHER = 64  # of these whose activations are held at a time
-SLAB_BYTES = 64 << 20  # terms that are made at a time, when not all are kept
 NEAR_FIELDS = 64  # fields whose terms a slab of :meth:`SubnetScorer.score_near` holds, about
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the sample is cut up, and where metrics are worked out.
-
-    Args:
-        chunk_rows: rows whose terms lie together; a pass takes one chunk after another.
-        together: metrics of all candidates of a pass at once, where the logits lie; else one by one on the CPU.
-    """
-
-    chunk_rows: int
-    together: bool
-
-
-# A CPU keeps the terms of a small chunk in its caches while all candidates of a pass use them. On a GPU each chunk
-# costs a number of launches, and it waits at every candidate whose metrics are worked out elsewhere.
-CPU = Layout(chunk_rows=128, together=False)
-ACCELERATOR = Layout(chunk_rows=8192, together=True)
-
-
-def layout_for(device: torch.device, rows: int, row_bytes: int = 1) -> Layout:
-    """The layout of ``rows`` rows whose terms take ``row_bytes`` each.
-
-    Large chunks are of one size, so that the last need not be filled up. With many fields a chunk is smaller, so
-    that its terms are at most :data:`SLAB_BYTES` (on a GPU 16 times as much).
-    """
-    layout, bound = (CPU, SLAB_BYTES) if device.type == "cpu" else (ACCELERATOR, 16 * SLAB_BYTES)
-    size = max(1, min(layout.chunk_rows, bound // row_bytes, rows))
-    if device.type != "cpu":
-        chunks = -(-rows // size)
-        size = -(-rows // chunks)
-    return replace(layout, chunk_rows=size)
 
 
 class SubnetScorer:
@@ -119,7 +85,9 @@ class SubnetScorer:
             self.pooled, self.dense = look_up(model, batches, context)
             self.rows = self.pooled.shape[1]
             row_bytes = term_bytes(self.fields, self.candidates, self.backbone, precision)
-            self.layout = layout_for(context.device, -(-self.rows // 2) if refit != "none" else self.rows, row_bytes)
+            self.layout = layouts.layout_for(
+                context.device, -(-self.rows // 2) if refit != "none" else self.rows, row_bytes
+            )
             self.own_labels = torch.cat([b.label.to(context.device) for b in batches])
             self._share_labels(refit != "none")
             self.moments = self._moments(self.unify, self.pooled) if self.unify.norm.kind == "field" else None
@@ -192,7 +160,7 @@ class SubnetScorer:
         terms = out.part(count) if out is not None else self._room(count, blocks)
         every = len(fields) == self.fields
         linear, weight = self.linear[list(fields)], self.weight[list(fields)].repeat_interleave(self.candidates, 0)
-        slab = max(1, SLAB_BYTES // (blocks * size * depth * 4))  # the unified embeddings of a slab
+        slab = max(1, layouts.SLAB_BYTES // (blocks * size * depth * 4))  # the unified embeddings of a slab
         for start in range(0, count, slab):
             stop = min(start + slab, count)
             part = slice((chunks.start + start) * size, (chunks.start + stop) * size)
@@ -274,7 +242,7 @@ class SubnetScorer:
             return
         fields = range(self.fields) if fields is None else fields
         of_row = term_bytes(len(fields), self.candidates, self.backbone, str(self.dtype).removeprefix("torch."))
-        slab = max(1, SLAB_BYTES // (of_row * self.layout.chunk_rows))
+        slab = max(1, layouts.SLAB_BYTES // (of_row * self.layout.chunk_rows))
         slab = min(slab, self.chunks)
         places, room = {f: i for i, f in enumerate(fields)}, self._room(slab, len(fields) * self.candidates + 1)
         for start in range(0, self.chunks, slab):
