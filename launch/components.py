@@ -32,8 +32,8 @@ def prepare(
         out: folder to write
         input: raw file or folder; for table the YAML source file; none for synthetic and populations
         j: [NODESx]PROCESSES_PER_NODE
-        cpu: cores per node; 0 leaves it to the scheduler
-        memMB: memory per node in MB; 0 leaves it to the scheduler
+        cpu: cores per node; 0 asks for none and uses what the node gives
+        memMB: memory per node in MB; 0 asks for none
         h: a named resource, instead of cpu and memMB
         name: EXPERIMENT/RUN, either part may be left out
     """
@@ -59,9 +59,9 @@ def search(
         overrides: config overrides, after `--`, e.g. --run.dir runs/first
         config: YAML file of the search
         j: [NODESx]RANKS_PER_NODE
-        cpu: cores per node; 0 leaves it to the scheduler
-        gpu: GPUs per node
-        memMB: memory per node in MB; 0 leaves it to the scheduler
+        cpu: cores per node; 0 asks for none and uses what the node gives
+        gpu: GPUs per node; 0 asks for none
+        memMB: memory per node in MB; 0 asks for none
         h: a named resource, instead of cpu, gpu and memMB
         env: environment variables of the ranks, e.g. A=1,B=2
         max_restarts: how often all ranks are started again after one fails
@@ -102,9 +102,9 @@ def retrain(
         run: run directory of the search
         allocation: an allocation other than the one found, e.g. ues-32 or a JSON file
         j: [NODESx]RANKS_PER_NODE
-        cpu: cores per node; 0 leaves it to the scheduler
-        gpu: GPUs per node
-        memMB: memory per node in MB; 0 leaves it to the scheduler
+        cpu: cores per node; 0 asks for none and uses what the node gives
+        gpu: GPUs per node; 0 asks for none
+        memMB: memory per node in MB; 0 asks for none
         h: a named resource, instead of cpu, gpu and memMB
         env: environment variables of the ranks, e.g. A=1,B=2
         max_restarts: how often all ranks are started again after one fails
@@ -141,9 +141,9 @@ def evaluate(
         overrides: further arguments of launch/evaluate.py, after `--`
         run: directory of the retrained model, e.g. runs/first/retrain/adass
         j: [NODESx]RANKS_PER_NODE
-        cpu: cores per node; 0 leaves it to the scheduler
-        gpu: GPUs per node
-        memMB: memory per node in MB; 0 leaves it to the scheduler
+        cpu: cores per node; 0 asks for none and uses what the node gives
+        gpu: GPUs per node; 0 asks for none
+        memMB: memory per node in MB; 0 asks for none
         h: a named resource, instead of cpu, gpu and memMB
         name: EXPERIMENT/RUN, either part may be left out
     """

@@ -18,7 +18,7 @@ from torchx.components.dist import parse_nnodes
 from torchx.components.structured_arg import StructuredNameArgument
 from torchx.specs.finder import ComponentValidationException
 
-from embsearch_dist.dist.environment import available_cores, launcher_environment
+from embsearch_dist.dist.environment import GPUS, LAUNCHER_ENVIRONMENT
 
 SCRIPTS = Path(__file__).resolve().parent
 
@@ -55,9 +55,9 @@ def ddp(
         m: a module to run instead of a script
         j: [[MIN_NODES:]NODESx]RANKS_PER_NODE, e.g. 1x8
         name: EXPERIMENT/RUN, either part may be left out
-        cpu: cores per node; 0 leaves it to the scheduler and counts this machine's for the thread limit
-        gpu: GPUs per node
-        memMB: memory per node in MB; 0 leaves it to the scheduler
+        cpu: cores per node; 0 asks for none and uses what the node gives
+        gpu: GPUs per node; 0 asks for none
+        memMB: memory per node in MB; 0 asks for none
         h: a named resource, instead of cpu, gpu and memMB
         env: environment variables of the ranks, e.g. A=1,B=2
         max_restarts: how often all ranks are started again after one fails; they resume from checkpoints
@@ -93,7 +93,11 @@ def ddp(
         role_env.setdefault("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
         role_env.setdefault("TORCH_SHOW_CPP_STACKTRACES", "1")
         role_env.setdefault("CUDA_LAUNCH_BLOCKING", "1")
-    role_env.update(launcher_environment(ranks, cpu or available_cores(), {**os.environ, **role_env}))
+    if gpu:
+        role_env.setdefault(GPUS, str(gpu))
+    for variable, value in LAUNCHER_ENVIRONMENT.items():
+        if variable not in os.environ:
+            role_env.setdefault(variable, value)
 
     if nodes == 1:
         # The local address spares a look-up of this host's name, which fails or stalls without DNS.
@@ -105,7 +109,10 @@ def ddp(
     options = f"--nnodes {nodes_text} --nproc-per-node {ranks} --max-restarts {max_restarts} --tee {tee} --role ''"
     # Behind `--`, torchrun leaves the script's options alone; else it takes --run or --log for its own.
     target = shlex.join(["-m", "--", m, *words] if m else ["--", script, *words])
-    command = f"exec {_python()} -m torch.distributed.run {where} {options} {target}"
+    # Threads follow from the cores of the node, which the machine that submits the job does not know.
+    cores = f" --cores {cpu}" if cpu else ""
+    tuned = f'eval "$$({_python()} -m embsearch_dist.dist.environment --ranks {ranks} --nodes {nodes}{cores})"'
+    command = f"{tuned}; exec {_python()} -m torch.distributed.run {where} {options} {target}"
     role = specs.Role(
         name=Path(script).stem if script else m.rpartition(".")[2],
         image=image,
@@ -114,7 +121,8 @@ def ddp(
         entrypoint="bash",
         args=["-c", command],
         env=role_env,
-        resource=specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h),
+        # What is not asked for stays out of the request: TorchX's own defaults are 2 cores and 1 GB a node.
+        resource=specs.resource(h=h) if h else specs.Resource(cpu=cpu or -1, gpu=gpu or -1, memMB=memMB or -1),
         port_map={"c10d": rdzv_port},
         max_retries=max_retries,
         mounts=specs.parse_mounts(mounts) if mounts else [],

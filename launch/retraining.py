@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import Config
 from embsearch_dist.data.dataset import BatchStream
 from embsearch_dist.dist.context import Context
+from embsearch_dist.dist.shared import open_shared
 from embsearch_dist.errors import UserError
 from embsearch_dist.grouped import GroupedAllocation
 from embsearch_dist.methods.base import Run
@@ -203,7 +205,8 @@ def retrain_many(
 def retrain_one(run: Run, allocation: Allocation, directory: Path, name: str) -> tuple[SubnetTask, dict[str, Any]]:
     """Train one allocation and evaluate its best weights on the test split."""
     config, context = run.config, run.context
-    context.first("opening the run directory", lambda: open_retraining(config, run.schema, allocation, directory))
+    make = partial(open_retraining, config, run.schema, allocation, directory)
+    open_shared(context, directory, "opening the run directory", make)
     training = run.stream("train", config.train.batch_size, shuffle=True)
     validation = run.stream("validation", config.train.eval_batch_size, shuffle=False)
     test = run.stream("test", config.train.eval_batch_size, shuffle=False)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,6 +29,7 @@ if __name__ == "__main__":
 
 from embsearch_dist.config import Config, split_arguments
 from embsearch_dist.dist.context import start
+from embsearch_dist.dist.shared import open_shared
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.base import Run, check_classes, check_stages, run_stages
 from launch.common import (
@@ -55,9 +57,8 @@ def main(argv: Sequence[str]) -> None:
         directory, method, run = Path(config.run.dir), METHODS[config.method](), Run(config, schema, context)
         check_stages(method, run)
         check_classes(run, method.needs_classes(config))
-        context.first(
-            "opening the run directory", lambda: open_run_directory(config, schema, directory, "search.py", given)
-        )
+        make = partial(open_run_directory, config, schema, directory, "search.py", given)
+        open_shared(context, directory, "opening the run directory", make)
         if context.rank == 0:
             print(f"run directory {directory}, {context.world_size} rank(s) on {context.device.type}", flush=True)
         run_stages(method, run)

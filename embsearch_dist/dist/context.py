@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from embsearch_dist.config import DistConfig, RunConfig
-from embsearch_dist.dist.environment import available_cores, store_of_attempt
+from embsearch_dist.dist.environment import GPUS, available_cores, check_restarts, store_of_attempt
 from embsearch_dist.errors import UserError
 
 T = TypeVar("T")
@@ -121,7 +121,8 @@ def start(run: RunConfig, config: DistConfig) -> Iterator[Context]:
     """Open the process group torchrun describes in the environment, or one of a single process.
 
     Raises:
-        UserError: ``run.device=cuda`` without a GPU, or fewer GPUs than processes on this machine.
+        UserError: ``run.device=cuda``, or a job that asked for GPUs, without one; fewer GPUs than processes on this
+            machine; restarts on several hosts that could not work.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -131,12 +132,20 @@ def start(run: RunConfig, config: DistConfig) -> Iterator[Context]:
             f"{local_size} processes on this machine need as many GPUs, {torch.cuda.device_count()} found; "
             "start fewer processes or set --run.device cpu"
         )
+    if run.device == "auto" and not use_cuda and int(os.environ.get(GPUS) or 0):
+        raise UserError(
+            f"{os.environ[GPUS]} GPUs a node were asked for, and torch sees none here. Install a CUDA build of torch, "
+            "look whether the scheduler gave them (nvidia-smi), or set --run.device cpu"
+        )
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
     threads = run.threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or available_cores() // local_size
     torch.set_num_threads(max(1, threads))
     set_products(run, device)
+    problem = check_restarts()
+    if problem:
+        raise UserError(problem, everywhere=True)
     timeout = datetime.timedelta(seconds=config.timeout_s)
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     if world_size > 1 or "MASTER_ADDR" in os.environ:

@@ -1,14 +1,18 @@
 """Environment variables that must be set before a process starts, each with its reason, in one place.
 
-Used by the TorchX components for their workers and, through
-:func:`reexec_with_tuned_environment`, by scripts started with plain ``python`` or ``torchrun``. A variable that the
-user has set is never changed. Also what torchrun's variables tell its ranks about restarts. Imports nothing
+    eval "$(python -m embsearch_dist.dist.environment --ranks 8)"        set them for a torchrun of 8 ranks on this node
+
+The TorchX components do that on each node, for cores are those of the node and not of the machine that submits a job.
+Scripts started with plain ``python`` or ``torchrun`` go through :func:`reexec_with_tuned_environment`. A variable that
+the user has set is never changed. Also what torchrun's variables tell its ranks about restarts. Imports nothing
 but the standard library: it runs before torch loads.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
+import shlex
 import signal
 import sys
 import time
@@ -34,13 +38,18 @@ GLIBC_TUNABLES = ":".join(
     )
 )
 
+GPUS = "EMBSEARCH_GPUS"
+"""GPUs a node that a job has asked for: on such a node ``run.device auto`` does not fall back to the CPU."""
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 LAUNCHER_ENVIRONMENT = {
     # A restarted worker group that reuses the agent's store reads the addresses of dead workers: half
     # of the restarts hang or fail on gloo. With a store of its own per attempt all of them recovered.
-    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    # TorchX kills the agent 10 s after it asked it to stop; the agent must be done with its workers
+    OWN_STORE: "1",
+}
+LOCAL_LAUNCHER_ENVIRONMENT = {
+    # TorchX kills a local agent 10 s after it asked it to stop; the agent must be done with its workers
     # before that (its own default is 30 s), or they outlive it. torch 2.11 does not read this: there a rank that
-    # ignores SIGTERM outlives a job that is interrupted.
+    # ignores SIGTERM outlives a job that is interrupted. Clusters wait longer, and a save may need it.
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",
 }
 
@@ -63,10 +72,16 @@ def tuned_environment(ranks: int, cores: int, base: Mapping[str, str]) -> dict[s
     return {name: value for name, value in wanted.items() if name not in base}
 
 
-def launcher_environment(ranks: int, cores: int, base: Mapping[str, str]) -> dict[str, str]:
-    """What a torchrun launch adds to ``base``: :func:`tuned_environment` and what the agent needs."""
-    agent = {name: value for name, value in LAUNCHER_ENVIRONMENT.items() if name not in base}
-    return tuned_environment(ranks, cores, base) | agent
+def launcher_environment(ranks: int, cores: int, base: Mapping[str, str], nodes: int = 1) -> dict[str, str]:
+    """What a torchrun launch on this node adds to ``base``: :func:`tuned_environment` and what the agent needs.
+
+    TorchX's local schedulers start all ``nodes`` on one machine, where they share its cores.
+    """
+    local = base.get("TORCHX_JOB_ID", "").startswith("local")
+    wanted = LAUNCHER_ENVIRONMENT | (LOCAL_LAUNCHER_ENVIRONMENT if local else {})
+    agent = {name: value for name, value in wanted.items() if name not in base}
+    ranks_here = ranks * (nodes if local else 1)
+    return tuned_environment(ranks_here, cores, base) | agent
 
 
 def available_cores() -> int:
@@ -101,6 +116,22 @@ def reexec_with_tuned_environment() -> None:
 def attempt(environment: Mapping[str, str] = os.environ) -> int:
     """How often torchrun has started the ranks again so far (``--max-restarts``); 0 without torchrun."""
     return int(environment.get("TORCHELASTIC_RESTART_COUNT") or 0)
+
+
+def check_restarts(environment: Mapping[str, str] = os.environ) -> str:
+    """Why ranks on several hosts could not meet after a restart, and the cure; empty where they can.
+
+    A host whose rank failed counts a restart, one that only joins again does not. So the prefix of
+    :func:`store_of_attempt` would differ between hosts, and they would wait for each other until they time out.
+    """
+    hosts, again = int(environment.get("GROUP_WORLD_SIZE") or 1), int(environment.get("TORCHELASTIC_MAX_RESTARTS") or 0)
+    shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if hosts < 2 or not again or not shared:
+        return ""
+    return (
+        f"torchrun on {hosts} hosts with --max-restarts {again} needs {OWN_STORE}=1 in its environment on every host: "
+        f"else ranks that are started again do not find each other. Give the same command behind: export {OWN_STORE}=1"
+    )
 
 
 def store_of_attempt(timeout: timedelta) -> Store | None:
@@ -146,3 +177,18 @@ def _is_torchrun(pid: int) -> bool:
     except OSError:  # not Linux
         return False
     return b"torchrun" in command or b"torch.distributed.run" in command
+
+
+def main() -> None:
+    """Print the lines of a shell that set :func:`launcher_environment`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, required=True, help="that torchrun starts on this node")
+    parser.add_argument("--nodes", type=int, default=1, help="of the job; those of a local TorchX job share a machine")
+    parser.add_argument("--cores", type=int, default=0, help="that the job has on this node; 0 = all it may use")
+    args = parser.parse_args()
+    found = launcher_environment(args.ranks, args.cores or available_cores(), os.environ, args.nodes)
+    print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in found.items()))
+
+
+if __name__ == "__main__":
+    main()

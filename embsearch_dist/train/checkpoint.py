@@ -29,7 +29,7 @@ from embsearch_dist.schema import read_json, read_sealed, write_json, write_seal
 from embsearch_dist.train import manifest
 from embsearch_dist.train.faults import Faults
 from embsearch_dist.train.manifest import verify
-from embsearch_dist.train.tensors import HostMemory, copies, local_bytes, tensors_of
+from embsearch_dist.train.tensors import HostMemory, check_parts, copies, local_bytes, tensors_of
 
 __all__ = ["Checkpointer", "SaveError", "verify"]
 
@@ -173,6 +173,7 @@ class Checkpointer:
         self._fault("data")
         if self.context.rank != 0:
             return
+        check_parts(partial / "data")
         write_json(partial / "state.json", state)
         self._fault("state")
         manifest.write_manifest(partial, self._facts(self._step))

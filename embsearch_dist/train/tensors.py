@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata
 from torch.optim.optimizer import Optimizer
 
+from embsearch_dist.errors import UserError
 from embsearch_dist.models.ctr import CTRModel
 
 
@@ -130,3 +133,20 @@ def _ensure_state(optimizer: Optimizer, parameter: torch.nn.Parameter) -> dict[s
         state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
         state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
     return state
+
+
+def check_parts(data: Path) -> None:
+    """Refuse to seal tensors of which a file is missing or short: another rank has written it where rank 0 cannot see
+    it, or it has not arrived yet.
+
+    Raises:
+        UserError: naming the file.
+    """
+    needed: dict[str, int] = {}
+    for part in dcp.FileSystemReader(data).read_metadata().storage_data.values():
+        needed[part.relative_path] = max(needed.get(part.relative_path, 0), part.offset + part.length)
+    for name, size in sorted(needed.items()):
+        there = (data / name).stat().st_size if (data / name).exists() else -1
+        if there < size:
+            what = "is missing" if there < 0 else f"has {there:,} of {size:,} bytes"
+            raise UserError(f"{data / name} {what}: the run directory has to lie on a disk that all ranks share")

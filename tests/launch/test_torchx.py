@@ -48,18 +48,20 @@ if behaviour in ("fail", "stubborn"):
 """
 
 
+PYTHON = '"$$(command -v /venv/bin/python python python3 | head -n 1)"'
+
+
 def appdef(*args: str) -> AppDef:
     return materialize_appdef(dist.ddp, list(args))
 
 
 @pytest.fixture
 def plain_machine(monkeypatch: pytest.MonkeyPatch, repo_root: Path) -> None:
-    """Eight cores, the repository as current folder, and none of the variables that we would set."""
+    """The repository as current folder, and none of the variables that we would set."""
     for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GLIBC_TUNABLES", "LOGLEVEL"):
         monkeypatch.delenv(name, raising=False)
     for name in ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(dist, "available_cores", lambda: 8)
     monkeypatch.setattr(sys, "executable", "/venv/bin/python")
     monkeypatch.chdir(repo_root)
     # The entry scripts are another folder's business; here only their names matter.
@@ -73,19 +75,18 @@ def test_single_node_appdef() -> None:
     assert (app.name, role.name, role.num_replicas, role.entrypoint) == ("search", "search", 1, "bash")
     assert role.args == [
         "-c",
-        'exec "$$(command -v /venv/bin/python python python3 | head -n 1)" -m torch.distributed.run '
+        f'eval "$$({PYTHON} -m embsearch_dist.dist.environment --ranks 4 --nodes 1)"; '
+        f"exec {PYTHON} -m torch.distributed.run "
         "--standalone --local-addr localhost --nnodes 1 --nproc-per-node 4 --max-restarts 2 --tee 3 --role '' "
         "-- launch/search.py --config 'a b.yaml' --run.dir runs/x",
     ]
     assert role.env == {
         "LOGLEVEL": "WARNING",
         "TORCHX_TRACKING_EXPERIMENT_NAME": "default-experiment",
-        "OMP_NUM_THREADS": "2",
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296"
-        ":glibc.malloc.trim_threshold=8589934592",
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",
     }
+    # Nothing is asked of a scheduler that was not asked for here.
+    assert (role.resource.cpu, role.resource.memMB, role.resource.gpu) == (-1, -1, -1)
 
 
 @pytest.mark.usefixtures("plain_machine")
@@ -96,15 +97,30 @@ def test_multi_node_appdef_uses_the_c10d_rendezvous() -> None:
     assert "--nnodes 2:4 --nproc-per-node 8" in role.args[1]
     assert "--standalone" not in role.args[1]
     assert (role.resource.cpu, role.resource.memMB, role.resource.gpu) == (16, 32000, 8)
-    assert role.env["OMP_NUM_THREADS"] == "2"
+    assert "-m embsearch_dist.dist.environment --ranks 8 --nodes 4 --cores 16)" in role.args[1]
+    assert not {"OMP_NUM_THREADS", "OMP_WAIT_POLICY"} & role.env.keys()  # those of the node count, not of this machine
 
 
 @pytest.mark.usefixtures("plain_machine")
 def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0")
     (role,) = appdef("-j", "1x2", "--env", "GLIBC_TUNABLES=mine,LOGLEVEL=INFO", "search.py").roles
-    assert "OMP_NUM_THREADS" not in role.env  # the job inherits it
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in role.env  # the job inherits it
     assert (role.env["GLIBC_TUNABLES"], role.env["LOGLEVEL"]) == ("mine", "INFO")
+
+
+@pytest.mark.usefixtures("plain_machine")
+def test_schedulers_are_asked_for_what_the_options_say_and_no_more() -> None:
+    pytest.importorskip("torchx.schedulers.slurm_scheduler")
+    from torchx.schedulers.slurm_scheduler import SlurmReplicaRequest
+
+    def asked(*options: str) -> dict[str, str | None]:
+        (role,) = appdef(*options, "search.py").roles
+        return SlurmReplicaRequest.from_role("search-0", role, {}, nomem=False).sbatch_opts
+
+    assert not {"cpus-per-task", "mem", "gpus-per-task"} & asked("-j", "1x8").keys()
+    told = asked("-j", "1x8", "--cpu", "16", "--gpu", "8", "--memMB", "32000")
+    assert (told["cpus-per-task"], told["mem"], told["gpus-per-task"]) == ("16", "32000", "8")
 
 
 @pytest.mark.usefixtures("plain_machine")

@@ -11,14 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from embsearch_dist.config import RunConfig
-from embsearch_dist.dist.context import set_products
+from embsearch_dist.config import DistConfig, RunConfig
+from embsearch_dist.dist.context import set_products, start
 from embsearch_dist.dist.environment import (
     GLIBC_TUNABLES,
+    OWN_STORE,
     available_cores,
+    check_restarts,
     launcher_environment,
     tuned_environment,
 )
+from embsearch_dist.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -35,9 +38,40 @@ def test_cores_are_shared_among_ranks(ranks: int, cores: int, threads: str) -> N
 def test_what_the_user_set_is_not_in_the_answer() -> None:
     base = {"GLIBC_TUNABLES": "", "OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "active", "OTHER": "x"}
     assert tuned_environment(8, 2, base) == {}
-    assert launcher_environment(8, 2, base | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"}) == {
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"
-    }
+    local = base | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60", "TORCHX_JOB_ID": "local_cwd://torchx/a"}
+    assert launcher_environment(8, 2, local) == {OWN_STORE: "1"}
+
+
+def test_a_node_of_a_cluster_has_its_cores_alone_and_time_to_save() -> None:
+    slurm = launcher_environment(2, 8, {"TORCHX_JOB_ID": "slurm://torchx/17"}, nodes=4)
+    assert slurm["OMP_NUM_THREADS"] == "4" and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in slurm
+    local = launcher_environment(2, 8, {"TORCHX_JOB_ID": "local_cwd://torchx/17"}, nodes=4)
+    assert local["OMP_NUM_THREADS"] == "1" and local["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "5"
+
+
+def test_a_shell_takes_the_variables_over(repo_root: Path) -> None:
+    script = f'eval "$({sys.executable} -m embsearch_dist.dist.environment --ranks 3 --cores 13)"; '
+    script += "echo $OMP_NUM_THREADS $GLIBC_TUNABLES $TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+    unset = ("OMP_NUM_THREADS", "GLIBC_TUNABLES", OWN_STORE)
+    env = {k: v for k, v in os.environ.items() if k not in unset} | {"PYTHONPATH": str(repo_root)}
+    done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, check=True, cwd=repo_root)
+    assert done.stdout.split() == ["4", GLIBC_TUNABLES, "1"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "refused"),
+    [
+        ({"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}, True),
+        ({"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "False"}, False),
+        ({"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}, False),
+        ({"GROUP_WORLD_SIZE": "1", "TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}, False),
+        ({}, False),
+    ],
+)
+def test_restarts_on_several_hosts_need_a_store_of_their_own(variables: dict[str, str], refused: bool) -> None:
+    problem = check_restarts(variables)
+    assert bool(problem) == refused
+    assert not refused or f"export {OWN_STORE}=1" in problem
 
 
 def test_cores_are_within_the_affinity() -> None:
@@ -109,3 +143,11 @@ def test_tf32_is_a_gpus_alone_and_off_unless_asked_for() -> None:
         assert not RunConfig().tf32
     finally:
         products.allow_tf32 = False
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_job_that_asked_for_gpus_does_not_fall_back_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBSEARCH_GPUS", "2")
+    with pytest.raises(UserError, match="2 GPUs a node were asked for, and torch sees none"):
+        with start(RunConfig(device="auto"), DistConfig()):
+            pass

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import Config
 from embsearch_dist.dist.context import Context
 from embsearch_dist.dist.sharding import LocalShard, ShardedTables
+from embsearch_dist.dist.shared import open_shared
 from embsearch_dist.errors import UserError
 from embsearch_dist.grouped import GROUPS, GroupedAllocation, group_dir
 from embsearch_dist.methods.base import Run
@@ -64,7 +66,8 @@ def retrain_groups(
                 f"{config.data.path} holds other rows than those that {search.dir} has grouped. Give --data.path of "
                 "the search, or search again on this data"
             )
-    context.first("opening the run directory", lambda: open_directory(config, search.schema, grouped, directory))
+    make = partial(open_directory, config, search.schema, grouped, directory)
+    open_shared(context, directory, "opening the run directory", make)
     begins = (
         _begins(search, grouped) if config.search.groups.inherit else [lambda task: None] * len(grouped.allocations)
     )
@@ -151,7 +154,8 @@ def _train_group(
     with context.together("reading a group"):
         schema = _schema_of(rows, search)
     allocation = grouped.allocations[group]
-    context.first("opening the directory of a group", lambda: open_directory(config, schema, allocation, own))
+    make = partial(open_directory, config, schema, allocation, own)
+    open_shared(context, own, "opening the directory of a group", make)
     run = Run(config, schema, context)
     if context.rank == 0:
         count, n = len(grouped.allocations), schema.rows["train"]

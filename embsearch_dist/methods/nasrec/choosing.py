@@ -14,12 +14,14 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.architecture.architecture import read_architecture
 from embsearch_dist.config import Config
+from embsearch_dist.dist.shared import open_shared
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import Run
 from embsearch_dist.schema import Schema, read_sealed, write_sealed
@@ -96,9 +98,8 @@ def train_best(
     if refit:
         task = _refit(final, allocation, open_directory)
     else:
-        context.first(
-            "opening the winner's directory", lambda: open_directory(final.config, run.schema, allocation, directory)
-        )
+        make = partial(open_directory, final.config, run.schema, allocation, directory)
+        open_shared(context, directory, "opening the winner's directory", make)
         context.first("copying the winner", lambda: _copy(winner, directory))
         task = load_best(final.config, allocation, context, directory)
     context.first("writing the choice", lambda: write_sealed(directory / CHOICE, choice))
@@ -137,7 +138,8 @@ def _run_of(run: Run, file: Path, directory: Path) -> Run:
 def _candidate(run: Run, allocation: Allocation, rank: int, open_directory: OpenDirectory) -> dict[str, Any]:
     """Train one and measure it on the validation split."""
     config, context, own = run.config, run.context, run.dir
-    context.first("opening a candidate's directory", lambda: open_directory(config, run.schema, allocation, own))
+    make = partial(open_directory, config, run.schema, allocation, own)
+    open_shared(context, own, "opening a candidate's directory", make)
     training = run.stream("train", config.train.batch_size, shuffle=True)
     validation = run.stream("validation", config.train.eval_batch_size, shuffle=False)
     task = retrain(config, allocation, training, validation, context, own)
@@ -157,7 +159,8 @@ def _refit(run: Run, allocation: Allocation, open_directory: OpenDirectory) -> A
     training = run.stream("train", config.train.batch_size, shuffle=True)
     training.extend(run.stream("validation", config.train.batch_size, shuffle=True))
     config.train.epochs = math.ceil(config.train.steps / training.batches_per_epoch)
-    context.first("opening the winner's directory", lambda: open_directory(config, run.schema, allocation, own))
+    make = partial(open_directory, config, run.schema, allocation, own)
+    open_shared(context, own, "opening the winner's directory", make)
     return retrain(config, allocation, training, None, context, own)
 
 
