@@ -148,6 +148,6 @@ def test_tf32_is_a_gpus_alone_and_off_unless_asked_for() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_job_that_asked_for_gpus_does_not_fall_back_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBSEARCH_GPUS", "2")
-    with pytest.raises(UserError, match="2 GPUs a node were asked for, and torch sees none"):
-        with start(RunConfig(device="auto"), DistConfig()):
-            pass
+    opened = start(RunConfig(device="auto"), DistConfig())
+    with pytest.raises(UserError, match="2 GPUs a node were asked for, and torch sees none"), opened:
+        pass
