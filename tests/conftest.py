@@ -16,7 +16,7 @@ from tests.ranks import run_ranks
 from tests.scripts import fork_script, read, start_script
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("unit", "distributed", "launch", "pretend", "gpu")
+FOLDERS = ("unit", "distributed", "launch", "pretend", "cluster", "gpu")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
