@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from embsearch_dist import __version__
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.data.dataset import BatchStream
+from embsearch_dist.data.progress import Progress
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Schema, write_json
 from embsearch_dist.serving import programs
@@ -58,7 +59,14 @@ class Wish:
     name: str
 
 
-def export(wish: Wish, found: Collected, prepared: Path, schema: Schema, stream: BatchStream) -> dict[str, Any]:
+def export(
+    wish: Wish,
+    found: Collected,
+    prepared: Path,
+    schema: Schema,
+    stream: BatchStream,
+    tell: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
     """Write the model directory and measure it on the rows of ``stream``; gives ``model.json``.
 
     Args:
@@ -66,10 +74,12 @@ def export(wish: Wish, found: Collected, prepared: Path, schema: Schema, stream:
         prepared: the data it was trained on, for vocabulary and source.
         schema: of these data.
         stream: the test split, not shuffled.
+        tell: given a line before each piece of long work; without it there is no progress either.
 
     Raises:
         UserError: ``wish.out`` is in the way, the data do not tell their source, or a format cannot carry the model.
     """
+    say = tell or (lambda text: None)
     source = source_of(prepared, schema)
     with new_directory(wish.out, wish.overwrite) as partial:
         schema.save(partial)
@@ -94,8 +104,10 @@ def export(wish: Wish, found: Collected, prepared: Path, schema: Schema, stream:
         program = programs.Program(model, schema)
         body["inputs"] = [{"name": p.name, "type": p.kind, "columns": p.columns} for p in program.ports]
         body["ids"] = program.single
-        files = _write_programs(wish, program, stream, schema, partial)
-        body["measured"] = measure(found, model, program, files, stream, schema)
+        files = _write_programs(wish, program, stream, schema, partial, say)
+        say(f"measuring on the {stream.rows:,} rows of the {stream.shards.split} split")
+        with Progress("measure", stream.rows, "rows", tell is None) as bar:
+            body["measured"] = measure(found, model, program, files, stream, schema, bar.add)
         body["sizes"] = sizes(body, schema, partial)
         body["versions"] = versions()
         write_json(partial / MODEL, body)
@@ -164,7 +176,12 @@ def _quantised(found: Collected, precision: str) -> dict[str, torch.Tensor]:
 
 
 def _write_programs(
-    wish: Wish, program: programs.Program, stream: BatchStream, schema: Schema, directory: Path
+    wish: Wish,
+    program: programs.Program,
+    stream: BatchStream,
+    schema: Schema,
+    directory: Path,
+    say: Callable[[str], None],
 ) -> dict[str, Path]:
     """The programs of the wish in ``directory``, by format."""
     wanted = set(wish.formats) | ({"onnx"} if "triton" in wish.formats else set())
@@ -172,13 +189,16 @@ def _write_programs(
         return {}
     batch = next(iter(stream.epoch(0)))
     ids = ids_of_batch(batch, schema).take(slice(0, programs.EXAMPLE_ROWS))
+    say("tracing the model")
     traced = programs.exported(program, ids)
     files = {name: directory / file for name, (file, _) in programs.RUNNERS.items() if name in wanted}
     if "torch" in files:
         programs.save_torch(traced, files["torch"])
     if "aoti" in files:
+        say("compiling with AOTInductor, which takes minutes")
         programs.save_aoti(traced, files["aoti"])
     if "onnx" in files:
+        say("writing ONNX")
         programs.save_onnx(program, traced, files["onnx"])
     if "triton" in wish.formats:
         write_repository(directory / "triton", wish.name, program.ports, files["onnx"])
@@ -196,6 +216,7 @@ def measure(
     files: Mapping[str, Path],
     stream: BatchStream,
     schema: Schema,
+    tick: Callable[[int], None] = lambda rows: None,
 ) -> dict[str, Any]:
     """What the served model, and each program, does on a split beside the training model."""
     runners = {name: programs.RUNNERS[name][1](path) for name, path in files.items()}
@@ -211,6 +232,7 @@ def measure(
             for name, runner in runners.items():
                 kept[name].append(runner(inputs))
         rows += batch.size
+        tick(batch.size)
     all_of = {name: torch.cat(parts) if parts else torch.zeros(0) for name, parts in kept.items()}
     trained, label = all_of["trained"], all_of["label"]
     figures: dict[str, Any] = {"split": stream.shards.split, "rows": rows}
