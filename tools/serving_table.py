@@ -295,4 +295,4 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, An
 def markdown(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
     """Some columns of a table."""
     lines = [f"| {' | '.join(c.replace('_', ' ') for c in columns)} |", "| --- " * len(columns) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(str(row[c]) for c in columns)} |" for row in rows)]) + "\n"
+    return "\n".join([*lines, *(f"| {' | '.join(str(row.get(c, '')) for c in columns)} |" for row in rows)]) + "\n"

@@ -193,9 +193,16 @@ def save_arrays(path: Path, arrays: Mapping[str, torch.Tensor]) -> None:
     """Write a safetensors file.
 
     Raises:
-        UserError: the package is missing.
+        UserError: the package is missing, or the file cannot be written.
     """
-    _safetensors().save_file({name: x.detach().contiguous() for name, x in arrays.items()}, str(path))
+    module = _safetensors()
+    path.touch()
+    mode = path.stat().st_mode  # what the user's umask gives; the package leaves files that only their owner can read
+    try:
+        module.save_file({name: x.detach().contiguous() for name, x in arrays.items()}, str(path))
+    except Exception as e:  # the package has an error type of its own, which is no OSError
+        raise UserError(f"{path.name} cannot be written ({' '.join(str(e).split())[:120]}). Check disk and path") from e
+    path.chmod(mode)
 
 
 def load_arrays(path: Path) -> dict[str, torch.Tensor]:
