@@ -28,6 +28,7 @@ import torch
 from embsearch_dist.data.formats.described import Description
 from embsearch_dist.data.partial import whole_directory
 from embsearch_dist.data.scratch import digest
+from embsearch_dist.data.vocabulary import VOCABULARY, file_name
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Schema, read_json, read_sealed, write_sealed
 from embsearch_dist.serving.model import build, fill
@@ -88,7 +89,7 @@ class ModelDirectory:
 
     def vocabulary(self, field: str) -> pl.Series:
         """The values of a field with ids 1, 2, ... in their order."""
-        path = self.path / "vocabulary" / f"{field}.parquet"
+        path = self.path / VOCABULARY / file_name(field)
         try:
             return pl.read_parquet(path, columns=["value"])["value"].rechunk()
         except (OSError, pl.exceptions.PolarsError) as e:

@@ -17,6 +17,7 @@ from embsearch_dist import __version__
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.data.dataset import BatchStream
 from embsearch_dist.data.progress import Progress
+from embsearch_dist.data.vocabulary import VOCABULARY, file_name
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Schema, write_json
 from embsearch_dist.serving import programs
@@ -36,8 +37,6 @@ from embsearch_dist.serving.model import build, config_of, fill
 from embsearch_dist.serving.quantised import quantise, served_bytes
 from embsearch_dist.serving.triton import write_repository
 from embsearch_dist.train.metrics import score, shown
-
-PROGRAM_ROWS = 1 << 16  # rows on which programs are compared with the model
 
 
 @dataclass(frozen=True)
@@ -157,9 +156,9 @@ def described_by(text: str, schema: Schema) -> dict[str, Any]:
 
 
 def _copy_vocabulary(prepared: Path, target: Path, fields: Sequence[str]) -> None:
-    (target / "vocabulary").mkdir()
+    (target / VOCABULARY).mkdir()
     for name in fields:
-        file = Path("vocabulary") / f"{name}.parquet"
+        file = Path(VOCABULARY) / file_name(name)
         origin = next((p for p in (prepared, *prepared.resolve().parents) if (p / file).exists()), None)
         if origin is None:
             raise UserError(f"{prepared / file} is missing: the values behind the ids. Copy it back, or prepare again")
@@ -227,7 +226,7 @@ def measure(
         kept["label"].append(batch.label)
         kept["trained"].append(found.predict(batch).float())
         kept["served"].append(model(ids))
-        if runners and rows < PROGRAM_ROWS:
+        if runners and rows < programs.PROGRAM_ROWS:
             inputs = program.inputs(ids)
             for name, runner in runners.items():
                 kept[name].append(runner(inputs))
@@ -243,11 +242,18 @@ def measure(
             "rows": len(logits),
             "auc": part["auc"],
             "logloss": part["logloss"],
+            "calibration": _calibration(logits, label[: len(logits)]),
             "max_difference": float((logits - trained[: len(logits)]).abs().max()) if len(logits) else 0.0,
             "max_difference_to_served": float((logits - all_of["served"][: len(logits)]).abs().max()),
         }
     figures["bitwise"] = bool(torch.equal(all_of["served"], trained))
     return figures
+
+
+def _calibration(logits: torch.Tensor, label: torch.Tensor) -> float | None:
+    """Predicted clicks over clicks; None where there are none."""
+    clicks = float(label.double().sum())
+    return float(torch.sigmoid(logits.double()).sum()) / clicks if clicks else None
 
 
 def sizes(body: Mapping[str, Any], schema: Schema, directory: Path) -> dict[str, int]:
