@@ -18,7 +18,8 @@ docs/serving.md says what the directory holds.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ if __name__ == "__main__":
     reexec_with_tuned_environment()  # before anything loads torch, or it would be loaded twice
 
 from embsearch_dist.config import one_of, split_arguments
+from embsearch_dist.data.dataset import BatchStream
 from embsearch_dist.dist.context import start
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import Run
@@ -63,6 +65,27 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--router {router}: {directory} holds one model, not models of groups. Leave it out")
     name = plain_word(plain.get("name", directory.name), "--name")
     wish = Wish(Path(plain["out"]), precision, formats, "overwrite" in plain, name)
+    with trained(directory, kind, router, overrides, plain.get("source", "")) as (run, found, stream):
+        body = export(wish, found, Path(run.config.data.path), run.schema, stream, tell=_tell)
+        print(summary(body, wish.out))
+
+
+def _tell(text: str) -> None:
+    print(text, flush=True)
+
+
+@contextmanager
+def trained(
+    directory: Path, kind: str, router: str = ROUTERS[0], overrides: Sequence[str] = (), source: str = ""
+) -> Iterator[tuple[Run, Collected, BatchStream]]:
+    """The run of a directory under RUN/retrain, its trained model, and the test split in batches of an evaluation.
+
+    Args:
+        kind: what :func:`embsearch_dist.serving.collect.kind_of` says of it.
+        router: of models of groups.
+        overrides: ``section.key=value`` on top of the run's own config.
+        source: what ``--source`` names.
+    """
     run_dir = directory.resolve().parents[1] if kind == "gated" else directory
     kept = [f"model.architecture={directory / RESULT}"] if (directory / RESULT).exists() else []
     config = read_run_config(run_dir, [*kept, *overrides])
@@ -71,14 +94,12 @@ def main(argv: Sequence[str]) -> None:
             raise UserError("export.py is for one process. Start it without torchrun", everywhere=True)
         config.run.dir = str(run_dir)
         run = Run(config, open_data(config, context), context)
-        if "source" in plain:
-            described = described_by(plain["source"], run.schema)
-            provenance = {**run.schema.provenance, "source": described}
+        if source:
+            provenance = {**run.schema.provenance, "source": described_by(source, run.schema)}
             run = Run(config, replace(run.schema, provenance=provenance), context)
         found = collect(run, directory, kind, router)
         size = config.train.eval_batch_size if kind != "gated" else config.search.training.eval_batch_size
-        body = export(wish, found, Path(config.data.path), run.schema, run.stream("test", size, shuffle=False))
-        print(summary(body, wish.out))
+        yield run, found, run.stream("test", size, shuffle=False)
 
 
 def split_formats(argv: Sequence[str]) -> tuple[list[str], list[str]]:

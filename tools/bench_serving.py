@@ -1,14 +1,18 @@
-"""How fast predict.py goes: rows per second of processor time on one core, in parts, beside a floor in the same run.
+"""What predicting with exported models costs: time, bytes, memory, and what the server makes of garbled requests.
 
     python tools/bench_serving.py predict --model exported/my --input rows.csv
-    python tools/bench_serving.py programs --model exported/a exported/b --input rows.csv
+    python tools/bench_serving.py programs --run runs/my/retrain/ues-16 runs/my/retrain/adass --out OUT --csv FILE
+    python tools/bench_serving.py bounded --model exported/my --input rows.csv --rows 1000000 10000000 --out OUT
     python tools/bench_serving.py malformed --model exported/my --input rows.csv --bodies 1000
 
-predict: for every piece of the input the time to parse, encode and predict it, alternating with the floor: polars reads
-the same bytes as text columns, and bare ``nn.Linear`` layers of the sizes of the model's MLP multiply numbers that are
-there already. Processor time, so that a busy machine changes little.
-programs: a table of latency (median) at batches of 1, 256 and 8192 for the directory and each of its programs, with
-bytes and load time.
+predict: rows per second of processor time on one core, in parts: for every piece of the input the time to parse, encode
+and predict it, alternating with a floor in the same run: polars reads the same bytes as text columns, and bare
+``nn.Linear`` layers of the sizes of the model's MLP multiply numbers that are there already. Processor time, so that a
+busy machine changes little.
+programs: exports every run at every precision and format, and measures them beside the training model and plain torch:
+bytes, load time, median latency at batches of 1, 256 and 8192, largest difference of logits, AUC on the test split.
+bounded: predict.py on the rows of the input, repeated, as CSV and as a folder of Parquet: rows/s, and the most memory
+of all processes together. It must not grow with the rows.
 malformed: bodies that are cut, garbled or of odd values, sent to the application in process; what is answered, and
 whether memory grows.
 """
@@ -20,7 +24,6 @@ import collections
 import io
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -37,30 +40,40 @@ import torch
 from torch import nn
 
 from embsearch_dist.errors import UserError
-from embsearch_dist.serving.directory import ModelDirectory, open_directory
+from embsearch_dist.serving.directory import open_directory
 from embsearch_dist.serving.predict import Job, Scorer, logits_of
-from embsearch_dist.serving.programs import RUNNERS, Program
-from embsearch_dist.serving.tables import Ids
+from embsearch_dist.serving.quantised import PRECISIONS
 
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["predict", "programs", "malformed"])
-    p.add_argument("--model", type=Path, nargs="+", required=True)
-    p.add_argument("--input", type=Path, required=True, help="raw rows in the form of the training data")
+    p.add_argument("what", choices=["predict", "programs", "bounded", "malformed"])
+    p.add_argument("--model", type=Path, nargs="+", help="predict, bounded, malformed: directory that export.py made")
+    p.add_argument("--input", type=Path, help="the same: raw rows in the form of the training data")
+    p.add_argument("--run", type=Path, nargs="+", help="programs: directories of retrain.py, RUN/retrain/NAME")
+    p.add_argument("--out", type=Path, help="programs: folder of the exports; bounded: of the rows (they are removed)")
+    p.add_argument("--csv", type=Path, help="programs, bounded: also write the figures here")
+    p.add_argument("--precision", nargs="+", default=list(PRECISIONS), help="programs: (default all four)")
+    p.add_argument("--format", nargs="+", default=["torch", "onnx"], help="programs: (default torch onnx)")
+    p.add_argument("--aoti", action="store_true", help="programs: AOTInductor too, of the first run at fp32 (minutes)")
+    p.add_argument("--repeats", type=int, default=200, help="programs: most calls of each (default 200)")
+    p.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 10_000_000], help="bounded: (default 1M and 10M)")
+    p.add_argument("--processes", type=int, default=2, help="bounded: of predict.py (default 2)")
     p.add_argument("--pieces", type=int, default=4, help="predict: pieces of the input that are timed (default 4)")
-    p.add_argument("--repeats", type=int, default=15, help="programs: calls of each (default 15)")
-    p.add_argument("--bodies", type=int, default=1000)
+    p.add_argument("--bodies", type=int, default=1000, help="malformed: how many (default 1000)")
     args = p.parse_args()
     torch.set_num_threads(1)
     try:
+        needed = {"programs": ["run", "out"], "bounded": ["model", "input", "out"]}.get(args.what, ["model", "input"])
+        for name in needed:
+            if getattr(args, name) is None:
+                raise UserError(f"{args.what} needs --{name}. See --help")
         if args.what == "predict":
             predict(args.model[0], args.input, args.pieces)
-        elif args.what == "programs":
-            for model in args.model:
-                programs(model, args.input, args.repeats)
-        else:
+        elif args.what == "malformed":
             malformed(args.model[0], args.input, args.bodies)
+        else:
+            (programs if args.what == "programs" else bounded)(args)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
@@ -126,52 +139,26 @@ def run_layers(layers: nn.Sequential, rows: int, batch: int) -> None:
             layer(x[: min(batch, rows - start)])
 
 
-def first_ids(directory: ModelDirectory, rows: Path, n: int) -> Ids:
-    """The first ``n`` rows, encoded; repeated where there are fewer."""
-    scorer = Scorer(Job(directory.path, rows, Path("unused")), directory)
-    ids = scorer.encoder(next(scorer.source.chunks()).frame).ids
-    return ids.take(torch.arange(n) % ids.rows)
-
-
-def programs(model: Path, rows: Path, repeats: int) -> None:
+def programs(args: argparse.Namespace) -> None:
     """See above."""
-    started = time.perf_counter()
-    directory = open_directory(model)
-    made = directory.model()
-    seconds = {"directory": time.perf_counter() - started}
-    program = Program(made, directory.schema)
-    calls: dict[str, Callable[[Ids, list[torch.Tensor]], Any]] = {
-        "directory": lambda ids, inputs: logits_of(made, ids, directory.batch_rows)
-    }
-    sizes = {"directory": sum(directory.body["sizes"][f"{n}.safetensors"] for n in ("tables", "dense"))}
-    for name, (file, runner) in RUNNERS.items():
-        if (model / file).exists():
-            started = time.perf_counter()
-            run = runner(model / file)
-            seconds[name] = time.perf_counter() - started
-            calls[name] = lambda ids, inputs, run=run: run(inputs)  # type: ignore[misc]
-            sizes[name] = (model / file).stat().st_size
-    measured, body = directory.body["measured"], directory.body
-    print("| model | precision | program | bytes | load s | p50 ms at 1 | at 256 | at 8192 | max difference | AUC |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for n in (1, 256, 8192):
-        ids = first_ids(directory, rows, n)
-        inputs = program.inputs(ids)
-        taken: dict[str, list[float]] = {name: [] for name in calls}
-        for repeat in range(repeats + 2):
-            for name, call in calls.items():  # in turn, so that all have the same neighbours
-                begun = time.perf_counter()
-                call(ids, inputs)
-                if repeat >= 2:
-                    taken[name].append(time.perf_counter() - begun)
-        for name in calls:
-            times[name].append(1e3 * statistics.median(taken[name]))
-    for name in calls:
-        m = measured["served" if name == "directory" else name]
-        figures = " | ".join(f"{t:.3f}" for t in times[name])
-        head = f"| {body['name']} | {body['precision']} | {name} | {sizes[name]:,} | {seconds[name]:.2f}"
-        print(f"{head} | {figures} | {m['max_difference']:.2g} | {m['auc']:.5f} |")
+    from serving_table import COLUMNS, markdown, table, write_csv
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = table(args.run, args.out, args.precision, args.format, args.aoti, args.repeats)
+    print(markdown(COLUMNS[COLUMNS.index("model") :], rows))
+    if args.csv:
+        write_csv(args.csv, COLUMNS, rows)
+
+
+def bounded(args: argparse.Namespace) -> None:
+    """See above."""
+    from serving_memory import COLUMNS, measure
+    from serving_table import markdown, write_csv
+
+    rows = measure(args.model[0], args.input, args.rows, args.processes, args.out)
+    print(markdown(COLUMNS[COLUMNS.index("model") :], rows))
+    if args.csv:
+        write_csv(args.csv, COLUMNS, rows)
 
 
 def malformed(model: Path, rows: Path, bodies: int) -> None:

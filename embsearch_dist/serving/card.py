@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from embsearch_dist.schema import Schema, read_json
-from embsearch_dist.serving.programs import RUNNERS
+from embsearch_dist.serving.programs import PROGRAM_ROWS, RUNNERS
 
 WORDS = {
     "single": "one model",
@@ -33,6 +33,21 @@ def card(body: Mapping[str, Any], schema: Schema, source: Mapping[str, Any], fil
     return "\n\n".join(parts) + "\n"
 
 
+def cell(name: str) -> str:
+    """A name of a user's data as Markdown shows it, on one line and inside a table."""
+    text = " ".join(name.split()) if name.strip() else repr(name)
+    for sign, written in (
+        ("&", "&amp;"),
+        ("<", "&lt;"),
+        (">", "&gt;"),
+        ("|", "&#124;"),
+        ("`", "&#96;"),
+        ("*", "&#42;"),
+    ):
+        text = text.replace(sign, written)
+    return text
+
+
 def _head(body: Mapping[str, Any], schema: Schema) -> str:
     model = body["model"]
     backbone = model["backbone"] + (f" {model['hidden']}" if model["backbone"] not in ("fm", "nasrec") else "")
@@ -54,21 +69,25 @@ def _measured(body: Mapping[str, Any]) -> str:
     lines = [
         f"## Measured on the {measured['split']} split",
         "",
-        "| | rows | AUC | logloss | largest difference of logits to the trained model |",
-        "| --- | --- | --- | --- | --- |",
+        "| | rows | AUC | to the trained model | logloss | calibration | largest difference of logits |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     names = {"trained": "trained model", "served": "this directory", **{n: RUNNERS[n][0] for n in RUNNERS}}
     for key, name in names.items():
         if key in measured:
             m = measured[key]
+            apart = m["auc"] - measured["trained"]["auc"]
+            ratio = "" if m["calibration"] is None else f"{m['calibration']:.4f}"
+            known = f"{m['auc']:.5f} | {apart:+.1e}" if m["rows"] == measured["rows"] else f"{m['auc']:.5f} |"
             lines.append(
-                f"| {name} | {m['rows']:,} | {m['auc']:.5f} | {m['logloss']:.5f} | {m['max_difference']:.3g} |"
+                f"| {name} | {m['rows']:,} | {known} | {m['logloss']:.5f} | {ratio} | {m['max_difference']:.3g} |"
             )
     same = "the same bits as" if measured["bitwise"] else "not the same bits as"
     lines += [
         "",
         f"On the machine of the export this directory gave {same} the trained model, in batches of "
-        f"{body['batch_rows']:,} rows.",
+        f"{body['batch_rows']:,} rows. Calibration is predicted clicks over clicks. Programs are compared on the first "
+        f"{PROGRAM_ROWS:,} rows at most.",
     ]
     lines += ["", "| file, or tables as TorchRec serves them | bytes |", "| --- | --- |"]
     lines += [f"| {name.replace('served_', 'tables, TorchRec, ')} | {n:,} |" for name, n in body["sizes"].items()]
@@ -87,12 +106,14 @@ def _inputs(body: Mapping[str, Any], schema: Schema, source: Mapping[str, Any]) 
     for f in schema.fields:
         if f.name in used:
             c = columns[f.name]
-            lines.append(f"| {c.get('column', f.name)} | {f.name} | {c['kind']} | {f.cardinality - 1:,} known |")
+            names = f"{cell(c.get('column', f.name))} | {cell(f.name)}"
+            lines.append(f"| {names} | {c['kind']} | {f.cardinality - 1:,} known |")
     for name in schema.dense:
         c, scale = columns[name], source["dense"][name]
         said = f"mean {scale['mean']:.6g}, deviation {scale['std']:.6g}"
-        lines.append(f"| {c.get('column', name)} | {name} | dense{', log' if c.get('log') else ''} | {said} |")
-    left = [n for n in schema.names if n not in used]
+        names = f"{cell(c.get('column', name))} | {cell(name)}"
+        lines.append(f"| {names} | dense{', log' if c.get('log') else ''} | {said} |")
+    left = [cell(n) for n in schema.names if n not in used]
     lines += ["", "Values that the training rows did not have often enough, and missing ones, are id 0."]
     return "\n".join(lines + ([f"Not looked at: {', '.join(left)}."] if left else []))
 
@@ -103,7 +124,7 @@ def _tables(body: Mapping[str, Any], schema: Schema) -> str:
     heads = [f"group {k}" for k in range(len(body["widths"]))] if body["kind"] == "routed" else ["width"]
     lines = ["## Widths", "", f"| field | {' | '.join(heads)} |", f"| --- |{' --- |' * len(heads)}"]
     for name in schema.names:
-        lines.append(f"| {name} | {' | '.join(str(w[name]) for w in body['widths'])} |")
+        lines.append(f"| {cell(name)} | {' | '.join(str(w[name]) for w in body['widths'])} |")
     return "\n".join(lines)
 
 
@@ -117,7 +138,7 @@ def _use(body: Mapping[str, Any]) -> str:
     lines = ["## Use", "", "```", "python launch/predict.py --model . --input ROWS --out scores.parquet"]
     lines += ["python -m embsearch_dist.serve .", "```", "", "Inputs of the programs, each with the batch first:", ""]
     for port in body["inputs"]:
-        what = f": {', '.join(body['ids'])}" if port["name"] == "ids" else ""
+        what = f": {', '.join(map(cell, body['ids']))}" if port["name"] == "ids" else ""
         columns = "L" if port["columns"] < 0 else port["columns"]
-        lines.append(f"- `{port['name']}` {port['type']} [B, {columns}]{what}")
+        lines.append(f"- `{cell(port['name'])}` {port['type']} [B, {columns}]{what}")
     return "\n".join([*lines, "", "Outputs: `logit` and `probability`, float32 [B]."])

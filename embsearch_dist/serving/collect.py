@@ -177,7 +177,7 @@ def _take_router(found: Collected, router: Router) -> None:
     if isinstance(router, FieldRouter):
         found.body["router"] = {"kind": "fields", "fields": list(router.tables)}
         found.dense["router/prior"] = router.prior.cpu()
-        found.dense |= {f"router/{name}": table.cpu() for name, table in router.tables.items()}
+        found.dense |= {f"router/tables/{name}": table.cpu() for name, table in router.tables.items()}
         return
     assert isinstance(router, CentreRouter)
     task = router.task

@@ -28,6 +28,7 @@ import torch
 from embsearch_dist.data.formats.described import Description
 from embsearch_dist.data.partial import whole_directory
 from embsearch_dist.data.scratch import digest
+from embsearch_dist.data.vocabulary import VOCABULARY, file_name
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Schema, read_json, read_sealed, write_sealed
 from embsearch_dist.serving.model import build, fill
@@ -88,7 +89,7 @@ class ModelDirectory:
 
     def vocabulary(self, field: str) -> pl.Series:
         """The values of a field with ids 1, 2, ... in their order."""
-        path = self.path / "vocabulary" / f"{field}.parquet"
+        path = self.path / VOCABULARY / file_name(field)
         try:
             return pl.read_parquet(path, columns=["value"])["value"].rechunk()
         except (OSError, pl.exceptions.PolarsError) as e:
@@ -193,9 +194,16 @@ def save_arrays(path: Path, arrays: Mapping[str, torch.Tensor]) -> None:
     """Write a safetensors file.
 
     Raises:
-        UserError: the package is missing.
+        UserError: the package is missing, or the file cannot be written.
     """
-    _safetensors().save_file({name: x.detach().contiguous() for name, x in arrays.items()}, str(path))
+    module = _safetensors()
+    path.touch()
+    mode = path.stat().st_mode  # what the user's umask gives; the package leaves files that only their owner can read
+    try:
+        module.save_file({name: x.detach().contiguous() for name, x in arrays.items()}, str(path))
+    except Exception as e:  # the package has an error type of its own, which is no OSError
+        raise UserError(f"{path.name} cannot be written ({' '.join(str(e).split())[:120]}). Check disk and path") from e
+    path.chmod(mode)
 
 
 def load_arrays(path: Path) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from embsearch_dist.data.bags import offsets_of
 from embsearch_dist.data.encode import standardised
 from embsearch_dist.data.formats.columns import Column, bucket
 from embsearch_dist.data.staging import leading, numbered
+from embsearch_dist.errors import UserError
 from embsearch_dist.serving.directory import ModelDirectory
 from embsearch_dist.serving.tables import Ids, ids_of
 
@@ -91,6 +92,9 @@ class RowEncoder:
         self.index = {n: Index(directory.vocabulary(n)) for n in directory.fields}
 
     def __call__(self, frame: pl.DataFrame) -> Encoded:
+        """Raises:
+        UserError: a number is too large for float32, once standardised.
+        """
         single: dict[str, np.ndarray] = {}
         lists: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray | None]] = {}
         unseen: dict[str, int] = {}
@@ -105,7 +109,11 @@ class RowEncoder:
         dense = np.zeros((frame.height, len(self.dense)), np.float32)
         for k, name in enumerate(self.dense):
             x = frame[name].cast(pl.Float64).fill_null(float("nan")).to_numpy()
-            dense[:, k] = standardised(x, *self.scale[name])
+            with np.errstate(over="ignore"):  # told below
+                dense[:, k] = standardised(x, *self.scale[name])
+            if not np.isfinite(dense[:, k]).all():
+                far = x[~np.isfinite(dense[:, k])][0]
+                raise UserError(f"column {name!r}: {far:g} is too large for the model. Correct it, or leave it empty")
         return Encoded(ids_of(single, lists, dense), unseen)
 
     def _single(self, column: Column, series: pl.Series) -> tuple[np.ndarray, int]:

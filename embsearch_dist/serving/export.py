@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +16,8 @@ import torch
 from embsearch_dist import __version__
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.data.dataset import BatchStream
+from embsearch_dist.data.progress import Progress
+from embsearch_dist.data.vocabulary import VOCABULARY, file_name
 from embsearch_dist.errors import UserError
 from embsearch_dist.precision import MIXED, PRECISIONS, quantise, served
 from embsearch_dist.schema import Schema, write_json
@@ -35,8 +37,6 @@ from embsearch_dist.serving.directory import (
 from embsearch_dist.serving.model import build, config_of, fill
 from embsearch_dist.serving.triton import write_repository
 from embsearch_dist.train.metrics import score, shown
-
-PROGRAM_ROWS = 1 << 16  # rows on which programs are compared with the model
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,14 @@ class Wish:
     name: str
 
 
-def export(wish: Wish, found: Collected, prepared: Path, schema: Schema, stream: BatchStream) -> dict[str, Any]:
+def export(
+    wish: Wish,
+    found: Collected,
+    prepared: Path,
+    schema: Schema,
+    stream: BatchStream,
+    tell: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
     """Write the model directory and measure it on the rows of ``stream``; gives ``model.json``.
 
     Args:
@@ -66,10 +73,12 @@ def export(wish: Wish, found: Collected, prepared: Path, schema: Schema, stream:
         prepared: the data it was trained on, for vocabulary and source.
         schema: of these data.
         stream: the test split, not shuffled.
+        tell: given a line before each piece of long work; without it there is no progress either.
 
     Raises:
         UserError: ``wish.out`` is in the way, the data do not tell their source, or a format cannot carry the model.
     """
+    say = tell or (lambda text: None)
     source = source_of(prepared, schema)
     if wish.precision == MIXED and not found.body.get("precisions"):
         raise UserError(
@@ -99,8 +108,10 @@ def export(wish: Wish, found: Collected, prepared: Path, schema: Schema, stream:
         program = programs.Program(model, schema)
         body["inputs"] = [{"name": p.name, "type": p.kind, "columns": p.columns} for p in program.ports]
         body["ids"] = program.single
-        files = _write_programs(wish, program, stream, schema, partial)
-        body["measured"] = measure(found, model, program, files, stream, schema)
+        files = _write_programs(wish, program, stream, schema, partial, say)
+        say(f"measuring on the {stream.rows:,} rows of the {stream.shards.split} split")
+        with Progress("measure", stream.rows, "rows", tell is None) as bar:
+            body["measured"] = measure(found, model, program, files, stream, schema, bar.add)
         body["sizes"] = sizes(body, schema, partial)
         body["versions"] = versions()
         write_json(partial / MODEL, body)
@@ -150,9 +161,9 @@ def described_by(text: str, schema: Schema) -> dict[str, Any]:
 
 
 def _copy_vocabulary(prepared: Path, target: Path, fields: Sequence[str]) -> None:
-    (target / "vocabulary").mkdir()
+    (target / VOCABULARY).mkdir()
     for name in fields:
-        file = Path("vocabulary") / f"{name}.parquet"
+        file = Path(VOCABULARY) / file_name(name)
         origin = next((p for p in (prepared, *prepared.resolve().parents) if (p / file).exists()), None)
         if origin is None:
             raise UserError(f"{prepared / file} is missing: the values behind the ids. Copy it back, or prepare again")
@@ -170,7 +181,12 @@ def _quantised(found: Collected, precision: str) -> dict[str, torch.Tensor]:
 
 
 def _write_programs(
-    wish: Wish, program: programs.Program, stream: BatchStream, schema: Schema, directory: Path
+    wish: Wish,
+    program: programs.Program,
+    stream: BatchStream,
+    schema: Schema,
+    directory: Path,
+    say: Callable[[str], None],
 ) -> dict[str, Path]:
     """The programs of the wish in ``directory``, by format."""
     wanted = set(wish.formats) | ({"onnx"} if "triton" in wish.formats else set())
@@ -178,13 +194,16 @@ def _write_programs(
         return {}
     batch = next(iter(stream.epoch(0)))
     ids = ids_of_batch(batch, schema).take(slice(0, programs.EXAMPLE_ROWS))
+    say("tracing the model")
     traced = programs.exported(program, ids)
     files = {name: directory / file for name, (file, _) in programs.RUNNERS.items() if name in wanted}
     if "torch" in files:
         programs.save_torch(traced, files["torch"])
     if "aoti" in files:
+        say("compiling with AOTInductor, which takes minutes")
         programs.save_aoti(traced, files["aoti"])
     if "onnx" in files:
+        say("writing ONNX")
         programs.save_onnx(program, traced, files["onnx"])
     if "triton" in wish.formats:
         write_repository(directory / "triton", wish.name, program.ports, files["onnx"])
@@ -202,6 +221,7 @@ def measure(
     files: Mapping[str, Path],
     stream: BatchStream,
     schema: Schema,
+    tick: Callable[[int], None] = lambda rows: None,
 ) -> dict[str, Any]:
     """What the served model, and each program, does on a split beside the training model."""
     runners = {name: programs.RUNNERS[name][1](path) for name, path in files.items()}
@@ -212,11 +232,12 @@ def measure(
         kept["label"].append(batch.label)
         kept["trained"].append(found.predict(batch).float())
         kept["served"].append(model(ids))
-        if runners and rows < PROGRAM_ROWS:
+        if runners and rows < programs.PROGRAM_ROWS:
             inputs = program.inputs(ids)
             for name, runner in runners.items():
                 kept[name].append(runner(inputs))
         rows += batch.size
+        tick(batch.size)
     all_of = {name: torch.cat(parts) if parts else torch.zeros(0) for name, parts in kept.items()}
     trained, label = all_of["trained"], all_of["label"]
     figures: dict[str, Any] = {"split": stream.shards.split, "rows": rows}
@@ -227,11 +248,18 @@ def measure(
             "rows": len(logits),
             "auc": part["auc"],
             "logloss": part["logloss"],
+            "calibration": _calibration(logits, label[: len(logits)]),
             "max_difference": float((logits - trained[: len(logits)]).abs().max()) if len(logits) else 0.0,
             "max_difference_to_served": float((logits - all_of["served"][: len(logits)]).abs().max()),
         }
     figures["bitwise"] = bool(torch.equal(all_of["served"], trained))
     return figures
+
+
+def _calibration(logits: torch.Tensor, label: torch.Tensor) -> float | None:
+    """Predicted clicks over clicks; None where there are none."""
+    clicks = float(label.double().sum())
+    return float(torch.sigmoid(logits.double()).sum()) / clicks if clicks else None
 
 
 def sizes(body: Mapping[str, Any], schema: Schema, directory: Path) -> dict[str, int]:

@@ -118,7 +118,7 @@ class FieldRouter(nn.Module):
     def fill(self, tensors: Tensors, prefix: str) -> None:
         self.register_buffer("prior", tensors[f"{prefix}prior"], persistent=False)
         for k, name in enumerate(self.names):
-            self.register_buffer(f"t{k}", tensors[f"{prefix}{name}"], persistent=False)
+            self.register_buffer(f"t{k}", tensors[f"{prefix}tables/{name}"], persistent=False)
 
     def forward(self, ids: Ids) -> torch.Tensor:
         """``[B]`` int64."""

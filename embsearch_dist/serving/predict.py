@@ -17,6 +17,7 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
@@ -57,9 +58,11 @@ class Job:
 
 @dataclass
 class Done:
-    """What was predicted: rows, and for each field the values that have no id."""
+    """What was predicted: rows, how many of them have a logit that is no number (a dense value is too far from those of
+    the training), and for each field the values that have no id."""
 
     rows: int = 0
+    unanswered: int = 0
     unseen: dict[str, int] = field(default_factory=dict)
 
 
@@ -159,6 +162,7 @@ def _write(job: Job, directory: ModelDirectory, pieces: Iterator[_Piece], tick: 
                 writer = pq.ParquetWriter(unfinished, schema, compression="zstd", compression_level=1)
             writer.write_table(_fitting(table, writer.schema))
             done.rows += table.num_rows
+            done.unanswered += pc.sum(pc.is_nan(table[LOGIT])).as_py() or 0
             add_counts(done.unseen, unseen)
             tick(consumed)
         if writer is None:
@@ -274,6 +278,8 @@ def _packed(table: pa.Table) -> memoryview:
 def told(done: Done, job: Job, seconds: float) -> str:
     """For people: rows, speed, and the values that the training did not know."""
     lines = [f"{job.out}: {done.rows:,} rows in {seconds:.1f} s"]
+    if done.unanswered:
+        lines.append(f"{done.unanswered:,} rows have no answer (NaN): their numbers are too far from the training's")
     for name, n in done.unseen.items():
         if n:
             lines.append(f"{name}: {n:,} values have no id of their own ({n / done.rows:.2%} of the rows' number)")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ FORMATS = ("torch", "onnx", "aoti", "triton")
 OUTPUTS = ("logit", "probability")
 OPSET = 20
 EXAMPLE_ROWS = 5
+CODE_BYTES = 8 << 20  # of a program, beside its weights: more than any has taken
+PROGRAM_ROWS = 1 << 16  # on which programs are compared with the model
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,12 @@ OTHERWISE = "launch/predict.py and embsearch_dist.serve run it all the same: lea
 
 
 def save_torch(traced: Any, path: Path) -> None:
-    """A program that ``torch.export.load`` runs, with torch alone."""
+    """A program that ``torch.export.load`` runs, with torch alone.
+
+    Raises:
+        UserError: the disk has no room for it.
+    """
+    _check_room(traced, path)
     with _quiet():
         torch.export.save(traced, str(path))
 
@@ -117,15 +125,32 @@ def save_aoti(traced: Any, path: Path) -> None:
     """A program compiled for this machine's kind of processor; needs a C++ compiler.
 
     Raises:
-        UserError: it could not be compiled.
+        UserError: it could not be compiled, or the disk has no room for it.
     """
+    _check_room(traced, path)
     try:
         with _quiet():
             torch._inductor.aoti_compile_and_package(traced, package_path=str(path))
     except Exception as e:
         raise UserError(
-            f"--format aoti: AOTInductor could not compile it ({_line(e)}). Use --format torch or onnx"
+            f"--format aoti: AOTInductor could not compile it ({_line(e)}). It needs a C++ compiler: g++, or what CXX "
+            "names. Install one, or use --format torch or onnx"
         ) from e
+
+
+def _check_room(traced: Any, path: Path) -> None:
+    """torch's writer of archives ends the whole process where the disk is full, so that is asked before."""
+    needed = sum(
+        x.numel() * x.element_size()
+        for x in (*traced.state_dict.values(), *traced.constants.values())
+        if isinstance(x, torch.Tensor)
+    )
+    free = shutil.disk_usage(path.parent).free
+    if free < needed + CODE_BYTES:
+        raise UserError(
+            f"--out: {path.name} takes up to {(needed + CODE_BYTES) / 1e6:,.0f} MB, the disk has {free / 1e6:,.1f} MB "
+            "left. Make room, or give another --out"
+        )
 
 
 def save_onnx(program: Program, traced: Any, path: Path) -> None:
@@ -149,6 +174,8 @@ def save_onnx(program: Program, traced: Any, path: Path) -> None:
         made.save(str(path))
         _name_dimensions(onnx, program, path)
         onnx.checker.check_model(str(path))
+    except OSError as e:
+        raise UserError(f"{path.name} cannot be written ({e.strerror or e}). Check disk and path") from e
     except Exception as e:
         raise UserError(f"--format onnx: this model has no form in ONNX ({_line(e)}). Use --format torch") from e
 

@@ -94,12 +94,11 @@ class RequestEncoder:
         cells = [_column(rows, name, kind) for name, kind in self.names.items()]
         read = Rows(pl.DataFrame(cells), lambda k: f"row {k}", self.spelling)
         try:
-            frame = pl.DataFrame([read.convert(c, self.raw[c.name]) for c in self.columns])
+            return self.encoder(pl.DataFrame([read.convert(c, self.raw[c.name]) for c in self.columns]))
         except UserError as e:
             raise BadRequest(400, str(e)) from e
         except pl.exceptions.PolarsError as e:
             raise BadRequest(400, f"a value cannot be read ({' '.join(str(e).split())[:120]})") from e
-        return self.encoder(frame)
 
 
 def _column(rows: Sequence[Mapping[str, Any]], name: str, kind: str) -> pl.Series:

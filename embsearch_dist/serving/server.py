@@ -91,9 +91,13 @@ class Service:
             logits = await self.batcher(encoded.ids)
         except Overloaded as e:
             raise BadRequest(503, f"overloaded: {e}. Send the request again later") from e
+        probabilities = torch.sigmoid(logits)
+        if bool(probabilities.isnan().any()):
+            row = int(probabilities.isnan().nonzero()[0])
+            raise BadRequest(400, f"row {row}: the model has no answer; a number is too far from those of the training")
         self.metrics.rows(encoded.rows)
         unseen = {name: n for name, n in encoded.unseen.items() if n}
-        return JSONResponse({"probabilities": torch.sigmoid(logits).tolist(), "unseen": unseen})
+        return JSONResponse({"probabilities": probabilities.tolist(), "unseen": unseen})
 
     def _rows(self, body: bytes) -> list[dict[str, Any]]:
         return rows_of(body, self.limits.rows)

@@ -6,6 +6,7 @@ are joined where their shapes agree: clients fill lists up to one length.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -31,7 +32,12 @@ def config(name: str, inputs: Sequence[Port], max_batch: int = MAX_BATCH, delay_
 
 
 def _tensor(role: str, name: str, kind: str, dims: str, more: str = "") -> str:
-    inner = [f'name: "{name}"', f"data_type: {TYPES[kind]}", f"dims: {dims}", *([more] if more else [])]
+    inner = [
+        f"name: {json.dumps(name, ensure_ascii=False)}",
+        f"data_type: {TYPES[kind]}",
+        f"dims: {dims}",
+        *([more] if more else []),
+    ]
     return f"{role} [ {{ {', '.join(inner)} }} ]"
 
 
