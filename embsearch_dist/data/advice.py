@@ -19,6 +19,8 @@ FEW_CLICKS = 200
 FEW_STEPS = 20
 LEAK = 0.99
 LEAST = 10  # clicks, and rows without one, below which an AUC says nothing
+ONE_EACH = 0.95  # values a row
+LEAST_CELLS = 1000  # of which a field of few rows says nothing
 SAMPLE = 400_000
 BINS = 256
 
@@ -91,6 +93,21 @@ def _auc(score: np.ndarray, label: np.ndarray) -> float:
     rank = (np.cumsum(count) - (count - 1) / 2)[place]
     yes = int(label.sum(dtype=np.int64))
     return float((rank[label > 0].sum() - yes * (yes + 1) / 2) / (yes * (len(label) - yes)))
+
+
+def of_identity(name: str, distinct: int, cells: int) -> str | None:
+    """A warning where a field has almost one value a row: the number of the row, of the session, or a time.
+
+    Args:
+        distinct: values in the training rows.
+        cells: training rows that are not blank.
+    """
+    if cells < LEAST_CELLS or distinct < ONE_EACH * cells:
+        return None
+    return (
+        f"{name!r} has almost a value for each row ({distinct:,} in {cells:,} training rows): nothing can be learned "
+        "from it for other rows, but it costs a table. Remove it, or make it bucketed or dense if it is a number"
+    )
 
 
 def of_spellings(name: str, values: pl.Series) -> str | None:
