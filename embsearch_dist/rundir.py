@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import re
 import shutil
-import socket
 from pathlib import Path
 
-from embsearch_dist import written
+from embsearch_dist import lockfile, written
 from embsearch_dist.errors import UserError
 from embsearch_dist.written import LOCK
 
@@ -194,14 +192,12 @@ def hold(directory: Path, doing: str) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
-        who = _holder(file)
+        who = lockfile.holder(file)
         os.close(file)
         raise UserError(f"{directory}: {who} is at work there. Wait for it, or give another --run.dir or --name") from e
     except OSError:
         pass  # a file system without locks
-    body = {"host": socket.gethostname(), "pid": os.getpid(), "doing": doing}
-    os.ftruncate(file, 0)
-    os.pwrite(file, (json.dumps(body) + "\n").encode(), 0)
+    lockfile.sign(file, doing)
     _held[path] = file
 
 
@@ -209,11 +205,3 @@ def release() -> None:
     """Unlock everything this process holds."""
     while _held:
         os.close(_held.popitem()[1])
-
-
-def _holder(file: int) -> str:
-    try:
-        body = json.loads(os.pread(file, 4096, 0))
-        return f"{body['doing']} (process {body['pid']} on {body['host']})"
-    except (ValueError, KeyError, TypeError):
-        return "another process"

@@ -191,7 +191,8 @@ def write_sealed(path: Path, body: dict) -> None:
 
 
 def read_sealed(path: Path, cure: str = "Run search.py again") -> dict:
-    """A JSON object that :func:`write_sealed` wrote, of an older version (without a checksum), or of a person.
+    """A JSON object that :func:`write_sealed` wrote, without its checksum; or one of an older version or of a person,
+    which has none.
 
     Raises:
         UserError: it was changed since it was written, or is of another run; names the file and what to do.
@@ -202,9 +203,10 @@ def read_sealed(path: Path, cure: str = "Run search.py again") -> dict:
         raise UserError(f"{e}. {cure}") from e
     if "sha256" in body:
         cure = f'{cure}, or, if you changed it on purpose, take its line "sha256" out'
-        if body["sha256"] != sealed(body):
+        checksum = body.pop("sha256")
+        if checksum != sealed(body):
             raise UserError(f"{path} was changed since it was written: it differs from its own checksum. {cure}")
-        written.check(path, body["sha256"], cure)
+        written.check(path, checksum, cure)
     return body
 
 

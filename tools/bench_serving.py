@@ -37,12 +37,12 @@ import numpy as np
 import polars as pl
 import psutil
 import torch
+from embsearch_dist.serving.quantised import PRECISIONS
 from torch import nn
 
 from embsearch_dist.errors import UserError
 from embsearch_dist.serving.directory import open_directory
 from embsearch_dist.serving.predict import Job, Scorer, logits_of
-from embsearch_dist.serving.quantised import PRECISIONS
 
 
 def main() -> int:

@@ -25,7 +25,8 @@ import json
 import random
 import shutil
 import sys
-from collections import Counter
+from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,16 @@ from breaking import lab
 from breaking.bases import METHODS, Bases, State, states
 from breaking.damage import KINDS, ORDER, WEIGHTS, files_of, fingerprint, strike
 from breaking.outcome import BAD, CLASSES, differing, judge, outcome
+from breaking.table import Case, tables
 
 END_BYTES = 256
 """So much of both ends of a shard is compared when it is opened, instead of 64 KiB: tiny shards shall have a middle."""
+
+BY: dict[str, Callable[[Case], str]] = {
+    "damage": itemgetter("kind"),
+    "command": lambda case: str(case["command"]).split()[0],
+    "method": itemgetter("method"),
+}
 
 
 class Sweep:
@@ -93,29 +101,6 @@ class Sweep:
         return []
 
 
-def table(cases: list[dict[str, Any]]) -> str:
-    """Classes by kind of damage, and by what kind of file."""
-    lines = []
-    for what, key in (
-        ("damage", lambda c: c["kind"]),
-        ("command", lambda c: c["command"].split()[0]),
-        ("method", _method),
-    ):
-        shown = [c for c in CLASSES if any(x["class"] == c for x in cases)]
-        lines.append(f"| {what} | cases | " + " | ".join(shown) + " |")
-        lines.append("| --- |" + " ---: |" * (len(shown) + 1))
-        for value in [*sorted({key(c) for c in cases}), *(["all"] if what == "method" else [])]:
-            part = [c for c in cases if value in ("all", key(c))]
-            counts = Counter(c["class"] for c in part)
-            lines.append(f"| {value} | {len(part)} | " + " | ".join(str(counts[s]) for s in shown) + " |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _method(case: dict[str, Any]) -> str:
-    return case["method"]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=500)
@@ -125,7 +110,8 @@ def main() -> None:
     parser.add_argument("--only", type=int, metavar="CASE", help="one case, with what it printed")
     args = parser.parse_args()
     cases = sweep(args)
-    print(table(cases))
+    shown = [c for c in CLASSES if any(x["class"] == c for x in cases)]
+    print(tables(cases, BY, shown))
     bad = [c for c in cases if c["class"] in BAD]
     for case in bad:
         print(json.dumps(case))

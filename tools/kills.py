@@ -6,11 +6,10 @@
 
 A case takes a command (prepare.py, search.py, retrain.py or evaluate.py) on one rank, on two, or under torchrun with
 two, and sends SIGKILL at a random moment: to one rank, to all, or to the launcher (whose ranks are killed a moment
-later, as a scheduler does). The rank that survives must end by itself, as there is no launcher to end it; that of
-prepare.py, whose ranks wait for each other's files, is ended after a second as torchrun does it. All this may happen to
-the second and third start again. Then the command runs to its end, and all that it leaves is compared with what it
-leaves without kills: metrics and heat maps line by line, checkpoints by the checksums of their tensors, prepared data
-byte by byte. Times and speeds are not compared.
+later, as a scheduler does). The rank that survives must end by itself, as there is no launcher to end it. All this may
+happen to the second and third start again. Then the command runs to its end, and all that it leaves is compared with
+what it leaves without kills: metrics and heat maps line by line, checkpoints by the checksums of their tensors,
+prepared data byte by byte. Times and speeds are not compared.
 
     same          nothing differs
     late          the command was done before the kill
@@ -30,19 +29,20 @@ import random
 import shutil
 import sys
 import time
-from collections import Counter
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from breaking import lab
 from breaking.bases import METHODS, NO_RETRAIN, RETRAIN, SEARCH, Bases, evaluate_words, prepare_words
 from breaking.outcome import differing, outcome
+from breaking.table import tables
 
 WHO = ("alone", "one of two", "both of two", "launcher")
 WEIGHTS = (4, 3, 2, 1)
 PHASES = {"prepare": None, "search": "fresh", "retrain": "searched", "evaluate": "retrained"}  # and the state before
 PHASE_WEIGHTS = (1, 5, 4, 1)
-GRACE_S = 1.0
+MEET_S = 30  # so long ranks of prepare.py wait for one that was killed before it came, as dist.timeout_s of the others
 PATIENCE_S = 240  # of a start; tiny runs take seconds, under torchrun on a busy machine a minute
 CLASSES = ("same", "late", "DIVERGED", "FAILED", "HUNG")
 BAD = CLASSES[2:]
@@ -129,31 +129,12 @@ class Sweep:
                 lab.kill_launcher(pid)
             else:
                 lab.end_session(pid)
-        if phase == "prepare" and who == "one of two":
-            time.sleep(GRACE_S)
-            for pid in pids:
-                lab.end_session(pid)
         codes = lab.finish(pids, PATIENCE_S)
         return -9 in codes, lab.HUNG not in codes
 
 
 def _ranks(who: str) -> int:
     return 1 if who == "alone" else 2
-
-
-def table(cases: list[dict[str, Any]]) -> str:
-    """Classes by phase, by who was killed and by method."""
-    lines = []
-    for what in ("phase", "who", "method"):
-        lines.append(f"| {what} | cases | kills | " + " | ".join(CLASSES) + " |")
-        lines.append("| --- |" + " ---: |" * (len(CLASSES) + 2))
-        for value in [*sorted({c[what] for c in cases}), *(["all"] if what == "method" else [])]:
-            part = [c for c in cases if value in ("all", c[what])]
-            counts, kills = Counter(c["class"] for c in part), sum(c["kills"] for c in part)
-            shown = " | ".join(str(counts[s]) for s in CLASSES)
-            lines.append(f"| {value} | {len(part)} | {kills} | {shown} |")
-        lines.append("")
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -165,6 +146,9 @@ def main() -> None:
     parser.add_argument("--only", type=int, metavar="CASE", help="one case, with what its last start printed")
     args = parser.parse_args()
     lab.load()
+    from embsearch_dist.data import team
+
+    team.MEET_S = MEET_S
     args.out.mkdir(parents=True, exist_ok=True)
     work = Sweep(args.out.resolve(), args.methods, args.seed)
     if args.only is not None:
@@ -173,7 +157,8 @@ def main() -> None:
     else:
         head = {"seed": args.seed, "methods": args.methods}
         cases = lab.resumed(args.out / "cases.jsonl", head, args.cases, work.case)
-    print(table(cases))
+    by = {what: itemgetter(what) for what in ("phase", "who", "method")}
+    print(tables(cases, by, CLASSES, ["kills"]))
     bad = [c for c in cases if c["class"] in BAD]
     for case in bad:
         print(json.dumps(case))

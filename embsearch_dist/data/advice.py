@@ -19,7 +19,9 @@ FEW_CLICKS = 200
 FEW_STEPS = 20
 LEAK = 0.99
 LEAST = 10  # clicks, and rows without one, below which an AUC says nothing
-SAMPLE = 400_000
+ONE_EACH = 0.95  # values a row
+LEAST_CELLS = 1000  # of which a field of few rows says nothing
+SAMPLE = 200_000
 BINS = 256
 
 
@@ -53,19 +55,20 @@ def of_leaks(parts: Sequence[Part], fields: Sequence[Field], ids: Ids, dense: Se
     step = -(-sum(part.rows for part in parts) // SAMPLE) or 1
     label = np.concatenate([part.label()[::step] for part in parts])
     train = np.concatenate([part.split()[::step] for part in parts]) == 0
-    held = label[~train]
-    if min(held.sum(dtype=np.int64), len(held) - held.sum(dtype=np.int64)) < LEAST:
+    label = label > 0
+    clicks = int((label & ~train).sum())
+    if min(clicks, int((~train).sum()) - clicks) < LEAST:
         return []
     found = []
     for name in (f.name for f in fields if not f.is_list):
         codes = np.concatenate([ids.of(name, i).take(part.codes(name)[::step]) for i, part in enumerate(parts)])
-        found.append((name, _auc(_rates(codes, label, train), held)))
+        found.append((name, _auc(codes, label, train)))
     for name in dense:
         x = np.concatenate([part.dense(name)[::step] for part in parts])
         known = x[train & ~np.isnan(x)]
         cuts = np.unique(np.quantile(known, np.linspace(0, 1, BINS))) if len(known) else known
         codes = np.where(np.isnan(x), 0, 1 + np.searchsorted(cuts, x))
-        found.append((name, _auc(_rates(codes, label, train), held)))
+        found.append((name, _auc(codes, label, train)))
     return [
         f"{name!r} alone decides the label (AUC {auc:.3f} on held-out rows). Is it known before the click? "
         "Remove it if not"
@@ -74,23 +77,41 @@ def of_leaks(parts: Sequence[Part], fields: Sequence[Field], ids: Ids, dense: Se
     ]
 
 
-def _rates(codes: np.ndarray, label: np.ndarray, train: np.ndarray) -> np.ndarray:
-    """``[N]`` codes -> for the rows held out the click rate that the code has in training, of few rows drawn to the
-    mean."""
-    _, codes = np.unique(codes, return_inverse=True) if codes.max(initial=0) > 4 * len(codes) else (None, codes)
+def _auc(codes: np.ndarray, label: np.ndarray, train: np.ndarray) -> float:
+    """AUC over the rows held out of the click rate that a row's code has in training, of few rows drawn to the mean.
+    Equal rates count half.
+
+    Args:
+        codes: ``[N]``, from 0.
+        label, train: ``[N]`` bool.
+    """
+    if codes.max(initial=0) > 4 * len(codes):
+        codes = np.unique(codes, return_inverse=True)[1]
     size = int(codes.max(initial=0)) + 1
-    rows = np.bincount(codes[train], minlength=size)
-    clicks = np.bincount(codes[train], label[train], size)
-    mean = float(label[train].mean()) if train.any() else 0.0
-    return ((clicks + mean) / (rows + 1))[codes[~train]]
+    # One pass over the rows; what follows works on codes, of which most fields have far fewer.
+    counts = np.bincount(codes + size * (label + 2 * train), minlength=4 * size).reshape(2, 2, size)
+    (held_no, held_yes), (no, yes) = counts
+    mean = yes.sum() / max(yes.sum() + no.sum(), 1)
+    there = held_no + held_yes > 0
+    _, place = np.unique(((yes + mean) / (yes + no + 1))[there], return_inverse=True)
+    above, below = np.bincount(place, held_yes[there]), np.bincount(place, held_no[there])
+    lower = np.cumsum(below) - below / 2
+    return float((above * lower).sum() / (above.sum() * below.sum()))
 
 
-def _auc(score: np.ndarray, label: np.ndarray) -> float:
-    """Area under the ROC curve; equal scores count half."""
-    _, place, count = np.unique(score, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(count) - (count - 1) / 2)[place]
-    yes = int(label.sum(dtype=np.int64))
-    return float((rank[label > 0].sum() - yes * (yes + 1) / 2) / (yes * (len(label) - yes)))
+def of_identity(name: str, distinct: int, cells: int) -> str | None:
+    """A warning where a field has almost one value a row: the number of the row, of the session, or a time.
+
+    Args:
+        distinct: values in the training rows.
+        cells: training rows that are not blank.
+    """
+    if cells < LEAST_CELLS or distinct < ONE_EACH * cells:
+        return None
+    return (
+        f"{name!r} has almost a value for each row ({distinct:,} in {cells:,} training rows): nothing can be learned "
+        "from it for other rows, but it costs a table. Remove it, or make it bucketed or dense if it is a number"
+    )
 
 
 def of_spellings(name: str, values: pl.Series) -> str | None:

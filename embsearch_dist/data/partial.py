@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from embsearch_dist import lockfile
 from embsearch_dist.data.scratch import load_record, save_record
 from embsearch_dist.data.team import Stopped, Team
 from embsearch_dist.errors import UserError
@@ -86,6 +87,7 @@ def _open(partial: Path, job: dict | None, quiet: bool) -> int:
     lock = os.open(partial / MARK, os.O_CREAT | os.O_RDWR)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lockfile.sign(lock, "prepare")
         before = _job_before(partial)
         if job is not None and before == job:
             for file in partial.rglob("*.tmp"):
@@ -104,8 +106,9 @@ def _open(partial: Path, job: dict | None, quiet: bool) -> int:
             if job is not None:
                 save_record(partial / JOB, job)
     except BlockingIOError as e:
+        who = lockfile.holder(lock)
         os.close(lock)
-        raise UserError(f"{partial}: another prepare is at work there. Wait for it, or give another --out") from e
+        raise UserError(f"{partial}: {who} is at work there. Wait for it, or give another --out") from e
     except BaseException:
         os.close(lock)
         raise

@@ -169,7 +169,7 @@ def prepare_into(directory: Path, source: Source, options: Options, team: Team |
     done = encode(encoder, shards, directory, folder, options.row_group_rows, team, options.quiet)
     rows_read = _check_rows(source, parts, directory, shards)
     clicks = _clicks(shards, done)
-    told_of = team.share("warnings", lambda: _warnings(directory, parts, known, ids, dense, rows, clicks))
+    told_of = team.share("warnings", lambda: _warnings(directory, parts, known, books, ids, dense, rows, clicks))
     schema = Schema(
         dataset=source.dataset,
         fields=known,
@@ -255,14 +255,19 @@ def _warnings(
     directory: Path,
     parts: Sequence[Part],
     fields: Sequence[Field],
+    books: Sequence[dict],
     ids: Ids,
     dense: Sequence[str],
     rows: dict[str, int],
     clicks: dict[str, int],
 ) -> list[str]:
-    found = advice.of_splits(rows, clicks) + advice.of_leaks(parts, fields, ids, dense)
+    found: list[str | None] = [*advice.of_splits(rows, clicks), *advice.of_leaks(parts, fields, ids, dense)]
+    for f, book in zip(fields, books, strict=True):
+        if not f.is_list:
+            cells = round(rows["train"] * (1 - book["missing_share"]))
+            found.append(advice.of_identity(f.name, book["distinct"], cells))
     spellings = (advice.of_spellings(f.name, load_values(directory, f.name)["value"]) for f in fields)
-    return found + [text for text in spellings if text is not None]
+    return [text for text in (*found, *spellings) if text is not None]
 
 
 def summary(schema: Schema) -> str:

@@ -3,7 +3,8 @@
 They meet in the key-value store of the launcher (torchrun's, over TCP): it hands out tasks, adds up
 progress and carries bad news. Data never pass through it; those lie in the shared ``.partial`` directory.
 No process ever waits in the store itself. It looks, sleeps and looks again, so it hears within a second
-when another has failed. One process alone needs no store, and torch is not even imported.
+when another has failed, and within half a minute when another was killed. One process alone needs no store,
+and torch is not even imported.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from embsearch_dist.data.heartbeat import Heartbeat
 from embsearch_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 PATIENCE_S = 20.0
 LOOK_S = 0.2
+MEET_S = 300.0
+"""So long the processes wait for each other at the start."""
 
 
 class Stopped(UserError):
@@ -46,7 +50,7 @@ class Team:
         self._lock = threading.Lock()
         self._counters: dict[str, int] = {}
         self._looked = 0.0
-        self._told = False
+        self._told = self._heard = False
 
     def look(self) -> None:
         """Raise :class:`Stopped` if another process has failed; call it now and then from long work."""
@@ -56,9 +60,10 @@ class Team:
         self._looked = now
         if not self._ask(lambda store: store.check(["failed"])):
             return
+        self._heard = True
         news = json.loads(self._ask(lambda store: store.get("failed")))
         error = Stopped(news["text"]) if news["keep"] else UserError(news["text"])
-        error.everywhere = True
+        error.everywhere = news.get("silent") != 0  # all but rank 0 stay quiet, where there is a rank 0
         raise error
 
     def add(self, name: str, n: int) -> int:
@@ -113,9 +118,9 @@ class Team:
         try:
             self._store.compare_set("failed", "", json.dumps({"text": text, "keep": not is_input}))
             self._store.add("count/stopped", 1)
-            if isinstance(error, UserError):
+            if isinstance(error, UserError) and not self._heard:
                 error.everywhere = True
-            self._until(lambda: self.rank > 0 or self.add("stopped", 0) == self.size)
+            self._until(lambda: self.rank > 0 or self.add("stopped", 0) >= self.size)
         except (RuntimeError, Stopped):  # the store is gone, so there is nobody to tell
             pass
 
@@ -126,20 +131,24 @@ class Team:
         A launcher ends the other processes as soon as one has failed, hence the waiting for rank 0,
         which cleans up; and rank 0 may hold the store, so it is the last to leave.
         """
+        heart = None if self._store is None else Heartbeat(self.rank, self.size, self._store)
         try:
+            if heart is not None:
+                heart.start()
             yield
         except BaseException as e:
             self.tell(e)
             raise
         finally:
-            if self._store is not None:
+            if heart is not None:
                 self._leave()
+                heart.stop()
 
     def _leave(self) -> None:
         try:
             if self.rank == 0:
                 self.add("cleaned", 1)
-                self._until(lambda: self.add("left", 0) == self.size - 1)
+                self._until(lambda: self.add("left", 0) >= self.size - 1)
             else:
                 self._until(lambda: self.add("cleaned", 0) > 0)
                 self.add("left", 1)
@@ -170,10 +179,11 @@ def from_environment() -> Team:
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         return Team()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # pages of frames when rank 0, which holds the store, is gone
     import torch.distributed as dist
 
     try:
-        store, rank, size = next(iter(dist.rendezvous("env://", timeout=timedelta(minutes=5))))
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=MEET_S))))
     except (RuntimeError, ValueError) as e:
         raise UserError(f"the {size} processes cannot meet ({e}). Start them with torchrun or torchx") from e
     return Team(rank, size, dist.PrefixStore("prepare", store))

@@ -7,7 +7,7 @@ any model learns. Width 0 is the mean alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -162,10 +162,17 @@ class TruncatedModel:
         return score(logits.cpu(), labels.cpu())
 
     @torch.no_grad()
-    def changes(self, choice: Sequence[int], candidates: Sequence[int], precisions: Sequence[str] = ()) -> Changes:
+    def changes(
+        self,
+        choice: Sequence[int],
+        candidates: Sequence[int],
+        precisions: Sequence[str] = (),
+        tick: Callable[[int], None] = lambda rows: None,
+    ) -> Changes:
         """What every change of one field does: ``choice [F]`` indices into ``candidates [T]``.
 
-        ``precisions [T]``: what each candidate is stored at; none for the training's own.
+        ``precisions [T]``: what each candidate is stored at; none for the training's own. ``tick`` is called now and
+        then with how many of this rank's rows were measured.
 
         Losses are those of ``scale * logit + shift``, which fit the allocation itself best. A model that has learned
         too much by heart is too sure of itself: without that, each direction less would look like a gain.
@@ -197,6 +204,7 @@ class TruncatedModel:
                 difference[choice[f]] = 0
                 more[f] += difference.sum(1)
                 second[f] += difference @ difference.T
+            tick(len(piece.label))
         for part in (loss, more, second):
             self.context.sum(part)
         return Changes(float(loss) / self.rows, self.rows, (more / self.rows).cpu(), (second / self.rows).cpu())

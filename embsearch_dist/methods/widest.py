@@ -171,10 +171,13 @@ class Moments:
 
 
 @torch.no_grad()
-def table_moments(model: SubnetModel, schema: Schema, context: Context) -> Moments:
+def table_moments(
+    model: SubnetModel, schema: Schema, context: Context, tick: Callable[[int], None] = lambda rows: None
+) -> Moments:
     """Moments of the tables' rows, each counted once however often it is looked up.
 
-    The rows are looked up, not read from the shards: a table that is split by columns lies on no rank whole.
+    ``tick`` is called with how many rows of the longest table have been passed. The rows are looked up, not read from
+    the shards: a table that is split by columns lies on no rank whole.
     """
     width = model.tables.widths[0]
     found = Moments(len(schema.fields), width, context.device)
@@ -187,6 +190,7 @@ def table_moments(model: SubnetModel, schema: Schema, context: Context) -> Momen
         inside = ids < cardinalities[:, None]
         x = model.tables(single_ids(schema, torch.minimum(ids, cardinalities[:, None] - 1).int())).stack()
         found.add(x, inside.double())
+        tick(min(step, max(schema.cardinalities) - start))
     return found.sum(context)
 
 

@@ -47,7 +47,8 @@ summary { cursor: pointer; color: var(--accent); }
 pre { background: var(--soft); padding: .8rem 1rem; overflow-x: auto; font: 13px/1.5 ui-monospace, "SF Mono", Consolas,
   "Liberation Mono", monospace; border-radius: 4px; }
 @media (max-width: 30rem) { body { padding: 1.25rem .8rem 3rem; } .headline { font-size: 1.2rem; }
-  th, td { padding: .35rem .45rem; } section { margin-top: 2rem; } }
+  th, td { padding: .35rem .45rem; } section { margin-top: 2rem; }
+  figure { overflow-x: auto; } figure img { max-width: max(100%, 44rem); } figcaption { position: sticky; left: 0; } }
 @media print { body { max-width: none; } nav { display: none; } section { break-inside: avoid; } }
 """
 

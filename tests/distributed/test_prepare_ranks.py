@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
 import pytest
 
-from embsearch_dist.data import vocabulary
+from embsearch_dist.data import heartbeat, vocabulary
 from embsearch_dist.data.formats import blocks
 from embsearch_dist.data.partial import JOB
 from embsearch_dist.data.prepare import prepare
 from embsearch_dist.data.team import Stopped, Team, from_environment
 from embsearch_dist.errors import UserError
-from tests.ranks import run_ranks
+from tests.ranks import ROOT, run_ranks
 from tests.raw_clicks import OPTIONS, digest, make_raw
+from tests.scripts import fork_ranks
 
 
 def work(rank: int, world_size: int, source: str, out: str, split: str) -> list[object]:
@@ -95,6 +97,66 @@ def test_who_loses_the_others_does_not_wait(tmp_path: Path) -> None:
     assert found[0] == ["left"]
     assert found[1][0] == "stopped" and "rank 1 has lost the other processes" in found[1][1]
     assert found[1][2] < 30
+
+
+class NextDies:
+    """A store in which rank 2 beats two hundred times, and never again."""
+
+    def __init__(self) -> None:
+        self.counts, self.news = {"beat/2": 0}, [""]
+
+    def add(self, key: str, n: int) -> int:
+        if key == "beat/2":
+            n = int(self.counts[key] < 200)
+        self.counts[key] = self.counts.get(key, 0) + n
+        return self.counts[key]
+
+    def compare_set(self, key: str, expected: str, news: str) -> None:
+        self.news.append(f"{key}: {news}")
+
+
+def test_only_beats_that_stay_away_are_taken_for_death(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "BEAT_S", 0)
+    store = NextDies()
+    heartbeat.Heartbeat(1, 3, store)._beat()  # type: ignore[arg-type]
+    assert store.counts == {"beat/1": 200 + heartbeat.SILENT_BEATS, "beat/2": 200, "count/stopped": 1, "count/left": 1}
+    assert len(store.news) == 2 and "failed: " in store.news[1] and "rank 2 gives no sign of life" in store.news[1]
+
+
+DYING = """
+import os, signal, sys
+from embsearch_dist.data import heartbeat
+from embsearch_dist.data import prepare as preparing
+from embsearch_dist.data.formats import blocks
+from launch import prepare
+heartbeat.BEAT_S, heartbeat.SILENT_BEATS, blocks.BLOCK_BYTES = 0.05, 40, 1000
+if os.environ["RANK"] == sys.argv.pop(1):
+    preparing.build_all = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(prepare.script())
+"""
+
+
+@pytest.mark.parametrize(("victim", "told"), [(1, "rank 1 gives no sign of life any more"), (0, "rank 1 has lost the")])
+def test_who_survives_a_kill_ends_with_one_line_and_the_same_command_continues(
+    tmp_path: Path, victim: int, told: str
+) -> None:
+    """Without a launcher, which would end the others."""
+    source = make_raw(tmp_path)
+    (tmp_path / "dying.py").write_text(DYING)
+    options = ["--quiet", "--row-group-rows", "100", "--rows-per-shard", "300"]
+    words = ["--format", "table", "--input", str(source), "--out", str(tmp_path / "out"), *options]
+    folder = tmp_path / "ranks"
+    folder.mkdir()
+    ends = fork_ranks(2, tmp_path / "dying.py", [str(victim), *words], ROOT, dict(os.environ), 60, folder)
+    assert [end and end.returncode for end in ends] == [2 - 11 * (rank == victim) for rank in range(2)], ends
+    # Torch's own lines about a lost store are off where prepare.py loads torch; in these forks it is loaded already.
+    lines = [line for line in ends[1 - victim].stderr.splitlines() if "error" in line.lower()]  # type: ignore[union-attr]
+    lines = [line for line in lines if not line.startswith("frame #")]
+    assert len(lines) == 1 and lines[0].startswith(f"error: {told}") and "Start the same command again" in lines[0]
+    found = run_ranks(work, 2, tmp_path, str(source), str(tmp_path / "out"), "random", init=False)
+    assert [f[0] for f in found] == ["done", "done"]
+    prepare("table", source, tmp_path / "one", **OPTIONS)
+    assert digest(tmp_path / "out") == digest(tmp_path / "one")
 
 
 def test_a_team_of_one_needs_no_store() -> None:

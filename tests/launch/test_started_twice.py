@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,12 +13,15 @@ from typing import Any
 
 import pytest
 
+from embsearch_dist.data import prepare as preparing
+from embsearch_dist.data.team import from_environment
 from embsearch_dist.errors import UserError
 from embsearch_dist.rundir import LOCK
 from launch import evaluate, prepare, report, retrain, search
 from launch.common import print_help, run_main
 from tests.factories import command_line
 from tests.ranks import CONTEXT, run_ranks
+from tests.raw_clicks import OPTIONS, digest, make_raw
 
 MAINS: dict[str, Callable[[list[str]], Any]] = {"search": search.main, "retrain": retrain.main}
 MAINS["evaluate"] = evaluate.main
@@ -62,6 +66,35 @@ def test_a_second_start_is_told_on_all_ranks_and_changes_nothing(
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != LOCK} == before
     os.close(file)
     assert run_ranks(refused, 2, tmp_path, script, words[script], init=False) == ["worked", "worked"]
+
+
+def prepared_by(rank: int, world_size: int, source: str, out: str) -> str:
+    try:
+        preparing.prepare("table", source, out, team=from_environment(), **OPTIONS)
+    except UserError as e:
+        return str(e)
+    return "worked"
+
+
+def test_a_second_prepare_is_told_on_all_ranks_while_the_first_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = make_raw(tmp_path), tmp_path / "out"
+    split_parts, told = preparing.split_parts, []
+
+    def meanwhile(*args: Any) -> Any:
+        before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+        told.extend(run_ranks(prepared_by, 2, tmp_path / "second", str(source), str(out), init=False))
+        assert {p: p.read_bytes() for p in before} == before
+        return split_parts(*args)
+
+    monkeypatch.setattr(preparing, "split_parts", meanwhile)
+    preparing.prepare("table", source, out, **OPTIONS)
+    busy = f"prepare (process {os.getpid()} on {socket.gethostname()}) is at work there"
+    assert told == [f"{out}.partial: {busy}. Wait for it, or give another --out"] * 2
+    monkeypatch.undo()
+    preparing.prepare("table", source, tmp_path / "alone", **OPTIONS)
+    assert digest(out) == digest(tmp_path / "alone")
 
 
 def chatter(argv: Sequence[str]) -> None:

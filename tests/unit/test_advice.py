@@ -80,6 +80,17 @@ def test_ids_written_in_two_ways_are_told_with_the_cure() -> None:
     assert advice.of_spellings("user", pl.Series(["1", "2.0", "2.5"])) is None
 
 
+def test_a_column_of_one_value_a_row_is_named(tmp_path: Path) -> None:
+    rows = [f"{i % 2},s{i},{'' if i % 3 else f'q{i}'},u{i % 700},{i}" for i in range(4000)]
+    (tmp_path / "a.csv").write_text("y,session,rare,user,at\n" + "\n".join(rows) + "\n")
+    kinds = "{session: categorical, rare: categorical, user: categorical, at: bucketed}"
+    (tmp_path / "s.yaml").write_text(f"files: a.csv\nlabel: y\nfields: {kinds}\n")
+    told = prepare("table", tmp_path / "s.yaml", tmp_path / "out", quiet=True).provenance["warnings"]
+    named = [text for text in told if "almost a value for each row" in text]  # type: ignore[attr-defined]
+    assert [text.split()[0] for text in named] == ["'session'", "'rare'"]
+    assert advice.of_identity("few", 900, 900) is None and advice.of_identity("many", 9400, 10_000) is None
+
+
 def test_a_row_that_is_lost_stops_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make(tmp_path)
     whole = pl.read_csv

@@ -23,7 +23,7 @@ from embsearch_dist.methods.ihas.field_router import (
     read_assignment,
 )
 from embsearch_dist.methods.ihas.routed import open_router
-from embsearch_dist.schema import Field, Schema, read_json, write_json, write_sealed
+from embsearch_dist.schema import Field, Schema, read_json, read_sealed, write_json, write_sealed
 from tests.factories import one_rank, open_run, prepared, random_batch, small_config, small_schema
 from tests.raw_lists import list_schema, prepared_lists, random_lists
 
@@ -206,14 +206,14 @@ def test_damage_and_strangers(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="knows 2 groups, there are models of 3"):
         open_router(run, "fields", 3)
     path = run.dir / FIELD_ROUTER
-    body = read_json(path)
+    body = read_sealed(path)
     for broken, told in (
         ({**body, "schema": "other"}, "made for data with another schema"),
         ({k: v for k, v in body.items() if k != "prior"}, "not a router of fields"),
         ({**body, "fields": [{**body["fields"][0], "name": "nobody"}]}, "not a router of fields"),
         ({**body, "prior": [0.0, 0.0, 0.0]}, r"not a router of fields.*float32 \[\d+, 2\]"),
     ):
-        write_sealed(path, {k: v for k, v in broken.items() if k != "sha256"})
+        write_sealed(path, broken)
         with pytest.raises(UserError, match=told):
             load_field_router(run)
     write_json(path, body)

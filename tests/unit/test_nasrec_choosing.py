@@ -19,7 +19,7 @@ from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.nasrec import choosing
 from embsearch_dist.methods.nasrec.choosing import candidate_files, chosen, reason, train_best
-from embsearch_dist.schema import Schema
+from embsearch_dist.schema import Schema, read_sealed
 from embsearch_dist.train.metrics import evaluate
 from embsearch_dist.train.retrain import load_best
 from launch.common import open_retraining
@@ -82,8 +82,7 @@ def test_validation_chooses_and_the_winner_alone_sees_the_test_split(compared: t
     assert [c["score"] for c in choice["candidates"]] == [0.51, 0.52, 0.53]
     assert choice["why"].startswith(f"{choice['chosen']} has the least validation logloss")
     assert (result["name"], result["split"]) == ("best", "test")
-    written = json.loads((folder / "best" / "evaluation.json").read_text())
-    assert {k: v for k, v in written.items() if k != "sha256"} == result
+    assert read_sealed(folder / "best" / "evaluation.json") == result
 
 
 def test_the_winners_directory_is_that_of_a_training(compared: tuple[Run, dict[str, Any]], data: Path) -> None:

@@ -16,6 +16,7 @@ from embsearch_dist.errors import UserError
 from embsearch_dist.methods.nasrec import latency as module
 from embsearch_dist.methods.nasrec.latency import FILE, PARTS, LatencyTable, fit, measure, table_of
 from embsearch_dist.models.network import ArchitectureNetwork
+from embsearch_dist.schema import read_sealed
 from tests.factories import prepared
 from tests.unit.test_nasrec_scoring import SPACE, nasrec_run
 
@@ -83,7 +84,7 @@ def test_a_search_goes_on_with_the_table_it_began_with(
     assert len(calls) == module.NETWORKS
     assert table_of(run, SPACE, begun=True) == first == table_of(run, SPACE, begun=False)
     # On another device as well, once candidates have been judged by it; before that it is measured anew.
-    body = {k: v for k, v in json.loads((tmp_path / FILE).read_text()).items() if k != "sha256"}
+    body = read_sealed(tmp_path / FILE)
     (tmp_path / FILE).write_text(json.dumps(body | {"where": "another device"}))
     assert table_of(run, SPACE, begun=True).use == first.use
     assert len(calls) == module.NETWORKS

@@ -14,7 +14,7 @@ from embsearch_dist.errors import UserError
 from embsearch_dist.methods.nasrec.config import ScoringConfig
 from embsearch_dist.methods.nasrec.latency import LatencyTable
 from embsearch_dist.methods.nasrec.scoring import held_out_sizes
-from embsearch_dist.schema import write_sealed
+from embsearch_dist.schema import read_sealed, write_sealed
 from tests.unit.test_nasrec_scoring import SEEN, SPACE, nasrec_run, rows_of, scorer, search
 
 
@@ -85,8 +85,7 @@ def test_a_search_begins_with_what_the_prefilter_kept_and_minds_predicted_latenc
     body = search(data, copied, *prefilter, *cost)
     kept = json.loads((copied / "prefilter.json").read_text())["kept"]
     assert [c["key"] for c in body["seen"][:4]] == [c["key"] for c in kept]
-    written = json.loads((copied / "latency.json").read_text())
-    table = LatencyTable(**{k: v for k, v in written.items() if k != "sha256"})
+    table = LatencyTable(**read_sealed(copied / "latency.json"))
     for c in body["seen"]:
         architecture = Architecture.from_json({"format": 1, "kind": "architecture", "blocks": c["blocks"]}, "x")
         assert c["latency"] == table.predict(architecture, SPACE, 1, 4)

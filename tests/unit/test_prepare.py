@@ -184,7 +184,7 @@ def test_a_living_prepare_is_left_alone(tmp_path: Path) -> None:
     partial.mkdir()
     with (partial / MARK).open("w") as mark:
         fcntl.flock(mark, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another prepare is at work there"):
+        with pytest.raises(UserError, match="another process is at work there"):
             prepare("table", source, tmp_path / "out", quiet=True)
     assert (partial / MARK).exists()
 

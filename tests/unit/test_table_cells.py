@@ -52,6 +52,7 @@ def parts(folder: Path, *columns: pa.Array, name: str = "u") -> str:
         ),
         (pa.array([date(2024, 3, 5)]), pa.array([date(2024, 3, 5)], pa.date64()), ["2024-03-05"] * 2),
         (pa.array([1.0, None]), pa.array([3.0]), ["1", None, "3"]),
+        (pa.array([Decimal(7)], pa.decimal256(38, 2)), pa.array([7, 8]), ["7", "7", "8"]),
     ],
 )
 def test_one_value_has_one_text_in_all_files(
@@ -98,6 +99,8 @@ def test_whole_numbers_that_a_float_cannot_tell_apart_are_refused(tmp_path: Path
         (pa.array([time(1)]), "categorical", r"is time64\[us\]. Write text"),
         (pa.array([timedelta(1)]), "categorical", r"is duration\[us\]. Write text"),
         (pa.array([["a"]]), "categorical", "is list<.*>. Write .*kind: list"),
+        (pa.array([Decimal(1)], pa.decimal256(39, 0)), "categorical", r"is decimal256\(39, 0\). Write text"),
+        (pa.array([[Decimal(1)]], pa.list_(pa.decimal256(39, 0))), "{kind: list}", "is list<.*>. Write a list of text"),
         (pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())), "categorical", "is map<.*>. Write text"),
         (pa.array([date(2024, 1, 1)]), "dense", r"is date32\[day\]. Write a number"),
         (pa.array([3]), "{kind: list}", "is int64. Write a list of text"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,9 @@ def test_both_rules_share_one_trained_model_and_hold_every_budget(
             assert found.total("parameters") < wider.total("parameters") <= 0.15 * whole
             in_bytes = Allocation.load(tmp_path / "allocations" / f"{rule}-100KB.json", found.schema)
             assert in_bytes.total("bytes") <= 100_000
-    assert capsys.readouterr().out.count("stage widest: done before, skipped") == 3
+    told = capsys.readouterr()
+    assert told.out.count("stage widest: done before, skipped") == 3
+    assert len(re.findall(r"truncation  100%  ([\d,]+)/\1 rows of the longest table  .*done in", told.err)) == 4
     points = json.loads((tmp_path / "search" / "pareto.json").read_text())["points"]
     assert [p["chosen"] for p in points].count(True) == 1
     assert len(points) == 6

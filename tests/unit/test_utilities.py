@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,6 +109,13 @@ def test_rounding_costs_more_in_fewer_bits_and_nothing_in_none() -> None:
     assert 1e-4 < errors[0] < 0.01 < errors[1] < 0.2
 
 
+def test_every_measurement_tells_how_many_rows_it_has_passed(planted: Searcher) -> None:
+    passed: list[int] = []
+    fresh = replace(planted, measured={}, tick=passed.append)
+    fresh.find(None)
+    assert len(fresh.measured) >= 2 and sum(passed) == len(fresh.measured) * len(planted.model.sample.label)
+
+
 def test_saliency_orders_the_planted_fields_too(planted: Searcher) -> None:
     model, _ = planted_model()
     by_saliency = Searcher(SCHEMA, planted.config, planted.model, planted.model.saliency(model))
@@ -175,7 +184,9 @@ def test_a_search_trains_once_and_leaves_what_reports_read(
     assert found.widths["left"] and found.widths["right"] and not found.widths["idle"]
     assert found.provenance["method"] == found.provenance["name"] == "utilities"
     small = search(data, tmp_path, "search.name=small", "search.budget=3%", "search.pareto=[6%]")
-    assert "stage widest: done before, skipped" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "stage widest: done before, skipped" in told.out
+    assert len(re.findall(r"utilities  100%  ([\d,]+)/\1 rows  .*done in", told.err)) == 2
     assert small.total("parameters") <= 0.03 * 32 * sum(small.schema.cardinalities)
     assert small.provenance["budget"] == "3%"
     body = json.loads((tmp_path / "search" / "pareto.json").read_text())

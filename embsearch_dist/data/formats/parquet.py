@@ -47,7 +47,7 @@ IS: tuple[tuple[str, Callable[[pa.DataType], bool]], ...] = (
     ("truth", pa.types.is_boolean),
     ("whole", pa.types.is_integer),
     ("float", pa.types.is_floating),
-    ("decimal", pa.types.is_decimal),
+    ("decimal", lambda t: pa.types.is_decimal(t) and not pa.types.is_decimal256(t)),  # polars has 38 digits
     ("date", pa.types.is_date),
     ("text", pa.types.is_string),
     ("text", pa.types.is_large_string),
@@ -73,6 +73,8 @@ def plain(type_: pa.DataType) -> pa.DataType:
         return plain(type_.value_type)
     if pa.types.is_date64(type_):
         return pa.date32()
+    if pa.types.is_decimal(type_) and type_.precision <= 38:
+        return pa.decimal128(type_.precision, type_.scale)
     if pa.types.is_float16(type_):
         return pa.float32()
     if pa.types.is_list(type_) or pa.types.is_large_list(type_):
@@ -197,7 +199,7 @@ def _cells(agreed: Agreed, file: Path, first: int, batch: pa.RecordBatch, spelli
         batch.validate(full=True)  # text that is no UTF-8 would go through polars unseen
         columns = {name: _as_plain(batch.column(name)) for name in agreed.wanted}
         frame = pl.DataFrame(pl.from_arrow(pa.table(columns)))
-    except (pa.ArrowException, pl.exceptions.PolarsError) as e:
+    except (pa.ArrowException, pl.exceptions.PolarsError, pl.exceptions.PanicException) as e:
         raise unreadable(file, e) from e
     rows = Rows(frame, partial(_where, file, first), spelling)
     for name, others in agreed.exact.items():

@@ -168,6 +168,6 @@ def _read(path: Path) -> LatencyTable | None:
     try:
         if not path.exists():
             return None
-        return LatencyTable(**{k: v for k, v in read_sealed(path).items() if k != "sha256"})
+        return LatencyTable(**read_sealed(path))
     except TypeError:
         return None  # of another version

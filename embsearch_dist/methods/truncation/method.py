@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,18 +42,18 @@ class TruncateStage(Stage):
     def run(self, run: Run) -> None:
         config, context = run.config.search, run.context
         wanted = budgets_of(config, run.schema, run.config.model.extra)
-        model = load_widest(run).model
-        moments = _moments(run, model)
-        magnitude = config.rule == "magnitude"
-        bases = by_columns(moments) if magnitude else principal(moments)
-        truncated = TruncatedModel(model, _rows(run, model, "validation"), bases, context)
-        scores = _scores(moments, magnitude).cpu()
-        points = []
-        for name, budget in wanted:
-            widths, kept = _widths(config, scores, run.schema, budget, run.config.model.extra)
-            points.append(_point(run, truncated, name, budget, context.share(widths), kept))
-        context.first("writing the allocations", lambda: write_points(run.dir, points))
+        model, magnitude = load_widest(run).model, config.rule == "magnitude"
         with Monitor(run.dir, self.name, context.rank) as monitor:
+            with monitor.progress(max(run.schema.cardinalities), "rows of the longest table") as bar:
+                moments = _moments(run, model, bar.update)
+            bases = by_columns(moments) if magnitude else principal(moments)
+            truncated = TruncatedModel(model, _rows(run, model, "validation"), bases, context)
+            scores = _scores(moments, magnitude).cpu()
+            points = []
+            for name, budget in wanted:
+                widths, kept = _widths(config, scores, run.schema, budget, run.config.model.extra)
+                points.append(_point(run, truncated, name, budget, context.share(widths), kept))
+            context.first("writing the allocations", lambda: write_points(run.dir, points))
             monitor.say(describe(points[0], run.dir))
 
 
@@ -90,13 +90,14 @@ def _rows(run: Run, model: SubnetModel, split: str) -> Sample:
     return Sample.of(model, first_rows(stream, rows), run.context.device)
 
 
-def _moments(run: Run, model: SubnetModel) -> Moments:
+def _moments(run: Run, model: SubnetModel, tick: Callable[[int], None]) -> Moments:
     config: TruncationConfig = run.config.search
     if not config.weighted:
-        return table_moments(model, run.schema, run.context)
+        return table_moments(model, run.schema, run.context, tick)
     found = Moments(len(run.schema.fields), config.width, run.context.device)
     for piece in _rows(run, model, "train").pieces(8192):
         found.add(piece.x)
+    tick(max(run.schema.cardinalities))
     return found.sum(run.context)
 
 

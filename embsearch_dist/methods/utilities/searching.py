@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,7 +102,8 @@ class Searcher:
     """Searches of one widest model; budgets share what was measured.
 
     ``salient``: see :meth:`TruncatedModel.saliency`, None to measure losses; ``held``: see :func:`supported`;
-    ``extra``: columns of a kept field's table beside its width (``ModelConfig.extra``).
+    ``extra``: columns of a kept field's table beside its width (``ModelConfig.extra``); ``tick``: see
+    :meth:`TruncatedModel.changes`.
     """
 
     schema: Schema
@@ -112,6 +113,7 @@ class Searcher:
     held: torch.Tensor | None = None
     extra: int = 0
     measured: dict[tuple[int, ...], Changes] = field(default_factory=dict)
+    tick: Callable[[int], None] = lambda rows: None
 
     def __post_init__(self) -> None:
         self.options = options_of(self.config, self.extra)
@@ -122,7 +124,7 @@ class Searcher:
         """The changes around an allocation, measured once."""
         key = tuple(choice)
         if key not in self.measured:
-            self.measured[key] = self.model.changes(choice, self.widths, self.precisions)
+            self.measured[key] = self.model.changes(choice, self.widths, self.precisions, self.tick)
         return self.measured[key]
 
     def worth_at_full_width(self) -> torch.Tensor:
@@ -234,13 +236,15 @@ class UtilitiesStage(Stage):
                 f"{searcher.model.rows:,} validation rows, by {config.utility}"
             )
             points: list[Point] = []
-            with monitor.progress(len(wanted), "searches") as bar:
-                for name, budget in wanted:
+            rows, rounds = len(searcher.model.sample.label), config.rounds if config.utility == "loss" else 0
+            with monitor.progress(rows * (1 + rounds * len(wanted)), "rows") as bar:
+                searcher.tick = bar.update
+                columns = [f"{o.width} {o.precision}".strip() for o in searcher.options]
+                worth = searcher.worth_at_full_width()
+                monitor.heatmap(0, "worth", (worth * 1000).numpy(), run.schema.names, columns)
+                for number, (name, budget) in enumerate(wanted, 1):
                     points.append(self._point(run, searcher, name, budget))
-                    bar.update(1)
-            columns = [f"{o.width} {o.precision}".strip() for o in searcher.options]
-            worth = searcher.worth_at_full_width()
-            monitor.heatmap(0, "worth", (worth * 1000).numpy(), run.schema.names, columns)
+                    bar.update(rows * (1 + rounds * number) - bar.done)  # what was measured before, or need not be
             context.first("writing the allocations", lambda: write_points(run.dir, points))
             monitor.say(describe(points[0], run.dir))
 
