@@ -5,7 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ from embsearch_dist.data.scratch import load_record, save_record
 from embsearch_dist.data.team import Stopped, Team
 from embsearch_dist.errors import UserError
 
+PATIENCE_S = 20.0
 MARK, JOB = "PREPARING", "job.json"
 
 
@@ -30,7 +33,8 @@ def whole_directory(
     ``job`` the directory is empty at first and never stays. With a team, rank 0 makes and renames it.
 
     Raises:
-        UserError: ``out`` exists and may not or must not be replaced, or another process is filling it.
+        UserError: ``out`` exists and may not or must not be replaced, another process is filling it, or a process does
+            not see the directory of rank 0.
     """
     team = team or Team()
     out = Path(os.path.abspath(out))
@@ -43,8 +47,9 @@ def whole_directory(
             if team.size > 1:
                 # Shared by all ranks, so that a new start finds the last survivor of a killed one.
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        team.share("directory", lambda: True)
+        signature = team.share("directory", lambda: (partial / MARK).read_text())
         if team.rank > 0:
+            _check_shared(partial, signature, team.rank)
             lock = os.open(partial / MARK, os.O_RDWR)
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         yield partial
@@ -66,6 +71,18 @@ def whole_directory(
     finally:
         if lock >= 0:
             os.close(lock)
+
+
+def _check_shared(partial: Path, signature: str, rank: int) -> None:
+    """Refuse a directory that is not the one in which rank 0 has signed; a network disk may show it a little later."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (partial / MARK).is_file() or (partial / MARK).read_text() != signature:
+        if time.monotonic() > deadline:
+            raise Stopped(
+                f"{partial} of process {rank} on {socket.gethostname()} is not the one of process 0: what one writes "
+                "there the other does not see. Give an --out on a disk that all hosts share"
+            )
+        time.sleep(0.2)
 
 
 def _check_target(out: Path, overwrite: bool) -> None:

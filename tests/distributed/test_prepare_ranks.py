@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from embsearch_dist.data import heartbeat, vocabulary
+from embsearch_dist.data import heartbeat, partial, vocabulary
 from embsearch_dist.data.formats import blocks
 from embsearch_dist.data.partial import JOB
 from embsearch_dist.data.prepare import prepare
@@ -52,6 +52,23 @@ def test_a_bad_line_is_told_by_all_within_seconds_and_leaves_nothing(tmp_path: P
         )
         assert seconds < 15
     assert not list(tmp_path.glob("out*"))
+
+
+def apart(rank: int, world_size: int, source: str, out: str) -> list[object]:
+    """Each process has a disk of its own."""
+    partial.PATIENCE_S = 0.5
+    own = Path(out) / f"disk{rank}"
+    own.mkdir(parents=True)
+    return work(rank, world_size, source, str(own / "data"), "random")
+
+
+def test_an_output_directory_that_is_not_shared_is_refused_on_all(tmp_path: Path) -> None:
+    source = make_raw(tmp_path)
+    found = run_ranks(apart, 2, tmp_path, str(source), str(tmp_path / "out"), init=False)
+    for name, text, everywhere, _ in found:
+        assert (name, everywhere) == ("Stopped", True)
+        assert "disk1/data.partial of process 1 on " in text and "Give an --out on a disk that all hosts share" in text
+    assert not list(tmp_path.glob("out/disk*/data"))
 
 
 def broken(rank: int, world_size: int, source: str, out: str) -> list[object]:
