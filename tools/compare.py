@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 from jobs import Job, run_all
+from seeds import spread, with_deviation, with_error
 
 # The paper's two modes (section 4.2), each with the hard budget that the mode promises.
 SETTINGS = {
@@ -76,9 +76,9 @@ def summarise(out: Path, name: str, seeds: int) -> dict[str, Any]:
     row: dict[str, Any] = {"name": name, "seeds": seeds, "runs": runs}
     for key in ("auc", "logloss", "embedding_parameters", "dense_parameters", "embedding_bytes", "flops_per_sample"):
         values = [r[key] for r in runs]
-        row[key] = [statistics.fmean(values), statistics.stdev(values) if seeds > 1 else 0.0]
+        row[key] = spread(values)
     gains = [a["auc"] - b["auc"] for a, b in zip(runs, reference, strict=True)]
-    row["gain"] = [statistics.fmean(gains), statistics.stdev(gains) if seeds > 1 else 0.0]
+    row["gain"] = spread(gains)
     row["saved"] = 1 - row["embedding_parameters"][0] / statistics.fmean(r["embedding_parameters"] for r in reference)
     return row
 
@@ -99,10 +99,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in rows:
-        error = r["gain"][1] / math.sqrt(r["seeds"])
         lines.append(
-            f"| {r['name']} | {r['auc'][0]:.5f} +- {r['auc'][1]:.5f} | {r['logloss'][0]:.5f} +- {r['logloss'][1]:.5f} "
-            f"| {r['gain'][0]:+.5f} (s.e. {error:.5f}) | {r['embedding_parameters'][0]:,.0f} | {r['saved']:.1%} "
+            f"| {r['name']} | {with_deviation(r['auc'], '.5f')} | {with_deviation(r['logloss'], '.5f')} "
+            f"| {with_error(r['gain'], r['seeds'], '.5f')} | {r['embedding_parameters'][0]:,.0f} | {r['saved']:.1%} "
             f"| {r['dense_parameters'][0]:,.0f} | {r['flops_per_sample'][0] / 1000:.1f} |"
         )
     return "\n".join(lines) + "\n"

@@ -28,6 +28,7 @@ import matplotlib
 import yaml
 from jobs import Job, run_all, validation_logloss
 from matplotlib.figure import Figure
+from seeds import spread, with_deviation, with_error
 
 KEYS = {"config", "search", "retrain", "leaves", "begin_as"}
 FIGURES = ("auc", "logloss", "embedding_parameters", "dense_parameters", "flops_per_sample")
@@ -214,13 +215,6 @@ def summarise(
     return rows
 
 
-def spread(values: list[float]) -> list[float]:
-    """Mean and standard deviation; NaN where there is nothing."""
-    if not values:
-        return [math.nan, math.nan]
-    return [statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0]
-
-
 def table(rows: list[dict[str, Any]], against: str) -> str:
     """A Markdown table; '+-' is one standard deviation over seeds, s.e. the standard error of the paired gain."""
     lines = [
@@ -228,10 +222,9 @@ def table(rows: list[dict[str, Any]], against: str) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in rows:
-        error = r["gain"][1] / math.sqrt(r["seeds"])
         lines.append(
-            f"| {r['name']} | {r['backbone']} | {r['auc'][0]:.4f} +- {r['auc'][1]:.4f} "
-            f"| {r['logloss'][0]:.4f} +- {r['logloss'][1]:.4f} | {r['gain'][0]:+.4f} (s.e. {error:.4f}) "
+            f"| {r['name']} | {r['backbone']} | {with_deviation(r['auc'], '.4f')} "
+            f"| {with_deviation(r['logloss'], '.4f')} | {with_error(r['gain'], r['seeds'], '.4f')} "
             f"| {r['embedding_parameters'][0]:,.0f} | {r['dense_parameters'][0]:,.0f} "
             f"| {r['flops_per_sample'][0] / 1000:.1f} |"
         )
@@ -250,12 +243,16 @@ def draw(rows: list[dict[str, Any]], against: str, path: Path) -> None:
         for axis, backbone, panel in zip(axes, backbones, panels, strict=True):
             for place, row in enumerate(panel):
                 colour = "tab:orange" if row["name"].startswith(against) else "tab:blue"
-                axis.errorbar(row["auc"][0], place, xerr=row["auc"][1], fmt="o", color=colour, capsize=3)
+                bar = None if math.isnan(row["auc"][1]) else row["auc"][1]
+                axis.errorbar(row["auc"][0], place, xerr=bar, fmt="o", color=colour, capsize=3)
             axis.set_yticks(range(len(panel)), [r["name"] for r in panel])
             axis.set_ylim(-0.6, len(panel) - 0.4)
             axis.set_title(backbone, loc="left")
             axis.grid(axis="x", alpha=0.3)
-        axes[-1].set_xlabel(f"test AUC, mean and standard deviation over {rows[0]['seeds']} seeds")
+        seeds = rows[0]["seeds"]
+        axes[-1].set_xlabel(
+            "test AUC" + (f", mean and standard deviation over {seeds} seeds" if seeds > 1 else ", one seed")
+        )
         figure.savefig(path)
 
 

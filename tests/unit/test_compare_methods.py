@@ -96,6 +96,11 @@ def test_the_gain_is_paired_by_seed_and_falls_back_to_the_one_reference(tool: Mo
     rows = {row["name"]: row for row in tool.summarise(tmp_path, runs, 2, "a")}
     assert rows["b"]["gain"] == pytest.approx([0.025, 0.00707], abs=1e-5)
     assert rows["a"]["gain"] == [0.0, 0.0]
+    text = tool.table(tool.summarise(tmp_path, runs, 2, "a"), "a")
+    assert "0.5750 +- 0.0778" in text and "+0.0250 (s.e. 0.0050)" in text
+    one = tool.table(tool.summarise(tmp_path, runs, 1, "a"), "a")
+    assert "| 0.5200 | 1.0000 | +0.0200 (one seed) |" in one and "+-" not in one
+    tool.draw(tool.summarise(tmp_path, runs, 1, "a"), "a", tmp_path / "one.png")
 
 
 def test_a_pool_is_shown_by_its_mean_and_by_what_validation_chooses(tool: ModuleType, tmp_path: Path) -> None:
@@ -108,8 +113,8 @@ def test_a_pool_is_shown_by_its_mean_and_by_what_validation_chooses(tool: Module
         lines = [{"split": "train", "loss": 0.1}, *({"split": "validation", "logloss": v} for v in validation)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows = {row["name"]: row for row in tool.summarise(tmp_path, runs, 1, "a", {"found": ["a", "b"]})}
-    assert rows["mean of 2 found"]["auc"] == pytest.approx([0.65, 0.0])
-    assert rows["best of 2 found, by validation"]["auc"] == [0.6, 0.0]
+    assert rows["mean of 2 found"]["auc"][0] == pytest.approx(0.65)
+    assert rows["best of 2 found, by validation"]["auc"][0] == 0.6
 
 
 def test_a_pool_of_an_unknown_result_is_refused(tool: ModuleType, tmp_path: Path) -> None:
