@@ -22,7 +22,7 @@ from embsearch_dist.data.formats import open_source
 from embsearch_dist.data.formats.blocks import Layout, parse, read_blocks
 
 FEW = settings(max_examples=40, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-MANY = settings(FEW, max_examples=1200)
+MANY = settings(FEW, max_examples=1200)  # half a minute each on an idle core, minutes on one that others use
 # Quotes, separators, line ends and what looks like them come often; surrogates cannot be written.
 LETTERS = st.one_of(
     st.sampled_from(list('",;\t|\n\\ x0é"')), st.characters(exclude_categories=("Cs",), exclude_characters="\r\0")
@@ -74,7 +74,7 @@ CSV = given(
     st.integers(1, 3),
 )
 test_csv = FEW(CSV(check_csv))
-test_csv_often = pytest.mark.slow(MANY(CSV(check_csv)))
+test_csv_often = pytest.mark.slow(pytest.mark.timeout(1200)(MANY(CSV(check_csv))))
 
 
 def check_tsv(rows: list, end: str, block: int) -> None:
@@ -88,7 +88,7 @@ def check_tsv(rows: list, end: str, block: int) -> None:
 
 TSV = given(tables(PLAIN), st.sampled_from(["\n", "\r\n"]), st.integers(1, 60))
 test_tsv = FEW(TSV(check_tsv))
-test_tsv_often = pytest.mark.slow(MANY(TSV(check_tsv)))
+test_tsv_often = pytest.mark.slow(pytest.mark.timeout(1200)(MANY(TSV(check_tsv))))
 
 WHOLE = {
     "int8": pa.int8(),
@@ -127,7 +127,7 @@ def columns(draw: st.DrawFn) -> tuple[list, list, list, int]:
 
 PARQUET = given(columns())
 test_parquet = FEW(PARQUET(check_parquet))
-test_parquet_often = pytest.mark.slow(MANY(PARQUET(check_parquet)))
+test_parquet_often = pytest.mark.slow(pytest.mark.timeout(1200)(MANY(PARQUET(check_parquet))))
 
 
 def check_any_text(body: str, block: int) -> None:
@@ -151,4 +151,4 @@ def check_any_text(body: str, block: int) -> None:
 
 ANY = given(st.text(st.sampled_from(list('",,\n\nxé\r')), max_size=14), st.integers(1, 9))
 test_any_text = FEW(ANY(check_any_text))
-test_any_text_often = pytest.mark.slow(MANY(ANY(check_any_text)))
+test_any_text_often = pytest.mark.slow(pytest.mark.timeout(1200)(MANY(ANY(check_any_text))))
