@@ -73,6 +73,7 @@ def table(
     aoti: bool,
     repeats: int,
     batches: Sequence[int] = BATCHES,
+    source: str = "",
 ) -> list[dict[str, Any]]:
     """Export what ``out`` lacks and measure all of it; a dict of :func:`columns` for each form.
 
@@ -83,6 +84,7 @@ def table(
         aoti: also compile the first model at fp32 with AOTInductor.
         repeats: most calls of one form at one batch; fewer at large ones.
         batches: rows of the calls that are timed.
+        source: what ``--source`` of export.py takes.
 
     Raises:
         UserError: a run cannot be read, or its test split is shorter than the largest batch.
@@ -91,7 +93,7 @@ def table(
     told = command(runs, precisions, formats, aoti, repeats)
     for k, directory in enumerate(runs):
         exports = {p: out / f"{directory.name}-{p}" for p in precisions}
-        with trained(directory, kind_of(directory)) as (run, found, stream):
+        with trained(directory, kind_of(directory), source=source) as (run, found, stream):
             for precision, target in exports.items():
                 compiled = ["aoti"] if aoti and k == 0 and precision == "fp32" else []
                 wish = Wish(target, precision, [*formats, *compiled], False, directory.name)
