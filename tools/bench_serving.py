@@ -57,6 +57,8 @@ def main() -> int:
     p.add_argument("--format", nargs="+", default=["torch", "onnx"], help="programs: (default torch onnx)")
     p.add_argument("--aoti", action="store_true", help="programs: AOTInductor too, of the first run at fp32 (minutes)")
     p.add_argument("--repeats", type=int, default=200, help="programs: most calls of each (default 200)")
+    p.add_argument("--batches", type=int, nargs="+", default=[1, 256, 8192], help="programs: rows of the timed calls")
+    p.add_argument("--source", default="", help="programs: what --source of export.py takes")
     p.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 10_000_000], help="bounded: (default 1M and 10M)")
     p.add_argument("--processes", type=int, default=2, help="bounded: of predict.py (default 2)")
     p.add_argument("--pieces", type=int, default=4, help="predict: pieces of the input that are timed (default 4)")
@@ -141,13 +143,14 @@ def run_layers(layers: nn.Sequential, rows: int, batch: int) -> None:
 
 def programs(args: argparse.Namespace) -> None:
     """See above."""
-    from serving_table import COLUMNS, markdown, table, write_csv
+    from serving_table import columns, markdown, table, write_csv
 
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = table(args.run, args.out, args.precision, args.format, args.aoti, args.repeats)
-    print(markdown(COLUMNS[COLUMNS.index("model") :], rows))
+    rows = table(args.run, args.out, args.precision, args.format, args.aoti, args.repeats, args.batches, args.source)
+    names = columns(args.batches)
+    print(markdown(names[names.index("model") :], rows))
     if args.csv:
-        write_csv(args.csv, COLUMNS, rows)
+        write_csv(args.csv, names, rows)
 
 
 def bounded(args: argparse.Namespace) -> None:

@@ -10,7 +10,10 @@ A page says where a table goes:
     <!-- end -->
 
 FILE.csv lies beside the page and is the comparison.csv of tools/compare_budgets.py: a line per trained model, with
-command, commit, seed and hardware.
+command, commit, seed and hardware. Of any other CSV file a block shows the columns that it names:
+
+    <!-- columns FILE.csv: column, column, ... -->
+    <!-- end -->
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from budget_tables import markdown, summarise  # noqa: E402
 
 PAGES = ROOT / "docs" / "results"
+COLUMNS = re.compile(r"(<!-- columns (\S+\.csv): ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCK = re.compile(r"(<!-- comparison (\S+\.csv) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -52,17 +56,36 @@ def filled(text: str, folder: Path) -> str:
     Raises:
         SystemExit: a file is missing or has no line.
     """
-    return BLOCK.sub(lambda found: f"{found[1]}{table_of(folder / found[2])}{found[3]}", text)
+    text = BLOCK.sub(lambda found: f"{found[1]}{table_of(folder / found[2])}{found[3]}", text)
+    return COLUMNS.sub(lambda found: f"{found[1]}{columns_of(folder / found[2], found[3])}{found[4]}", text)
 
 
-def table_of(path: Path) -> str:
-    """Verdicts and table of one comparison."""
+def lines_of(path: Path) -> list[dict[str, str]]:
+    """Of a CSV file."""
     if not path.exists():
         raise SystemExit(f"{path}: a page names this file, but it is not there")
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows:
         raise SystemExit(f"{path}: no line below the head")
+    return rows
+
+
+def columns_of(path: Path, names: str) -> str:
+    """Some columns of a file, below what all of its lines share: commit, command and hardware."""
+    rows, wanted = lines_of(path), [name.strip() for name in names.split(",")]
+    unknown = [name for name in wanted if name not in rows[0]]
+    if unknown:
+        raise SystemExit(f"{path}: a page wants column {unknown[0]!r}, the file has {', '.join(rows[0])}")
+    first = rows[0]
+    head = [f"    {first['command']}", "", f"Commit {first['commit']}; {first['hardware']}.", ""]
+    titles = [f"| {' | '.join(name.replace('_', ' ') for name in wanted)} |", "| --- " * len(wanted) + "|"]
+    return "\n".join([*head, *titles, *(f"| {' | '.join(row[name] for name in wanted)} |" for row in rows)]) + "\n"
+
+
+def table_of(path: Path) -> str:
+    """Verdicts and table of one comparison."""
+    rows = lines_of(path)
     return markdown(rows, summarise(rows), len({r["seed"] for r in rows}))
 
 

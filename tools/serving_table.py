@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,6 +30,7 @@ from embsearch_dist.models.pooled import Pooled
 from embsearch_dist.schema import Schema, read_json
 from embsearch_dist.serving.collect import ids_of_batch, kind_of
 from embsearch_dist.serving.directory import load_arrays, open_directory, save_arrays
+from embsearch_dist.serving.export import Wish, export
 from embsearch_dist.serving.model import Routed, Single
 from embsearch_dist.serving.predict import logits_of
 from embsearch_dist.serving.programs import RUNNERS, Program
@@ -38,14 +38,10 @@ from embsearch_dist.serving.tables import Ids
 from embsearch_dist.train.metrics import score
 from launch.export import collect, trained
 
-ROOT = Path(__file__).resolve().parent.parent
 BATCHES = (1, 256, 8192)
 LOADS = 3
 WARM = 3
-COLUMNS = (
-    "commit command seed hardware data model kind parameters precision program bytes load_seconds "
-    "p50_ms_1 p50_ms_256 p50_ms_8192 max_difference auc auc_difference rows"
-).split()  # fmt: skip
+ABOUT = ("commit", "command", "seed", "hardware", "data", "model", "kind", "parameters", "precision", "program")
 
 
 @dataclass(frozen=True)
@@ -70,9 +66,16 @@ class Side:
 
 
 def table(
-    runs: Sequence[Path], out: Path, precisions: Sequence[str], formats: Sequence[str], aoti: bool, repeats: int
+    runs: Sequence[Path],
+    out: Path,
+    precisions: Sequence[str],
+    formats: Sequence[str],
+    aoti: bool,
+    repeats: int,
+    batches: Sequence[int] = BATCHES,
+    source: str = "",
 ) -> list[dict[str, Any]]:
-    """Export what ``out`` lacks and measure all of it; a dict of :data:`COLUMNS` for each form.
+    """Export what ``out`` lacks and measure all of it; a dict of :func:`columns` for each form.
 
     Args:
         runs: directories of retrain.py.
@@ -80,6 +83,8 @@ def table(
         formats: programs of every model and precision.
         aoti: also compile the first model at fp32 with AOTInductor.
         repeats: most calls of one form at one batch; fewer at large ones.
+        batches: rows of the calls that are timed.
+        source: what ``--source`` of export.py takes.
 
     Raises:
         UserError: a run cannot be read, or its test split is shorter than the largest batch.
@@ -88,15 +93,24 @@ def table(
     told = command(runs, precisions, formats, aoti, repeats)
     for k, directory in enumerate(runs):
         exports = {p: out / f"{directory.name}-{p}" for p in precisions}
-        for precision, target in exports.items():
-            compiled = ["aoti"] if aoti and k == 0 and precision == "fp32" else []
-            export(directory, target, precision, [*formats, *compiled])
-        with trained(directory, kind_of(directory)) as (run, found, stream):
+        with trained(directory, kind_of(directory), source=source) as (run, found, stream):
+            for precision, target in exports.items():
+                compiled = ["aoti"] if aoti and k == 0 and precision == "fp32" else []
+                wish = Wish(target, precision, [*formats, *compiled], False, directory.name)
+                if not target.exists():
+                    print(f"exporting {target.name}", file=sys.stderr)
+                    export(wish, found, Path(run.config.data.path), run.schema, stream)
             about = {"commit": commit(), "command": told, "seed": run.config.run.seed, "hardware": hardware()}
             about |= {"data": f"{run.schema.dataset} {run.schema.fingerprint}", "model": directory.name}
             about |= {"kind": found.body["kind"], "parameters": sum(t.numel() for t in found.tables.values())}
-            rows += [about | line for line in of_model(directory, run, stream, exports, repeats)]
+            rows += [about | line for line in of_model(directory, run, stream, exports, repeats, batches)]
     return rows
+
+
+def columns(batches: Sequence[int]) -> list[str]:
+    """Of the CSV file."""
+    times = [f"p50_ms_{n}" for n in batches]
+    return [*ABOUT, "bytes", "load_seconds", *times, "max_difference", "auc", "auc_difference", "rows"]
 
 
 def command(runs: Sequence[Path], precisions: Sequence[str], formats: Sequence[str], aoti: bool, repeats: int) -> str:
@@ -106,20 +120,13 @@ def command(runs: Sequence[Path], precisions: Sequence[str], formats: Sequence[s
     return f"python tools/bench_serving.py programs --run {named} {made} --out OUT"
 
 
-def export(directory: Path, target: Path, precision: str, formats: Sequence[str]) -> None:
-    """With export.py, in a process of its own, unless the directory is there."""
-    if target.exists():
-        return
-    words = ["--run", str(directory), "--out", str(target), "--precision", precision]
-    words += ["--format", *formats] if formats else []
-    script = [sys.executable, str(ROOT / "launch" / "export.py")]
-    made = subprocess.run([*script, *words], capture_output=True, text=True)
-    if made.returncode:
-        raise UserError(f"export.py of {directory} failed: {(made.stderr.strip().splitlines() or ['no message'])[-1]}")
-
-
 def of_model(
-    directory: Path, run: Run, stream: BatchStream, exports: Mapping[str, Path], repeats: int
+    directory: Path,
+    run: Run,
+    stream: BatchStream,
+    exports: Mapping[str, Path],
+    repeats: int,
+    batches: Sequence[int],
 ) -> list[dict[str, Any]]:
     """The lines of one model."""
     sides = sides_of(directory, run, exports)
@@ -131,11 +138,11 @@ def of_model(
             times.append(time.perf_counter() - started)
         side.seconds = statistics.median(times)
     program = Program(open_directory(next(iter(exports.values()))).model(), run.schema)
-    latency = latencies(sides, {n: first_rows(run, n, program) for n in BATCHES}, repeats)
+    latency = latencies(sides, {n: first_rows(run, n, program) for n in batches}, repeats)
     quality = qualities(sides, (case_of(b, run.schema, program) for b in stream.epoch(0)))
     return [
         {"precision": s.precision, "program": s.program, "bytes": s.bytes, "load_seconds": f"{s.seconds:.3f}"}
-        | {f"p50_ms_{n}": f"{latency[n][k]:.3f}" for n in BATCHES}
+        | {f"p50_ms_{n}": f"{latency[n][k]:.3f}" for n in batches}
         | quality[k]
         for k, s in enumerate(sides)
     ]

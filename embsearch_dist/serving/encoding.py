@@ -17,6 +17,7 @@ from embsearch_dist.serving.directory import ModelDirectory
 from embsearch_dist.serving.tables import Ids, ids_of
 
 FEW = 4096  # values of a vocabulary that polars looks up faster than an index
+SOME = 32  # rows that Python looks up faster than polars prepares for them
 
 
 class Index:
@@ -29,6 +30,7 @@ class Index:
     def __init__(self, values: pl.Series) -> None:
         self.values = values
         self._few = pl.Enum(values) if len(values) <= FEW else None
+        self._ids: dict[str | None, int] = {}
         if self._few is None:
             self._make()
 
@@ -50,6 +52,9 @@ class Index:
         if len(self.values) == 0:
             return np.zeros(len(values), np.int32)
         if self._few is not None:
+            if len(values) <= SOME:
+                self._ids = self._ids or {value: k for k, value in enumerate(self.values, 1)}
+                return np.array([self._ids.get(value, 0) for value in values], np.int32)
             code = values.cast(self._few, strict=False).to_physical().cast(pl.Int32)
             return (code + 1).fill_null(0).to_numpy()
         hashes = values.hash(0).to_numpy()

@@ -67,29 +67,27 @@ def test_bodies_hold_the_rows_of_the_input(data: Path, tmp_path: Path) -> None:
     assert torch.cat([p.ids.single["big"] for p in parts]).tolist() == [big.get(v, 0) for v in raw["big"]]
 
 
+def figures(command: list, path: Path) -> list[dict[str, str]]:
+    """What a tool writes into its CSV file."""
+    subprocess.run([str(c) for c in [*command, "--csv", path]], check=True, capture_output=True)
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
 @pytest.mark.slow
 def test_the_table_has_every_form_and_the_memory_is_measured(
-    data: Path, config: Path, tmp_path: Path, run_script: Callable, monkeypatch: pytest.MonkeyPatch
+    data: Path, config: Path, tmp_path: Path, run_script: Callable
 ) -> None:
     settings = ["--data.path", data, "--run.dir", tmp_path / "run", "--run.device", "cpu", "--train.epochs", 1]
     run_script("retrain.py", "--config", config, *settings, "--allocation", "ues-4")
-    monkeypatch.setattr(serving_table, "BATCHES", (1, 256))
-    run = tmp_path / "run" / "retrain" / "ues-4"
-    rows = serving_table.table([run], tmp_path / "out", ["fp32", "int8"], ["onnx"], False, 20)
+    run, tool = tmp_path / "run" / "retrain" / "ues-4", [sys.executable, ROOT / "tools" / "bench_serving.py"]
+    words = ["--out", tmp_path / "out", "--precision", "fp32", "int8", "--format", "onnx", "--batches", 1, 100]
+    rows = figures([*tool, "programs", "--run", run, *words], tmp_path / "p.csv")
     forms = [("training model", "fp32"), ("plain torch", "fp32"), ("directory", "fp32"), ("onnx", "fp32")]
     assert [(r["program"], r["precision"]) for r in rows] == [*forms, ("directory", "int8"), ("onnx", "int8")]
-    assert all(float(r["p50_ms_1"]) > 0 and r["bytes"] > 0 for r in rows)
+    assert all(float(r["p50_ms_1"]) > 0 and int(r["bytes"]) > 0 for r in rows)
     assert [float(r["max_difference"]) < 1e-5 for r in rows] == [True] * 4 + [False] * 2
-    command = [
-        sys.executable,
-        ROOT / "tools" / "bench_serving.py",
-        "bounded",
-        "--model",
-        tmp_path / "out" / "ues-4-fp32",
-    ]
-    command += ["--input", data.parent / "clicks.csv", "--rows", "5000", "9000", "--out", tmp_path / "rows"]
-    subprocess.run([str(c) for c in [*command, "--csv", tmp_path / "m.csv"]], check=True, capture_output=True)
-    with (tmp_path / "m.csv").open() as file:
-        found = list(csv.DictReader(file))
+    words = ["--input", data.parent / "clicks.csv", "--rows", 5000, 9000, "--out", tmp_path / "rows"]
+    found = figures([*tool, "bounded", "--model", tmp_path / "out" / "ues-4-fp32", *words], tmp_path / "m.csv")
     assert [(r["form"], r["rows"]) for r in found] == [(f, n) for f in ("csv", "parquet") for n in ("5000", "9000")]
     assert all(int(r["pss_mb"]) > 50 for r in found) and list((tmp_path / "rows").iterdir()) == []

@@ -52,6 +52,18 @@ def test_a_missing_file_and_an_empty_one_are_named(tmp_path: Path) -> None:
         filled(text, tmp_path)
 
 
+def test_a_block_of_columns_shows_those_it_names(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text(
+        "commit,command,hardware,p50_ms,rows\nabc,python t.py,CPU,1.5,7\nabc,python t.py,CPU,2.5,8\n"
+    )
+    text = "<!-- columns x.csv: rows, p50_ms -->\nold\n<!-- end -->\n"
+    made = filled(text, tmp_path)
+    assert "    python t.py\n\nCommit abc; CPU.\n\n| rows | p50 ms |\n| --- | --- |\n| 7 | 1.5 |\n| 8 | 2.5 |\n" in made
+    assert "old" not in made and filled(made, tmp_path) == made
+    with pytest.raises(SystemExit, match="wants column 'more', the file has commit, command"):
+        filled(text.replace("rows,", "more,"), tmp_path)
+
+
 def test_the_pages_of_this_repository_are_up_to_date() -> None:
     for page in PAGES.glob("*.md"):
         assert filled(page.read_text(), PAGES) == page.read_text(), f"{page.name}: run python tools/results_tables.py"

@@ -141,6 +141,7 @@ def test_a_large_vocabulary_is_looked_up_as_a_small_one(monkeypatch: pytest.Monk
     values = pl.Series([f"v{k}" for k in range(3000)])
     asked = pl.Series(["v7", None, "nothing", "v2999", "", "v7"] + [f"v{k}" for k in range(2900, 3200)])
     small = Index(values)(asked)
+    assert [int(Index(values)(asked[k : k + 1])[0]) for k in range(20)] == small[:20].tolist()
     monkeypatch.setattr(encoding, "FEW", 10)
     large = Index(values)
     assert np.array_equal(large(asked), small) and small.tolist()[:6] == [8, 0, 0, 3000, 0, 8]
