@@ -129,7 +129,8 @@ def test_a_killed_training_of_groups_goes_on(run: Path, run_script: Callable) ->
 def test_a_clustering_that_was_killed_behind_its_passes_keeps_their_lines(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened, before = open_run(read_run_config(run), one_rank()), recorded(run, "groups", "distance")
+    opened = open_run(read_run_config(run, [f"run.dir={run}"]), one_rank())
+    before = recorded(run, "groups", "distance")
 
     def killed(self: Clustering) -> None:
         raise KeyboardInterrupt
