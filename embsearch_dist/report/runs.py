@@ -228,6 +228,8 @@ def load_run(directory: Path) -> Run:
         for sub in sorted(p for p in (directory / "retrain").iterdir() if p.is_dir()):
             result = _load_result(run, sub)
             _load_result(run, sub, BY_OTHER_ROUTER)
+            lost = [sub / n for n in ("evaluation.json", BY_OTHER_ROUTER) if not there(sub / n) and knows(sub / n)]
+            run.damaged += [f"{path} is gone: it was written there, and its figures are left out" for path in lost]
             name, seed = (result.name, result.seed) if result else _split_seed(sub.name)
             parts = sorted(sub.glob("group-*"), key=lambda p: (len(p.name), p.name))
             for part in (sub, *parts):
