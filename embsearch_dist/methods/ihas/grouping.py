@@ -139,6 +139,9 @@ class Clustering:
         shuffled = run.stream("train", g.batch_size, shuffle=True)
         stored = run.stream("train", g.batch_size, shuffle=False)
         done = run.context.share(run.context.first("reading the clustering", lambda: _read(path, self.signature())))
+        distances = [float(d) for d in done.get("distances", [])] if done else []  # none of an older version
+        for n, distance in enumerate(distances):  # the stage's lines were forgotten: some may be of a pass that is lost
+            self.monitor.scalars(n, {"distance": distance})
         if done:
             self.kmeans.load_state(done["kmeans"])
             self.router.scale = torch.tensor(done["scale"], dtype=torch.float32, device=run.context.device)
@@ -157,9 +160,10 @@ class Clustering:
                     error = sum(errors) / len(errors)
                 else:
                     error = self.kmeans.lloyd(rows)
-            self.monitor.scalars(n, {"distance": error})
+            distances.append(float(error))
+            self.monitor.scalars(n, {"distance": distances[-1]})
             self.monitor.say(f"k-means, {what}: mean squared distance {error:.6g}")
-            state = {**self.router.state(), "passes": n + 1, "signature": self.signature()}
+            state = {**self.router.state(), "passes": n + 1, "distances": distances, "signature": self.signature()}
             run.context.first("saving the clustering", lambda s=state: write_sealed(path, s))  # type: ignore[misc]
         self.kmeans.order()
 
