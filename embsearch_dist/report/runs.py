@@ -217,7 +217,7 @@ def load_run(directory: Path) -> Run:
         never += ["allocation.json", "search/pareto.json", "heatmaps.jsonl"]
     if run.groups or any(line.get("stage") == "controller" for line in run.metrics):
         never.append("allocation.json")  # groups have widths of their own; a controller weighs, and chooses none
-    run.damaged += [f"{directory / n} is gone: it was written there" for n in run.missing if knows(directory / n)]
+    _note_gone(run, [directory / n for n in (*FILES, *OPTIONAL)])
     run.missing = [name for name in run.missing if name not in never]
     run.pareto = _optional(directory / "search" / "pareto.json")
     run.truth = _optional(directory / "truth.json")
@@ -226,13 +226,13 @@ def load_run(directory: Path) -> Run:
     _load_result(run, directory)
     if (directory / "retrain").is_dir():
         for sub in sorted(p for p in (directory / "retrain").iterdir() if p.is_dir()):
+            _note_gone(run, [sub / n for n in ("evaluation.json", BY_OTHER_ROUTER)])
             result = _load_result(run, sub)
             _load_result(run, sub, BY_OTHER_ROUTER)
-            lost = [sub / n for n in ("evaluation.json", BY_OTHER_ROUTER) if not there(sub / n) and knows(sub / n)]
-            run.damaged += [f"{path} is gone: it was written there, and its figures are left out" for path in lost]
             name, seed = (result.name, result.seed) if result else _split_seed(sub.name)
             parts = sorted(sub.glob("group-*"), key=lambda p: (len(p.name), p.name))
             for part in (sub, *parts):
+                _note_gone(run, [part / "training.json"])
                 _compare(run, part, {"retrain": part / "training.json"})
                 lines, _ = read_lines(part / "metrics.jsonl")
                 if lines:
@@ -372,6 +372,11 @@ def _split_seed(name: str) -> tuple[str, int | None]:
 
 def _optional(path: Path) -> dict[str, Any] | None:
     return read_sealed(path, AGAIN) if there(path) else None
+
+
+def _note_gone(run: Run, paths: Sequence[Path]) -> None:
+    """Note those that were written there and are no longer there: what they said is missing from the page."""
+    run.damaged += [f"{p} is gone: it was written there" for p in paths if not there(p) and knows(p)]
 
 
 def _compare(run: Run, directory: Path, marks: dict[str, Path]) -> None:

@@ -12,10 +12,8 @@ import numpy as np
 import pytest
 
 from embsearch_dist.grouped import GROUPS, GroupedAllocation
-from embsearch_dist.methods.ihas.grouping import Clustering, GroupStage
 from embsearch_dist.schema import Schema, read_json, read_sealed, write_json, write_sealed
-from launch.common import read_run_config
-from tests.factories import command_line, one_rank, open_run, recorded, small_config
+from tests.factories import command_line, recorded, small_config
 from tests.launch.processes import LAUNCH, TORCHRUN, finish
 
 SEARCH = [
@@ -124,22 +122,6 @@ def test_a_killed_training_of_groups_goes_on(run: Path, run_script: Callable) ->
     run_script("retrain.py", *words)
     whole, broken = (figures(run / "retrain" / name / "evaluation.json") for name in ("whole", "broken"))
     assert {**broken, "name": "whole"} == whole
-
-
-def test_a_clustering_that_was_killed_behind_its_passes_keeps_their_lines(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened = open_run(read_run_config(run, [f"run.dir={run}"]), one_rank())
-    before = recorded(run, "groups", "distance")
-
-    def killed(self: Clustering) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Clustering, "settle", killed)
-        GroupStage().run(opened)
-    GroupStage().run(opened)
-    assert recorded(run, "groups", "distance") == before and len(before) >= 2
 
 
 def test_a_group_too_small_to_train_on_is_dissolved(run: Path, run_script: Callable) -> None:

@@ -9,7 +9,21 @@ import pytest
 from embsearch_dist.report import history
 from embsearch_dist.report.following import commands
 from embsearch_dist.report.groups import differing_columns, found
-from embsearch_dist.report.runs import Group, Result, Retrain, Run
+from embsearch_dist.report.runs import Group, Result, Retrain, Run, load_run
+from embsearch_dist.schema import write_sealed
+
+
+@pytest.mark.parametrize(
+    "lost", ["retrain/soft/evaluation.json", "retrain/ues-4/training.json", "architecture.json", "search/pareto.json"]
+)
+def test_a_result_that_was_written_and_is_gone_is_told(tmp_path: Path, lost: str) -> None:
+    for home in (tmp_path, tmp_path / "retrain" / "ues-4"):
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "run.lock").touch()
+    (tmp_path / "metrics.jsonl").touch()
+    write_sealed(tmp_path / lost, {"auc": 0.5})
+    (tmp_path / lost).unlink()
+    assert load_run(tmp_path).damaged == [f"{tmp_path / lost} is gone: it was written there"]
 
 
 def test_groups_that_are_alike_are_called_nothing_found(tmp_path: Path) -> None:

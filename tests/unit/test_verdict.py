@@ -10,7 +10,7 @@ import pytest
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.report import write_report
 from embsearch_dist.report.verdict import Model, compare_models, judge, missing_width
-from embsearch_dist.schema import write_json, write_sealed
+from embsearch_dist.schema import write_json
 from tests.factories import small_schema
 
 SCHEMA = small_schema(60, 30, 10)
@@ -125,17 +125,3 @@ def test_a_search_under_served_bytes_is_judged_by_them(tmp_path: Path) -> None:
     )
     assert "As served at int8" in html and "<td>1,440</td>" in html
     assert (tmp_path / "report" / "served.png").exists()
-
-
-def test_a_lost_evaluation_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    SCHEMA.save(tmp_path)
-    (tmp_path / "run.lock").touch()
-    path = tmp_path / "retrain" / "adafs-soft" / "evaluation.json"
-    body = {"name": "adafs-soft", "seed": 0, "split": "test", "auc": 0.7, "logloss": 0.5, "widths": {}}
-    write_sealed(path, body)
-    write_report([tmp_path])
-    assert "is gone" not in capsys.readouterr().err
-    path.unlink()
-    html = write_report([tmp_path]).read_text()
-    text = f"{path} is gone: it was written there, and its figures are left out"
-    assert text in capsys.readouterr().err and text in html

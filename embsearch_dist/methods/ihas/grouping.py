@@ -130,7 +130,6 @@ class Clustering:
         self.kmeans = KMeans(g.k, columns, run.context, run.config.run.seed)
         self.router = CentreRouter(load_gates(run), g.features, self.kmeans)
         self.left_out: dict[str, Any] = {}
-        self.distances: list[float] = []  # mean squared one of each pass so far
 
     def fit(self) -> None:
         """Mini-batch passes, then exact ones; a killed clustering goes on with the pass it was in."""
@@ -140,12 +139,12 @@ class Clustering:
         shuffled = run.stream("train", g.batch_size, shuffle=True)
         stored = run.stream("train", g.batch_size, shuffle=False)
         done = run.context.share(run.context.first("reading the clustering", lambda: _read(path, self.signature())))
+        distances = [float(d) for d in done.get("distances", [])] if done else []  # none of an older version
+        for n, distance in enumerate(distances):  # the stage's lines were forgotten: some may be of a pass that is lost
+            self.monitor.scalars(n, {"distance": distance})
         if done:
             self.kmeans.load_state(done["kmeans"])
             self.router.scale = torch.tensor(done["scale"], dtype=torch.float32, device=run.context.device)
-            self.distances = [float(d) for d in done.get("distances", [])]
-            for n, error in enumerate(self.distances):  # the lines of the start that was killed are gone
-                self.monitor.scalars(n, {"distance": error})
         else:
             first = next(iter(shuffled.epoch(0))).to(run.context.device)
             self.router.measure(first)
@@ -161,11 +160,10 @@ class Clustering:
                     error = sum(errors) / len(errors)
                 else:
                     error = self.kmeans.lloyd(rows)
-            self.distances.append(error)
-            self.monitor.scalars(n, {"distance": error})
+            distances.append(float(error))
+            self.monitor.scalars(n, {"distance": distances[-1]})
             self.monitor.say(f"k-means, {what}: mean squared distance {error:.6g}")
-            state = {**self.router.state(), "passes": n + 1, "signature": self.signature()}
-            state["distances"] = self.distances
+            state = {**self.router.state(), "passes": n + 1, "distances": distances, "signature": self.signature()}
             run.context.first("saving the clustering", lambda s=state: write_sealed(path, s))  # type: ignore[misc]
         self.kmeans.order()
 
