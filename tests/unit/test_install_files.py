@@ -16,7 +16,7 @@ import pytest
 
 from embsearch_dist import doctor
 
-TIERS = {"unit", "distributed", "launch", "pretend", "gpu", "slow"}
+TIERS = {"unit", "distributed", "launch", "pretend", "cluster", "gpu", "slow"}
 SCRIPTS = ("tools/setup.sh", "tools/test.sh", "tools/demo.sh", ".ci/run")
 PIP_NAME = {"yaml": "pyyaml", "sklearn": "scikit-learn", "fbgemm_gpu": "fbgemm-gpu"}
 
