@@ -21,7 +21,7 @@ from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.fallback import Trained, bracket, choose, predictions, uniform_like, widest_within
 from embsearch_dist.methods.ihas.retraining import retrain_groups
 from embsearch_dist.methods.nasrec.choosing import candidate_files, train_best
-from embsearch_dist.precision import served
+from embsearch_dist.precision import MIXED, served
 from embsearch_dist.rundir import plain_word
 from embsearch_dist.schema import Schema, write_sealed
 from embsearch_dist.train.retrain import SubnetTask, evaluate_model, retrain
@@ -188,7 +188,7 @@ def retrain_many(
             with rounded_tables(task, allocation, precision, context) if precision else nullcontext():
                 logits, labels = predictions(task, validation, context)
             size = allocation.total(served(precision) if precision else "parameters")
-            unit = f"bytes at {precision}" if precision else "parameters"
+            unit = f"bytes at {precision}{' precisions' * (precision == MIXED)}" if precision else "parameters"
             trained.append(Trained(name + suffix, size, logits, unit))
     if choosing:
         if len(trained) == 2:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from embsearch_dist.precision import MIXED
 from embsearch_dist.report import page, verdict
 from embsearch_dist.report.page import Cell, Section
 from embsearch_dist.report.runs import Result
@@ -15,7 +16,7 @@ NEEDED = ("auc", "bytes", "ues32_bytes")
 
 
 def comparison_at(comparison: Comparison | None) -> tuple[str, Comparison] | None:
-    """The precision that most results were measured at, and the comparison of these as served: sizes are bytes.
+    """The precision that most results were measured at, in words, and the comparison of these as served: sizes are bytes.
 
     None where none was.
     """
@@ -29,7 +30,9 @@ def comparison_at(comparison: Comparison | None) -> tuple[str, Comparison] | Non
     names = {row.name for row in measured}
     found = tuple(name for name in comparison.found if name in names)
     reference = next(r.served["ues32_bytes"] for r in results if r.precision == precision)
-    return precision, Comparison(comparison.split, measured, None, found, reference)
+    return "mixed precisions" if precision == MIXED else precision, Comparison(
+        comparison.split, measured, None, found, reference
+    )
 
 
 def _as_served(row: Row, precision: str) -> Row:
