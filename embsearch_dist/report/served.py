@@ -16,7 +16,7 @@ NEEDED = ("auc", "bytes", "ues32_bytes")
 
 
 def comparison_at(comparison: Comparison | None) -> tuple[str, Comparison] | None:
-    """The precision that most results were measured at, in words, and the comparison of these as served: sizes are bytes.
+    """The precision that most results were measured at, in words, and their comparison as served: sizes are bytes.
 
     None where none was.
     """
@@ -30,9 +30,8 @@ def comparison_at(comparison: Comparison | None) -> tuple[str, Comparison] | Non
     names = {row.name for row in measured}
     found = tuple(name for name in comparison.found if name in names)
     reference = next(r.served["ues32_bytes"] for r in results if r.precision == precision)
-    return "mixed precisions" if precision == MIXED else precision, Comparison(
-        comparison.split, measured, None, found, reference
-    )
+    words = "mixed precisions" if precision == MIXED else precision
+    return words, Comparison(comparison.split, measured, None, found, reference)
 
 
 def _as_served(row: Row, precision: str) -> Row:
