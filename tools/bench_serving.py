@@ -37,10 +37,10 @@ import numpy as np
 import polars as pl
 import psutil
 import torch
-from embsearch_dist.serving.quantised import PRECISIONS
 from torch import nn
 
 from embsearch_dist.errors import UserError
+from embsearch_dist.precision import PRECISIONS
 from embsearch_dist.serving.directory import open_directory
 from embsearch_dist.serving.predict import Job, Scorer, logits_of
 

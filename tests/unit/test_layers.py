@@ -108,3 +108,15 @@ def test_a_circle_and_a_look_upwards_are_seen(tmp_path: Path) -> None:
     with pytest.raises(pytest.fail.Exception, match="embsearch_dist.config <- "):
         check_circles(imports)
     assert between_places(imports)["config"] == {"methods": "embsearch_dist.config imports embsearch_dist.methods"}
+
+
+def test_what_tools_import_is_there() -> None:
+    """Tools are run by hand: one whose module has moved would be found only then."""
+    gone = []
+    for path in sorted((ROOT / "tools").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("embsearch_dist.", "launch.")):
+                base = ROOT / Path(*str(node.module).split("."))
+                if not base.with_suffix(".py").exists() and not (base / "__init__.py").exists():
+                    gone.append(f"{path.relative_to(ROOT)} imports {node.module}")
+    assert not gone, "\n".join(gone)
