@@ -1,10 +1,14 @@
-"""Who holds a lock file: written into it by the holder, read by whoever comes second."""
+"""Files by which processes know of each other: who holds a lock, and whether all see one directory."""
 
 from __future__ import annotations
 
 import json
 import os
 import socket
+import time
+from pathlib import Path
+
+PATIENCE_S = 20.0  # a network disk may show a new file to other hosts only after some seconds
 
 
 def sign(file: int, doing: str) -> None:
@@ -21,3 +25,17 @@ def holder(file: int) -> str:
         return f"{body['doing']} (process {body['pid']} on {body['host']})"
     except (ValueError, KeyError, TypeError):
         return "another process"
+
+
+def appears(path: Path, text: str, patience_s: float) -> bool:
+    """Whether a file that another process has written is seen here, with that text, within so many seconds."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            if path.read_text() == text:
+                return True
+        except OSError:
+            pass
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)

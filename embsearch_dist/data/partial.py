@@ -7,7 +7,6 @@ import os
 import shutil
 import socket
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from embsearch_dist.data.scratch import load_record, save_record
 from embsearch_dist.data.team import Stopped, Team
 from embsearch_dist.errors import UserError
 
-PATIENCE_S = 20.0
+PATIENCE_S = lockfile.PATIENCE_S
 MARK, JOB = "PREPARING", "job.json"
 
 
@@ -74,15 +73,12 @@ def whole_directory(
 
 
 def _check_shared(partial: Path, signature: str, rank: int) -> None:
-    """Refuse a directory that is not the one in which rank 0 has signed; a network disk may show it a little later."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not (partial / MARK).is_file() or (partial / MARK).read_text() != signature:
-        if time.monotonic() > deadline:
-            raise Stopped(
-                f"{partial} of process {rank} on {socket.gethostname()} is not the one of process 0: what one writes "
-                "there the other does not see. Give an --out on a disk that all hosts share"
-            )
-        time.sleep(0.2)
+    """Refuse a directory that is not the one in which rank 0 has signed."""
+    if not lockfile.appears(partial / MARK, signature, PATIENCE_S):
+        raise Stopped(
+            f"{partial} of process {rank} on {socket.gethostname()} is not the one of process 0: what one writes there "
+            "the other does not see. Give an --out on a disk that all hosts share"
+        )
 
 
 def _check_target(out: Path, overwrite: bool) -> None:

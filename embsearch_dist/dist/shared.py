@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import secrets
 import socket
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from embsearch_dist.dist.context import Context
 from embsearch_dist.errors import UserError
-
-PATIENCE_S = 20.0  # a network disk may show a new file to other hosts only after some seconds
+from embsearch_dist.lockfile import PATIENCE_S, appears
 
 
 def open_shared(context: Context, directory: Path, doing: str, make: Callable[[], None]) -> None:
@@ -36,7 +34,7 @@ def check_shared(context: Context, directory: Path, patience_s: float = PATIENCE
     context.first("marking the run directory", lambda: mark.write_text(token))
     try:
         with context.together("looking for the run directory"):
-            if not _appears(mark, token, patience_s):
+            if not appears(mark, token, patience_s):
                 raise UserError(
                     f"{directory} of rank {context.rank} on {socket.gethostname()} is not the one of rank 0 on {host}: "
                     "what one writes there the other does not see. Give a --run.dir on a disk that all hosts share"
@@ -44,16 +42,3 @@ def check_shared(context: Context, directory: Path, patience_s: float = PATIENCE
     finally:
         if context.rank == 0:
             mark.unlink(missing_ok=True)
-
-
-def _appears(mark: Path, token: str, patience_s: float) -> bool:
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            if mark.read_text() == token:
-                return True
-        except OSError:
-            pass
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.2)

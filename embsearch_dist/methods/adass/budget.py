@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from embsearch_dist.allocation import cost
+from embsearch_dist.allocation import Allocation, cost
 from embsearch_dist.config import one_of
 from embsearch_dist.errors import UserError
 from embsearch_dist.precision import MIXED, PRECISIONS, SERVED, served
@@ -55,7 +55,7 @@ def parse_budget(text: str, schema: Schema, key: str = "search.budget", extra: i
     unit_of = served(precision) if precision else "parameters"
     uniform = re.fullmatch(r"\s*ues-([1-9][0-9]{0,5})\s*", text, re.IGNORECASE)
     if uniform:
-        return Budget(unit_of, uniform_cost(schema, int(uniform.group(1)), unit_of, extra), text)
+        return Budget(unit_of, Allocation.uniform(schema, int(uniform.group(1))).counted(extra).total(unit_of), text)
     match = re.fullmatch(r"\s*([0-9][0-9_]*\.?[0-9]*(?:e[0-9]+)?)\s*([A-Za-z%]*)\s*", text)
     unit = match.group(2).upper() if match else ""
     if match is None or (unit not in UNITS and unit not in ("", "%")):
@@ -65,15 +65,11 @@ def parse_budget(text: str, schema: Schema, key: str = "search.budget", extra: i
     if number <= 0:
         raise UserError(f"config key {key}: a budget must be above 0, got {text!r}")
     if unit == "%":
-        return Budget(unit_of, int(number / 100 * uniform_cost(schema, REFERENCE_WIDTH, unit_of, extra)), text)
+        reference = Allocation.uniform(schema, REFERENCE_WIDTH).counted(extra)
+        return Budget(unit_of, int(number / 100 * reference.total(unit_of)), text)
     if unit:
         return Budget(unit_of if precision else "bytes", int(number * UNITS[unit]), text)
     return Budget("parameters", int(number), text)
-
-
-def uniform_cost(schema: Schema, width: int, resource: str, extra: int = 0) -> int:
-    """What one width for every field costs."""
-    return sum(cost(resource, f.cardinality, width, extra) for f in schema.fields)
 
 
 def cost_table(schema: Schema, candidates: Sequence[int], resource: str, extra: int = 0) -> torch.Tensor:
