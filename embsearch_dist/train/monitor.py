@@ -226,6 +226,8 @@ class Monitor:
                 self.say(f"TensorBoard is not available ({e}); metrics go to {METRICS} only. pip install tensorboard")
                 return None
             directory = self.run_dir / "tb" / self.stage
+            if self._purge_step is not None:
+                _before_now(directory)
             self._writer = SummaryWriter(str(directory), purge_step=self._purge_step, flush_secs=30)
             self._purge_step = None
         return self._writer
@@ -385,6 +387,20 @@ def _keep_lines(path: Path, stage: str, step: int, most: int | None = None) -> S
             target.write(line if line.endswith("\n") else line + "\n")
     temporary.replace(path)
     return found
+
+
+def _before_now(directory: Path) -> None:
+    """Rename event files so that one made now sorts behind them.
+
+    TensorBoard reads a directory's files in the order of their names: second, host, process, number (so ``.10``
+    before ``.9``). A purge in a file that it reads too early, made in the same second or by a clock that
+    runs behind, would leave the old curve standing.
+    """
+    now = int(time.time())
+    for place, path in enumerate(sorted(directory.glob("events.out.tfevents.*"))):
+        stamp, _, rest = path.name.removeprefix("events.out.tfevents.").partition(".")
+        if not stamp.isdigit() or int(stamp) >= now:
+            path.replace(path.with_name(f"events.out.tfevents.{now - 1:010d}.{place:06d}.{rest}"))
 
 
 def _draw(values: np.ndarray, rows: list[str], columns: list[str], title: str) -> Any:

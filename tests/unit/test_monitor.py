@@ -179,6 +179,23 @@ def test_tensorboard_gets_scalars_and_images_and_resume_purges(tmp_path: Path) -
     assert events.Tags()["images"] == ["supernet/P_E"]
 
 
+def test_a_purge_is_read_last_whatever_the_names_of_event_files(tmp_path: Path) -> None:
+    loading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with Monitor(tmp_path, "s") as monitor:
+        for last in range(12):  # numbers of more than one length within a second: .9 and .10
+            for step in (1, 2, 3):
+                monitor.scalars(step, {"loss": float(10 * last + step)})
+            if last == 6:  # a host whose clock is an hour ahead has written too
+                monitor.close()
+                for path in (tmp_path / "tb" / "s").iterdir():
+                    stamp = path.name.split(".")[3]
+                    path.rename(path.with_name(path.name.replace(stamp, str(int(stamp) + 3600))))
+            monitor.resume_at(0)
+    events = loading.EventAccumulator(str(tmp_path / "tb" / "s"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("s/loss")] == [(1, 111.0), (2, 112.0), (3, 113.0)]
+
+
 def test_pictures_are_some_seconds_apart_and_the_last_one_is_drawn(tmp_path: Path, clock: Clock) -> None:
     loading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     with Monitor(tmp_path, "supernet") as monitor:
