@@ -32,14 +32,14 @@ setup(
     # Read with ctypes, so Python's headers are not needed; without a C compiler torch does the same, slower.
     ext_modules=[
         Extension(
-            "embsearch_dist.models._attention",
-            ["embsearch_dist/models/attention.c"],
+            "embsearch_dist.kernels._attention",
+            ["embsearch_dist/kernels/attention.c"],
             extra_compile_args=["-O3", "-Wno-psabi"],
             optional=True,
         ),
         Extension(
-            "embsearch_dist.dist._adam",
-            ["embsearch_dist/dist/adam.c"],
+            "embsearch_dist.kernels._adam",
+            ["embsearch_dist/kernels/adam.c"],
             extra_compile_args=["-O3", "-fno-math-errno", "-ffp-contract=off"],
             optional=True,
         ),
@@ -95,7 +95,7 @@ setup(
     entry_points={
         # Any entry here replaces all of TorchX's own components in this environment, hence utils.
         "torchx.components": [
-            "dist = launch.dist",
+            "dist = launch.ddp",
             "utils = torchx.components.utils",
             "embsearch = launch.components",
         ],

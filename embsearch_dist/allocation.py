@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from embsearch_dist.errors import UserError
+from embsearch_dist.files import read_sealed, write_sealed
 from embsearch_dist.precision import MIXED, PRECISIONS, SERVED, row_bytes, served
-from embsearch_dist.schema import Schema, differs, read_sealed, write_sealed
+from embsearch_dist.schema import Schema, differs
 
 FORMAT = 1
 BYTES_PER_PARAMETER = 4

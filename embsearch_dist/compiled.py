@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-KERNELS = {"attention": "models/_attention", "adam": "dist/_adam"}
+KERNELS = {"attention": "kernels/_attention", "adam": "kernels/_adam"}
 """Name of each kernel -> its file without the suffix, in the package's folder."""
 FOLDER = Path(__file__).resolve().parent
 

@@ -236,7 +236,7 @@ def explain_import_error(error: str, versions: Versions) -> tuple[str, tuple[str
 
 def run_python(code: str, timeout: float) -> tuple[bool, str]:
     """Run code in a fresh interpreter; whether it ended well, and its last line or what it died of."""
-    # Without -P a file of the current folder, such as launch/dist.py, could stand in for a package.
+    # Without -P a file of the current folder, such as launch/ddp.py, could stand in for a package.
     command = [sys.executable, "-P", "-W", "ignore", "-c", code]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
@@ -270,9 +270,9 @@ def check_torchx(timeout: float = 60) -> Check:
     good, text = run_python(_TORCHX, timeout)
     root = Path(__file__).resolve().parent.parent
     fix = (f"pip install --no-deps --no-build-isolation -e {root}",)
-    if good and text == "dist.ddp is launch.dist":
+    if good and text == "dist.ddp is launch.ddp":
         return Check("torchx", OK, text)
-    return Check("torchx", FAIL, f"{text[:200]}, should be launch.dist", fix)
+    return Check("torchx", FAIL, f"{text[:200]}, should be launch.ddp", fix)
 
 
 def check_kernel(folder: Path = compiled.FOLDER) -> Check:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from embsearch_dist.allocation import RESOURCES, Allocation, check_data
 from embsearch_dist.errors import UserError
-from embsearch_dist.schema import Schema, read_sealed, write_sealed
+from embsearch_dist.files import read_sealed, write_sealed
+from embsearch_dist.schema import Schema
 
 FORMAT = 1
 GROUPS = "groups.json"

@@ -1,8 +1,8 @@
 """A table of allocations that were all trained alone, in which a search can be tried in seconds.
 
 A *space* (``tools/tables/*.yaml``) puts fields into groups of one width and lists the widths of each group. A
-*table* (``tools/tables/*.csv``, made by ``tools/width_table.py``) has a line for every allocation of the space and
-every seed: what the model of that allocation scored on validation and test rows. The idea is that of the tabulated
+*table* (``tools/tables/*.csv``, made by ``tools/studies/width_table.py``) has a line for every allocation of the space
+and every seed: what the model of that allocation scored on validation and test rows. The idea is that of the tabulated
 architecture benchmarks (NAS-Bench-101, Ying et al. 2019): whoever searches pays a look-up for a training.
 
     table = WidthTable.load("tools/tables/movielens_100k.csv", Space.load("tools/tables/movielens_100k.yaml"))
@@ -126,7 +126,7 @@ class WidthTable:
         if missing:
             raise UserError(
                 f"{where}: {len(missing)} of {len(space.every)} allocations are missing, first {missing[0]}; "
-                "go on with tools/width_table.py"
+                "go on with tools/studies/width_table.py"
             )
         self.seeds = sorted(set.intersection(*(set(self._found[w]) for w in space.every)))
         if not self.seeds:

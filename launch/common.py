@@ -15,25 +15,26 @@ from typing import Any
 import torch
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.architecture.architecture import read_architecture
-from embsearch_dist.architecture.canonical import key
-from embsearch_dist.architecture.space import Space
-from embsearch_dist.architecture.space import load as load_architecture
 from embsearch_dist.config import SAFETY_KEYS, Config, describe, load_config, nearest, split_arguments
-from embsearch_dist.data.manifest import MANIFEST, compare_ends, identity
-from embsearch_dist.dist.context import Context, group_was_opened
-from embsearch_dist.dist.environment import end_restarts
+from embsearch_dist.data.store.manifest import MANIFEST, compare_ends, identity
 from embsearch_dist.errors import UserError
+from embsearch_dist.files import copy_sealed, read_sealed, write_sealed
 from embsearch_dist.grouped import GROUPS, GroupedAllocation
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.base import Run
-from embsearch_dist.methods.ihas.router import ROUTER
-from embsearch_dist.methods.nasrec.searching import RESULT
-from embsearch_dist.models.ctr import common_width
-from embsearch_dist.models.network import check_width
+from embsearch_dist.methods.ihas.router_by_centres import ROUTER
+from embsearch_dist.methods.nasrec.evolution_stage import RESULT
+from embsearch_dist.models.model import common_width
+from embsearch_dist.networks.architecture import read_architecture
+from embsearch_dist.networks.canonical import key
+from embsearch_dist.networks.network import check_width
+from embsearch_dist.networks.space import Space
+from embsearch_dist.networks.space import load as load_architecture
 from embsearch_dist.pipes import quietly
+from embsearch_dist.ranks.context import Context, group_was_opened
+from embsearch_dist.ranks.environment import end_restarts
 from embsearch_dist.rundir import check_text, clear, hold, is_ours, release
-from embsearch_dist.schema import Schema, copy_sealed, differs, read_sealed, write_sealed
+from embsearch_dist.schema import Schema, differs
 from embsearch_dist.train import signals
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,7 +179,7 @@ def open_data(config: Config, context: Context) -> Schema:
     """The schema of the run's data; makes the synthetic data on rank 0 when the config asks for it."""
     path = Path(config.data.path)
     if config.data.make == "synthetic":
-        from embsearch_dist.data.synthetic import make_synthetic
+        from embsearch_dist.data.planted.synthetic import make_synthetic
 
         def make() -> None:
             if not (path / "schema.json").exists():

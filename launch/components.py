@@ -5,12 +5,12 @@ after ``--`` goes to the script, so a config key is overridden with ``-- --train
 Named resources (``-h``) and the scheduler's own options say where it runs.
 """
 
-# See launch/dist.py about the spelling of annotations.
+# See launch/ddp.py about the spelling of annotations.
 from typing import Dict, Optional
 
 import torchx.specs as specs
 
-from launch.dist import ddp
+from launch.ddp import ddp
 
 
 def prepare(

@@ -23,23 +23,24 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from embsearch_dist.dist.environment import reexec_with_tuned_environment
+from embsearch_dist.ranks.environment import reexec_with_tuned_environment
 
 if __name__ == "__main__":
     reexec_with_tuned_environment()  # before anything loads torch, or it would be loaded twice
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import one_of, split_arguments
-from embsearch_dist.dist.context import start
 from embsearch_dist.errors import UserError
+from embsearch_dist.files import write_sealed
 from embsearch_dist.grouped import GROUPS, GroupedAllocation
 from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.ihas.retraining import evaluate_groups, evaluation_file, load_groups
-from embsearch_dist.methods.ihas.routed import ROUTERS
-from embsearch_dist.methods.nasrec.searching import RESULT
+from embsearch_dist.methods.ihas.routed_model import ROUTERS
+from embsearch_dist.methods.nasrec.evolution_stage import RESULT
 from embsearch_dist.precision import MIXED, PRECISIONS
+from embsearch_dist.ranks.context import start
 from embsearch_dist.rundir import hold
-from embsearch_dist.schema import SPLITS, write_sealed
+from embsearch_dist.schema import SPLITS
 from embsearch_dist.train.retrain import evaluate_model, load_best
 from launch.common import known_options, open_data, open_search, read_run_config, run_main
 from launch.retraining import as_served

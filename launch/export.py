@@ -25,19 +25,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from embsearch_dist.dist.environment import reexec_with_tuned_environment
+from embsearch_dist.ranks.environment import reexec_with_tuned_environment
 
 if __name__ == "__main__":
     reexec_with_tuned_environment()  # before anything loads torch, or it would be loaded twice
 
 from embsearch_dist.config import one_of, split_arguments
-from embsearch_dist.data.dataset import BatchStream
-from embsearch_dist.dist.context import start
+from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import Run
-from embsearch_dist.methods.ihas.routed import ROUTERS
-from embsearch_dist.methods.nasrec.searching import RESULT
+from embsearch_dist.methods.ihas.routed_model import ROUTERS
+from embsearch_dist.methods.nasrec.evolution_stage import RESULT
 from embsearch_dist.precision import MIXED, PRECISIONS
+from embsearch_dist.ranks.context import start
 from embsearch_dist.rundir import plain_word
 from embsearch_dist.serving import programs
 from embsearch_dist.serving.collect import Collected, collect_gated, collect_routed, collect_single, kind_of

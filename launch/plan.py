@@ -37,10 +37,10 @@ OPTIONS = ["world-size", "local-world-size", "device", "data", "cardinalities", 
 def main(argv: Sequence[str]) -> None:
     import torch
 
-    from embsearch_dist.dist.card import fill, origin, read_card, smallest
-    from embsearch_dist.dist.dry_run import Subject, make_plans, read_schema, read_subjects, supernet_subject
-    from embsearch_dist.dist.plan import Topology
-    from embsearch_dist.dist.plan_text import comparison, heading, plan_text, to_json
+    from embsearch_dist.sharding.card import fill, origin, read_card, smallest
+    from embsearch_dist.sharding.dry_run import Subject, make_plans, read_schema, read_subjects, supernet_subject
+    from embsearch_dist.sharding.plan import Topology
+    from embsearch_dist.sharding.plan_text import comparison, heading, plan_text, to_json
 
     argv, allocations = take_words(argv, "--allocation")
     plain, overrides = split_arguments(argv)

@@ -20,12 +20,12 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from embsearch_dist.dist.environment import available_cores, reexec_with_tuned_environment
+from embsearch_dist.ranks.environment import available_cores, reexec_with_tuned_environment
 
 if __name__ == "__main__":
     reexec_with_tuned_environment()  # before anything loads torch, or it would be loaded twice
 
-from embsearch_dist.data.progress import Progress
+from embsearch_dist.data.prepare.progress import Progress
 from embsearch_dist.errors import UserError
 from embsearch_dist.serving.predict import OWN, Job, predict, told
 

@@ -31,16 +31,16 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from embsearch_dist.dist.environment import available_cores
+from embsearch_dist.ranks.environment import available_cores
 
 if "RANK" in os.environ:  # polars counts when it is imported, and would give every process all cores
     cores = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     os.environ.setdefault("POLARS_MAX_THREADS", str(max(1, cores)))
 
-from embsearch_dist.data import manifest
-from embsearch_dist.data.prepare import prepare, summary
-from embsearch_dist.data.progress import Progress
-from embsearch_dist.data.team import Team, from_environment
+from embsearch_dist.data.prepare.pipeline import prepare, summary
+from embsearch_dist.data.prepare.progress import Progress
+from embsearch_dist.data.prepare.team import Team, from_environment
+from embsearch_dist.data.store import manifest
 from embsearch_dist.errors import UserError
 from embsearch_dist.pipes import quietly
 from embsearch_dist.schema import Schema

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from embsearch_dist.data import populations, synthetic
 from embsearch_dist.data.formats import FORMATS, GENRES, NUMBERS
-from embsearch_dist.data.prepare import HOW_TO_SPLIT, ROW_GROUP_ROWS, ROWS_PER_SHARD
+from embsearch_dist.data.planted import populations, synthetic
+from embsearch_dist.data.prepare.pipeline import HOW_TO_SPLIT, ROW_GROUP_ROWS, ROWS_PER_SHARD
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Schema
 

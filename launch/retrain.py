@@ -32,16 +32,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from embsearch_dist.dist.environment import reexec_with_tuned_environment
+from embsearch_dist.ranks.environment import reexec_with_tuned_environment
 
 if __name__ == "__main__":
     reexec_with_tuned_environment()  # before anything loads torch, or it would be loaded twice
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import split_arguments
-from embsearch_dist.dist.context import start
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import Run, check_classes
+from embsearch_dist.ranks.context import start
 from embsearch_dist.rundir import check_text
 from embsearch_dist.train.metrics import shown
 from launch.common import DEFAULT_CONFIG, known_options, open_data, read_config, run_main, searched_network

@@ -12,18 +12,19 @@ from typing import Any
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import Config
-from embsearch_dist.data.dataset import BatchStream
-from embsearch_dist.dist.context import Context
-from embsearch_dist.dist.shared import open_shared
+from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.errors import UserError
+from embsearch_dist.files import write_sealed
 from embsearch_dist.grouped import GroupedAllocation
 from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.fallback import Trained, bracket, choose, predictions, uniform_like, widest_within
 from embsearch_dist.methods.ihas.retraining import retrain_groups
 from embsearch_dist.methods.nasrec.choosing import candidate_files, train_best
 from embsearch_dist.precision import MIXED, served
+from embsearch_dist.ranks.context import Context
+from embsearch_dist.ranks.shared import open_shared
 from embsearch_dist.rundir import plain_word
-from embsearch_dist.schema import Schema, write_sealed
+from embsearch_dist.schema import Schema
 from embsearch_dist.train.retrain import SubnetTask, evaluate_model, retrain
 from embsearch_dist.train.served import evaluate_served, rounded_tables
 from launch.common import open_retraining, open_search, read_result

@@ -22,16 +22,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from embsearch_dist.dist.environment import reexec_with_tuned_environment
+from embsearch_dist.ranks.environment import reexec_with_tuned_environment
 
 if __name__ == "__main__":
     reexec_with_tuned_environment()  # before anything loads torch, or it would be loaded twice
 
 from embsearch_dist.config import Config, split_arguments
-from embsearch_dist.dist.context import start
-from embsearch_dist.dist.shared import open_shared
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.base import Run, check_classes, check_stages, run_stages
+from embsearch_dist.ranks.context import start
+from embsearch_dist.ranks.shared import open_shared
 from launch.common import (
     DEFAULT_CONFIG,
     known_options,

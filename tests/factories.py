@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 
 from embsearch_dist.config import Config, load_config
-from embsearch_dist.data.batch import Batch, Position
-from embsearch_dist.data.dataset import BatchMaker, BatchStream
-from embsearch_dist.dist.context import Context
+from embsearch_dist.data.load.batch import Batch, Position
+from embsearch_dist.data.load.dataset import BatchMaker, BatchStream
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.base import Run
+from embsearch_dist.ranks.context import Context
 from embsearch_dist.schema import Field, Schema
 from embsearch_dist.train.metrics import evaluate
 from embsearch_dist.train.monitor import Monitor
@@ -61,7 +61,7 @@ def make_data(folder: Path, rows: int = ROWS) -> Path:
     """
     import polars as pl  # tests that make their data otherwise run without it
 
-    from embsearch_dist.data.prepare import prepare
+    from embsearch_dist.data.prepare.pipeline import prepare
 
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
@@ -88,7 +88,7 @@ def prepared_rows(folder: Path, lines: Sequence[str], field: str) -> Path:
 
     Of 1000 rows 800 are for training, in four files of 4, 4, 4 and 1 row groups, and 100 each for the others, in 2.
     """
-    from embsearch_dist.data.prepare import prepare
+    from embsearch_dist.data.prepare.pipeline import prepare
 
     (folder / "r.csv").write_text(f"y,t,{field},x\n" + "\n".join(lines) + "\n")
     (folder / "r.yaml").write_text(f"files: r.csv\nlabel: y\ntime: t\nfields: {{{field}: categorical, x: dense}}\n")

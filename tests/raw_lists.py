@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from embsearch_dist.data.bags import Bags, offsets_of
-from embsearch_dist.data.batch import Batch, Position
-from embsearch_dist.data.dataset import BatchMaker
-from embsearch_dist.data.prepare import prepare
-from embsearch_dist.data.shards import Rows as DataRows
+from embsearch_dist.data.load.batch import Batch, Position
+from embsearch_dist.data.load.dataset import BatchMaker
+from embsearch_dist.data.prepare.pipeline import prepare
+from embsearch_dist.data.store.bags import Bags, offsets_of
+from embsearch_dist.data.store.shards import Rows as DataRows
 from embsearch_dist.schema import Field, Schema
 
 FIELDS = """

@@ -9,7 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embsearch_dist.schema import Schema, read_json, write_sealed
+from embsearch_dist.files import read_json, write_sealed
+from embsearch_dist.schema import Schema
 
 ODD = ("type", "a.b", "", "x$y_{$", " two  words ", "items", "t__0123456789abcdef01234567", "ünï <b>/..", "w" * 258)
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from embsearch_dist.dist.environment import TUNED
+from embsearch_dist.ranks.environment import TUNED
 from tests.ranks import fork, free_port
 
 Done = subprocess.CompletedProcess[str]

@@ -16,13 +16,14 @@ from typing import Any, ClassVar
 
 from embsearch_dist import written
 from embsearch_dist.config import Config, changed_settings, tell_changed
-from embsearch_dist.data.classes import Classes, count_classes
-from embsearch_dist.data.dataset import BatchStream
-from embsearch_dist.data.unreadable import refuse_others
-from embsearch_dist.dist.context import Context
-from embsearch_dist.dist.same_data import agree_on_left_out, check_same, seen_in_schema, seen_in_shards
+from embsearch_dist.data.load.classes import Classes, count_classes
+from embsearch_dist.data.load.dataset import BatchStream
+from embsearch_dist.data.store.unreadable import refuse_others
 from embsearch_dist.errors import UserError
-from embsearch_dist.schema import Schema, differs, read_sealed, write_sealed
+from embsearch_dist.files import read_sealed, write_sealed
+from embsearch_dist.ranks.context import Context
+from embsearch_dist.ranks.same_data import agree_on_left_out, check_same, seen_in_schema, seen_in_shards
+from embsearch_dist.schema import Schema, differs
 from embsearch_dist.train.lines import compare_lines, lines_of
 
 

@@ -10,9 +10,9 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.data.dataset import BatchStream
-from embsearch_dist.dist.context import Context
+from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.methods.found import budget_of
+from embsearch_dist.ranks.context import Context
 from embsearch_dist.train.metrics import auc
 from embsearch_dist.train.retrain import SubnetTask
 

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
-from embsearch_dist.methods.adass.budget import REFERENCE_WIDTH, Budget, check_feasible, parse_budget
+from embsearch_dist.files import copy_sealed, read_sealed, write_sealed
+from embsearch_dist.methods.budget import REFERENCE_WIDTH, Budget, check_feasible, parse_budget
 from embsearch_dist.precision import MIXED, PRECISIONS
-from embsearch_dist.schema import Schema, copy_sealed, read_sealed, write_sealed
+from embsearch_dist.schema import Schema
 from embsearch_dist.train.metrics import shown
 
 SCORED_POINTS = 4000  # dots of the Pareto picture

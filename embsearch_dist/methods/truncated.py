@@ -14,11 +14,11 @@ from functools import cache
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from embsearch_dist.dist.context import Context
 from embsearch_dist.methods.widest import Moments, Sample, head_gradients, logits_of, unified
-from embsearch_dist.models.backbones import Backbone
-from embsearch_dist.models.ctr import SubnetModel
+from embsearch_dist.models.backbones.additive import Backbone
+from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.precision import rounded
+from embsearch_dist.ranks.context import Context
 from embsearch_dist.train.metrics import score
 
 RIDGE = 1e-6  # of the mean sensitivity: directions that the head does not read keep a place in the basis

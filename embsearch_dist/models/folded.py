@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from embsearch_dist.models.backbones import Backbone
-from embsearch_dist.models.dense import linear
+from embsearch_dist.kernels.linear import linear
+from embsearch_dist.models.backbones.additive import Backbone
 from embsearch_dist.models.pooled import Pooled
 from embsearch_dist.models.unify import MixedIdentity, MixedUnify
 

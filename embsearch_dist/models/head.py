@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from embsearch_dist.config import ModelConfig
-from embsearch_dist.models.backbones import Backbone, make_backbone
-from embsearch_dist.models.dlrm import DLRM
-from embsearch_dist.models.network import read_network
+from embsearch_dist.models.backbones.additive import Backbone, make_backbone
+from embsearch_dist.models.backbones.dlrm import DLRM
 from embsearch_dist.models.pooled import Pooled
 from embsearch_dist.models.room import check_room
 from embsearch_dist.models.unify import MixedIdentity, MixedUnify, NoUnify, SupernetUnify
+from embsearch_dist.networks.network import read_network
 
 
 class Head(nn.Module):

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from embsearch_dist.report import architectures, following, groups, history, sections, served, verdict
+from embsearch_dist.report import following, groups, history, served, verdict
+from embsearch_dist.report import networks as architectures
+from embsearch_dist.report import widths as sections
 from embsearch_dist.report.page import page
 from embsearch_dist.report.runs import load_runs
 from embsearch_dist.report.summary import compare, headline

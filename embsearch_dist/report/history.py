@@ -9,12 +9,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from embsearch_dist.report import groups, maps, page, plots
+from embsearch_dist.report import groups, page, plots
+from embsearch_dist.report import heatmaps as maps
 from embsearch_dist.report.page import Cell, Section
 from embsearch_dist.report.plots import Curve
 from embsearch_dist.report.runs import Run, series
-from embsearch_dist.report.sections import absent
 from embsearch_dist.report.style import render
+from embsearch_dist.report.widths import absent
 
 SEARCH_CURVES = (
     ("Reward, mean of the sampled subnets", "reward", ("reward_mean",)),

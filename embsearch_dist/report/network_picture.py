@@ -15,10 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from embsearch_dist.architecture.architecture import Architecture, Block
-from embsearch_dist.architecture.canonical import prune
-from embsearch_dist.architecture.cost import Cost, network_cost
-from embsearch_dist.architecture.space import Space
+from embsearch_dist.networks.architecture import Architecture, Block
+from embsearch_dist.networks.canonical import prune
+from embsearch_dist.networks.cost import Cost, network_cost
+from embsearch_dist.networks.space import Space
 from embsearch_dist.report.style import WIDTH, Theme, figure, render, si
 
 NAMES = {

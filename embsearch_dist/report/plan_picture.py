@@ -12,10 +12,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from embsearch_dist.dist.infeasible import size
-from embsearch_dist.dist.plan import GIB, MEMORY, TIMES, Plan
-from embsearch_dist.dist.plan_text import ms
 from embsearch_dist.report.style import Theme, figure, render, short
+from embsearch_dist.sharding.infeasible import size
+from embsearch_dist.sharding.plan import GIB, MEMORY, TIMES, Plan
+from embsearch_dist.sharding.plan_text import ms
 
 MAX_PLANS = 8
 

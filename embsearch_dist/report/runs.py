@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.architecture.architecture import FORMAT, KIND, Architecture, read_architecture
-from embsearch_dist.architecture.canonical import key
-from embsearch_dist.architecture.space import Space
-from embsearch_dist.architecture.space import load as load_architecture
 from embsearch_dist.errors import UserError
+from embsearch_dist.files import read_json, read_sealed
 from embsearch_dist.grouped import GROUPS, GroupedAllocation
+from embsearch_dist.networks.architecture import FORMAT, KIND, Architecture, read_architecture
+from embsearch_dist.networks.canonical import key
+from embsearch_dist.networks.space import Space
+from embsearch_dist.networks.space import load as load_architecture
 from embsearch_dist.report.reading import config_text, read_lines, there
-from embsearch_dist.schema import Schema, read_json, read_sealed
+from embsearch_dist.schema import Schema
 from embsearch_dist.train.lines import compare_lines
 from embsearch_dist.written import knows
 

@@ -1,6 +1,6 @@
 """The judgement of a search: what it found against the best uniform width that is not smaller, as words and picture.
 
-Reports and ``tools/compare_budgets.py`` judge by the same rule.
+Reports and ``tools/studies/compare_budgets.py`` judge by the same rule.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from embsearch_dist.schema import Schema, read_json
+from embsearch_dist.files import read_json
+from embsearch_dist.schema import Schema
 from embsearch_dist.serving.programs import PROGRAM_ROWS, RUNNERS
 
 WORDS = {

@@ -12,23 +12,23 @@ import torch
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import ModelConfig
-from embsearch_dist.data.batch import Batch
-from embsearch_dist.dist.sharding import ShardedTables
+from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.errors import UserError
 from embsearch_dist.grouped import GROUPS, GroupedAllocation
 from embsearch_dist.methods.adafs.method import load_searched
 from embsearch_dist.methods.base import Run
-from embsearch_dist.methods.gated import GatedTask
-from embsearch_dist.methods.ihas.field_router import FieldRouter
-from embsearch_dist.methods.ihas.gating import load_gates
+from embsearch_dist.methods.gated.task import GatedTask
+from embsearch_dist.methods.ihas.gates_stage import load_gates
 from embsearch_dist.methods.ihas.retraining import load_groups
-from embsearch_dist.methods.ihas.routed import RoutedModel, Router, open_router
-from embsearch_dist.methods.ihas.router import CentreRouter
-from embsearch_dist.methods.nasrec.searching import RESULT
-from embsearch_dist.models.ctr import SubnetModel
+from embsearch_dist.methods.ihas.routed_model import RoutedModel, Router, open_router
+from embsearch_dist.methods.ihas.router_by_centres import CentreRouter
+from embsearch_dist.methods.ihas.router_by_fields import FieldRouter
+from embsearch_dist.methods.nasrec.evolution_stage import RESULT
+from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.precision import MIXED
 from embsearch_dist.schema import Schema
 from embsearch_dist.serving.tables import Bag, Ids
+from embsearch_dist.sharding.sharded_tables import ShardedTables
 from embsearch_dist.train.retrain import SubnetTask, load_best
 
 Predict = Callable[[Batch], torch.Tensor]

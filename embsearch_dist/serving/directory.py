@@ -26,11 +26,11 @@ import polars as pl
 import torch
 
 from embsearch_dist.data.formats.described import Description
-from embsearch_dist.data.partial import whole_directory
-from embsearch_dist.data.scratch import digest
-from embsearch_dist.data.vocabulary import VOCABULARY, file_name
+from embsearch_dist.data.prepare.partial import whole_directory
+from embsearch_dist.data.prepare.vocabulary import VOCABULARY, file_name
 from embsearch_dist.errors import UserError
-from embsearch_dist.schema import Schema, read_json, read_sealed, write_sealed
+from embsearch_dist.files import digest, read_json, read_sealed, write_sealed
+from embsearch_dist.schema import Schema
 from embsearch_dist.serving.model import build, fill
 
 FORMAT = 1

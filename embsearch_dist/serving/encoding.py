@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import polars as pl
 
-from embsearch_dist.data.bags import offsets_of
-from embsearch_dist.data.encode import standardised
 from embsearch_dist.data.formats.columns import Column, bucket
-from embsearch_dist.data.staging import leading, numbered
+from embsearch_dist.data.prepare.encode import standardised
+from embsearch_dist.data.prepare.staging import leading, numbered
+from embsearch_dist.data.store.bags import offsets_of
 from embsearch_dist.errors import UserError
 from embsearch_dist.serving.directory import ModelDirectory
 from embsearch_dist.serving.tables import Ids, ids_of

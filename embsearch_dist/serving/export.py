@@ -15,12 +15,13 @@ import torch
 
 from embsearch_dist import __version__
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.data.dataset import BatchStream
-from embsearch_dist.data.progress import Progress
-from embsearch_dist.data.vocabulary import VOCABULARY, file_name
+from embsearch_dist.data.load.dataset import BatchStream
+from embsearch_dist.data.prepare.progress import Progress
+from embsearch_dist.data.prepare.vocabulary import VOCABULARY, file_name
 from embsearch_dist.errors import UserError
+from embsearch_dist.files import write_json
 from embsearch_dist.precision import MIXED, PRECISIONS, quantise, served
-from embsearch_dist.schema import Schema, write_json
+from embsearch_dist.schema import Schema
 from embsearch_dist.serving import programs
 from embsearch_dist.serving.card import card
 from embsearch_dist.serving.collect import Collected, ids_of_batch

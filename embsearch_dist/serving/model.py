@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from embsearch_dist.config import ModelConfig
-from embsearch_dist.models.backbones import make_backbone
+from embsearch_dist.models.backbones.additive import make_backbone
 from embsearch_dist.models.folded import FoldedMLP, can_fold
 from embsearch_dist.models.head import Head, make_head
 from embsearch_dist.models.pooled import Pooled
@@ -108,7 +108,7 @@ class Gated(ServedModel):
 
 
 class FieldRouter(nn.Module):
-    """Which group a row belongs to, by a few of its ids: sums of tables, see methods/ihas/field_router.py."""
+    """Which group a row belongs to, by a few of its ids: sums of tables, see methods/ihas/router_by_fields.py."""
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class FieldRouter(nn.Module):
 
 
 class CentreRouter(nn.Module):
-    """The router of the paper: the search's tables and gates, then the nearest centre; see methods/ihas/router.py."""
+    """The router of the paper: the search's tables and gates, then the nearest centre: ``ihas.router_by_centres``."""
 
     def __init__(self, base: Gated, on: str, groups: int) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ class Routed(ServedModel):
         self._folded: list[FoldedMLP | None] = []
 
     def fold(self) -> None:
-        """Once the weights are there: predict as :class:`embsearch_dist.methods.ihas.routed.RoutedModel` does."""
+        """Once the weights are there: predict as :class:`embsearch_dist.methods.ihas.routed_model.RoutedModel` does."""
         for model in self.models:
             head: Any = model.head
             tables: Any = model.tables

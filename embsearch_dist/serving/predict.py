@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 import torch
 
 from embsearch_dist.data.formats.columns import KEPT, Chunk, Reading, Source
-from embsearch_dist.data.scratch import temporary
 from embsearch_dist.errors import UserError
+from embsearch_dist.files import temporary
 from embsearch_dist.serving.directory import ModelDirectory, open_directory
 from embsearch_dist.serving.encoding import RowEncoder, add_counts
 from embsearch_dist.serving.tables import Ids

@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from embsearch_dist.data.batch import Batch
-from embsearch_dist.data.dataset import BatchStream
+from embsearch_dist.data.load.batch import Batch
+from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.train.task import Task
 
 

@@ -22,10 +22,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim.optimizer import Optimizer
 
-from embsearch_dist.dist.context import Context
 from embsearch_dist.errors import UserError
-from embsearch_dist.models.ctr import CTRModel
-from embsearch_dist.schema import read_json, read_sealed, write_json, write_sealed
+from embsearch_dist.files import read_json, read_sealed, write_json, write_sealed
+from embsearch_dist.models.model import CTRModel
+from embsearch_dist.ranks.context import Context
 from embsearch_dist.train import manifest
 from embsearch_dist.train.faults import Faults
 from embsearch_dist.train.manifest import verify

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 import torch
 
 from embsearch_dist.config import nearest
-from embsearch_dist.dist.environment import attempt
 from embsearch_dist.errors import UserError
+from embsearch_dist.ranks.environment import attempt
 
 VARIABLE = "EMBSEARCH_FAULTS"
 # In the order a save passes them. `begin`: nothing written yet; the others: just after that was done.

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torchrec import KeyedTensor
 
-from embsearch_dist.dist.context import Context
-from embsearch_dist.dist.sharding import ShardedTables
+from embsearch_dist.ranks.context import Context
+from embsearch_dist.sharding.sharded_tables import ShardedTables
 
 LOSS, EMBEDDINGS, HEAD = 1, 2, 4
 WHAT = {

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from embsearch_dist.data.batch import Batch
-from embsearch_dist.dist.context import Context
+from embsearch_dist.data.load.batch import Batch
+from embsearch_dist.ranks.context import Context
 from embsearch_dist.schema import Schema
 
 METRICS = ("auc", "logloss", "accuracy")

@@ -14,13 +14,13 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import Config
-from embsearch_dist.data.batch import Batch
-from embsearch_dist.data.dataset import BatchStream
-from embsearch_dist.dist.context import Context
+from embsearch_dist.data.load.batch import Batch
+from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.errors import UserError
-from embsearch_dist.models.ctr import SubnetModel
-from embsearch_dist.models.network import ArchitectureNetwork
-from embsearch_dist.schema import write_sealed
+from embsearch_dist.files import write_sealed
+from embsearch_dist.models.model import SubnetModel
+from embsearch_dist.networks.network import ArchitectureNetwork
+from embsearch_dist.ranks.context import Context
 from embsearch_dist.train.checkpoint import Checkpointer
 from embsearch_dist.train.lines import lines_of
 from embsearch_dist.train.metrics import area_of, evaluate

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.data.dataset import BatchStream
-from embsearch_dist.dist.context import Context
+from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.errors import UserError
 from embsearch_dist.precision import rounded, served
+from embsearch_dist.ranks.context import Context
 from embsearch_dist.train.metrics import area_of, evaluate
 from embsearch_dist.train.retrain import SubnetTask
 

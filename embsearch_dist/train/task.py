@@ -6,8 +6,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from embsearch_dist.data.batch import Batch
-from embsearch_dist.models.ctr import CTRModel
+from embsearch_dist.data.load.batch import Batch
+from embsearch_dist.models.model import CTRModel
 from embsearch_dist.train.monitor import Monitor
 
 

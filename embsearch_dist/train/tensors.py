@@ -15,7 +15,7 @@ from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetada
 from torch.optim.optimizer import Optimizer
 
 from embsearch_dist.errors import UserError
-from embsearch_dist.models.ctr import CTRModel
+from embsearch_dist.models.model import CTRModel
 
 
 def tensors_of(model: CTRModel, optimizer: Optimizer | None, optimizers: bool) -> dict[str, Any]:

@@ -15,11 +15,11 @@ from typing import cast
 import torch
 
 from embsearch_dist.config import OptimConfig, TrainConfig
-from embsearch_dist.data.batch import Batch
-from embsearch_dist.data.dataset import BatchStream
-from embsearch_dist.data.feeding import with_next
-from embsearch_dist.dist.context import Context
+from embsearch_dist.data.load.batch import Batch
+from embsearch_dist.data.load.dataset import BatchStream
+from embsearch_dist.data.load.feeding import with_next
 from embsearch_dist.errors import UserError
+from embsearch_dist.ranks.context import Context
 from embsearch_dist.train import faults, signals
 from embsearch_dist.train.bilevel import BilevelTask, frozen
 from embsearch_dist.train.checkpoint import Checkpointer, SaveError

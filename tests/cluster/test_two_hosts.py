@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from embsearch_dist.dist.environment import OWN_STORE
+from embsearch_dist.ranks.environment import OWN_STORE
 from embsearch_dist.train.faults import VARIABLE
 from embsearch_dist.train.manifest import read_manifest
 from tests.factories import command_line, prepared, write_config

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from embsearch_dist.config import DistConfig, OptimConfig
-from embsearch_dist.dist.adam import moved, numbers
-from embsearch_dist.dist.sharding import ShardedTables, Table
+from embsearch_dist.kernels.adam import moved, numbers
+from embsearch_dist.sharding.sharded_tables import ShardedTables, Table
 from tests.factories import random_batch, rank_context, small_schema, whole_tables
 from tests.ranks import run_ranks
 

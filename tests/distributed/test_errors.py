@@ -11,9 +11,9 @@ import torch
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import DistConfig, RunConfig
-from embsearch_dist.data.batch import Batch
-from embsearch_dist.dist.context import start
+from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.errors import UserError
+from embsearch_dist.ranks.context import start
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.retrain import SubnetTask
 from embsearch_dist.train.trainer import Trainer

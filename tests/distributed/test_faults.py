@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
-from embsearch_dist.methods.adass.supernet import SupernetTask
+from embsearch_dist.methods.adass.supernet_stage import SupernetTask
 from embsearch_dist.train.faults import SAVE_POINTS, VARIABLE
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.retrain import SubnetTask

@@ -12,12 +12,12 @@ import torch
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import DistConfig, OptimConfig
 from embsearch_dist.data.formats import blocks
-from embsearch_dist.data.prepare import prepare
-from embsearch_dist.data.team import from_environment
-from embsearch_dist.dist.sharding import ShardedTables
-from embsearch_dist.dist.tables import Table
-from embsearch_dist.methods.adass.searching import make_scorer
-from embsearch_dist.methods.adass.supernet import SupernetTask
+from embsearch_dist.data.prepare.pipeline import prepare
+from embsearch_dist.data.prepare.team import from_environment
+from embsearch_dist.methods.adass.search_stage import make_scorer
+from embsearch_dist.methods.adass.supernet_stage import SupernetTask
+from embsearch_dist.sharding.sharded_tables import ShardedTables
+from embsearch_dist.sharding.tables import Table
 from embsearch_dist.train.retrain import SubnetTask
 from embsearch_dist.train.task import Task
 from tests.factories import open_run, rank_context, recorded, small_config, train_and_measure, whole_tables

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from embsearch_dist.architecture.canonical import prune
-from embsearch_dist.architecture.sampling import SCHEMES, training_architecture
 from embsearch_dist.methods.base import run_stages
-from embsearch_dist.methods.nasrec.supernet import SupernetTask, load_supernet
-from embsearch_dist.models.masked import MaskedNetwork
-from embsearch_dist.models.sliced import Blocks, SliceAdam, SlicedNetwork
-from embsearch_dist.models.slices import Layout, merged, slices_of
+from embsearch_dist.methods.nasrec.model import Blocks, SliceAdam, SlicedNetwork
+from embsearch_dist.methods.nasrec.supernet_stage import SupernetTask, load_supernet
+from embsearch_dist.networks.canonical import prune
+from embsearch_dist.networks.sampling import SCHEMES, training_architecture
+from embsearch_dist.networks.slices import Layout, merged, slices_of
 from tests.distributed.test_nasrec_ranks import digest
 from tests.factories import open_run, prepared, rank_context, small_config
 from tests.ranks import run_ranks
 from tests.unit.test_nasrec_scoring import NASREC, SPACE, OnlySupernet
+from tools.bench.masked import MaskedNetwork
 
 STEPS, ROWS, FIELDS, COLUMNS = 6, 16, 4, 2
 LR, EPS, BETAS = 0.01, 1e-3, (0.9, 0.99)  # a large eps: gradients of rounding errors alone must not decide

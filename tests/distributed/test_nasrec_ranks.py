@@ -15,16 +15,16 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from embsearch_dist.architecture.canonical import prune
-from embsearch_dist.architecture.sampling import training_architecture
-from embsearch_dist.data.prepare import prepare
+from embsearch_dist.data.prepare.pipeline import prepare
 from embsearch_dist.methods.base import run_stages
 from embsearch_dist.methods.nasrec.method import NASRec
-from embsearch_dist.methods.nasrec.supernet import SupernetTask, load_supernet
-from embsearch_dist.models.masked import MaskedNetwork
+from embsearch_dist.methods.nasrec.supernet_stage import SupernetTask, load_supernet
+from embsearch_dist.networks.canonical import prune
+from embsearch_dist.networks.sampling import training_architecture
 from tests.factories import one_rank, open_run, prepared, rank_context, recorded, small_config, whole_tables
 from tests.ranks import run_ranks
 from tests.unit.test_nasrec_scoring import NASREC, SPACE, OnlySupernet
+from tools.bench.masked import MaskedNetwork
 
 # What a search does before its first generation must not depend on ranks, either.
 START = ["search.prefilter.proxies=[snip,zico,jacob_cov]", "search.prefilter.sample=8", "search.prefilter.rows=64"]

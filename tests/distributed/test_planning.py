@@ -13,8 +13,8 @@ import torch
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import DistConfig, OptimConfig, PlannerConfig
-from embsearch_dist.dist import placing
-from embsearch_dist.dist.sharding import ShardedTables, Table
+from embsearch_dist.sharding import placing
+from embsearch_dist.sharding.sharded_tables import ShardedTables, Table
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.retrain import STAGE, SubnetTask
 from embsearch_dist.train.trainer import Trainer

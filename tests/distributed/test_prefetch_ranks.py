@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.dist.prefetch import InputExchange
+from embsearch_dist.sharding.prefetch import InputExchange
 from embsearch_dist.train.faults import VARIABLE
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.retrain import SubnetTask

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from embsearch_dist.data import heartbeat, partial, vocabulary
 from embsearch_dist.data.formats import blocks
-from embsearch_dist.data.partial import JOB
-from embsearch_dist.data.prepare import prepare
-from embsearch_dist.data.team import Stopped, Team, from_environment
+from embsearch_dist.data.prepare import heartbeat, partial, vocabulary
+from embsearch_dist.data.prepare.partial import JOB
+from embsearch_dist.data.prepare.pipeline import prepare
+from embsearch_dist.data.prepare.team import Stopped, Team, from_environment
 from embsearch_dist.errors import UserError
 from tests.ranks import ROOT, run_ranks
 from tests.raw_clicks import OPTIONS, digest, make_raw
@@ -142,8 +142,8 @@ def test_only_beats_that_stay_away_are_taken_for_death(monkeypatch: pytest.Monke
 
 DYING = """
 import os, signal, sys
-from embsearch_dist.data import heartbeat
-from embsearch_dist.data import prepare as preparing
+from embsearch_dist.data.prepare import heartbeat
+from embsearch_dist.data.prepare import pipeline as preparing
 from embsearch_dist.data.formats import blocks
 from launch import prepare
 heartbeat.BEAT_S, heartbeat.SILENT_BEATS, blocks.BLOCK_BYTES = 0.05, 40, 1000

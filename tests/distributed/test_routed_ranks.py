@@ -11,18 +11,18 @@ import torch
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import DistConfig, OptimConfig
-from embsearch_dist.data.batch import Batch
-from embsearch_dist.data.dataset import read_rows
-from embsearch_dist.data.select import select
-from embsearch_dist.dist.context import Context
-from embsearch_dist.dist.sharding import ShardedTables
-from embsearch_dist.dist.tables import Table
+from embsearch_dist.data.load.batch import Batch
+from embsearch_dist.data.load.dataset import read_rows
+from embsearch_dist.data.load.select import select
 from embsearch_dist.methods.ihas import retraining
-from embsearch_dist.methods.ihas.field_router import FIELD_ROUTER, fit_field_router
 from embsearch_dist.methods.ihas.retraining import inherit
-from embsearch_dist.methods.ihas.routed import RoutedModel, agreement, measure
-from embsearch_dist.models.ctr import SubnetModel
+from embsearch_dist.methods.ihas.routed_model import RoutedModel, agreement, measure
+from embsearch_dist.methods.ihas.router_by_fields import FIELD_ROUTER, fit_field_router
+from embsearch_dist.models.model import SubnetModel
+from embsearch_dist.ranks.context import Context
 from embsearch_dist.schema import Schema
+from embsearch_dist.sharding.sharded_tables import ShardedTables
+from embsearch_dist.sharding.tables import Table
 from tests.factories import open_run, prepared, random_batch, rank_context, small_config, small_schema, whole_tables
 from tests.ranks import run_ranks
 from tests.raw_lists import list_schema, random_lists

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from embsearch_dist.data.manifest import MANIFEST
-from embsearch_dist.data.prepare import prepare
+from embsearch_dist.data.prepare.pipeline import prepare
+from embsearch_dist.data.store.manifest import MANIFEST
 from embsearch_dist.errors import UserError
-from embsearch_dist.schema import read_json, write_sealed
+from embsearch_dist.files import read_json, write_sealed
 from tests.factories import open_run, rank_context, small_config
 from tests.ranks import run_ranks
 

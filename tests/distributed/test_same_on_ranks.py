@@ -11,8 +11,8 @@ import torch
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.methods.adass import layout as layouts
-from embsearch_dist.methods.adass.searching import make_scorer
-from embsearch_dist.methods.adass.supernet import SupernetTask
+from embsearch_dist.methods.adass.search_stage import make_scorer
+from embsearch_dist.methods.adass.supernet_stage import SupernetTask
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.metrics import evaluate
 from embsearch_dist.train.retrain import SubnetTask

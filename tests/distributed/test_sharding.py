@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from embsearch_dist.config import DistConfig, OptimConfig
-from embsearch_dist.dist.sharding import ShardedTables, Table, choose_sharding, initial_block
 from embsearch_dist.errors import UserError
+from embsearch_dist.sharding.sharded_tables import ShardedTables, Table, choose_sharding, initial_block
 from tests.factories import one_rank, random_batch, rank_context, small_schema, whole_tables
 from tests.ranks import run_ranks
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.dist.shared import check_shared
 from embsearch_dist.errors import UserError
+from embsearch_dist.ranks.shared import check_shared
 from embsearch_dist.train.checkpoint import Checkpointer, SaveError
 from embsearch_dist.train.retrain import SubnetTask
 from tests.factories import open_run, prepared, rank_context, small_config

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from embsearch_dist.config import DistConfig, OptimConfig
-from embsearch_dist.dist.statistics import column_sums
 from embsearch_dist.methods.adass.sampling import candidate_variance
-from embsearch_dist.models.embeddings import MaxTables
+from embsearch_dist.models.tables import MaxTables
+from embsearch_dist.sharding.statistics import column_sums
 from tests.factories import rank_context, small_schema, whole_tables
 from tests.ranks import run_ranks
 

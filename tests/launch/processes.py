@@ -25,12 +25,12 @@ def launcher_home(folder: Path) -> dict[str, str]:
     """Make ``folder`` one from which TorchX finds this repository's components; the environment for that."""
     (folder / ".torchxconfig").write_text((ROOT / ".torchxconfig").read_text())
     paths = [str(ROOT)]
-    if not any(ep.value == "launch.dist" for ep in entry_points(group="torchx.components")):
+    if not any(ep.value == "launch.ddp" for ep in entry_points(group="torchx.components")):
         # Not installed in this environment: metadata on the path registers the components just as well.
         info = folder / "site" / "embsearch_dist-0.dist-info"
         info.mkdir(parents=True, exist_ok=True)
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: embsearch_dist\nVersion: 0\n")
-        (info / "entry_points.txt").write_text("[torchx.components]\ndist = launch.dist\n")
+        (info / "entry_points.txt").write_text("[torchx.components]\ndist = launch.ddp\n")
         paths.append(str(info.parent))
     return {"PYTHONPATH": os.pathsep.join(paths), "HOME": str(folder)}
 

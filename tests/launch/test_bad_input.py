@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.schema import Schema, read_json, write_sealed
+from embsearch_dist.files import read_json, write_sealed
+from embsearch_dist.schema import Schema
 from tests.factories import command_line, small_schema
 from tests.launch.processes import LAUNCH, ROOT
 from tests.scripts import fork_ranks

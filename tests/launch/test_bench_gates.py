@@ -12,12 +12,12 @@ import torch
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.methods.ihas.gates import deterministic
-from embsearch_dist.methods.ihas.gating import GatesTask
+from embsearch_dist.methods.ihas.gates_stage import GatesTask
 from embsearch_dist.train.retrain import SubnetTask
 from tests.factories import one_rank
-from tools.bench_gates import Learner, Passes, make_run
+from tools.bench.gates import Learner, Passes, make_run
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_gates.py"
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench" / "gates.py"
 SIZES = ["--table-rows", "3000", "--batch", "64", "--eval-batch", "64", "--rows", "400", "--hidden", "8-4"]
 SMALL = Namespace(precision="float32", batch=64, every=3, steps=2, table_rows=3000)
 STEP = {"batch", "look-up", "forward", "backward", "checks", "tables", "dense update", "whole"}

@@ -1,4 +1,4 @@
-"""``tools/bench_loader.py`` on tiny data: every figure is there and says what it claims."""
+"""``tools/bench/loader.py`` on tiny data: every figure is there and says what it claims."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Done]:
     folder, env = tmp_path_factory.mktemp("bench"), os.environ | {"PYTHONPATH": str(ROOT)}
 
     def run(*words: object) -> Done:
-        done = fork_script(ROOT / "tools" / "bench_loader.py", [*map(str, words)], ROOT, env, 120, folder)
+        done = fork_script(ROOT / "tools" / "bench" / "loader.py", [*map(str, words)], ROOT, env, 120, folder)
         assert done is not None, "not done after 120 s"
         return done
 
@@ -54,4 +54,4 @@ def test_batches_bound_a_pass_and_help_has_commands(data: Path, bench: Callable)
     # 384 rows lie in the first window, which is one row group of 500.
     assert figures["loader_cache_rows"] == "384" and figures["pyarrow_cache_rows"] == "500"
     assert not any(key.startswith("loader_to_trainer") for key in figures)
-    assert "python tools/bench_loader.py --data" in bench("--help").stdout
+    assert "python tools/bench/loader.py --data" in bench("--help").stdout

@@ -14,17 +14,14 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tools")]
-
-import load_server  # noqa: E402
-import serving_memory  # noqa: E402
-import serving_table  # noqa: E402
+sys.path[:0] = [str(ROOT)]
 
 from embsearch_dist.errors import UserError  # noqa: E402
 from embsearch_dist.serving.collect import ids_of_batch  # noqa: E402
 from embsearch_dist.serving.directory import open_directory  # noqa: E402
 from tests.served import exported, run_of, single  # noqa: E402
 from tests.unit.test_serving_models import KINDS  # noqa: E402
+from tools.bench import load_server, serving_memory, serving_table  # noqa: E402
 
 
 @pytest.mark.parametrize("kind", ["first-order weights", "router of fields"])
@@ -80,7 +77,7 @@ def test_the_table_has_every_form_and_the_memory_is_measured(
 ) -> None:
     settings = ["--data.path", data, "--run.dir", tmp_path / "run", "--run.device", "cpu", "--train.epochs", 1]
     run_script("retrain.py", "--config", config, *settings, "--allocation", "ues-4")
-    run, tool = tmp_path / "run" / "retrain" / "ues-4", [sys.executable, ROOT / "tools" / "bench_serving.py"]
+    run, tool = tmp_path / "run" / "retrain" / "ues-4", [sys.executable, ROOT / "tools" / "bench" / "serving.py"]
     words = ["--out", tmp_path / "out", "--precision", "fp32", "int8", "--format", "onnx", "--batches", 1, 100]
     rows = figures([*tool, "programs", "--run", run, *words], tmp_path / "p.csv")
     forms = [("training model", "fp32"), ("plain torch", "fp32"), ("directory", "fp32"), ("onnx", "fp32")]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_train.py"
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench" / "train.py"
 pytestmark = [pytest.mark.launch, pytest.mark.slow]  # every side is a process that loads torch
 
 PEER = """

@@ -16,7 +16,7 @@ import polars as pl
 import pytest
 import torch
 
-from embsearch_dist.schema import read_json
+from embsearch_dist.files import read_json
 from embsearch_dist.serving.collect import ids_of_batch
 from embsearch_dist.serving.directory import open_directory
 from embsearch_dist.serving.programs import OnnxRunner, Program, TorchRunner, exported, save_onnx, save_torch
@@ -66,7 +66,7 @@ def inputs_of(out: Path) -> list:
 
 def rows_of_test(found: pl.DataFrame, out: Path, data: Path) -> np.ndarray:
     """The logits of the rows of the test split, in its order: ``big`` and ``x`` together name a row."""
-    from embsearch_dist.data.encode import standardised
+    from embsearch_dist.data.prepare.encode import standardised
 
     raw = pl.read_csv(data.parent / "clicks.csv")
     scale = read_json(out / "source.json")["dense"]["x"]
@@ -123,7 +123,7 @@ def test_every_kind_of_model_becomes_programs(kind: str, precision: str, data: P
 
 @pytest.mark.slow
 def test_lists_go_into_programs_padded(tmp_path: Path) -> None:
-    from embsearch_dist.data.prepare import prepare
+    from embsearch_dist.data.prepare.pipeline import prepare
     from tests.raw_lists import make_lists
 
     source, _ = make_lists(tmp_path / "raw", rows=1500)

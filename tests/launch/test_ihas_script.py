@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from embsearch_dist.files import read_json, read_sealed, write_json, write_sealed
 from embsearch_dist.grouped import GROUPS, GroupedAllocation
-from embsearch_dist.schema import Schema, read_json, read_sealed, write_json, write_sealed
+from embsearch_dist.schema import Schema
 from tests.factories import command_line, recorded, small_config
 from tests.launch.processes import LAUNCH, TORCHRUN, finish
 

@@ -25,9 +25,9 @@ TINY += ["train.log_every=1", "search.width=8"]
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What ``tools/make_kdd.py`` writes."""
+    """What ``tools/make/kdd.py`` writes."""
     folder = tmp_path_factory.mktemp("kdd") / "raw"
-    words = [sys.executable, str(ROOT / "tools" / "make_kdd.py"), "--out", str(folder), "--rows", str(ROWS)]
+    words = [sys.executable, str(ROOT / "tools" / "make" / "kdd.py"), "--out", str(folder), "--rows", str(ROWS)]
     done = subprocess.run([*words, "--users", "900"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and f"{ROWS:,} rows" in done.stdout, done.stderr
     return folder

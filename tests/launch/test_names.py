@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.data.prepare import prepare
-from embsearch_dist.schema import Schema, read_json
+from embsearch_dist.data.prepare.pipeline import prepare
+from embsearch_dist.files import read_json
+from embsearch_dist.schema import Schema
 from tests.factories import command_line, write_config
 from tests.renamed import ODD, renamed
 

@@ -22,9 +22,9 @@ import pytest
 import yaml
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.architecture.canonical import key
-from embsearch_dist.architecture.cost import network_cost
-from embsearch_dist.architecture.space import load as load_architecture
+from embsearch_dist.networks.canonical import key
+from embsearch_dist.networks.cost import network_cost
+from embsearch_dist.networks.space import load as load_architecture
 from embsearch_dist.schema import Schema
 from launch import retrain, search
 from launch.common import run_main

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embsearch_dist.schema import read_json
+from embsearch_dist.files import read_json
 from tests.factories import command_line, prepared_rows, write_config
 
 COLUMNS = ["--run.tf32", "false", "--train.epochs", "1", "--search.supernet.epochs", "1"]

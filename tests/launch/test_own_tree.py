@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from embsearch_dist.dist.environment import TUNED
+from embsearch_dist.ranks.environment import TUNED
 from tests.launch.processes import ROOT, TORCHRUN, finish
 
 # One write: the ranks of torchrun print unbuffered, into one pipe.
@@ -25,7 +25,7 @@ def copy(tmp_path: Path) -> Path:
     tree = tmp_path / "copy"
     shutil.copytree(ROOT / "launch", tree / "launch")
     (tree / "embsearch_dist" / "dist").mkdir(parents=True)
-    for name in ("__init__.py", "dist/__init__.py", "dist/environment.py"):
+    for name in ("__init__.py", "ranks/__init__.py", "ranks/environment.py"):
         shutil.copy(ROOT / "embsearch_dist" / name, tree / "embsearch_dist" / name)
     for name in ("allocation.py", "config.py"):
         (tree / "embsearch_dist" / name).write_text(STOP)
@@ -55,7 +55,7 @@ def test_so_do_the_ranks_of_torchrun(copy: Path, start: Callable) -> None:
 
 def test_torchx_starts_the_scripts_of_the_tree_one_stands_in(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchx")
-    from launch.dist import _find_script
+    from launch.ddp import _find_script
 
     monkeypatch.chdir(copy)
     assert _find_script("search.py") == "launch/search.py"

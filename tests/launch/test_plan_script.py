@@ -11,13 +11,13 @@ import torch
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import PlannerConfig, load_config
-from embsearch_dist.dist import card
-from embsearch_dist.dist.card import Card
-from embsearch_dist.dist.dry_run import allocation_subject, make_plans
-from embsearch_dist.dist.plan import Topology
-from embsearch_dist.dist.plan_text import to_json
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Field, Schema
+from embsearch_dist.sharding import card
+from embsearch_dist.sharding.card import Card
+from embsearch_dist.sharding.dry_run import allocation_subject, make_plans
+from embsearch_dist.sharding.plan import Topology
+from embsearch_dist.sharding.plan_text import to_json
 from launch.plan import main, take_words
 from tests.factories import CONFIGS
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from embsearch_dist.data.prepare import prepare
-from embsearch_dist.schema import read_json
+from embsearch_dist.data.prepare.pipeline import prepare
+from embsearch_dist.files import read_json
 from tests.raw_clicks import OPTIONS, digest, make_criteo
 
 TORCHX = [sys.executable, "-c", "import sys; from torchx.cli.main import main; sys.exit(main())"]
@@ -24,11 +24,11 @@ def start(tmp_path: Path, repo_root: Path):
     """Run a launcher in a folder where TorchX finds this repository's components."""
     (tmp_path / ".torchxconfig").write_text((repo_root / ".torchxconfig").read_text())
     paths = [str(repo_root)]
-    if not any(ep.value == "launch.dist" for ep in entry_points(group="torchx.components")):
+    if not any(ep.value == "launch.ddp" for ep in entry_points(group="torchx.components")):
         info = tmp_path / "site" / "embsearch_dist-0.dist-info"
         info.mkdir(parents=True)
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: embsearch_dist\nVersion: 0\n")
-        (info / "entry_points.txt").write_text("[torchx.components]\ndist = launch.dist\n")
+        (info / "entry_points.txt").write_text("[torchx.components]\ndist = launch.ddp\n")
         paths.append(str(info.parent))
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
 

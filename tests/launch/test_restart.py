@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from embsearch_dist.dist.environment import store_of_attempt
+from embsearch_dist.ranks.environment import store_of_attempt
 from embsearch_dist.train.faults import SAVE_POINTS, VARIABLE
 from embsearch_dist.train.manifest import read_manifest
 from launch import retrain
@@ -107,7 +107,7 @@ def test_ranks_that_were_started_again_do_not_see_what_dead_ones_have_left(monke
 
 WORKER = """
 import os, sys, time
-from embsearch_dist.dist.environment import attempt, end_restarts
+from embsearch_dist.ranks.environment import attempt, end_restarts
 rank = os.environ["RANK"]
 print(f"attempt {attempt()} of rank {rank}", flush=True)
 time.sleep(0.5 if rank == "0" else 0)  # torchrun must not see the other's end first

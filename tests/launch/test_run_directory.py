@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from embsearch_dist.errors import UserError
+from embsearch_dist.files import read_json, write_json, write_sealed
 from embsearch_dist.rundir import LOCK, foreign, hold, plain_word, release
-from embsearch_dist.schema import read_json, write_json, write_sealed
 from embsearch_dist.written import adopt
 from tests.factories import command_line, small_config
 from tests.launch.test_bad_input import assert_refused

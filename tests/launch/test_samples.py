@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from embsearch_dist.config import load_config
-from embsearch_dist.dist.context import Context
 from embsearch_dist.methods import METHODS
-from embsearch_dist.methods.adass.supernet import SupernetStage
+from embsearch_dist.methods.adass.supernet_stage import SupernetStage
 from embsearch_dist.methods.base import Run, flatten
+from embsearch_dist.ranks.context import Context
 from embsearch_dist.schema import Field, Schema
 
 # (format, raw file, config, rows, fields)

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from embsearch_dist.data import prepare as preparing
-from embsearch_dist.data.team import from_environment
+from embsearch_dist.data.prepare import pipeline as preparing
+from embsearch_dist.data.prepare.team import from_environment
 from embsearch_dist.errors import UserError
 from embsearch_dist.rundir import LOCK
 from launch import evaluate, prepare, report, retrain, search

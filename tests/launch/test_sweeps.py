@@ -1,4 +1,4 @@
-"""The sweeps of tools/corruption.py and tools/kills.py: nothing silently different, no traceback, no hang."""
+"""The sweeps of corruption.py and kills.py in tools/breaking: nothing silently different, no traceback, no hang."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def sweep(tool: str, out: Path, *words: object) -> tuple[list[dict[str, Any]], str]:
     """Run a tool to its end; its cases and what it printed. Its exit code says whether any case is bad."""
-    command = [sys.executable, str(ROOT / "tools" / tool), "--out", str(out), *map(str, words)]
+    command = [sys.executable, str(ROOT / "tools" / "breaking" / tool), "--out", str(out), *map(str, words)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -23,7 +23,8 @@ from torchx.specs.file_linter import validate
 from torchx.specs.finder import ComponentValidationException
 
 from embsearch_dist.data.formats import FORMATS
-from launch import components, dist
+from launch import components
+from launch import ddp as dist
 from tests.launch.processes import DIST_DDP, finish
 
 WORKER = """
@@ -75,7 +76,7 @@ def test_single_node_appdef() -> None:
     assert (app.name, role.name, role.num_replicas, role.entrypoint) == ("search", "search", 1, "bash")
     assert role.args == [
         "-c",
-        f'eval "$$({PYTHON} -m embsearch_dist.dist.environment --ranks 4 --nodes 1)"; '
+        f'eval "$$({PYTHON} -m embsearch_dist.ranks.environment --ranks 4 --nodes 1)"; '
         f"exec {PYTHON} -m torch.distributed.run "
         "--standalone --local-addr localhost --nnodes 1 --nproc-per-node 4 --max-restarts 2 --tee 3 --role '' "
         "-- launch/search.py --config 'a b.yaml' --run.dir runs/x",
@@ -97,7 +98,7 @@ def test_multi_node_appdef_uses_the_c10d_rendezvous() -> None:
     assert "--nnodes 2:4 --nproc-per-node 8" in role.args[1]
     assert "--standalone" not in role.args[1]
     assert (role.resource.cpu, role.resource.memMB, role.resource.gpu) == (16, 32000, 8)
-    assert "-m embsearch_dist.dist.environment --ranks 8 --nodes 4 --cores 16)" in role.args[1]
+    assert "-m embsearch_dist.ranks.environment --ranks 8 --nodes 4 --cores 16)" in role.args[1]
     assert not {"OMP_NUM_THREADS", "OMP_WAIT_POLICY"} & role.env.keys()  # those of the node count, not of this machine
 
 

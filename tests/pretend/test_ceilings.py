@@ -30,7 +30,7 @@ CEILINGS = {
 
 def counted(side: str, data: Path) -> tuple[float, float, str]:
     from embsearch_dist.config import load_config
-    from embsearch_dist.dist.context import start
+    from embsearch_dist.ranks.context import start
     from tools.pretend import count
 
     config = load_config(count.CONFIGS, None, count.SMALL, "ues")

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from embsearch_dist.config import DistConfig, OptimConfig
-from embsearch_dist.dist.context import Context
-from embsearch_dist.dist.sharding import ShardedTables
-from embsearch_dist.dist.tables import Table
+from embsearch_dist.ranks.context import Context
 from embsearch_dist.schema import Schema
+from embsearch_dist.sharding.sharded_tables import ShardedTables
+from embsearch_dist.sharding.tables import Table
 from tests.factories import one_rank
 from tests.pretend.worker import Worker
 from tests.raw_lists import list_schema, random_lists

@@ -11,10 +11,19 @@ import pytest
 import torch
 
 from embsearch_dist.config import DistConfig, OptimConfig
-from embsearch_dist.dist import adam as module
-from embsearch_dist.dist.adam import Bags, Layout, Numbers, kernel, numbers, update, update_by_kernel, update_by_torch
-from embsearch_dist.dist.sharding import ShardedTables, Table
-from embsearch_dist.models.ctr import SupernetModel
+from embsearch_dist.kernels import adam as module
+from embsearch_dist.kernels.adam import (
+    Bags,
+    Layout,
+    Numbers,
+    kernel,
+    numbers,
+    update,
+    update_by_kernel,
+    update_by_torch,
+)
+from embsearch_dist.models.model import SupernetModel
+from embsearch_dist.sharding.sharded_tables import ShardedTables, Table
 from tests.factories import (
     one_rank,
     optimizer_state,

@@ -11,9 +11,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from embsearch_dist.data import advice
-from embsearch_dist.data.encode import Encoder
-from embsearch_dist.data.prepare import prepare, summary
+from embsearch_dist.data.prepare import advice
+from embsearch_dist.data.prepare.encode import Encoder
+from embsearch_dist.data.prepare.pipeline import prepare, summary
 from embsearch_dist.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

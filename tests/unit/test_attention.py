@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from embsearch_dist import doctor
-from embsearch_dist.models import attention as module
-from embsearch_dist.models.attention import attention, kernel
+from embsearch_dist.kernels import attention as module
+from embsearch_dist.kernels.attention import attention, kernel
 
 SHAPES = [(3, 1, 1, 1), (2, 5, 2, 1), (4, 16, 8, 2), (3, 17, 8, 2), (2, 40, 2, 3), (2, 33, 4, 4), (1, 256, 2, 8)]
 
@@ -143,10 +143,10 @@ def test_what_is_no_number_stays_none(value: float) -> None:
 
 def test_the_doctor_says_whether_it_is_compiled(tmp_path: Path) -> None:
     assert doctor.check_kernel(tmp_path).status == doctor.WARN
-    for folder, name in (("models", "_attention"), ("dist", "_adam")):
+    (tmp_path / "kernels").mkdir()
+    for name in ("_attention", "_adam"):
         assert name[1:] in doctor.check_kernel(tmp_path).detail
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / f"{name}{importlib.machinery.EXTENSION_SUFFIXES[0]}").touch()
+        (tmp_path / "kernels" / f"{name}{importlib.machinery.EXTENSION_SUFFIXES[0]}").touch()
     assert doctor.check_kernel(tmp_path).status == doctor.OK
 
 

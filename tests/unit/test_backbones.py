@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from embsearch_dist.models.backbones import Backbone, make_backbone
+from embsearch_dist.models.backbones.additive import Backbone, make_backbone
 
 FIELDS, WIDTH, ROWS = 5, 6, 9
 KINDS = ["wide_deep", "deepfm", "fm"]

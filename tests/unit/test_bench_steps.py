@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.factories import one_rank, small_config
-from tools.bench_steps import CRITEO, cardinalities, make_rows, ours
+from tools.bench.steps import CRITEO, cardinalities, make_rows, ours
 
 PARTS = {"feeding", "look-up", "forward", "backward", "checks", "tables", "dense update"}
 
@@ -24,7 +24,7 @@ def test_table_sizes_add_up_to_about_what_was_asked_for() -> None:
 @pytest.mark.parametrize("kind", ["ues", "supernet"])
 def test_a_step_has_all_parts_and_trains_tables_and_head(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[torch.nn.Module] = []
-    import tools.bench_steps as bench
+    import tools.bench.steps as bench
 
     for name in ("SubnetModel", "SupernetModel"):
         build = getattr(bench, name)

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.factories import one_rank
 
-TOOLS = str(Path(__file__).resolve().parents[2] / "tools")
-
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(TOOLS)
-    sys.modules.pop("bench_tables", None)
-    import bench_tables
+def bench() -> Any:
+    from tools.bench import table_steps
 
-    return bench_tables
+    return table_steps
 
 
 def test_sides_take_turns_and_are_compared_with_the_first(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:

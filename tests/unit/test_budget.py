@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from embsearch_dist.errors import UserError
-from embsearch_dist.methods.adass.budget import (
+from embsearch_dist.methods.budget import (
     check_feasible,
     cost_table,
     knapsack,

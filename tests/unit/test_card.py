@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from embsearch_dist.config import PlannerConfig
-from embsearch_dist.dist import card as module
-from embsearch_dist.dist.card import DEFAULT, GIB, Card, fill, fill_together, origin, read_card, smallest
-from embsearch_dist.dist.context import Context
-from embsearch_dist.dist.plan import Topology
 from embsearch_dist.errors import UserError
+from embsearch_dist.ranks.context import Context
+from embsearch_dist.sharding import card as module
+from embsearch_dist.sharding.card import DEFAULT, GIB, Card, fill, fill_together, origin, read_card, smallest
+from embsearch_dist.sharding.plan import Topology
 
 H100 = Card("NVIDIA H100 80GB HBM3", 79.2, 3120.0)
 L4 = Card("NVIDIA L4", 22.0, 279.4)

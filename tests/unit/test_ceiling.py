@@ -23,7 +23,7 @@ BEST = {"left": 8, "big": 2, "right": 4, "idle": 0}
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT))
-    return importlib.import_module("tools.ceiling")
+    return importlib.import_module("tools.studies.ceiling")
 
 
 def climb(tool: ModuleType, data: Path, out: Path, monkeypatch: pytest.MonkeyPatch, models: int) -> Any:

@@ -15,8 +15,8 @@ import torch
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
-from embsearch_dist.models.ctr import SubnetModel
-from embsearch_dist.schema import read_json, write_json
+from embsearch_dist.files import read_json, write_json
+from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.train.checkpoint import Checkpointer, SaveError, verify
 from embsearch_dist.train.faults import SAVE_POINTS, Faults, parse
 from embsearch_dist.train.manifest import write_manifest

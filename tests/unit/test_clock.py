@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tools import clock
+from tools.bench import clock
 
 
 class Card:
@@ -70,7 +70,7 @@ def test_marks_on_the_cpu_are_the_hosts_clock(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_benchmarks_parts_hold_the_work_that_was_started_in_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tools.bench_steps import Clock
+    from tools.bench.steps import Clock
 
     card = Card(monkeypatch)
     parts = Clock("cuda")

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from embsearch_dist.data.batch import Batch
-from embsearch_dist.methods.ihas import grouping
+from embsearch_dist.data.load.batch import Batch
+from embsearch_dist.methods.ihas import groups_stage as grouping
 from embsearch_dist.methods.ihas.kmeans import KMeans
 from embsearch_dist.train.monitor import Monitor
 from tests.factories import one_rank, open_run, prepared, recorded, small_config

@@ -14,7 +14,7 @@ import yaml
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import load_config
-from embsearch_dist.schema import write_json
+from embsearch_dist.files import write_json
 from tests.factories import CONFIGS, small_schema
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,9 +24,8 @@ FOUND = {"f0": 6, "f1": 8, "f2": 2}  # 620 parameters, 19% of UES-32
 
 
 @pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    return importlib.import_module("compare_budgets")
+def tool() -> ModuleType:
+    return importlib.import_module("tools.studies.compare_budgets")
 
 
 def call(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> None:

@@ -20,15 +20,13 @@ PLANS = sorted((ROOT / "configs" / "comparisons").glob("*.yaml"))
 
 
 @pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    return importlib.import_module("compare_methods")
+def tool() -> ModuleType:
+    return importlib.import_module("tools.studies.compare_methods")
 
 
 @pytest.fixture
-def ranks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    return importlib.import_module("nasrec_ranks")
+def ranks() -> ModuleType:
+    return importlib.import_module("tools.studies.nasrec_ranks")
 
 
 def write_plan(path: Path, runs: dict[str, Any]) -> Path:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embsearch_dist.data.criteo_crosses import HINGES, MOST, TRIPLES, hinge_moments, hinge_part, triple_part
-from embsearch_dist.data.criteo_like import (
+from embsearch_dist.data.planted.criteo_crosses import HINGES, MOST, TRIPLES, hinge_moments, hinge_part, triple_part
+from embsearch_dist.data.planted.criteo_like import (
     BASE_RATE,
     CATEGORIES,
     PAIRS,
@@ -20,8 +20,8 @@ from embsearch_dist.data.criteo_like import (
     model,
 )
 from embsearch_dist.errors import UserError
-from embsearch_dist.schema import read_json
-from tools.make_criteo import main, make
+from embsearch_dist.files import read_json
+from tools.make.criteo import main, make
 
 N = 40_000
 NAMES = [c.name for c in CATEGORIES]

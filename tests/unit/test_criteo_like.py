@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embsearch_dist.data import criteo_like
-from embsearch_dist.data.criteo_like import (
+from embsearch_dist.data.formats import LABEL, open_source
+from embsearch_dist.data.planted import criteo_like
+from embsearch_dist.data.planted.criteo_like import (
     BASE_RATE,
     CATEGORIES,
     NUMBERS,
@@ -26,10 +27,9 @@ from embsearch_dist.data.criteo_like import (
     model,
     value_names,
 )
-from embsearch_dist.data.formats import LABEL, open_source
 from embsearch_dist.errors import UserError
-from embsearch_dist.schema import read_json
-from tools.make_criteo import CHUNK_ROWS, main, make
+from embsearch_dist.files import read_json
+from tools.make.criteo import CHUNK_ROWS, main, make
 
 CATEGORY = {c.name: c for c in CATEGORIES}
 

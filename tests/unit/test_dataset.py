@@ -13,11 +13,11 @@ import pytest
 import torch
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
-from embsearch_dist.data import dataset as module
-from embsearch_dist.data.batch import Batch, Position
-from embsearch_dist.data.dataset import BatchStream, open_split, read_rows
-from embsearch_dist.data.prepare import prepare
-from embsearch_dist.data.shards import Shards
+from embsearch_dist.data.load import dataset as module
+from embsearch_dist.data.load.batch import Batch, Position
+from embsearch_dist.data.load.dataset import BatchStream, open_split, read_rows
+from embsearch_dist.data.prepare.pipeline import prepare
+from embsearch_dist.data.store.shards import Shards
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Schema
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embsearch_dist.data.batch import Batch
-from embsearch_dist.data.dataset import BatchStream
+from embsearch_dist.data.load.batch import Batch
+from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.schema import Schema
 from tests.factories import prepared_rows
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from embsearch_dist.models.backbones import make_backbone
-from embsearch_dist.models.dense import Linear, fm, linear, pair_products, pairs
+from embsearch_dist.kernels.linear import Linear, fm, linear, pair_products, pairs
+from embsearch_dist.models.backbones.additive import make_backbone
 
 
 def values(*shape: int, seed: int) -> torch.Tensor:

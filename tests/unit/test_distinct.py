@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.models.backbones import Backbone
-from embsearch_dist.models.ctr import SubnetModel
+from embsearch_dist.models.backbones.additive import Backbone
 from embsearch_dist.models.distinct import distinct_candidates
+from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.models.unify import MixedUnify
 from embsearch_dist.schema import Field, Schema
 from tests.factories import one_rank, random_batch, set_tables, small_config, whole_tables

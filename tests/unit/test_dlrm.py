@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from embsearch_dist.errors import UserError
-from embsearch_dist.models.dlrm import DLRM
+from embsearch_dist.models.backbones.dlrm import DLRM
 
 ROWS, FIELDS, WIDTH = 7, 4, 3
 

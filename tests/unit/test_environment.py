@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from embsearch_dist.config import DistConfig, RunConfig
-from embsearch_dist.dist.context import set_products, start
-from embsearch_dist.dist.environment import (
+from embsearch_dist.errors import UserError
+from embsearch_dist.ranks.context import set_products, start
+from embsearch_dist.ranks.environment import (
     GLIBC_TUNABLES,
     OWN_STORE,
     available_cores,
@@ -21,7 +22,6 @@ from embsearch_dist.dist.environment import (
     launcher_environment,
     tuned_environment,
 )
-from embsearch_dist.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_a_node_of_a_cluster_has_its_cores_alone_and_time_to_save() -> None:
 
 
 def test_a_shell_takes_the_variables_over(repo_root: Path) -> None:
-    script = f'eval "$({sys.executable} -m embsearch_dist.dist.environment --ranks 3 --cores 13)"; '
+    script = f'eval "$({sys.executable} -m embsearch_dist.ranks.environment --ranks 3 --cores 13)"; '
     script += "echo $OMP_NUM_THREADS $GLIBC_TUNABLES $TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
     unset = ("OMP_NUM_THREADS", "GLIBC_TUNABLES", OWN_STORE)
     env = {k: v for k, v in os.environ.items() if k not in unset} | {"PYTHONPATH": str(repo_root)}
@@ -80,7 +80,7 @@ def test_cores_are_within_the_affinity() -> None:
 
 SCRIPT = """
 import os, sys
-from embsearch_dist.dist.environment import reexec_with_tuned_environment
+from embsearch_dist.ranks.environment import reexec_with_tuned_environment
 print("start", flush=True)
 reexec_with_tuned_environment()
 import json

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from embsearch_dist.data import dataset as module
-from embsearch_dist.data.batch import Batch
-from embsearch_dist.data.dataset import BatchStream
-from embsearch_dist.data.feeding import ALIGN, FLYING, Feeder, one_ahead
+from embsearch_dist.data.load import dataset as module
+from embsearch_dist.data.load.batch import Batch
+from embsearch_dist.data.load.dataset import BatchStream
+from embsearch_dist.data.load.feeding import ALIGN, FLYING, Feeder, one_ahead
 from embsearch_dist.schema import Schema
 from tests.factories import prepared
 from tests.raw_lists import prepared_lists
@@ -23,8 +23,8 @@ CUDA = torch.device("cuda", 0)
 
 
 class LateLane:
-    """Stands for :class:`embsearch_dist.data.feeding.Lane`: a copy is done when somebody waits for it, no sooner, and
-    its event passes ``lag`` copies after that."""
+    """Stands for :class:`embsearch_dist.data.load.feeding.Lane`: a copy is done when somebody waits for it, no sooner,
+    and its event passes ``lag`` copies after that."""
 
     def __init__(self, device: torch.device = CUDA, lag: int = 1) -> None:
         self.thread, self.lag = threading.current_thread(), lag

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from embsearch_dist.data.dataset import read_rows
+from embsearch_dist.data.load.dataset import read_rows
 from embsearch_dist.errors import UserError
+from embsearch_dist.files import read_json, read_sealed, write_json, write_sealed
 from embsearch_dist.methods.base import Run
-from embsearch_dist.methods.ihas import field_router
-from embsearch_dist.methods.ihas.field_router import (
+from embsearch_dist.methods.ihas import router_by_fields as field_router
+from embsearch_dist.methods.ihas.routed_model import open_router
+from embsearch_dist.methods.ihas.router_by_fields import (
     FIELD_ROUTER,
     FieldRouter,
     can_route,
@@ -22,8 +24,7 @@ from embsearch_dist.methods.ihas.field_router import (
     load_field_router,
     read_assignment,
 )
-from embsearch_dist.methods.ihas.routed import open_router
-from embsearch_dist.schema import Field, Schema, read_json, read_sealed, write_json, write_sealed
+from embsearch_dist.schema import Field, Schema
 from tests.factories import one_rank, open_run, prepared, random_batch, small_config, small_schema
 from tests.raw_lists import list_schema, prepared_lists, random_lists
 

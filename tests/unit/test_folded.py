@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.models.backbones import make_backbone
-from embsearch_dist.models.ctr import SubnetModel
+from embsearch_dist.models.backbones.additive import make_backbone
 from embsearch_dist.models.folded import FoldedMLP, can_fold
+from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.models.pooled import Pooled
 from embsearch_dist.models.unify import MixedUnify, NoUnify
 from tests.factories import one_rank, random_batch, small_config, small_schema

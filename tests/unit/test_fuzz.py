@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.architecture.architecture import Architecture
-from embsearch_dist.data.manifest import MANIFEST, compare_ends, identity
+from embsearch_dist.data.store.manifest import MANIFEST, compare_ends, identity
 from embsearch_dist.errors import UserError
+from embsearch_dist.files import read_json, write_json
 from embsearch_dist.grouped import GROUPS, GroupedAllocation
+from embsearch_dist.networks.architecture import Architecture
 from embsearch_dist.report.reading import read_lines
-from embsearch_dist.schema import Schema, read_json, write_json
+from embsearch_dist.schema import Schema
 from embsearch_dist.train.lines import compare_lines, lines_of
 from embsearch_dist.train.monitor import Monitor
 from launch.common import read_run_config

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from embsearch_dist.dist.context import Context
+from embsearch_dist.ranks.context import Context
 from embsearch_dist.train.metrics import score
 from tests.factories import one_rank
 from tools.gpucheck import agreement, facts, lookups, scoring, speed, storing, traffic
@@ -151,7 +151,7 @@ class OneRank(Lab):
 def test_look_ups_that_forget_to_average_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lab = OneRank(tmp_path)
     assert lookups.compare(lab, one_rank(), "adagrad", weighted=False) < 1e-6
-    monkeypatch.setattr("embsearch_dist.dist.sharding.divide_means", lambda pooled, *_: pooled)
+    monkeypatch.setattr("embsearch_dist.sharding.sharded_tables.divide_means", lambda pooled, *_: pooled)
     assert lookups.compare(lab, one_rank(), "adagrad", weighted=False) > 0.1
 
 
@@ -229,7 +229,7 @@ def test_a_step_that_waits_too_often_is_found(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_peer_that_is_another_model_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embsearch_dist.models.backbones.fm", lambda u: 100 * u.sum((1, 2)))
+    monkeypatch.setattr("embsearch_dist.models.backbones.additive.fm", lambda u: 100 * u.sum((1, 2)))
     with pytest.raises(Wrong, match="bags: with our weights its logits are"):
         speed.peer(OneRank(tmp_path))
 

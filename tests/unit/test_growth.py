@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from embsearch_dist.config import DistConfig, OptimConfig, load_config
-from embsearch_dist.dist.statistics import column_sums
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.adass.config import SamplingConfig
 from embsearch_dist.methods.adass.distinct import describe
 from embsearch_dist.methods.adass.sampling import Sampler, column_variance, own_columns
 from embsearch_dist.models.distinct import candidate_mask
-from embsearch_dist.models.embeddings import MaxTables
+from embsearch_dist.models.tables import MaxTables
+from embsearch_dist.sharding.statistics import column_sums
 from tests.factories import CONFIGS, one_rank, small_schema, whole_tables
 
 SCHEMA = small_schema(1000, 50, 10)

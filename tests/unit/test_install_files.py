@@ -132,7 +132,7 @@ def test_every_package_folder_is_installed(repo_root: Path) -> None:
 
 def test_torchx_registration(repo_root: Path, setup_call: dict) -> None:
     entries = dict(line.split(" = ") for line in setup_call["entry_points"]["torchx.components"])
-    assert entries["dist"] == "launch.dist"
+    assert entries["dist"] == "launch.ddp"
     assert entries["utils"] == "torchx.components.utils"  # else ours would hide TorchX's own
     config = configparser.ConfigParser()
     config.read(repo_root / ".torchxconfig")
@@ -210,8 +210,8 @@ class FakeSetup:
         shutil.copy(root / "tools" / "setup.sh", self.tree / "tools")
         shutil.copytree(root / "requirements", self.tree / "requirements")
         shutil.copy(root / "setup.py", self.tree)
-        (self.tree / "embsearch_dist" / "models").mkdir(parents=True)
-        shutil.copy(root / "embsearch_dist" / "models" / "attention.c", self.tree / "embsearch_dist" / "models")
+        (self.tree / "embsearch_dist" / "kernels").mkdir(parents=True)
+        shutil.copy(root / "embsearch_dist" / "kernels" / "attention.c", self.tree / "embsearch_dist" / "kernels")
         self.python = folder / "python"
         self.python.write_text(FAKE_PYTHON)
         self.python.chmod(0o755)

@@ -17,15 +17,16 @@ import torch.distributed as dist
 
 from embsearch_dist.data.formats import LABEL, blocks, kdd2012, open_source
 from embsearch_dist.data.formats.kdd2012 import IDS, LARGEST_USER, NUMBERS
-from embsearch_dist.data.prepare import prepare
-from embsearch_dist.data.shards import column_types
-from embsearch_dist.data.team import Team
-from embsearch_dist.data.vocabulary import load_values
+from embsearch_dist.data.prepare.pipeline import prepare
+from embsearch_dist.data.prepare.team import Team
+from embsearch_dist.data.prepare.vocabulary import load_values
+from embsearch_dist.data.store.shards import column_types
 from embsearch_dist.errors import UserError
-from embsearch_dist.schema import SPLITS, Schema, read_json
+from embsearch_dist.files import read_json
+from embsearch_dist.schema import SPLITS, Schema
 from tests.kdd_files import line, make_kdd, plain_rows, write_kdd
 from tests.raw_clicks import OPTIONS, digest
-from tools.make_kdd import AGES, BASE_RATE, CHUNK_ROWS, GENDERS, NOBODY, PAIRS, RANKS, UNTOLD, KddLike, Pair, main, make
+from tools.make.kdd import AGES, BASE_RATE, CHUNK_ROWS, GENDERS, NOBODY, PAIRS, RANKS, UNTOLD, KddLike, Pair, main, make
 
 BLOCK = 3000  # bytes: 1000 rows come in some twenty chunks
 
@@ -242,7 +243,9 @@ def test_other_profiles_are_other_work(tmp_path: Path) -> None:
     """What an earlier start left belongs to the profiles it was joined with."""
     make_kdd(tmp_path / "raw", rows=200)
     with pytest.MonkeyPatch.context() as broken:
-        broken.setattr("embsearch_dist.data.prepare.build_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        broken.setattr(
+            "embsearch_dist.data.prepare.pipeline.build_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             prepare("kdd2012", tmp_path / "raw", tmp_path / "out", min_count=1, **OPTIONS)
     assert (tmp_path / "out.partial" / "stage" / "all.json").exists()

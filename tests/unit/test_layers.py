@@ -14,12 +14,16 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = [  # from the ground up; what stands in one line does not know each other
     {"errors", "compiled", "pipes", "lockfile"},
     {"precision", "written", "doctor"},
+    {"files"},
     {"rundir"},
     {"config", "schema"},
     {"allocation"},
     {"grouped"},
-    {"architecture", "data", "width_table"},
-    {"dist"},
+    {"kernels"},
+    {"data", "width_table"},
+    {"ranks"},
+    {"sharding"},
+    {"networks"},
     {"models"},
     {"train"},
     {"methods"},
@@ -67,6 +71,18 @@ def between_places(imports: Mapping[str, set[str]]) -> dict[str, dict[str, str]]
     return found
 
 
+def between_rooms(imports: Mapping[str, set[str]]) -> dict[str, dict[str, set[str]]]:
+    """Folder -> what lies directly in it -> what else there it imports. A package's own ``__init__`` may import all."""
+    found: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for name, others in imports.items():
+        for other in others:
+            a, b = name.split("."), other.split(".")
+            same = next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+            if same < min(len(a), len(b)):
+                found[".".join(a[:same])][a[same]].add(b[same])
+    return found
+
+
 def check_circles(graph: Mapping[str, set[str]]) -> None:
     try:
         TopologicalSorter(graph).prepare()
@@ -80,6 +96,13 @@ def test_no_circle_of_files() -> None:
 
 def test_no_circle_of_folders() -> None:
     check_circles({name: set(others) for name, others in between_places(imports_of()).items()})
+
+
+def test_no_circle_inside_a_folder() -> None:
+    rooms = between_rooms(imports_of())
+    assert {"embsearch_dist.data", "embsearch_dist.methods"} <= rooms.keys()
+    for graph in rooms.values():
+        check_circles(graph)
 
 
 def test_layers_look_down() -> None:

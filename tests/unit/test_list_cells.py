@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from embsearch_dist.data.formats.columns import Bag, Rows
-from embsearch_dist.data.prepare import prepare
+from embsearch_dist.data.prepare.pipeline import prepare
 from embsearch_dist.errors import UserError
 
 

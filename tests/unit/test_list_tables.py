@@ -12,15 +12,15 @@ from torchrec import EmbeddingBagCollection
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import DistConfig, OptimConfig
-from embsearch_dist.data.prepare import prepare
-from embsearch_dist.dist.plan import Topology
-from embsearch_dist.dist.planning import make_plan
-from embsearch_dist.dist.sharding import ShardedTables
-from embsearch_dist.dist.tables import Table, make_collection
+from embsearch_dist.data.prepare.pipeline import prepare
 from embsearch_dist.methods.adass.scorer import SubnetScorer
-from embsearch_dist.models.ctr import SupernetModel
-from embsearch_dist.models.embeddings import MixedTables
+from embsearch_dist.models.model import SupernetModel
+from embsearch_dist.models.tables import MixedTables
 from embsearch_dist.schema import Schema
+from embsearch_dist.sharding.plan import Topology
+from embsearch_dist.sharding.planning import make_plan
+from embsearch_dist.sharding.sharded_tables import ShardedTables
+from embsearch_dist.sharding.tables import Table, make_collection
 from embsearch_dist.train.metrics import evaluate
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.retrain import SubnetTask

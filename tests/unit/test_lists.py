@@ -11,15 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embsearch_dist.data import encode, staging, vocabulary
-from embsearch_dist.data.bags import Bags, offsets_of
-from embsearch_dist.data.batch import Batch
-from embsearch_dist.data.dataset import BatchStream, open_split, read_rows
 from embsearch_dist.data.formats import blocks
-from embsearch_dist.data.prepare import prepare, summary
-from embsearch_dist.data.scratch import save_record
-from embsearch_dist.data.splits import random_split
-from embsearch_dist.data.vocabulary import load_values
+from embsearch_dist.data.load.batch import Batch
+from embsearch_dist.data.load.dataset import BatchStream, open_split, read_rows
+from embsearch_dist.data.prepare import encode, staging, vocabulary
+from embsearch_dist.data.prepare.pipeline import prepare, summary
+from embsearch_dist.data.prepare.scratch import save_record
+from embsearch_dist.data.prepare.splits import random_split
+from embsearch_dist.data.prepare.vocabulary import load_values
+from embsearch_dist.data.store.bags import Bags, offsets_of
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import SPLITS, Schema
 from tests.raw_clicks import digest

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from embsearch_dist.config import load_config
-from embsearch_dist.dist.sharding import ShardedTables
-from embsearch_dist.dist.tables import Table, module_name
 from embsearch_dist.errors import UserError
+from embsearch_dist.sharding.sharded_tables import ShardedTables
+from embsearch_dist.sharding.tables import Table, module_name
 from tests.factories import CONFIGS, one_rank, optimizer_state, whole_tables
 from tests.renamed import ODD
 

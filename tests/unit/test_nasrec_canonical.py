@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embsearch_dist.architecture.architecture import Architecture, Block
-from embsearch_dist.architecture.canonical import MAX_ORDERS, canonical, key, prune
-from embsearch_dist.architecture.sampling import SCHEMES, draw
-from embsearch_dist.architecture.space import SPACES, Space, full
+from embsearch_dist.networks.architecture import Architecture, Block
+from embsearch_dist.networks.canonical import MAX_ORDERS, canonical, key, prune
+from embsearch_dist.networks.sampling import SCHEMES, draw
+from embsearch_dist.networks.space import SPACES, Space, full
 
 FULL = SPACES["full"]
 PLAIN = Block(("fc",), 16, ("efc",), 16, (0,), (0,), (0,), (0,), False, False)

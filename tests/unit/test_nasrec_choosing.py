@@ -12,14 +12,15 @@ import pytest
 import torch
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.architecture.sampling import SCHEMES, draw
-from embsearch_dist.architecture.space import Space
-from embsearch_dist.data.dataset import BatchStream
+from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.errors import UserError
+from embsearch_dist.files import read_sealed
 from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.nasrec import choosing
 from embsearch_dist.methods.nasrec.choosing import candidate_files, chosen, reason, train_best
-from embsearch_dist.schema import Schema, read_sealed
+from embsearch_dist.networks.sampling import SCHEMES, draw
+from embsearch_dist.networks.space import Space
+from embsearch_dist.schema import Schema
 from embsearch_dist.train.metrics import evaluate
 from embsearch_dist.train.retrain import load_best
 from launch.common import open_retraining

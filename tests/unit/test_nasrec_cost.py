@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from embsearch_dist.architecture import cost as c
-from embsearch_dist.architecture.architecture import Architecture, Block
-from embsearch_dist.architecture.canonical import canonical
-from embsearch_dist.architecture.cost import Cost, network_cost
-from embsearch_dist.architecture.sampling import SCHEMES, draw
-from embsearch_dist.architecture.space import SPACES, Space
+from embsearch_dist.networks import cost as c
+from embsearch_dist.networks.architecture import Architecture, Block
+from embsearch_dist.networks.canonical import canonical
+from embsearch_dist.networks.cost import Cost, network_cost
+from embsearch_dist.networks.sampling import SCHEMES, draw
+from embsearch_dist.networks.space import SPACES, Space
 
 FULL, SMALL = SPACES["full"], SPACES["small"]
 PLAIN = Block(("fc",), 16, ("efc",), 4, (0,), (0,), (0,), (0,), False, False)

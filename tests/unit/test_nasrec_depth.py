@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from embsearch_dist.architecture.architecture import Architecture
-from embsearch_dist.architecture.canonical import canonical, key, prune
-from embsearch_dist.architecture.cost import network_cost
-from embsearch_dist.architecture.sampling import SCHEMES, draw, mutate, training_architecture
-from embsearch_dist.architecture.space import SPACES, Space, SpaceConfig, check, full, load, size
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import run_stages
 from embsearch_dist.methods.nasrec.method import NASRec
-from embsearch_dist.models.masked import MaskedNetwork
-from embsearch_dist.models.network import ArchitectureNetwork
-from embsearch_dist.models.sliced import SliceAdagrad, SlicedNetwork
-from embsearch_dist.models.slices import Layout, merged, slices_of
+from embsearch_dist.methods.nasrec.model import SliceAdagrad, SlicedNetwork
+from embsearch_dist.networks.architecture import Architecture
+from embsearch_dist.networks.canonical import canonical, key, prune
+from embsearch_dist.networks.cost import network_cost
+from embsearch_dist.networks.network import ArchitectureNetwork
+from embsearch_dist.networks.sampling import SCHEMES, draw, mutate, training_architecture
+from embsearch_dist.networks.slices import Layout, merged, slices_of
+from embsearch_dist.networks.space import SPACES, Space, SpaceConfig, check, full, load, size
 from tests.factories import prepared
 from tests.unit.test_nasrec_scoring import nasrec_run
+from tools.bench.masked import MaskedNetwork
 
 SPACE = Space(blocks=5, dense_widths=(4, 7, 16), sparse_widths=(4, 6), tokens=2, width=8, fewest_blocks=2)
 FIXED = replace(SPACE, fewest_blocks=0)

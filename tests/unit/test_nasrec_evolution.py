@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embsearch_dist.architecture.architecture import Architecture
-from embsearch_dist.architecture.canonical import key
-from embsearch_dist.architecture.sampling import mutations_at
-from embsearch_dist.architecture.space import Space, check
 from embsearch_dist.config import load_config
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.nasrec import evolution as module
 from embsearch_dist.methods.nasrec.config import NASRecConfig
 from embsearch_dist.methods.nasrec.evolution import TRIES, Candidate, Evolution
 from embsearch_dist.methods.nasrec.scoring import Score
+from embsearch_dist.networks.architecture import Architecture
+from embsearch_dist.networks.canonical import key
+from embsearch_dist.networks.sampling import mutations_at
+from embsearch_dist.networks.space import Space, check
 
 SPACE = Space(blocks=3, dense_widths=(8, 16), sparse_widths=(4, 6), tokens=2, width=8)
 ONE_BLOCK = Space(1, ("fc",), ("efc",), (8,), (4,), 1, 2, 8)  # four networks: two mergers, on or off

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from embsearch_dist.architecture.cost import network_cost, operator_costs
-from embsearch_dist.architecture.sampling import SCHEMES, draw
-from embsearch_dist.architecture.space import Space
 from embsearch_dist.errors import UserError
+from embsearch_dist.files import read_sealed
 from embsearch_dist.methods.nasrec import latency as module
 from embsearch_dist.methods.nasrec.latency import FILE, PARTS, LatencyTable, fit, measure, table_of
-from embsearch_dist.models.network import ArchitectureNetwork
-from embsearch_dist.schema import read_sealed
+from embsearch_dist.networks.cost import network_cost, operator_costs
+from embsearch_dist.networks.network import ArchitectureNetwork
+from embsearch_dist.networks.sampling import SCHEMES, draw
+from embsearch_dist.networks.space import Space
 from tests.factories import prepared
 from tests.unit.test_nasrec_scoring import SPACE, nasrec_run
 

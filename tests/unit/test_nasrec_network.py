@@ -11,15 +11,15 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from embsearch_dist.architecture.canonical import canonical, prune
-from embsearch_dist.architecture.cost import network_cost
-from embsearch_dist.architecture.sampling import SCHEMES, draw, training_architecture
-from embsearch_dist.architecture.space import Space, full
-from embsearch_dist.models.masked import MaskedNetwork
-from embsearch_dist.models.network import ArchitectureNetwork
-from embsearch_dist.models.pieces import LINE
-from embsearch_dist.models.sliced import Blocks, SliceAdagrad, SliceAdam, SlicedNetwork
-from embsearch_dist.models.slices import Layout, Slice, merged, slices_of
+from embsearch_dist.methods.nasrec.model import Blocks, SliceAdagrad, SliceAdam, SlicedNetwork
+from embsearch_dist.networks.canonical import canonical, prune
+from embsearch_dist.networks.cost import network_cost
+from embsearch_dist.networks.network import ArchitectureNetwork
+from embsearch_dist.networks.pieces import LINE
+from embsearch_dist.networks.sampling import SCHEMES, draw, training_architecture
+from embsearch_dist.networks.slices import Layout, Slice, merged, slices_of
+from embsearch_dist.networks.space import Space, full
+from tools.bench.masked import MaskedNetwork
 
 SPACE = Space(blocks=4, dense_widths=(8, 16, 24), sparse_widths=(4, 6, 8), tokens=3)
 ROWS, COLUMNS, FIELDS = 32, 5, 7
@@ -105,8 +105,8 @@ def test_costs_are_those_of_the_network() -> None:
         with FlopCounterMode(display=False) as counter, torch.no_grad(), plain, pytest.MonkeyPatch.context() as patch:
             # The counter knows torch's products of matrices, so neither oneDNN's, nor a fused or our own attention, nor
             # the head's, which is one of a matrix and a vector.
-            patch.setattr("embsearch_dist.models.dense.ONEDNN", False)
-            patch.setattr("embsearch_dist.models.attention.kernel", lambda: None)
+            patch.setattr("embsearch_dist.kernels.linear.ONEDNN", False)
+            patch.setattr("embsearch_dist.kernels.attention.kernel", lambda: None)
             alone(u, dense)
         assert counter.get_total_flops() == ROWS * (cost.flops - parts.head.flops)
         assert alone.flops == cost.flops

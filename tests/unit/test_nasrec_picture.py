@@ -10,11 +10,11 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from embsearch_dist.architecture.architecture import Architecture, Block
-from embsearch_dist.architecture.canonical import prune
-from embsearch_dist.architecture.sampling import SCHEMES
-from embsearch_dist.architecture.sampling import draw as draw_architecture
-from embsearch_dist.architecture.space import SPACES, Space, full
+from embsearch_dist.networks.architecture import Architecture, Block
+from embsearch_dist.networks.canonical import prune
+from embsearch_dist.networks.sampling import SCHEMES
+from embsearch_dist.networks.sampling import draw as draw_architecture
+from embsearch_dist.networks.space import SPACES, Space, full
 from embsearch_dist.report.network_picture import BOX, draw, lay_lines, save
 from embsearch_dist.report.style import DARK, LIGHT, WIDTH, Theme
 

@@ -10,19 +10,19 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from embsearch_dist.architecture.architecture import Architecture, Block
-from embsearch_dist.architecture.canonical import key
-from embsearch_dist.architecture.sampling import SCHEMES, draw
-from embsearch_dist.architecture.space import Space
 from embsearch_dist.config import load_config
-from embsearch_dist.data.batch import Batch
+from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.nasrec import config as settings
 from embsearch_dist.methods.nasrec.config import NASRecConfig
 from embsearch_dist.methods.nasrec.evolution import Evolution
 from embsearch_dist.methods.nasrec.prefilter import FILE, batch_of, draw_distinct, mean_ranks, prefilter, vectors
 from embsearch_dist.methods.nasrec.proxies import PARTS, PROXIES, jacob_cov, snip, zico
-from embsearch_dist.models.network import ArchitectureNetwork
+from embsearch_dist.networks.architecture import Architecture, Block
+from embsearch_dist.networks.canonical import key
+from embsearch_dist.networks.network import ArchitectureNetwork
+from embsearch_dist.networks.sampling import SCHEMES, draw
+from embsearch_dist.networks.space import Space
 from embsearch_dist.schema import Field, Schema
 from embsearch_dist.train.monitor import Monitor
 from tests.factories import prepared, random_batch

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from embsearch_dist.architecture.architecture import KEYS, Architecture, Block
-from embsearch_dist.architecture.sampling import SCHEMES, draw, mutate, mutations_at, training_architecture
-from embsearch_dist.architecture.space import SPACES, Space, check, full
 from embsearch_dist.errors import UserError
+from embsearch_dist.networks.architecture import KEYS, Architecture, Block
+from embsearch_dist.networks.sampling import SCHEMES, draw, mutate, mutations_at, training_architecture
+from embsearch_dist.networks.space import SPACES, Space, check, full
 
 FULL, SMALL = SPACES["full"], SPACES["small"]
 ANY_CONNECTION, ONE_CONNECTION, ANY_OPERATOR = SCHEMES

@@ -19,24 +19,24 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from embsearch_dist.architecture.architecture import Architecture
-from embsearch_dist.architecture.canonical import key, prune
-from embsearch_dist.architecture.cost import network_cost, operator_costs
-from embsearch_dist.architecture.sampling import SCHEMES, draw
-from embsearch_dist.architecture.space import Space
-from embsearch_dist.architecture.space import load as load_architecture
 from embsearch_dist.errors import UserError
+from embsearch_dist.files import write_sealed
 from embsearch_dist.methods.base import Method, Run, Stage, run_stages
 from embsearch_dist.methods.nasrec.config import NASRecConfig
 from embsearch_dist.methods.nasrec.latency import PARTS, LatencyTable
 from embsearch_dist.methods.nasrec.method import NASRec
 from embsearch_dist.methods.nasrec.scoring import Scorer
-from embsearch_dist.methods.nasrec.supernet import SupernetStage, load_supernet
-from embsearch_dist.models.masked import MaskedNetwork
-from embsearch_dist.schema import write_sealed
+from embsearch_dist.methods.nasrec.supernet_stage import SupernetStage, load_supernet
+from embsearch_dist.networks.architecture import Architecture
+from embsearch_dist.networks.canonical import key, prune
+from embsearch_dist.networks.cost import network_cost, operator_costs
+from embsearch_dist.networks.sampling import SCHEMES, draw
+from embsearch_dist.networks.space import Space
+from embsearch_dist.networks.space import load as load_architecture
 from embsearch_dist.train.metrics import evaluate
 from embsearch_dist.train.monitor import Monitor
 from tests.factories import one_rank, open_run, recorded, small_config
+from tools.bench.masked import MaskedNetwork
 
 SPACE = Space(blocks=3, dense_widths=(8, 16), sparse_widths=(4, 6), tokens=2, width=8)
 NASREC = [
@@ -311,7 +311,7 @@ def test_a_search_that_was_killed_has_every_generation_once_in_its_log(
         if place == "scalars":
             patch.setattr(Monitor, "scalars", functools.partialmethod(_through, dies, Monitor.scalars))
         else:
-            patch.setattr("embsearch_dist.methods.nasrec.searching.write_sealed", history)
+            patch.setattr("embsearch_dist.methods.nasrec.evolution_stage.write_sealed", history)
         with pytest.raises(Killed):
             search(data, copied)
     found = search(data, copied)

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from embsearch_dist.architecture.architecture import Architecture
 from embsearch_dist.errors import UserError
+from embsearch_dist.files import read_sealed, write_sealed
 from embsearch_dist.methods.nasrec.config import ScoringConfig
 from embsearch_dist.methods.nasrec.latency import LatencyTable
 from embsearch_dist.methods.nasrec.scoring import held_out_sizes
-from embsearch_dist.schema import read_sealed, write_sealed
+from embsearch_dist.networks.architecture import Architecture
 from tests.unit.test_nasrec_scoring import SEEN, SPACE, nasrec_run, rows_of, scorer, search
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embsearch_dist.architecture.architecture import Architecture, Block
-from embsearch_dist.architecture.canonical import canonical
-from embsearch_dist.architecture.sampling import SCHEMES, draw
-from embsearch_dist.architecture.space import SPACES, Space, SpaceConfig, check, full, load, size
 from embsearch_dist.errors import UserError
+from embsearch_dist.networks.architecture import Architecture, Block
+from embsearch_dist.networks.canonical import canonical
+from embsearch_dist.networks.sampling import SCHEMES, draw
+from embsearch_dist.networks.space import SPACES, Space, SpaceConfig, check, full, load, size
 
 FULL, SMALL = SPACES["full"], SPACES["small"]
 FIRST = Block(("gating",), 64, ("efc",), 16, (0,), (0,), (0,), (0,), True, False)

@@ -10,13 +10,13 @@ import torch
 from torchrec.distributed import dist_data
 
 from embsearch_dist.config import DistConfig, OptimConfig
-from embsearch_dist.dist.sharding import ShardedTables
-from embsearch_dist.dist.statistics import BLOCK_ROWS, block_rows
-from embsearch_dist.dist.tables import Table
 from embsearch_dist.methods.adass.ahead import AHEAD, Subnets
 from embsearch_dist.methods.adass.config import SamplingConfig
 from embsearch_dist.methods.adass.sampling import Sampler
 from embsearch_dist.models.norm import UnifyNorm
+from embsearch_dist.sharding.sharded_tables import ShardedTables
+from embsearch_dist.sharding.statistics import BLOCK_ROWS, block_rows
+from embsearch_dist.sharding.tables import Table
 from tests.factories import one_rank, random_batch, rank_context, small_schema
 from tests.raw_lists import list_schema, random_lists
 from tests.waits import Waits

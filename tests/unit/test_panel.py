@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from embsearch_dist.methods.adass.panel import Panel, draw_panel
-from embsearch_dist.methods.adass.supernet import SupernetStage, SupernetTask, load_supernet
+from embsearch_dist.methods.adass.supernet_stage import SupernetStage, SupernetTask, load_supernet
 from embsearch_dist.models.distinct import candidate_mask
 from embsearch_dist.train.metrics import evaluate
 from tests.factories import one_rank, open_run, prepared, recorded, small_config, streams

@@ -13,15 +13,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from embsearch_dist.data import partition
-from embsearch_dist.data.dataset import BatchStream
-from embsearch_dist.data.manifest import shards_of, verify
-from embsearch_dist.data.partition import is_written, write_group
-from embsearch_dist.data.prepare import prepare
-from embsearch_dist.data.shards import LeftOut, Shards
-from embsearch_dist.data.unreadable import find, names_of
+from embsearch_dist.data.load.dataset import BatchStream
+from embsearch_dist.data.prepare import partition
+from embsearch_dist.data.prepare.partition import is_written, write_group
+from embsearch_dist.data.prepare.pipeline import prepare
+from embsearch_dist.data.store.manifest import shards_of, verify
+from embsearch_dist.data.store.shards import LeftOut, Shards
+from embsearch_dist.data.store.unreadable import find, names_of
 from embsearch_dist.errors import UserError
-from embsearch_dist.schema import SPLITS, Schema, read_json
+from embsearch_dist.files import read_json
+from embsearch_dist.schema import SPLITS, Schema
 from tests.raw_clicks import digest, make_raw
 from tests.raw_lists import make_lists
 
@@ -230,7 +231,7 @@ def test_an_interrupted_write_leaves_nothing_and_the_next_is_whole(
 KILLED = """
 import os, signal, sys
 import numpy as np
-from embsearch_dist.data.partition import write_group
+from embsearch_dist.data.prepare.partition import write_group
 from embsearch_dist.schema import Schema
 source, out = sys.argv[1:]
 schema = Schema.load(source)

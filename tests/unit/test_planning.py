@@ -11,12 +11,12 @@ import pytest
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import DistConfig, PlannerConfig, load_config
-from embsearch_dist.dist.dry_run import make_plans, read_schema, read_subjects, supernet_subject
-from embsearch_dist.dist.plan import GIB, Plan, Topology, imbalance
-from embsearch_dist.dist.plan_text import comparison, plan_text, ranges, to_json
-from embsearch_dist.dist.planning import allowed_kinds, column_shard, make_plan
-from embsearch_dist.dist.tables import Table
 from embsearch_dist.errors import UserError
+from embsearch_dist.sharding.dry_run import make_plans, read_schema, read_subjects, supernet_subject
+from embsearch_dist.sharding.plan import GIB, Plan, Topology, imbalance
+from embsearch_dist.sharding.plan_text import comparison, plan_text, ranges, to_json
+from embsearch_dist.sharding.planning import allowed_kinds, column_shard, make_plan
+from embsearch_dist.sharding.tables import Table
 from tests.factories import CONFIGS, small_schema
 
 MACHINES = Topology(8, 4, "cuda", PlannerConfig())

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from embsearch_dist.methods.adass.budget import cost_table, parse_budget, total_cost
 from embsearch_dist.methods.adass.config import AdassConfig, PolicyConfig
 from embsearch_dist.methods.adass.policy import (
     AdditiveValue,
@@ -21,7 +20,8 @@ from embsearch_dist.methods.adass.policy import (
     penalty,
     search,
 )
-from embsearch_dist.methods.adass.searching import Searcher, budgets_of
+from embsearch_dist.methods.adass.search_stage import Searcher, budgets_of
+from embsearch_dist.methods.budget import cost_table, parse_budget, total_cost
 from tests.factories import small_schema
 
 CANDIDATES = [0, 2, 4, 8]

@@ -15,9 +15,8 @@ import pytest
 import torch.distributed as dist
 from scipy.stats import spearmanr
 
-from embsearch_dist.data.dataset import read_rows
-from embsearch_dist.data.manifest import verify
-from embsearch_dist.data.populations import (
+from embsearch_dist.data.load.dataset import read_rows
+from embsearch_dist.data.planted.populations import (
     DEFAULT,
     Clicks,
     Pair,
@@ -26,10 +25,12 @@ from embsearch_dist.data.populations import (
     make_populations,
     telling_accuracy,
 )
-from embsearch_dist.data.team import Team
-from embsearch_dist.data.vocabulary import load_values
+from embsearch_dist.data.prepare.team import Team
+from embsearch_dist.data.prepare.vocabulary import load_values
+from embsearch_dist.data.store.manifest import verify
 from embsearch_dist.errors import UserError
-from embsearch_dist.schema import SPLITS, Schema, read_json
+from embsearch_dist.files import read_json
+from embsearch_dist.schema import SPLITS, Schema
 from launch import prepare
 from launch.prepare_arguments import check, parser
 from tests.raw_clicks import digest

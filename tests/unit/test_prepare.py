@@ -15,13 +15,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from embsearch_dist.data import splits, vocabulary
-from embsearch_dist.data.dataset import read_rows
 from embsearch_dist.data.formats import blocks
-from embsearch_dist.data.partial import MARK, whole_directory
-from embsearch_dist.data.prepare import Options, prepare, summary
-from embsearch_dist.data.splits import HOW_TO_SPLIT, random_split
-from embsearch_dist.data.vocabulary import load_values
+from embsearch_dist.data.load.dataset import read_rows
+from embsearch_dist.data.prepare import splits, vocabulary
+from embsearch_dist.data.prepare.partial import MARK, whole_directory
+from embsearch_dist.data.prepare.pipeline import Options, prepare, summary
+from embsearch_dist.data.prepare.splits import HOW_TO_SPLIT, random_split
+from embsearch_dist.data.prepare.vocabulary import load_values
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import SPLITS, Schema
 from tests.raw_clicks import digest, make_raw

@@ -11,21 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from embsearch_dist.data import encode, partial, staging, vocabulary
 from embsearch_dist.data.formats import blocks
-from embsearch_dist.data.manifest import verify
-from embsearch_dist.data.partial import JOB, MARK, whole_directory
-from embsearch_dist.data.prepare import STAGE, prepare
-from embsearch_dist.data.scratch import save_record
+from embsearch_dist.data.prepare import encode, partial, staging, vocabulary
+from embsearch_dist.data.prepare.partial import JOB, MARK, whole_directory
+from embsearch_dist.data.prepare.pipeline import STAGE, prepare
+from embsearch_dist.data.prepare.scratch import save_record
+from embsearch_dist.data.store.manifest import verify
 from embsearch_dist.errors import UserError
 from tests.raw_clicks import OPTIONS, digest, make_raw
 
 KILLED = """
 import os, signal, sys
-from embsearch_dist.data import encode, staging, vocabulary
+from embsearch_dist.data.prepare import encode, staging, vocabulary
 from embsearch_dist.data.formats import blocks
-from embsearch_dist.data.prepare import prepare
-from embsearch_dist.data.scratch import save_record
+from embsearch_dist.data.prepare.pipeline import prepare
+from embsearch_dist.data.prepare.scratch import save_record
 from tests.raw_clicks import OPTIONS
 left = int(sys.argv[1])
 def save(path, body):

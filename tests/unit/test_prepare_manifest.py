@@ -11,10 +11,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from embsearch_dist.data.manifest import MANIFEST, verify
-from embsearch_dist.data.prepare import prepare
+from embsearch_dist.data.prepare.pipeline import prepare
+from embsearch_dist.data.store.manifest import MANIFEST, verify
 from embsearch_dist.errors import UserError
-from embsearch_dist.schema import Schema, read_json, write_sealed
+from embsearch_dist.files import read_json, write_sealed
+from embsearch_dist.schema import Schema
 from tests.raw_clicks import OPTIONS, make_raw
 
 

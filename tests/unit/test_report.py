@@ -13,12 +13,13 @@ import pytest
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
+from embsearch_dist.files import write_json
 from embsearch_dist.report import write_report
 from embsearch_dist.report.history import heatmaps
 from embsearch_dist.report.plots import Curve, front, thinned
 from embsearch_dist.report.runs import load_runs
 from embsearch_dist.report.summary import Spread, compare, headline, spearman
-from embsearch_dist.schema import Field, Schema, write_json
+from embsearch_dist.schema import Field, Schema
 
 REPOSITORY = Path(__file__).parents[2]
 LONG = "a_very_long_field_name_" * 6

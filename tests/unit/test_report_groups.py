@@ -12,12 +12,13 @@ import pytest
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
+from embsearch_dist.files import write_json
 from embsearch_dist.grouped import GroupedAllocation
 from embsearch_dist.report import write_report
 from embsearch_dist.report.groups import peaks
 from embsearch_dist.report.runs import load_runs
 from embsearch_dist.report.summary import compare, percent
-from embsearch_dist.schema import Field, Schema, write_json
+from embsearch_dist.schema import Field, Schema
 
 BINS = 50
 NAMES = ["tell0", "p0_a", "p1_a", "p2_a", "a_field_of_a_very_long_name_that_is_cut", "p0_b", "p1_b", "idle<0>"]

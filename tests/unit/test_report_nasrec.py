@@ -11,17 +11,19 @@ from typing import Any
 import pytest
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.architecture.architecture import Architecture, Block
-from embsearch_dist.architecture.canonical import key
-from embsearch_dist.architecture.cost import network_cost
-from embsearch_dist.architecture.space import Space
 from embsearch_dist.errors import UserError
-from embsearch_dist.report import architectures, write_report
-from embsearch_dist.report.architecture_plots import ceiling, populations, usage_of
-from embsearch_dist.report.architectures import best, headline
+from embsearch_dist.files import write_json
+from embsearch_dist.networks.architecture import Architecture, Block
+from embsearch_dist.networks.canonical import key
+from embsearch_dist.networks.cost import network_cost
+from embsearch_dist.networks.space import Space
+from embsearch_dist.report import networks as architectures
+from embsearch_dist.report import write_report
+from embsearch_dist.report.network_plots import ceiling, populations, usage_of
+from embsearch_dist.report.networks import best, headline
 from embsearch_dist.report.runs import load_run, load_runs
 from embsearch_dist.report.summary import compare
-from embsearch_dist.schema import Field, Schema, write_json
+from embsearch_dist.schema import Field, Schema
 
 SCHEMA = Schema("toy", tuple(Field(f"f{k}", 10 * (k + 1)) for k in range(5)), dense=("x",), rows={"train": 800})
 SPACE = Space(blocks=2, dense_widths=(16, 32), sparse_widths=(8, 16))

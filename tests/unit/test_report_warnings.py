@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from embsearch_dist.files import write_sealed
 from embsearch_dist.report import history
 from embsearch_dist.report.following import commands
 from embsearch_dist.report.groups import differing_columns, found
 from embsearch_dist.report.runs import Group, Result, Retrain, Run, load_run
-from embsearch_dist.schema import write_sealed
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tools")]
+sys.path[:0] = [str(ROOT)]
 
-from budget_tables import COLUMNS  # noqa: E402
-
-from tools.results_tables import PAGES, filled  # noqa: E402
+from tools.studies.budget_tables import COLUMNS  # noqa: E402
+from tools.studies.results_tables import PAGES, filled  # noqa: E402
 
 
 def write(path: Path, lines: list[dict[str, object]]) -> None:
@@ -66,4 +65,6 @@ def test_a_block_of_columns_shows_those_it_names(tmp_path: Path) -> None:
 
 def test_the_pages_of_this_repository_are_up_to_date() -> None:
     for page in PAGES.glob("*.md"):
-        assert filled(page.read_text(), PAGES) == page.read_text(), f"{page.name}: run python tools/results_tables.py"
+        assert filled(page.read_text(), PAGES) == page.read_text(), (
+            f"{page.name}: run python tools/studies/results_tables.py"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from embsearch_dist.errors import UserError
-from embsearch_dist.models.backbones import make_backbone
+from embsearch_dist.models.backbones.additive import make_backbone
 from embsearch_dist.models.room import check_room
 
 

@@ -13,17 +13,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import DistConfig, OptimConfig
-from embsearch_dist.data.batch import Batch
-from embsearch_dist.data.select import select
-from embsearch_dist.dist.context import Context
-from embsearch_dist.dist.sharding import ShardedTables
-from embsearch_dist.dist.tables import Table
+from embsearch_dist.data.load.batch import Batch
+from embsearch_dist.data.load.select import select
 from embsearch_dist.errors import UserError
+from embsearch_dist.files import write_json
 from embsearch_dist.grouped import GroupedAllocation
 from embsearch_dist.methods.base import Run
-from embsearch_dist.methods.ihas.field_router import FieldRouter
 from embsearch_dist.methods.ihas.retraining import evaluation_file, inherit, read_kept
-from embsearch_dist.methods.ihas.routed import (
+from embsearch_dist.methods.ihas.routed_model import (
     RoutedModel,
     evaluate_routed,
     measure,
@@ -31,8 +28,12 @@ from embsearch_dist.methods.ihas.routed import (
     router_tables,
     stored_places,
 )
-from embsearch_dist.models.ctr import SubnetModel
-from embsearch_dist.schema import Schema, write_json
+from embsearch_dist.methods.ihas.router_by_fields import FieldRouter
+from embsearch_dist.models.model import SubnetModel
+from embsearch_dist.ranks.context import Context
+from embsearch_dist.schema import Schema
+from embsearch_dist.sharding.sharded_tables import ShardedTables
+from embsearch_dist.sharding.tables import Table
 from embsearch_dist.train.metrics import auc
 from tests.factories import one_rank, open_run, prepared, random_batch, small_config, small_schema, whole_tables
 from tests.raw_lists import list_schema, random_lists

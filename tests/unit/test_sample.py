@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from embsearch_dist.data.dataset import open_split, read_rows
-from embsearch_dist.data.sample import random_batches
-from embsearch_dist.data.shards import Shards
+from embsearch_dist.data.load.dataset import open_split, read_rows
+from embsearch_dist.data.load.sample import random_batches
+from embsearch_dist.data.store.shards import Shards
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Schema
 from tests.factories import prepared_rows

@@ -13,10 +13,10 @@ import torch
 import yaml
 
 from embsearch_dist.config import DistConfig, OptimConfig, load_config
-from embsearch_dist.dist.statistics import column_sums
 from embsearch_dist.methods.adass.config import SamplingConfig
 from embsearch_dist.methods.adass.sampling import Sampler, candidate_variance
-from embsearch_dist.models.embeddings import MaxTables
+from embsearch_dist.models.tables import MaxTables
+from embsearch_dist.sharding.statistics import column_sums
 from tests.factories import CONFIGS, one_rank, small_schema, whole_tables
 
 ROOT = Path(__file__).resolve().parents[2]

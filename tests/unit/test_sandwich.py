@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from embsearch_dist.methods.adass.supernet import SupernetTask
-from embsearch_dist.models.embeddings import MaxTables
+from embsearch_dist.methods.adass.supernet_stage import SupernetTask
+from embsearch_dist.models.tables import MaxTables
 from embsearch_dist.train.guard import Gate
 from tests.factories import one_rank, open_run, prepared, small_config, streams, whole_tables
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from embsearch_dist.errors import UserError
-from embsearch_dist.schema import Field, Schema, read_json, write_json
+from embsearch_dist.files import read_json, write_json
+from embsearch_dist.schema import Field, Schema
 
 
 def schema(**changes: object) -> Schema:

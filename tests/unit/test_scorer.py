@@ -10,8 +10,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from embsearch_dist.data.batch import Batch
-from embsearch_dist.dist.sharding import ShardedTables
+from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.adass import layout as layouts
 from embsearch_dist.methods.adass.layout import ACCELERATOR, CPU, Layout, layout_for
@@ -19,8 +18,9 @@ from embsearch_dist.methods.adass.passes import relu_
 from embsearch_dist.methods.adass.refit import HeadFit, Inherited
 from embsearch_dist.methods.adass.scorer import SubnetScorer
 from embsearch_dist.methods.adass.terms import STATES, sample_rows, slices
-from embsearch_dist.models.backbones import Backbone
-from embsearch_dist.models.ctr import SupernetModel
+from embsearch_dist.models.backbones.additive import Backbone
+from embsearch_dist.models.model import SupernetModel
+from embsearch_dist.sharding.sharded_tables import ShardedTables
 from embsearch_dist.train.metrics import score
 from tests.factories import one_rank, random_batch, small_config, small_schema
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torchrec import KeyedJaggedTensor
 
-from embsearch_dist.data.batch import Batch
-from embsearch_dist.data.dataset import BatchMaker
-from embsearch_dist.data.select import select
+from embsearch_dist.data.load.batch import Batch
+from embsearch_dist.data.load.dataset import BatchMaker
+from embsearch_dist.data.load.select import select
 from tests.factories import ids_of, random_batch, small_schema
 from tests.raw_lists import list_schema, random_lists
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from embsearch_dist.data.prepare import prepare
+from embsearch_dist.data.prepare.pipeline import prepare
 from embsearch_dist.errors import UserError
-from embsearch_dist.schema import read_json
+from embsearch_dist.files import read_json
 from embsearch_dist.serving.collect import Collected, ids_of_batch
 from embsearch_dist.serving.directory import TABLES, open_directory, write_checksums
 from embsearch_dist.serving.export import described_by

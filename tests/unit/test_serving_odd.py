@@ -13,7 +13,7 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from embsearch_dist.data.prepare import prepare
+from embsearch_dist.data.prepare.pipeline import prepare
 from embsearch_dist.errors import UserError
 from embsearch_dist.serving import predict as predicting
 from embsearch_dist.serving import programs, server

@@ -13,7 +13,7 @@ import torch
 from embsearch_dist.data.formats import blocks, open_source
 from embsearch_dist.data.formats.columns import KEPT, LABEL, TIME, Reading
 from embsearch_dist.data.formats.described import Description
-from embsearch_dist.data.prepare import prepare
+from embsearch_dist.data.prepare.pipeline import prepare
 from embsearch_dist.errors import UserError
 from embsearch_dist.serving import encoding
 from embsearch_dist.serving.directory import ModelDirectory, open_directory

@@ -13,7 +13,7 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from embsearch_dist.data.prepare import prepare
+from embsearch_dist.data.prepare.pipeline import prepare
 from embsearch_dist.serving.directory import ModelDirectory, open_directory
 from embsearch_dist.serving.predict import Job, predict
 from embsearch_dist.serving.server import Limits, application

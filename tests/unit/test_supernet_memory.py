@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from embsearch_dist.methods.adass.supernet import SupernetTask
+from embsearch_dist.methods.adass.supernet_stage import SupernetTask
 from embsearch_dist.train.guard import Gate
 from tests.factories import one_rank, open_run, prepared, small_config
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from embsearch_dist.data.dataset import read_rows
-from embsearch_dist.data.synthetic import DEFAULT, Clicks, Pair, Plan, make_synthetic
-from embsearch_dist.data.vocabulary import load_values
+from embsearch_dist.data.load.dataset import read_rows
+from embsearch_dist.data.planted.synthetic import DEFAULT, Clicks, Pair, Plan, make_synthetic
+from embsearch_dist.data.prepare.vocabulary import load_values
 from embsearch_dist.errors import UserError
-from embsearch_dist.schema import Schema, read_json
+from embsearch_dist.files import read_json
+from embsearch_dist.schema import Schema
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.data.batch import Batch
+from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.errors import UserError
-from embsearch_dist.methods.adass.supernet import SupernetTask
+from embsearch_dist.methods.adass.supernet_stage import SupernetTask
 from embsearch_dist.train.faults import VARIABLE
 from embsearch_dist.train.metrics import evaluate
 from embsearch_dist.train.monitor import Monitor

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.data.batch import Batch
+from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.errors import UserError
 from embsearch_dist.train.faults import VARIABLE
 from embsearch_dist.train.monitor import Monitor

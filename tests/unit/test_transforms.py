@@ -11,8 +11,8 @@ from torch.nn.functional import pad, relu
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.methods.adass.scorer import SubnetScorer
-from embsearch_dist.models.ctr import SubnetModel, SupernetModel
 from embsearch_dist.models.folded import can_fold
+from embsearch_dist.models.model import SubnetModel, SupernetModel
 from embsearch_dist.models.unify import MixedIdentity, MixedUnify, NoUnify
 from tests.factories import (
     STEEP,

@@ -21,7 +21,7 @@ from embsearch_dist.methods.truncated import (
     sensitive,
 )
 from embsearch_dist.methods.widest import Moments, Sample, single_ids, table_moments
-from embsearch_dist.models.ctr import SubnetModel
+from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.schema import Field, Schema
 from tests.factories import one_rank, random_batch, small_config, small_schema, whole_tables
 

@@ -12,15 +12,16 @@ import pytest
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import load_config
-from embsearch_dist.data import unreadable
-from embsearch_dist.data.batch import Batch
-from embsearch_dist.data.dataset import BatchStream, read_rows
-from embsearch_dist.data.manifest import MANIFEST
-from embsearch_dist.data.shards import LeftOut
-from embsearch_dist.dist.same_data import RECORD
+from embsearch_dist.data.load.batch import Batch
+from embsearch_dist.data.load.dataset import BatchStream, read_rows
+from embsearch_dist.data.store import unreadable
+from embsearch_dist.data.store.manifest import MANIFEST
+from embsearch_dist.data.store.shards import LeftOut
 from embsearch_dist.errors import UserError
+from embsearch_dist.files import read_json, write_json, write_sealed
 from embsearch_dist.methods.base import Run
-from embsearch_dist.schema import Schema, read_json, write_json, write_sealed
+from embsearch_dist.ranks.same_data import RECORD
+from embsearch_dist.schema import Schema
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.retrain import SubnetTask
 from embsearch_dist.train.trainer import Progress, Trainer

@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.data.batch import Batch, Position
-from embsearch_dist.data.making import BatchMaker
+from embsearch_dist.data.load.batch import Batch, Position
+from embsearch_dist.data.load.making import BatchMaker
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods import METHODS
-from embsearch_dist.methods.adass.budget import parse_budget, total_cost
 from embsearch_dist.methods.base import check_stages, run_stages
+from embsearch_dist.methods.budget import parse_budget, total_cost
 from embsearch_dist.methods.truncated import Changes, TruncatedModel, as_stored, principal
 from embsearch_dist.methods.utilities.config import UtilitiesConfig
-from embsearch_dist.methods.utilities.searching import Searcher, choose, supported
+from embsearch_dist.methods.utilities.search_stage import Searcher, choose, supported
 from embsearch_dist.methods.widest import Moments, Sample
-from embsearch_dist.models.ctr import SubnetModel
+from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.report import write_report
 from tests.factories import one_rank, open_run, prepared, set_tables, small_config, small_schema, whole_tables
 

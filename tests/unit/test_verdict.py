@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from embsearch_dist.allocation import Allocation
+from embsearch_dist.files import write_json
 from embsearch_dist.report import write_report
 from embsearch_dist.report.verdict import Model, compare_models, judge, missing_width
-from embsearch_dist.schema import write_json
 from tests.factories import small_schema
 
 SCHEMA = small_schema(60, 30, 10)

@@ -9,9 +9,9 @@ from torchrec import EmbeddingBagCollection
 from torchrec.distributed.planner.types import SharderData
 
 from embsearch_dist.config import DistConfig, OptimConfig
-from embsearch_dist.dist import placing, versions
-from embsearch_dist.dist.sharding import ShardedTables, Table
-from embsearch_dist.dist.tables import Sharder
+from embsearch_dist.sharding import placing, versions
+from embsearch_dist.sharding.sharded_tables import ShardedTables, Table
+from embsearch_dist.sharding.tables import Sharder
 from tests.factories import one_rank
 
 

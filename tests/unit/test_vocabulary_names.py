@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from embsearch_dist.data.manifest import verify
-from embsearch_dist.data.prepare import prepare
-from embsearch_dist.data.vocabulary import file_name, file_word, load_values
+from embsearch_dist.data.prepare.pipeline import prepare
+from embsearch_dist.data.prepare.vocabulary import file_name, file_word, load_values
+from embsearch_dist.data.store.manifest import verify
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Field, Schema
 

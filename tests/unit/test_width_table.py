@@ -13,9 +13,9 @@ from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Field, Schema
 from embsearch_dist.width_table import Space, WidthTable
 from tests.factories import CONFIGS
-from tools.jobs import ROOT
-from tools.search_table import SEARCHES, compare, markdown
-from tools.width_table import missing
+from tools.studies.jobs import ROOT
+from tools.studies.search_table import SEARCHES, compare, markdown
+from tools.studies.width_table import missing
 
 SPACE = """
 config: any.yaml

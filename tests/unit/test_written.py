@@ -10,8 +10,8 @@ import pytest
 
 from embsearch_dist import written
 from embsearch_dist.errors import UserError
+from embsearch_dist.files import copy_sealed, read_json, read_sealed, write_json, write_sealed
 from embsearch_dist.rundir import hold, release
-from embsearch_dist.schema import copy_sealed, read_json, read_sealed, write_json, write_sealed
 from embsearch_dist.train.lines import compare_lines, lines_of
 from embsearch_dist.train.monitor import Monitor
 

@@ -1,1 +1,1 @@
-"""What tools/corruption.py and tools/kills.py share: tiny runs of every method, made, broken and judged."""
+"""What corruption.py and kills.py share: tiny runs of every method, made, broken and judged."""

@@ -10,7 +10,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from breaking import lab
+from tools.breaking import lab
 
 ROWS = 1200
 COMMON = """

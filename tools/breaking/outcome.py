@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from breaking.lab import HUNG, Done
+from tools.breaking.lab import HUNG, Done
 
 # Measured, so never equal; a seal of what holds such a figure differs with it.
 MEASURED = {

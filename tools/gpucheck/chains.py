@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.dist.context import Context
+from embsearch_dist.ranks.context import Context
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.retrain import SubnetTask
 from embsearch_dist.train.trainer import Trainer

@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from embsearch_dist.data.bags import Bags
-from embsearch_dist.data.batch import Batch, Position
-from embsearch_dist.data.criteo_like import CATEGORIES
-from embsearch_dist.data.dataset import WINDOW_ROWS, BatchMaker
-from embsearch_dist.data.shards import Rows, ShardWriter, column_types
+from embsearch_dist.data.load.batch import Batch, Position
+from embsearch_dist.data.load.dataset import WINDOW_ROWS, BatchMaker
+from embsearch_dist.data.planted.criteo_like import CATEGORIES
+from embsearch_dist.data.store.bags import Bags
+from embsearch_dist.data.store.shards import Rows, ShardWriter, column_types
 from embsearch_dist.schema import Field, Schema
 
 DENSE = 13  # numeric columns of Criteo
@@ -73,7 +73,7 @@ def make_prepared(folder: Path, schema: Schema, rows: dict[str, int], seed: int 
 
 
 class Resident:
-    """Stands in for a :class:`embsearch_dist.data.dataset.BatchStream`: random batches that lie on the device.
+    """Stands in for a :class:`embsearch_dist.data.load.dataset.BatchStream`: random batches that lie on the device.
 
     Args:
         size: rows of a batch.

@@ -8,8 +8,8 @@ import torch
 from torchrec import KeyedJaggedTensor
 
 from embsearch_dist import doctor as project_doctor
-from embsearch_dist.dist.sharding import ShardedTables
-from embsearch_dist.dist.tables import Table
+from embsearch_dist.sharding.sharded_tables import ShardedTables
+from embsearch_dist.sharding.tables import Table
 from tools.gpucheck.lab import Lab
 
 NEEDED = ("pairing", "fbgemm", "operator")

@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 import torch
 
 from embsearch_dist.config import Config, load_config
-from embsearch_dist.dist.context import Context, start
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.base import Run
+from embsearch_dist.ranks.context import Context, start
 from embsearch_dist.schema import Schema
-from tools.clock import Marks, timed
+from tools.bench.clock import Marks, timed
 from tools.gpucheck.data import make_prepared, small_schema
 from tools.gpucheck.worker import Wrong
 
@@ -117,7 +117,7 @@ class Lab:
         return Marks(self.device if self.real else "cpu")
 
     def timed(self, work: Callable[[], object], repeats: int, warmup: int = 1) -> list[float]:
-        """Seconds of each of ``repeats`` calls; see :func:`tools.clock.timed`."""
+        """Seconds of each of ``repeats`` calls; see :func:`tools.bench.clock.timed`."""
         return timed(work, self.device if self.real else "cpu", repeats, warmup)
 
 

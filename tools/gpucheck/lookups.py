@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torchrec import KeyedJaggedTensor
 
-from embsearch_dist.dist.context import Context
-from embsearch_dist.dist.sharding import ShardedTables
-from embsearch_dist.dist.tables import Table
+from embsearch_dist.ranks.context import Context
+from embsearch_dist.sharding.sharded_tables import ShardedTables
+from embsearch_dist.sharding.tables import Table
 from tools.gpucheck.lab import Lab
 
 WIDTHS = (4, 8, 16, 64, 128, 256, 512, 1024)

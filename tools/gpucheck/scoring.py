@@ -7,7 +7,7 @@ import statistics
 import torch
 
 from embsearch_dist.methods.adass.scorer import SubnetScorer
-from embsearch_dist.methods.adass.supernet import SupernetTask
+from embsearch_dist.methods.adass.supernet_stage import SupernetTask
 from embsearch_dist.methods.base import Run
 from embsearch_dist.train.metrics import evaluate
 from tools.gpucheck.data import Resident, criteo_schema

@@ -15,14 +15,14 @@ import torch
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import Config
-from embsearch_dist.data.batch import Batch
-from embsearch_dist.dist.context import Context
-from embsearch_dist.dist.plan import Topology
-from embsearch_dist.dist.planning import make_plan
-from embsearch_dist.dist.statistics import column_sums
-from embsearch_dist.methods.adass.supernet import SupernetTask
+from embsearch_dist.data.load.batch import Batch
+from embsearch_dist.methods.adass.supernet_stage import SupernetTask
 from embsearch_dist.methods.base import Run
+from embsearch_dist.ranks.context import Context
 from embsearch_dist.schema import Schema
+from embsearch_dist.sharding.plan import Topology
+from embsearch_dist.sharding.planning import make_plan
+from embsearch_dist.sharding.statistics import column_sums
 from embsearch_dist.train.retrain import SubnetTask
 from tools.gpucheck.data import Resident, criteo_schema
 from tools.gpucheck.lab import Lab, copy_bandwidth

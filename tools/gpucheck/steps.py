@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from embsearch_dist.config import Config, TrainConfig
-from embsearch_dist.dist.context import Context
+from embsearch_dist.ranks.context import Context
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.trainer import Trainer
 from tools.gpucheck.lab import Lab

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.dist.context import Context
-from embsearch_dist.methods.adass.supernet import SupernetTask
-from embsearch_dist.methods.ihas.gating import GatesTask
-from embsearch_dist.methods.nasrec.supernet import SupernetTask as NetworkTask
+from embsearch_dist.methods.adass.supernet_stage import SupernetTask
+from embsearch_dist.methods.ihas.gates_stage import GatesTask
+from embsearch_dist.methods.nasrec.supernet_stage import SupernetTask as NetworkTask
+from embsearch_dist.ranks.context import Context
 from embsearch_dist.train.retrain import SubnetTask
 from tools.gpucheck.facts import ROOT
 from tools.gpucheck.lab import Lab

@@ -6,7 +6,7 @@ import os
 import runpy
 import sys
 
-from embsearch_dist.dist.environment import TUNED, reexec_with_tuned_environment
+from embsearch_dist.ranks.environment import TUNED, reexec_with_tuned_environment
 
 if __name__ == "__main__":
     reexec_with_tuned_environment()  # the whole command again, so that the script needs not do it without the device

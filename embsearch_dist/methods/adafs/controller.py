@@ -14,13 +14,13 @@ from torch import nn
 from torch.nn import functional
 
 from embsearch_dist.config import Config
-from embsearch_dist.data.batch import Batch
-from embsearch_dist.dist.context import Context
+from embsearch_dist.data.load.batch import Batch
+from embsearch_dist.kernels.linear import Linear
 from embsearch_dist.methods.adafs.config import AdaFSConfig
-from embsearch_dist.models.ctr import Head, seeded
-from embsearch_dist.models.dense import Linear
-from embsearch_dist.models.gated import GatedModel
+from embsearch_dist.methods.gated.model import GatedModel
+from embsearch_dist.models.model import Head, seeded
 from embsearch_dist.models.norm import UnifyNorm
+from embsearch_dist.ranks.context import Context
 from embsearch_dist.schema import Schema
 
 SEED = 1 << 32  # added to the run's seed: the controller must not begin with the backbone's numbers

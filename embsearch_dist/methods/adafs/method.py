@@ -11,13 +11,13 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from embsearch_dist.config import require
-from embsearch_dist.data.batch import Batch
-from embsearch_dist.methods import gated
+from embsearch_dist.data.load.batch import Batch
+from embsearch_dist.files import read_sealed
 from embsearch_dist.methods.adafs.config import AdaFSConfig
 from embsearch_dist.methods.adafs.controller import AdaFSModel, keep_top
 from embsearch_dist.methods.base import Method, Run, Stage
-from embsearch_dist.methods.gated_result import leave_result
-from embsearch_dist.schema import read_sealed
+from embsearch_dist.methods.gated import task as gated
+from embsearch_dist.methods.gated.result import leave_result
 from embsearch_dist.train.bilevel import frozen
 from embsearch_dist.train.monitor import Monitor
 

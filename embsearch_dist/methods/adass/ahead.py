@@ -6,8 +6,8 @@ import itertools
 
 import torch
 
-from embsearch_dist.dist.context import Context
 from embsearch_dist.methods.adass.sampling import Sampler
+from embsearch_dist.ranks.context import Context
 
 AHEAD = 128  # steps at most; some 50 microseconds of drawing each
 

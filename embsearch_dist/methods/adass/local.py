@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from embsearch_dist.methods.adass.budget import knapsack
+from embsearch_dist.methods.budget import knapsack
 
 ScoreNear = Callable[[Sequence[int], torch.Tensor], list[dict[str, float]]]
 Metrics = dict[str, float]

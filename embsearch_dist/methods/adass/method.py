@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from embsearch_dist.config import Config
 from embsearch_dist.methods.adass.config import AdassConfig
-from embsearch_dist.methods.adass.searching import SearchStage, budgets_of
-from embsearch_dist.methods.adass.supernet import SupernetStage
+from embsearch_dist.methods.adass.search_stage import SearchStage, budgets_of
+from embsearch_dist.methods.adass.supernet_stage import SupernetStage
 from embsearch_dist.methods.base import Method, Run, Stage
 
 

@@ -8,13 +8,13 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
-from embsearch_dist.data.batch import Batch
-from embsearch_dist.dist.context import Context
+from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.methods.adass.layout import Layout
 from embsearch_dist.methods.adass.refit import HeadFit, Inherited
 from embsearch_dist.methods.adass.terms import Sums
-from embsearch_dist.models.backbones import Backbone
-from embsearch_dist.models.ctr import SupernetModel
+from embsearch_dist.models.backbones.additive import Backbone
+from embsearch_dist.models.model import SupernetModel
+from embsearch_dist.ranks.context import Context
 
 
 class Frozen(Protocol):

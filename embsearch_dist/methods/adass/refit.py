@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from embsearch_dist.dist.context import Context
+from embsearch_dist.ranks.context import Context
 
 RIDGE = 1e-2  # of the mean curvature of a weight: how strongly it is held at the inherited one
 REFITS = ("none", "linear")

@@ -202,7 +202,7 @@ def candidate_variance(sums: torch.Tensor, rows: torch.Tensor, columns: Sequence
     """Variance of every candidate's values from column sums of the whole table.
 
     Args:
-        sums: ``[F, width, 3]`` from :func:`embsearch_dist.dist.statistics.column_sums`.
+        sums: ``[F, width, 3]`` from :func:`embsearch_dist.sharding.statistics.column_sums`.
         rows: ``[F]`` rows of each table.
         columns: column range of each candidate.
 

@@ -20,8 +20,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 
-from embsearch_dist.data.batch import Batch
-from embsearch_dist.dist.context import Context
+from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.adass import layout as layouts
 from embsearch_dist.methods.adass.passes import Output, compare, look_up
@@ -36,8 +35,9 @@ from embsearch_dist.methods.adass.terms import (
     slices,
     term_bytes,
 )
-from embsearch_dist.models.ctr import SupernetModel
+from embsearch_dist.models.model import SupernetModel
 from embsearch_dist.models.unify import SupernetUnify
+from embsearch_dist.ranks.context import Context
 from embsearch_dist.train.metrics import METRICS, binned_auc, score, score_many
 
 CANDIDATES_PER_PASS = 256  # that share the terms of a slab, where they are made anew in each pass

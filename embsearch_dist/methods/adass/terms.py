@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from embsearch_dist.models.backbones import Backbone
+from embsearch_dist.models.backbones.additive import Backbone
 
 STATES = 2  # subnets whose sums are kept for others that differ little
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from embsearch_dist.config import TrainConfig, one_of, option, require
-from embsearch_dist.methods.gated import OuterConfig
+from embsearch_dist.methods.gated.task import OuterConfig
 
 FEATURES = ("embeddings", "scaled", "masks", "probabilities")
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from embsearch_dist.models.dense import Linear
+from embsearch_dist.kernels.linear import Linear
 
 
 class BernoulliGates(nn.Module):

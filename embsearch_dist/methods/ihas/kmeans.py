@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from embsearch_dist.dist.context import Context
 from embsearch_dist.errors import UserError
+from embsearch_dist.ranks.context import Context
 
 COINCIDE = 1e-12
 """Squared distance, as a share of the row's squared length, below which a row lies on a centre: float32 cannot

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from embsearch_dist.methods.base import Method, Stage
 from embsearch_dist.methods.ihas.config import IHASConfig
-from embsearch_dist.methods.ihas.gating import GateStage, MeasureStage
-from embsearch_dist.methods.ihas.grouping import GroupStage
+from embsearch_dist.methods.ihas.gates_stage import GateStage, MeasureStage
+from embsearch_dist.methods.ihas.groups_stage import GroupStage
 
 
 class IHAS(Method):

@@ -18,18 +18,19 @@ import torch
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import Config
-from embsearch_dist.dist.context import Context
-from embsearch_dist.dist.sharding import LocalShard, ShardedTables
-from embsearch_dist.dist.shared import open_shared
 from embsearch_dist.errors import UserError
+from embsearch_dist.files import read_sealed, write_sealed
 from embsearch_dist.grouped import GROUPS, GroupedAllocation, group_dir
 from embsearch_dist.methods.base import Run
-from embsearch_dist.methods.ihas.field_router import can_route, fit_field_router
-from embsearch_dist.methods.ihas.gating import load_gates
-from embsearch_dist.methods.ihas.grouping import KEPT
-from embsearch_dist.methods.ihas.routed import ROUTERS, RoutedModel, evaluate_routed, is_data_of, open_router
-from embsearch_dist.models.ctr import SubnetModel
-from embsearch_dist.schema import Schema, differs, read_sealed, write_sealed
+from embsearch_dist.methods.ihas.gates_stage import load_gates
+from embsearch_dist.methods.ihas.groups_stage import KEPT
+from embsearch_dist.methods.ihas.routed_model import ROUTERS, RoutedModel, evaluate_routed, is_data_of, open_router
+from embsearch_dist.methods.ihas.router_by_fields import can_route, fit_field_router
+from embsearch_dist.models.model import SubnetModel
+from embsearch_dist.ranks.context import Context
+from embsearch_dist.ranks.shared import open_shared
+from embsearch_dist.schema import Schema, differs
+from embsearch_dist.sharding.sharded_tables import LocalShard, ShardedTables
 from embsearch_dist.train.retrain import SubnetTask, load_best, retrain
 
 BLOCK_ROWS = 1 << 16

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.architecture.architecture import read_architecture
 from embsearch_dist.config import Config
-from embsearch_dist.dist.shared import open_shared
 from embsearch_dist.errors import UserError
+from embsearch_dist.files import read_sealed, write_sealed
 from embsearch_dist.methods.base import Run
-from embsearch_dist.schema import Schema, read_sealed, write_sealed
+from embsearch_dist.networks.architecture import read_architecture
+from embsearch_dist.ranks.shared import open_shared
+from embsearch_dist.schema import Schema
 from embsearch_dist.train.retrain import evaluate_model, load_best, retrain
 
 CHOICE = "choice.json"

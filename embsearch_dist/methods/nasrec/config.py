@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from embsearch_dist.architecture.sampling import SCHEMES, SET_SIZES
-from embsearch_dist.architecture.space import SpaceConfig
 from embsearch_dist.config import TrainConfig, one_of, option, require
+from embsearch_dist.networks.sampling import SCHEMES, SET_SIZES
+from embsearch_dist.networks.space import SpaceConfig
 
 PROXIES = ("snip", "zico", "jacob_cov")
 STRATEGIES = ("evolution", "random")

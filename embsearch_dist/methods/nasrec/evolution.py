@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from embsearch_dist.architecture.architecture import FORMAT, KIND, Architecture
-from embsearch_dist.architecture.canonical import key
-from embsearch_dist.architecture.sampling import draw, mutate, mutations_at
-from embsearch_dist.architecture.space import Space, check
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.nasrec.config import EvolutionConfig
 from embsearch_dist.methods.nasrec.scoring import Score
+from embsearch_dist.networks.architecture import FORMAT, KIND, Architecture
+from embsearch_dist.networks.canonical import key
+from embsearch_dist.networks.sampling import draw, mutate, mutations_at
+from embsearch_dist.networks.space import Space, check
 
 _STREAM = 0x45564F
 TRIES = 200  # proposals in a row that were seen before; then the space has nothing new left, or as good as nothing

@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from embsearch_dist.architecture.architecture import DENSE_OPERATORS, SPARSE_OPERATORS, Architecture
-from embsearch_dist.architecture.cost import network_cost, operator_costs
-from embsearch_dist.architecture.sampling import SCHEMES, draw
-from embsearch_dist.architecture.space import Space
 from embsearch_dist.errors import UserError
+from embsearch_dist.files import read_sealed, write_sealed
 from embsearch_dist.methods.base import Run
-from embsearch_dist.models.ctr import seeded
-from embsearch_dist.models.network import ArchitectureNetwork
-from embsearch_dist.schema import read_sealed, write_sealed
+from embsearch_dist.models.model import seeded
+from embsearch_dist.networks.architecture import DENSE_OPERATORS, SPARSE_OPERATORS, Architecture
+from embsearch_dist.networks.cost import network_cost, operator_costs
+from embsearch_dist.networks.network import ArchitectureNetwork
+from embsearch_dist.networks.sampling import SCHEMES, draw
+from embsearch_dist.networks.space import Space
 
 FILE = "latency.json"
 ROWS = 512  # of the forward pass that is timed

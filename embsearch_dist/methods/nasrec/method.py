@@ -5,8 +5,8 @@ from __future__ import annotations
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import Method, Run, Stage
 from embsearch_dist.methods.nasrec.config import NASRecConfig
-from embsearch_dist.methods.nasrec.searching import EvolutionStage
-from embsearch_dist.methods.nasrec.supernet import SupernetStage
+from embsearch_dist.methods.nasrec.evolution_stage import EvolutionStage
+from embsearch_dist.methods.nasrec.supernet_stage import SupernetStage
 
 
 class NASRec(Method):

@@ -15,20 +15,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from embsearch_dist.architecture.architecture import Architecture
-from embsearch_dist.architecture.canonical import key
-from embsearch_dist.architecture.sampling import SCHEMES, draw
-from embsearch_dist.architecture.space import Space
-from embsearch_dist.data.batch import Batch
 from embsearch_dist.data.hashing import GOLDEN, mix
+from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.errors import UserError
+from embsearch_dist.files import write_sealed
 from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.nasrec.config import NASRecConfig
 from embsearch_dist.methods.nasrec.proxies import PROXIES, Inputs
 from embsearch_dist.methods.nasrec.scoring import all_rows
-from embsearch_dist.models.ctr import seeded
-from embsearch_dist.models.network import ArchitectureNetwork
-from embsearch_dist.schema import write_sealed
+from embsearch_dist.models.model import seeded
+from embsearch_dist.networks.architecture import Architecture
+from embsearch_dist.networks.canonical import key
+from embsearch_dist.networks.network import ArchitectureNetwork
+from embsearch_dist.networks.sampling import SCHEMES, draw
+from embsearch_dist.networks.space import Space
 from embsearch_dist.train.monitor import Monitor
 
 FILE = "prefilter.json"

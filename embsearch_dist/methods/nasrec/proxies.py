@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from embsearch_dist.models.network import ArchitectureNetwork
+from embsearch_dist.networks.network import ArchitectureNetwork
 
 PARTS = 4  # of the batch, whose gradients zico compares; published: two batches
 SMALL = 1e-5  # added to eigenvalues, as published

@@ -17,17 +17,17 @@ import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from embsearch_dist.architecture.architecture import Architecture
-from embsearch_dist.architecture.canonical import key, prune
-from embsearch_dist.architecture.cost import network_cost
-from embsearch_dist.dist.context import Context
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.nasrec.config import NASRecConfig, ScoringConfig
 from embsearch_dist.methods.nasrec.latency import LatencyTable
-from embsearch_dist.methods.nasrec.supernet import load_supernet
-from embsearch_dist.models.network import Weights, features
-from embsearch_dist.models.sliced import Blocks
+from embsearch_dist.methods.nasrec.model import Blocks
+from embsearch_dist.methods.nasrec.supernet_stage import load_supernet
+from embsearch_dist.networks.architecture import Architecture
+from embsearch_dist.networks.canonical import key, prune
+from embsearch_dist.networks.cost import network_cost
+from embsearch_dist.networks.network import Weights, features
+from embsearch_dist.ranks.context import Context
 
 CHUNK = 4096  # rows whose features are made at once: on a CPU, where they should stay in its cache
 DEVICE_CHUNK = 16384  # and on a GPU, which waits for its host with fewer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from embsearch_dist.config import Config
 from embsearch_dist.methods.base import Method, Run, Stage
 from embsearch_dist.methods.utilities.config import UtilitiesConfig
-from embsearch_dist.methods.utilities.searching import UtilitiesStage, budgets_of
+from embsearch_dist.methods.utilities.search_stage import UtilitiesStage, budgets_of
 from embsearch_dist.methods.widest import WidestStage
 
 

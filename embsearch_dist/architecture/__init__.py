@@ -1,1 +1,0 @@
-"""Architectures of NASRec: what they are, the spaces they come from, their one form, their cost, how they are drawn."""

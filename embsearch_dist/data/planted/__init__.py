@@ -1,0 +1,1 @@
+"""Made-up clicks that hide a right answer."""

@@ -1,0 +1,1 @@
+"""A prepared data set on disk: Parquet shards, and the manifest that says what they hold."""

@@ -1,1 +1,0 @@
-"""Process group, sharding of tables over ranks, and reductions over sharded tables."""

@@ -1,0 +1,83 @@
+"""The result of a search stage's own model, in the form in which ``retrain.py`` leaves those that it trains."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from embsearch_dist.allocation import Allocation
+from embsearch_dist.config import Config
+from embsearch_dist.data.load.dataset import BatchStream
+from embsearch_dist.files import write_sealed
+from embsearch_dist.methods.base import Run
+from embsearch_dist.methods.gated.task import GatedTask
+from embsearch_dist.ranks.context import Context
+from embsearch_dist.train.metrics import area_of, evaluate, shown
+
+
+def seeded_name(name: str, seed: int) -> str:
+    """Name of the result's directory: ``-seedN`` for a seed other than 0, as retrain.py has it."""
+    return f"{name}-seed{seed}" if seed else name
+
+
+def evaluate_gated(
+    task: GatedTask, stream: BatchStream, split: str, context: Context, config: Config, name: str
+) -> dict[str, Any]:
+    """Exact AUC and logloss over all ranks of a model that selects row by row, with the keys of
+    :func:`embsearch_dist.train.retrain.evaluate_model`.
+
+    All columns of all tables must be there for any row, so they all count as embedding parameters; the selector's
+    parameters count as dense ones, and its products as FLOPs.
+
+    Args:
+        task: with the weights that are to be measured; its selection is that of inference.
+        name: of the result's directory; its ``-seedN`` is dropped, so that seeds are averaged.
+    """
+    model = task.model
+    model.eval()
+    started = time.monotonic()
+    metrics = evaluate(task.predict, stream.epoch(0), context)
+    seconds = time.monotonic() - started
+    allocation = Allocation.uniform(task.run.schema, model.width)
+    dense = model.dense_count() + sum(p.numel() for p in model.outer_parameters if p.requires_grad)
+    layers = [m for m in model.replicated.modules() if isinstance(m, nn.Linear)]
+    left_out = {"rows_left_out": stream.rows_left_out} if stream.left_out else {}
+    return {
+        "name": re.sub(r"-seed\d+$", "", name),
+        "seed": config.run.seed,
+        "split": split,
+        "rows": int(metrics["rows"]),
+        **area_of(metrics, split),
+        "logloss": metrics["logloss"],
+        "embedding_parameters": allocation.total("parameters"),
+        "embedding_bytes": allocation.total("bytes"),
+        "dense_parameters": dense,
+        "flops_per_sample": 2.0 * sum(m.in_features * m.out_features for m in layers),
+        "inference_rows_per_s": metrics["rows"] / seconds,
+        "widths": allocation.widths,
+        "backbone": config.model.backbone,
+        **({"data": task.run.schema.data} if task.run.schema.data else {}),
+        **left_out,
+    }
+
+
+def leave_result(run: Run, task: GatedTask, name: str, eval_batch_size: int) -> Path:
+    """Evaluate on the test split; leaves ``evaluation.json`` and ``config.yaml`` in ``RUN/retrain/NAME``, which is
+    returned. The weights stay in the search's checkpoint."""
+    context, config, name = run.context, run.config, seeded_name(name, run.config.run.seed)
+    stream = run.stream("test", eval_batch_size, shuffle=False)
+    result = evaluate_gated(task, stream, "test", context, config, name)
+    directory = run.dir / "retrain" / name
+
+    def write() -> None:
+        config.save(directory)
+        write_sealed(directory / "evaluation.json", result)
+
+    context.first("writing evaluation.json", write)
+    if context.rank == 0:
+        print(f"{name}: test auc {shown(result['auc'])}  logloss {result['logloss']:.5f}  -> {directory}", flush=True)
+    return directory

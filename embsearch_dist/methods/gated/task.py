@@ -1,0 +1,205 @@
+"""Search stages that train tables and head beside a selector: iHAS's gates, AdaFS's controller.
+
+First the model is trained with everything open (``pretrain_epochs``); then ordinary batches train tables and head
+under what the selector chooses, and every ``every``-th step a held-out batch trains the selector.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from embsearch_dist.config import SAFETY_KEYS, TrainConfig, option, require
+from embsearch_dist.data.load.batch import Batch
+from embsearch_dist.data.load.dataset import BatchStream
+from embsearch_dist.errors import UserError
+from embsearch_dist.methods.base import Run
+from embsearch_dist.methods.gated.model import GatedModel
+from embsearch_dist.models.rows import fill_rows
+from embsearch_dist.train.bilevel import HeldOut, frozen
+from embsearch_dist.train.checkpoint import Checkpointer
+from embsearch_dist.train.monitor import Monitor
+from embsearch_dist.train.task import Task
+from embsearch_dist.train.trainer import Progress, Trainer
+
+
+@dataclass
+class OuterConfig:
+    """When and how fast the selector learns from held-out rows."""
+
+    pretrain_epochs: float = option(1.0, "epochs at the start with everything open; part of the training's epochs")
+    every: int = option(100, "ordinary batches to one held-out batch that trains the selector")
+    lr: float = option(1e-3, "learning rate of the selector (Adam)")
+
+    def check(self, prefix: str) -> None:
+        require(self.pretrain_epochs >= 0, f"{prefix}.pretrain_epochs", f"must be >= 0, got {self.pretrain_epochs}")
+        require(self.every >= 1, f"{prefix}.every", f"must be at least 1, got {self.every}")
+        require(self.lr > 0, f"{prefix}.lr", f"must be above 0, got {self.lr}")
+
+
+class GatedTask(ABC):
+    """A :class:`embsearch_dist.train.bilevel.BilevelTask` over a :class:`GatedModel`; a method says what is selected.
+
+    Args:
+        run: config, schema and ranks.
+        model: with the selector in it.
+        outer: see :class:`OuterConfig`.
+        training: of the search stage; None for a model that is only read.
+        own: the method's settings that the result depends on.
+    """
+
+    def __init__(
+        self, run: Run, model: GatedModel, outer: OuterConfig, training: TrainConfig | None, own: dict[str, Any]
+    ) -> None:
+        self.run, self.model, self.outer = run, model, outer
+        self.l2, self.outer_lr = run.config.optim.embedding_l2, outer.lr
+        settings = {f"model.{k}": v for k, v in dataclasses.asdict(run.config.model).items()}
+        settings |= {f"outer.{k}": v for k, v in dataclasses.asdict(outer).items()}
+        self.settings: dict[str, Any] = {**settings, "width": model.width, **own}
+        self.steps, self.warmup = 0, 0
+        self.total = 0  # steps of the whole training; 0, like ``warmup``, in a model that is only read
+        self.batches: BatchStream | None = None
+        self._held_out: HeldOut | None = None
+        if training is not None:
+            self.batches = run.stream("train", training.batch_size, shuffle=True)
+            self.warmup = int(outer.pretrain_epochs * self.batches.batches_per_epoch)
+            self.total = training.total_steps(self.batches.batches_per_epoch)
+            held_out = run.stream("validation", training.batch_size, shuffle=True)
+            self._held_out = HeldOut(held_out, run.context.device)
+
+    @abstractmethod
+    def select(self, u: torch.Tensor, batch: Batch, step: int) -> torch.Tensor:
+        """``u [B, F, d]`` weighed for an ordinary step; the selector's parameters get no gradient here."""
+
+    @abstractmethod
+    def select_outer(self, u: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``u`` weighed by ``model.selector``, for its own step, and what is added to the loss (a regulariser)."""
+
+    @abstractmethod
+    def select_final(self, u: torch.Tensor) -> torch.Tensor:
+        """``u`` weighed without chance, as at inference."""
+
+    def loss(self, batch: Batch, step: int) -> torch.Tensor:
+        u = self.model.embed(batch)
+        weighed = u
+        if step >= self.warmup:
+            with frozen(self.model.outer_parameters):
+                weighed = self.select(u, batch, step)
+        loss = binary_cross_entropy_with_logits(self.model.head(batch.dense, weighed), batch.label)
+        return loss + self.l2 * u.square().sum() / batch.size if self.l2 else loss
+
+    def outer_loss(self, step: int) -> torch.Tensor | None:
+        since = step - self.warmup
+        if since <= 0 or since % self.outer.every or self._held_out is None:
+            return None
+        batch = self._held_out.batch(since // self.outer.every - 1)
+        with torch.no_grad():
+            u = self.model.embed(batch)
+        weighed, extra = self.select_outer(u, step)
+        logits = self.model.bare_head(batch.dense, weighed)
+        loss = binary_cross_entropy_with_logits(logits, batch.label)
+        return loss if extra is None else loss + extra
+
+    def predict(self, batch: Batch) -> torch.Tensor:
+        """Logits as at inference; while nothing is selected yet, with everything open."""
+        with torch.no_grad():
+            u, dense = fill_rows(self.model.embed(batch)), fill_rows(batch.dense)
+            u = u if self.steps <= self.warmup else self.select_final(u)
+            return self.model.bare_head(dense, u)[: batch.size]
+
+    def close(self) -> None:
+        """Let go of the held-out batches; the next outer step, if there is one, opens them again."""
+        if self._held_out is not None:
+            self._held_out.close()
+
+    def after_step(self, step: int, monitor: Monitor) -> None:
+        self.steps = step
+
+    def after_skip(self) -> None:
+        self.steps += 1
+
+    def state(self) -> dict[str, Any]:
+        return {"steps": self.steps, "warmup": self.warmup}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.steps, self.warmup = int(state["steps"]), int(state["warmup"])
+
+
+def checkpoint_root(run: Run, stage: str) -> Path:
+    return run.dir / "checkpoints" / stage
+
+
+def inputs_of(run: Run, training: TrainConfig, own: dict[str, Any]) -> dict[str, Any]:
+    """All that a search stage's result depends on, for the stage's mark."""
+    c = run.config
+    return {
+        "schema": run.schema.fingerprint,
+        "run.seed": c.run.seed,
+        "data.window_rows": c.data.window_rows,
+        "model": c.model,
+        "optim": c.optim,
+        "search.training": {k: v for k, v in vars(training).items() if k not in SAFETY_KEYS},
+        **own,
+    }
+
+
+def train(run: Run, stage: str, task: GatedTask, training: TrainConfig, lines: Sequence[str]) -> Progress:
+    """Train a search stage to its end, from where it stood; its best checkpoint is marked."""
+    batches = task.batches
+    assert batches is not None
+    if task.warmup >= task.total:
+        raise UserError(_nothing_left(task, training, batches.batches_per_epoch))
+    validation = run.stream("validation", training.eval_batch_size, shuffle=False)
+    with Monitor(run.dir, stage, run.context.rank) as monitor:
+        for line in lines:
+            monitor.say(line)
+        optim, root = run.config.optim, checkpoint_root(run, stage)
+        try:
+            return Trainer(task, training, optim, batches, validation, run.context, monitor, root).fit()
+        finally:
+            task.close()
+
+
+def _nothing_left(task: GatedTask, training: TrainConfig, per_epoch: int) -> str:
+    """What to say when pretraining takes all steps: the key that ends the training is the one to raise."""
+    pretrained = task.outer.pretrain_epochs
+    if task.total < per_epoch * training.epochs:
+        return (
+            f"config key search.training.steps: {training.steps} steps end before the {task.warmup} of pretraining do "
+            f"(search.outer.pretrain_epochs: {pretrained:g}, at {per_epoch} steps an epoch), so nothing is ever "
+            "selected. Raise it, or lower search.outer.pretrain_epochs"
+        )
+    return (
+        f"config key search.outer.pretrain_epochs: {pretrained:g} of {training.epochs} epochs "
+        "(search.training.epochs) leave none in which anything is selected. Lower it, or train longer"
+    )
+
+
+def load(run: Run, stage: str, task: Task, best: bool) -> None:
+    """Put a finished search stage's weights into ``task.model``: the best ones or the last.
+
+    Raises:
+        UserError: they are missing or damaged.
+    """
+    root = checkpoint_root(run, stage)
+    checkpointer = Checkpointer(
+        root, task.model, None, run.context, schema=run.schema.fingerprint, data=run.schema.data
+    )
+    step = checkpointer.best() if best else checkpointer.newest()
+    mark = run.dir / "stages" / f"{stage}.json"
+    mend = f"To train on from the last whole checkpoint, delete {mark} and give the command again"
+    if step is None:
+        raise UserError(f"{root} holds no checkpoint of the {stage}. {mend}")
+    try:
+        state = checkpointer.load(step, optimizers=False)
+    except UserError as e:
+        raise UserError(f"{e}. {mend}", everywhere=e.everywhere) from e
+    task.load_state(state["task"])
+    task.model.eval()

@@ -1,0 +1,271 @@
+"""Stage 2: group the rows by what they keep, and choose each group's widths (iHAS sections 3.4 and 3.5.2-3).
+
+Leaves ``groups.json``, ``groups/router.json``, ``groups/assignment/<split>.npy`` (uint8 per row, stored order) and
+``groups/group-K``, the rows of each group as an ordinary prepared data set. With one group: ``allocation.json``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from embsearch_dist import written
+from embsearch_dist.allocation import Allocation
+from embsearch_dist.data.load.batch import Batch
+from embsearch_dist.data.prepare.partition import write_group
+from embsearch_dist.data.store.manifest import compare_ends, identity
+from embsearch_dist.errors import UserError
+from embsearch_dist.files import read_sealed, write_sealed
+from embsearch_dist.grouped import GROUPS, GroupedAllocation, group_dir
+from embsearch_dist.methods.base import Run, Stage
+from embsearch_dist.methods.ihas.config import IHASConfig
+from embsearch_dist.methods.ihas.gates_stage import load_gates
+from embsearch_dist.methods.ihas.kmeans import KMeans
+from embsearch_dist.methods.ihas.router_by_centres import ROUTER, CentreRouter
+from embsearch_dist.schema import SPLITS, Schema
+from embsearch_dist.train.monitor import Monitor
+
+KEPT = "groups/kept.json"  # per group, 1 for each kept dimension of the search's tables
+STATE = "groups/kmeans.json"  # of a clustering that is under way
+
+
+class GroupStage(Stage):
+    """Clusters, assigns, allocates, and writes each group's rows."""
+
+    name = "groups"
+    repeatable = True  # gates cost hours, groups minutes: another K or share to keep only clusters again
+
+    def inputs(self, run: Run) -> dict[str, Any]:
+        search: IHASConfig = run.config.search
+        own = {"search.name": search.name, "search.groups": dataclasses.asdict(search.groups)}
+        return {"schema": run.schema.fingerprint, "run.seed": run.config.run.seed, **own}
+
+    def lacks(self, run: Run) -> str:
+        """A group whose rows are gone or are others: reads what opening them would read."""
+        if not (run.dir / GROUPS).exists():
+            return ""
+        for k in range(len(GroupedAllocation.load(run.dir / GROUPS, run.schema).allocations)):
+            place = group_dir(run.dir, k)
+            try:
+                identity(place, Schema.load(place))
+                for split in SPLITS:
+                    compare_ends(place, split)
+            except UserError as e:
+                return str(e).split(". ")[0]
+        return ""
+
+    def run(self, run: Run) -> None:
+        search: IHASConfig = run.config.search
+        with Monitor(run.dir, self.name, run.context.rank) as monitor:
+            monitor.resume_at(-1)
+            run.context.first("clearing the groups", lambda: _clear(run.dir))
+            clustering = Clustering(run, monitor)
+            clustering.fit()
+            assignment, sums, counts = clustering.settle()
+            means = sums / counts[:, None].clamp(min=1)
+            widths = [widths_of(kept_of(m, search.groups.keep), run.schema, search.width) for m in means]
+            shown = torch.stack([m.view(-1, search.width).mean(1) for m in means], 1)
+            groups = [f"group {k}" for k in range(len(widths))]
+            monitor.heatmap(0, "kept", shown.numpy(), run.schema.names, groups)
+            kept = [kept_of(m, search.groups.keep).int().tolist() for m in means]
+            run.context.first("writing what is kept", lambda: write_sealed(run.dir / KEPT, {"kept": kept}))
+            provenance = {"method": "ihas", "name": search.name, "seed": run.config.run.seed}
+            if len(widths) == 1:
+                allocation = Allocation(run.schema, widths[0], provenance)
+                run.context.first("writing allocation.json", lambda: allocation.save(run.dir / "allocation.json"))
+            else:
+                grouped = self._write(run, monitor, clustering, assignment, widths, provenance)
+                run.context.first("writing groups.json", lambda: grouped.save(run.dir / GROUPS))
+            for k, w in enumerate(widths):
+                chosen = "  ".join(f"{n}={w[n]}" for n in run.schema.names)
+                monitor.say(f"group {k}, {int(counts[k]):,} training rows: {chosen}")
+            monitor.say(f"next: python launch/retrain.py --run {run.dir}")
+
+    def _write(
+        self,
+        run: Run,
+        monitor: Monitor,
+        clustering: Clustering,
+        assignment: dict[str, np.ndarray],
+        widths: list[dict[str, int]],
+        provenance: dict[str, object],
+    ) -> GroupedAllocation:
+        context, count = run.context, len(widths)
+
+        def keep() -> None:
+            folder = run.dir / "groups" / "assignment"
+            folder.mkdir(parents=True, exist_ok=True)
+            for split, groups in assignment.items():
+                _save(folder / f"{split}.npy", groups)
+            write_sealed(run.dir / ROUTER, clustering.router.state())
+
+        context.first("writing the assignment", keep)
+        path = Path(run.config.data.path)
+        mine = range(context.rank, count, context.world_size)
+        with context.together("writing the groups"), monitor.progress(len(mine), "groups") as bar:
+            for k in mine:
+                write_group(path, run.schema, assignment, k, group_dir(run.dir, k), left_out=clustering.left_out)
+                bar.update(1)
+        with context.together("reading the groups"):
+            rows = tuple(dict(Schema.load(group_dir(run.dir, k)).rows) for k in range(count))
+        for k, r in enumerate(rows):
+            monitor.scalars(k, {f"rows_{split}": r.get(split, 0) for split in SPLITS})
+        own = [Allocation(run.schema, w, {**provenance, "group": k}) for k, w in enumerate(widths)]
+        for k, a in enumerate(own):
+            context.first("writing an allocation", lambda k=k, a=a: a.save(run.dir / f"allocations/group-{k}.json"))  # type: ignore[misc]
+        return GroupedAllocation(run.schema, tuple(own), rows, provenance)
+
+
+class Clustering:
+    """K-means over the training rows, then the final groups of all rows."""
+
+    def __init__(self, run: Run, monitor: Monitor) -> None:
+        self.run, self.monitor, self.search = run, monitor, run.config.search
+        g = self.search.groups
+        columns = len(run.schema.fields) * self.search.width
+        self.kmeans = KMeans(g.k, columns, run.context, run.config.run.seed)
+        self.router = CentreRouter(load_gates(run), g.features, self.kmeans)
+        self.left_out: dict[str, Any] = {}
+
+    def fit(self) -> None:
+        """Mini-batch passes, then exact ones; a killed clustering goes on with the pass it was in."""
+        g, run, path = self.search.groups, self.run, self.run.dir / STATE
+        if g.k == 1:
+            return
+        shuffled = run.stream("train", g.batch_size, shuffle=True)
+        stored = run.stream("train", g.batch_size, shuffle=False)
+        done = run.context.share(run.context.first("reading the clustering", lambda: _read(path, self.signature())))
+        distances = [float(d) for d in done.get("distances", [])] if done else []  # none of an older version
+        for n, distance in enumerate(distances):  # the stage's lines were forgotten: some may be of a pass that is lost
+            self.monitor.scalars(n, {"distance": distance})
+        if done:
+            self.kmeans.load_state(done["kmeans"])
+            self.router.scale = torch.tensor(done["scale"], dtype=torch.float32, device=run.context.device)
+        else:
+            first = next(iter(shuffled.epoch(0))).to(run.context.device)
+            self.router.measure(first)
+            self.kmeans.start(self.router.look(first)[0])
+        for n in range(done["passes"] if done else 0, g.passes + g.exact):
+            small = n < g.passes
+            stream = shuffled if small else stored
+            what = f"pass {n + 1} of {g.passes + g.exact}"
+            with self.monitor.progress(stream.batches_per_epoch, f"batches ({what})") as bar:
+                rows = self._rows(stream.epoch(n if small else 0), bar)
+                if small:
+                    errors = [self.kmeans.update(r) for r in rows]
+                    error = sum(errors) / len(errors)
+                else:
+                    error = self.kmeans.lloyd(rows)
+            distances.append(float(error))
+            self.monitor.scalars(n, {"distance": distances[-1]})
+            self.monitor.say(f"k-means, {what}: mean squared distance {error:.6g}")
+            state = {**self.router.state(), "passes": n + 1, "distances": distances, "signature": self.signature()}
+            run.context.first("saving the clustering", lambda s=state: write_sealed(path, s))  # type: ignore[misc]
+        self.kmeans.order()
+
+    def signature(self) -> dict[str, Any]:
+        """What a clustering under way depends on."""
+        return {"groups": dataclasses.asdict(self.search.groups), "seed": self.run.config.run.seed}
+
+    def _rows(self, batches: Iterator[Batch], bar: Any) -> Iterator[torch.Tensor]:
+        for batch in batches:
+            yield self.router.look(batch.to(self.run.context.device))[0]
+            bar.update(1)
+
+    def settle(self) -> tuple[dict[str, np.ndarray], torch.Tensor, torch.Tensor]:
+        """Assign every row; groups too small to train on are dissolved, smallest first, until none is.
+
+        Returns:
+            split -> ``[rows]`` uint8 in stored order; per group the sums of its training rows' masks ``[K, C]``
+            and their number ``[K]``, float64 on the CPU.
+        """
+        while True:
+            groups, sums, counts = self._assign("train")
+            assignment = {"train": groups, "validation": self._assign("validation")[0]}
+            held_out = np.bincount(assignment["validation"], minlength=len(counts))
+            small = [
+                k
+                for k in range(len(counts))
+                if counts[k] < self.search.groups.min_rows or held_out[k] < self.run.context.world_size
+            ]
+            if not small or len(counts) == 1:
+                break
+            gone = min(small, key=lambda k: int(counts[k]))
+            rows = f"{int(counts[gone]):,} training rows"
+            self.monitor.say(f"group {gone} has {rows}: dissolved (search.groups.min_rows)")
+            self.kmeans.alive[gone] = False
+            self.kmeans.order()
+        assignment["test"] = self._assign("test")[0]
+        return assignment, sums, counts
+
+    def _assign(self, split: str) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+        # Dead centres come last and get no rows.
+        context, k, columns = self.run.context, max(1, int(self.kmeans.alive.sum())), self.kmeans.width
+        stream = self.run.stream(split, self.search.groups.batch_size, shuffle=False)
+        self.left_out[split] = stream.left_out
+        sums = torch.zeros(k, columns, dtype=torch.float64, device=context.device)
+        counts = torch.zeros(k, dtype=torch.float64, device=context.device)
+        parts: list[np.ndarray] = []
+        with self.monitor.progress(stream.batches_per_epoch, f"batches ({split} rows to groups)") as bar:
+            for batch in stream.epoch(0):
+                features, masks = self.router.look(batch.to(context.device))
+                groups = self.kmeans.assign(features) if k > 1 else features.new_zeros(len(features)).long()
+                one_hot = torch.nn.functional.one_hot(groups, k).to(features.dtype)
+                sums += (one_hot.T @ masks).double()
+                counts += one_hot.sum(0).double()
+                # Ranks hold neighbouring slices of a global batch, so rank order is stored order.
+                parts.append(context.gather(groups.to(torch.uint8)).cpu().numpy())
+                bar.update(1)
+        context.sum(sums), context.sum(counts)
+        return np.concatenate(parts), sums.cpu(), counts.cpu()
+
+
+def _save(path: Path, groups: np.ndarray) -> None:
+    """Write an array in one step, and list it: it carries no checksum of its own."""
+    partial = path.with_name(f"{path.name}.tmp")
+    with partial.open("wb") as file:
+        np.save(file, groups, allow_pickle=False)
+    with written.listed(path, written.file_checksum(partial)):
+        partial.replace(path)
+
+
+def _clear(directory: Path) -> None:
+    """Drop what an earlier clustering found, so that its result cannot be taken for this one's."""
+    for name in (GROUPS, "allocation.json", ROUTER, KEPT):
+        (directory / name).unlink(missing_ok=True)
+
+
+def kept_of(means: torch.Tensor, keep: float) -> torch.Tensor:
+    """Which dimensions a group keeps, ``[C]`` bool: those open in more than ``keep`` of its rows.
+
+    A group that would keep nothing keeps the one that is open most often: there is no model without input.
+
+    Args:
+        means: ``[C]``, share of rows in which each dimension is open.
+    """
+    kept = means > keep
+    if not kept.any():
+        kept[means.argmax()] = True
+    return kept
+
+
+def widths_of(kept: torch.Tensor, schema: Schema, width: int) -> dict[str, int]:
+    """Width of each field: how many of its dimensions are kept; ``kept [F * width]``."""
+    counts = kept.view(len(schema.fields), width).sum(1).tolist()
+    return dict(zip(schema.names, counts, strict=True))
+
+
+def _read(path: Path, signature: dict[str, Any]) -> dict[str, Any] | None:
+    """A clustering under way; None when there is none, or one with other settings."""
+    if not path.exists():
+        return None
+    body = read_sealed(path)
+    try:
+        return body if body["signature"] == signature else None
+    except (KeyError, TypeError) as e:
+        raise UserError(f"{path}: not a saved clustering ({e!r}). Delete it") from e

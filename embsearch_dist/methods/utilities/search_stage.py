@@ -1,0 +1,277 @@
+"""Stage 2: what each width of each field is worth, and the best allocation under a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from embsearch_dist.allocation import Allocation, cost
+from embsearch_dist.methods.base import Run, Stage
+from embsearch_dist.methods.budget import Budget, cost_table, knapsack, total_cost
+from embsearch_dist.methods.found import Point, budget_told, budgets, describe, write_points
+from embsearch_dist.methods.truncated import Changes, TruncatedModel, logit_gram, principal, sensitive
+from embsearch_dist.methods.utilities.config import UtilitiesConfig
+from embsearch_dist.methods.widest import Moments, Sample, first_rows, load_widest, random_rows
+from embsearch_dist.models.model import SubnetModel
+from embsearch_dist.precision import MIXED, row_bytes, served
+from embsearch_dist.schema import Schema
+from embsearch_dist.train.monitor import Monitor
+
+LEAST_GAIN = 1e-6  # nats; below it lies the rounding of float32 logits
+SCALE = 1e4  # of the scores: the knapsack's solver stops within 1e-6 of the best sum
+
+
+def supported(changes: Changes, evidence: float, held: torch.Tensor | None = None) -> torch.Tensor:
+    """Worth ``[F, T]`` of each candidate of each field, in nats of logloss saved against the field's narrowest.
+
+    A candidate is worth more than a narrower one only if its rows' losses, paired, are lower by more than ``evidence``
+    standard errors. Else it is worth the same, so that nothing is paid for what noise may have given. What a field
+    loses by a wider candidate does not count against it: the directions added last are the least important ones.
+
+    To drop a field asks for evidence as well. One that does nothing for validation rows may have done much in training:
+    user ids that are new in every later split take up there what items would have to explain without them. So unless
+    some width of it is worse than none, and none is better, its first width is worth what it is on training rows.
+
+    Args:
+        held: ``[F]``: worth of the first candidate above 0 on training rows; None where no candidate drops a field.
+    """
+    fields, count = changes.more.shape
+    worth = torch.zeros(fields, count, dtype=torch.float64)
+    for f in range(fields):
+        best, first = 0, 1
+        if held is not None:
+            gains = [changes.gain(f, 0, j) for j in range(1, count)]
+            helps = any(gain > max(evidence * error, LEAST_GAIN) for gain, error in gains)
+            hurts = any(gain < -max(evidence * error, LEAST_GAIN) for gain, error in gains)
+            if helps or not hurts:
+                worth[f, 1] = max(float(held[f]), gains[0][0], 0.0)
+                best, first = 1, 2
+        for j in range(first, count):
+            gain, error = changes.gain(f, best, j)
+            worth[f, j] = worth[f, j - 1]
+            if gain > max(evidence * error, LEAST_GAIN):
+                worth[f, j] = worth[f, best] + gain
+                best = j
+    return worth
+
+
+def choose(worth: torch.Tensor, costs: torch.Tensor, limit: float | None) -> list[int]:
+    """The candidates ``[F]`` of the highest summed worth whose cost is at most ``limit``; of equal worth the cheapest.
+
+    Args:
+        worth: ``[F, T]``, not falling along T.
+        costs: ``[F, T]``, rising along T.
+    """
+    bound = float(costs[:, -1].sum()) if limit is None else limit
+    choice = knapsack(worth * (SCALE / max(float(worth.max()), 1e-30)), costs, bound)
+    for f, j in enumerate(choice):
+        while j > 0 and worth[f, j - 1] >= worth[f, j]:
+            j -= 1
+        choice[f] = j
+    if total_cost(choice, costs) == 0:  # all dropped is no model
+        order = sorted(range(len(choice)), key=lambda f: (-float(worth[f, 1]), float(costs[f, 1])))
+        choice[next(f for f in order if float(costs[f, 1]) <= bound)] = 1
+    return choice
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field's table may be: its width, and the precision it is served at; "" where that is not searched."""
+
+    width: int
+    precision: str = ""
+
+
+def options_of(config: UtilitiesConfig, extra: int) -> list[Option]:
+    """What is searched: the candidate widths; with ``precision: mixed`` each at int8 and at int4, cheapest row first.
+
+    Of two whose rows cost the same the first counts unless there is evidence for the other: the narrower one, and of
+    one width that at int8.
+    """
+    if config.precision != MIXED:
+        return [Option(width) for width in config.candidates]
+    both = [Option(w, p) for w in config.candidates for p in (("int8", "int4") if w else ("",))]
+    return sorted(both, key=lambda o: (row_bytes(o.width + extra, o.precision) if o.width else 0, o.width))
+
+
+@dataclass
+class Searcher:
+    """Searches of one widest model; budgets share what was measured.
+
+    ``salient``: see :meth:`TruncatedModel.saliency`, None to measure losses; ``held``: see :func:`supported`;
+    ``extra``: columns of a kept field's table beside its width (``ModelConfig.extra``); ``tick``: see
+    :meth:`TruncatedModel.changes`.
+    """
+
+    schema: Schema
+    config: UtilitiesConfig
+    model: TruncatedModel
+    salient: torch.Tensor | None = None
+    held: torch.Tensor | None = None
+    extra: int = 0
+    measured: dict[tuple[int, ...], Changes] = field(default_factory=dict)
+    tick: Callable[[int], None] = lambda rows: None
+
+    def __post_init__(self) -> None:
+        self.options = options_of(self.config, self.extra)
+        self.widths = [o.width for o in self.options]
+        self.precisions = [o.precision for o in self.options] if self.config.precision == MIXED else []
+
+    def around(self, choice: Sequence[int]) -> Changes:
+        """The changes around an allocation, measured once."""
+        key = tuple(choice)
+        if key not in self.measured:
+            self.measured[key] = self.model.changes(choice, self.widths, self.precisions, self.tick)
+        return self.measured[key]
+
+    def worth_at_full_width(self) -> torch.Tensor:
+        """``[F, T]``: by saliency, or with every other field at its widest candidate."""
+        if self.salient is not None:
+            summed = torch.nn.functional.pad(self.salient.cumsum(1), (1, 0))
+            return summed[:, self.config.candidates] - summed[:, self.config.candidates[:1]]
+        widest = [len(self.options) - 1] * len(self.schema.fields)
+        return supported(self.around(widest), self.config.evidence, self.held)
+
+    def find(self, budget: Budget | None) -> list[int]:
+        """The best measured allocation under a budget.
+
+        Worths measured with all other fields wide are added up first, which is right as long as fields do not depend
+        on each other. So the found allocation is measured, with all changes around it; the mean of all worths so far
+        gives the next one; of those that were measured the one of least loss is taken.
+        """
+        costs = self.costs(budget)
+        limit = float(budget.limit) if budget else None
+        worths = [self.worth_at_full_width()]
+        choice = self._choose(worths, costs, limit)
+        if self.salient is not None:
+            return choice
+        tried: list[list[int]] = []
+        while choice not in tried:
+            tried.append(choice)
+            worths.append(supported(self.around(choice), self.config.evidence, self.held))
+            if len(tried) == self.config.rounds:
+                break
+            choice = self._choose(worths, costs, limit)
+        return min(tried, key=lambda c: (self.around(c).loss, total_cost(c, costs)))
+
+    def _choose(self, worths: list[torch.Tensor], costs: torch.Tensor, limit: float | None) -> list[int]:
+        # One rank decides: all have the same figures, but perhaps not the same solver, and must measure the same.
+        context = self.model.context
+        return context.share(choose(torch.stack(worths).mean(0), costs, limit) if context.rank == 0 else [])
+
+    def costs(self, budget: Budget | None) -> torch.Tensor:
+        """``[F, T]``: what each option costs, in the budget's unit; without one parameters, or bytes as served."""
+        if not self.precisions:
+            resource = budget.resource if budget else "parameters"
+            return cost_table(self.schema, self.widths, resource, self.extra)
+        resource = budget.resource if budget else served(MIXED)
+        own = [served(o.precision or "int8") if resource == served(MIXED) else resource for o in self.options]
+        rows = [
+            [cost(r, f.cardinality, w, self.extra) for r, w in zip(own, self.widths, strict=True)]
+            for f in self.schema.fields
+        ]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def ranks(self, choice: Sequence[int]) -> list[int]:
+        return [self.widths[j] for j in choice]
+
+    def precisions_of(self, choice: Sequence[int]) -> dict[str, str]:
+        """Kept field -> the precision chosen for it; nothing where precisions are not searched."""
+        if not self.precisions:
+            return {}
+        named = zip(self.schema.names, (self.options[j] for j in choice), strict=True)
+        return {name: option.precision for name, option in named if option.width}
+
+
+def make_searcher(run: Run) -> Searcher:
+    """Load the widest model, take the directions of its fields and look the measured rows up."""
+    config: UtilitiesConfig = run.config.search
+    model, context = load_widest(run).model, run.context
+    basis = rows_of(run, model, "train", config.basis_rows, config.seed)
+    moments = Moments(len(run.schema.fields), config.width, context.device)
+    for piece in basis.pieces(8192):
+        moments.add(piece.x)
+    moments.sum(context)
+    bases = principal(moments) if config.basis == "variance" else sensitive(moments, logit_gram(model, basis, context))
+    truncated = TruncatedModel(model, rows_of(run, model, "validation", config.rows, config.seed), bases, context)
+    if config.utility == "saliency":
+        return Searcher(run.schema, config, truncated, truncated.saliency(model), extra=run.config.model.extra)
+    held = held_by_training(TruncatedModel(model, basis, bases, context), config) if not config.candidates[0] else None
+    return Searcher(run.schema, config, truncated, None, held, run.config.model.extra)
+
+
+def held_by_training(model: TruncatedModel, config: UtilitiesConfig) -> torch.Tensor:
+    """``[F]``: what the first width above 0 saves on training rows against none, all other fields being whole."""
+    narrow = [*[o.width for o in options_of(config, 0)[:2]], config.width]
+    changes = model.changes([2] * model.sample.x.shape[0], narrow)
+    return changes.more[:, 0] - changes.more[:, 1]
+
+
+def rows_of(run: Run, model: SubnetModel, split: str, rows: int, seed: int) -> Sample:
+    """About ``rows`` random rows of a split, looked up: this rank's share."""
+    stream = random_rows(run, split, rows, run.config.run.seed * 7919 + seed)
+    return Sample.of(model, first_rows(stream, rows), run.context.device)
+
+
+class UtilitiesStage(Stage):
+    """Search once for ``allocation.json`` and once more for each Pareto budget."""
+
+    name = "utilities"
+    repeatable = True
+
+    def inputs(self, run: Run) -> dict[str, Any]:
+        return {"schema": run.schema.fingerprint, "run.seed": run.config.run.seed, "search": run.config.search}
+
+    def run(self, run: Run) -> None:
+        config, context = run.config.search, run.context
+        wanted = budgets_of(config, run.schema, run.config.model.extra)
+        searcher = make_searcher(run)
+        with Monitor(run.dir, self.name, context.rank) as monitor:
+            monitor.resume_at(-1)
+            monitor.say(
+                f"utilities: {len(run.schema.fields)} fields x candidates {config.candidates} on "
+                f"{searcher.model.rows:,} validation rows, by {config.utility}"
+            )
+            points: list[Point] = []
+            rows, rounds = len(searcher.model.sample.label), config.rounds if config.utility == "loss" else 0
+            with monitor.progress(rows * (1 + rounds * len(wanted)), "rows") as bar:
+                searcher.tick = bar.update
+                columns = [f"{o.width} {o.precision}".strip() for o in searcher.options]
+                worth = searcher.worth_at_full_width()
+                monitor.heatmap(0, "worth", (worth * 1000).numpy(), run.schema.names, columns)
+                for number, (name, budget) in enumerate(wanted, 1):
+                    points.append(self._point(run, searcher, name, budget))
+                    bar.update(rows * (1 + rounds * number) - bar.done)  # what was measured before, or need not be
+            context.first("writing the allocations", lambda: write_points(run.dir, points))
+            monitor.say(describe(points[0], run.dir))
+
+    def _point(self, run: Run, searcher: Searcher, name: str, budget: Budget | None) -> Point:
+        choice = searcher.find(budget)
+        ranks, precisions = searcher.ranks(choice), searcher.precisions_of(choice)
+        metrics = searcher.model.metrics(ranks, [precisions.get(n, "") for n in run.schema.names])
+        provenance: dict[str, object] = {
+            "method": "utilities",
+            "name": name,
+            "seed": run.config.run.seed,
+            "search_seed": searcher.config.seed,
+            "utility": searcher.config.utility,
+            **budget_told(budget, searcher.config.precision),
+            **{f"truncated_{k}": metrics[k] for k in ("auc", "logloss")},
+        }
+        widths = dict(zip(run.schema.names, ranks, strict=True))
+        allocation = Allocation(run.schema, widths, provenance, searcher.extra, precisions)
+        return Point(
+            name,
+            allocation,
+            metrics,
+            budget.limit if budget else None,
+            [(allocation.total("parameters"), metrics["auc"])],
+        )
+
+
+def budgets_of(config: UtilitiesConfig, schema: Schema, extra: int) -> list[tuple[str, Budget | None]]:
+    """The searches of this stage; see :func:`embsearch_dist.methods.found.budgets`."""
+    return budgets(config, config.name, schema, extra)

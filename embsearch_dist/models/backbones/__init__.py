@@ -1,0 +1,1 @@
+"""Backbones behind the unified embeddings [B, F, d], each with its formula."""

@@ -1,0 +1,1 @@
+"""Tables over ranks: plans, TorchRec's sharded collections, their optimizer, and sums over them."""

@@ -1,0 +1,150 @@
+"""The ``dist.ddp`` component: ``torchx run dist.ddp -j 1x8 search.py``.
+
+Registered under the entry point group ``torchx.components`` (``setup.py``) in place of TorchX's own,
+which wants ``--script`` for what comes first here and cannot restart a failed job.
+"""
+
+# TorchX reads annotations from the source and knows only names, Optional, List and Dict of typing;
+# postponed or newer spellings make the component invalid.
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Dict, List, Optional
+
+import torchx
+import torchx.specs as specs
+from torchx.components.dist import parse_nnodes
+from torchx.components.structured_arg import StructuredNameArgument
+from torchx.specs.finder import ComponentValidationException
+
+from embsearch_dist.ranks.environment import GPUS, LAUNCHER_ENVIRONMENT
+
+SCRIPTS = Path(__file__).resolve().parent
+
+
+def ddp(
+    *script_args: str,
+    script: str = "",
+    m: str = "",
+    j: str = "1x2",
+    name: str = "/",
+    cpu: int = 0,
+    gpu: int = 0,
+    memMB: int = 0,
+    h: Optional[str] = None,
+    env: Optional[Dict[str, str]] = None,
+    max_restarts: int = 0,
+    max_retries: int = 0,
+    rdzv_port: int = 29500,
+    image: str = torchx.IMAGE,
+    mounts: Optional[List[str]] = None,
+    tee: int = 3,
+    debug: bool = False,
+) -> specs.AppDef:
+    """Run a script on several ranks with torchrun.
+
+    The first word after the options is the script, the rest are its arguments:
+    `torchx run dist.ddp -j 1x8 search.py --config FILE`. A script of this repository's launch
+    folder needs no folder name. Options of this component come before the script. A script option
+    that looks like one of them needs a separator: `dist.ddp -j 1x8 -- search.py --max 3`.
+
+    Args:
+        script_args: the script, then its arguments; a `--` before either is dropped
+        script: the script, as an option instead of the first word
+        m: a module to run instead of a script
+        j: [[MIN_NODES:]NODESx]RANKS_PER_NODE, e.g. 1x8
+        name: EXPERIMENT/RUN, either part may be left out
+        cpu: cores per node; 0 asks for none and uses what the node gives
+        gpu: GPUs per node; 0 asks for none
+        memMB: memory per node in MB; 0 asks for none
+        h: a named resource, instead of cpu, gpu and memMB
+        env: environment variables of the ranks, e.g. A=1,B=2
+        max_restarts: how often all ranks are started again after one fails; they resume from checkpoints
+        max_retries: how often the scheduler starts the job again (local_cwd never does)
+        rdzv_port: port on the first node; a single node picks a free one
+        image: container image, for schedulers that use one
+        mounts: container mounts, e.g. type=bind,src=/host,dst=/job
+        tee: output shown and kept: 0 none, 1 stdout, 2 stderr, 3 both
+        debug: turn on the debug checks of torch.distributed (slow)
+    """
+    words = list(script_args)
+    if not script and not m:
+        if not words:
+            # The one exception that TorchX reports without a traceback.
+            raise ComponentValidationException("no script, e.g.: torchx run dist.ddp -j 1x2 search.py --config FILE")
+        script = words.pop(0)
+        if words[:1] == ["--"]:
+            words.pop(0)
+    if script and m:
+        raise ComponentValidationException("give either a script or -m MODULE, not both")
+    if script:
+        script = _find_script(script)
+    try:
+        min_nodes, nodes, ranks, nodes_text = parse_nnodes(j)
+    except ValueError:
+        raise ComponentValidationException(f"-j {j}: expected RANKS or [MIN_NODES:]NODESxRANKS, e.g. 1x8") from None
+    title = StructuredNameArgument.parse_from(name=name, m=m or None, script=script or None)
+
+    role_env = dict(env or {})
+    role_env.setdefault("LOGLEVEL", os.environ.get("LOGLEVEL", "WARNING"))
+    role_env["TORCHX_TRACKING_EXPERIMENT_NAME"] = title.experiment_name
+    if debug:
+        role_env.setdefault("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
+        role_env.setdefault("TORCH_SHOW_CPP_STACKTRACES", "1")
+        role_env.setdefault("CUDA_LAUNCH_BLOCKING", "1")
+    if gpu:
+        role_env.setdefault(GPUS, str(gpu))
+    for variable, value in LAUNCHER_ENVIRONMENT.items():
+        if variable not in os.environ:
+            role_env.setdefault(variable, value)
+
+    if nodes == 1:
+        # The local address spares a look-up of this host's name, which fails or stalls without DNS.
+        where = "--standalone --local-addr localhost"
+    else:
+        # Some schedulers tell the first node's address to all nodes but the first.
+        host = f"$${{{specs.macros.rank0_env}:=localhost}}"
+        where = f"--rdzv-backend c10d --rdzv-endpoint {host}:{rdzv_port} --rdzv-id {specs.macros.app_id}"
+    options = f"--nnodes {nodes_text} --nproc-per-node {ranks} --max-restarts {max_restarts} --tee {tee} --role ''"
+    # Behind `--`, torchrun leaves the script's options alone; else it takes --run or --log for its own.
+    target = shlex.join(["-m", "--", m, *words] if m else ["--", script, *words])
+    # Threads follow from the cores of the node, which the machine that submits the job does not know.
+    cores = f" --cores {cpu}" if cpu else ""
+    tuned = f'eval "$$({_python()} -m embsearch_dist.ranks.environment --ranks {ranks} --nodes {nodes}{cores})"'
+    command = f"{tuned}; exec {_python()} -m torch.distributed.run {where} {options} {target}"
+    role = specs.Role(
+        name=Path(script).stem if script else m.rpartition(".")[2],
+        image=image,
+        min_replicas=min_nodes,
+        num_replicas=nodes,
+        entrypoint="bash",
+        args=["-c", command],
+        env=role_env,
+        # What is not asked for stays out of the request: TorchX's own defaults are 2 cores and 1 GB a node.
+        resource=specs.resource(h=h) if h else specs.Resource(cpu=cpu or -1, gpu=gpu or -1, memMB=memMB or -1),
+        port_map={"c10d": rdzv_port},
+        max_retries=max_retries,
+        mounts=specs.parse_mounts(mounts) if mounts else [],
+    )
+    return specs.AppDef(name=title.run_name, roles=[role])
+
+
+def _find_script(script: str) -> str:
+    """The script as given if it exists, else the one of that name in the launch folder: of the tree one stands in,
+    which need not be the installed one, or else of this tree, seen from here."""
+    own, near = SCRIPTS / script, Path("launch", script)
+    if Path(script).exists() or not own.is_file():
+        return script
+    if near.is_file() and Path("embsearch_dist").is_dir():
+        return str(near)
+    # A relative path also holds on the nodes of a cluster, where the folder is mounted or copied elsewhere.
+    return os.path.relpath(own) if own.is_relative_to(Path.cwd()) else str(own)
+
+
+def _python() -> str:
+    """Shell words for the interpreter that runs TorchX where it exists, else the `python` of a container.
+
+    A bare `python` would be the wrong one when the virtual environment is not activated.
+    """
+    return f'"$$(command -v {shlex.quote(sys.executable)} python python3 | head -n 1)"'

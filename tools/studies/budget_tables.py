@@ -1,0 +1,231 @@
+"""From finished trainings to the CSV, the table, the verdicts and the picture of tools/studies/compare_budgets.py."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import platform
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from embsearch_dist.allocation import Allocation
+from embsearch_dist.report.style import render
+from embsearch_dist.report.summary import percent
+from embsearch_dist.report.verdict import REFERENCE_WIDTH, Model, compare_models, draw, judge
+from embsearch_dist.schema import Schema
+from tools.studies.jobs import recorded
+
+COLUMNS = (
+    "commit", "command", "seed", "hardware", "data", "backbone", "budget", "method", "widths", "parameters",
+    "share_of_ues32", "validation_auc", "validation_logloss", "test_auc", "test_logloss", "search_seconds",
+    "training_seconds", "precision", "served_bytes", "served_share_of_ues32", "served_auc", "served_logloss",
+)  # fmt: skip
+BASELINES = ("fdo", "magnitude")
+LABELLED = 24  # models in the picture whose names have room
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a comparison judges by: columns of its CSV, and what sizes are called."""
+
+    size: str
+    share: str
+    auc: str
+    logloss: str
+    unit: str
+
+    @classmethod
+    def of(cls, rows: Sequence[dict[str, Any]]) -> Measure:
+        """Bytes and figures as served where every line has them at one precision, else parameters."""
+        precisions = {r.get("precision") or "" for r in rows}
+        if len(precisions) == 1 and (precision := precisions.pop()):
+            return cls("served_bytes", "served_share_of_ues32", "served_auc", "served_logloss", f"bytes at {precision}")
+        return cls("parameters", "share_of_ues32", "test_auc", "test_logloss", "parameters")
+
+    def reference(self, rows: Sequence[dict[str, Any]]) -> float:
+        """Size of UES-32."""
+        return float(rows[0][self.size]) / float(rows[0][self.share])
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model of the comparison: its training's directory, and the names of the jobs that made it.
+
+    ``width``: of a uniform one, else 0. Its search found the widths of all budgets at once.
+    """
+
+    method: str
+    budget: str
+    seed: int
+    place: Path
+    job: str
+    search: str
+    width: int
+
+
+def write_all(out: Path, models: Sequence[Trained], seeds: int) -> str:
+    """Write comparison.csv, .md and .png of what is finished; returns the text of comparison.md.
+
+    Raises:
+        SystemExit: nothing is.
+    """
+    rows = rows_of(out, [m for m in models if (m.place / "evaluation.json").exists()])
+    if not rows:
+        raise SystemExit(f"{out}: no training is finished yet")
+    with (out / "comparison.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    compared, measure = summarise(rows), Measure.of(rows)
+    text = markdown(rows, compared, seeds)
+    (out / "comparison.md").write_text(text)
+    size = "embedding parameters" if measure.size == "parameters" else f"{measure.unit}, all tables"
+    models = list(compared.values())
+    render("comparison", lambda theme: draw(theme, models, "test", len(models) <= LABELLED, size), out)
+    return text
+
+
+def rows_of(out: Path, models: Sequence[Trained]) -> list[dict[str, Any]]:
+    """A line of the CSV for each model."""
+    jobs, machine, rows = recorded(out / "logs"), hardware(), []
+    for m in models:
+        result = json.loads((m.place / "evaluation.json").read_text())
+        schema, training = Schema.load(m.place), json.loads((m.place / "training.json").read_text())
+        extra = Allocation.load(m.place / "allocation.json", schema).extra
+        reference = (REFERENCE_WIDTH + extra) * sum(schema.cardinalities)
+        validation = best_validation(m.place / "metrics.jsonl", training["best_step"])
+        job, search = jobs.get(m.job, {}), jobs.get(m.search, {})
+        rows.append(
+            {
+                "commit": job.get("commit", "unknown"),
+                "command": portable(job.get("command", ""), out),
+                "seed": m.seed,
+                "hardware": machine,
+                "data": f"{schema.dataset} {schema.fingerprint} {schema.rows.get('train', 0)} training rows",
+                "backbone": result["backbone"],
+                "budget": m.budget,
+                "method": m.method,
+                "widths": " ".join(f"{n}={w}" for n, w in result["widths"].items()),
+                "parameters": result["embedding_parameters"],
+                "share_of_ues32": f"{result['embedding_parameters'] / reference:.6f}",
+                "validation_auc": validation.get("auc", ""),
+                "validation_logloss": validation.get("logloss", ""),
+                "test_auc": result["auc"],
+                "test_logloss": result["logloss"],
+                "search_seconds": search.get("seconds", ""),
+                "training_seconds": round(training["seconds"], 1),
+                **as_served(result.get("served")),
+            }
+        )
+    return rows
+
+
+def as_served(told: dict[str, Any] | None) -> dict[str, Any]:
+    """The columns of what an evaluation tells of tables at a precision; empty where it tells nothing."""
+    if not told:
+        return {}
+    return {
+        "precision": told["precision"],
+        "served_bytes": told["bytes"],
+        "served_share_of_ues32": f"{told['bytes'] / told['ues32_bytes']:.6f}",
+        "served_auc": told["auc"],
+        "served_logloss": told["logloss"],
+    }
+
+
+def portable(command: str, out: Path) -> str:
+    """A command without the folders of the machine it ran on."""
+    return re.sub(r"(--data\.path=)\S+", r"\1PREPARED", command.replace(str(out), "OUT"))
+
+
+def best_validation(metrics: Path, step: int) -> dict[str, float]:
+    """The validation figures of the weights that were kept."""
+    lines = map(json.loads, metrics.read_text().splitlines())
+    return next((x for x in lines if x.get("split") == "validation" and x.get("step") == step), {})
+
+
+def hardware() -> str:
+    """Processor, cores and, where there is one, GPU of this machine; and the version of torch."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor())
+    gpu = f"; {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{model or platform.machine()}, {os.cpu_count()} cores{gpu}; torch {torch.__version__}"
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], Model]:
+    """(method, budget or width) -> the model over its seeds."""
+    grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    measure = Measure.of(rows)
+    for row in rows:
+        grouped.setdefault(key_of(row), []).append(row)
+    found = {}
+    for (method, label), own in grouped.items():
+        uniform = method.startswith("uniform")
+        name = f"UES-{label}{method.removeprefix('uniform')}" if uniform else f"{method} {label}"
+        size = statistics.fmean(float(r[measure.size]) for r in own)
+        found[method, label] = Model(name, size, {r["seed"]: float(r[measure.auc]) for r in own}, method, uniform)
+    return found
+
+
+def key_of(row: dict[str, Any]) -> tuple[str, str]:
+    if row["method"].startswith("uniform"):
+        return row["method"], row["widths"].split("=")[-1]
+    return row["method"], row["budget"]
+
+
+def verdicts(models: dict[tuple[str, str], Model], reference: float) -> list[str]:
+    """A line for each searched model against uniform widths, and against the baselines of its budget."""
+    every, lines = list(models.values()), []
+    for (method, budget), model in models.items():
+        if model.uniform:
+            continue
+        verdict = judge(model, every, reference)
+        texts = [verdict.sentence() if verdict else "no verdict: no uniform width that is not smaller was trained"]
+        for baseline in BASELINES if method not in BASELINES else ():
+            other = models.get((baseline, budget))
+            against = compare_models(model, other, reference) if other else None
+            if against is not None:
+                texts.append(against.sentence(why=""))
+        lines.append(f"- **{method}, budget {budget}**: " + "; ".join(texts))
+    return lines
+
+
+def markdown(rows: Sequence[dict[str, Any]], models: dict[tuple[str, str], Model], seeds: int) -> str:
+    """Verdicts, then the table; s.e. is the standard error over seeds."""
+    first, measure = rows[0], Measure.of(rows)
+    reference = measure.reference(rows)
+    commits = ", ".join(sorted({str(r["commit"]) for r in rows}))
+    sizes = f"| model | {measure.unit} | of UES-32 "
+    head = [
+        f"{first['data']}, {first['backbone']}, up to {seeds} seeds, commit {commits}; {first['hardware']}.",
+        "Search time is that of all budgets of a method together, its trained model or supernet included, which "
+        "utilities, FDO and magnitude pruning share: the first of them pays for it.",
+        "",
+        *verdicts(models, reference),
+        "",
+        sizes + "| test AUC (s.e.) | test logloss | validation AUC | search s | training s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for key, model in models.items():
+        own = [r for r in rows if key_of(r) == key]
+        error = "one seed" if math.isnan(model.error) else f"{model.error:.4f}"
+        head.append(
+            f"| {model.name} | {model.parameters:,.0f} | {percent(model.parameters / reference)} "
+            f"| {model.mean:.4f} ({error}) | {mean(own, measure.logloss)} | {mean(own, 'validation_auc')} "
+            f"| {mean(own, 'search_seconds', '.0f')} | {mean(own, 'training_seconds', '.0f')} |"
+        )
+    return "\n".join(head) + "\n"
+
+
+def mean(rows: Sequence[dict[str, Any]], key: str, form: str = ".4f") -> str:
+    values = [float(r[key]) for r in rows if r[key] != ""]
+    return format(statistics.fmean(values), form) if values else "-"

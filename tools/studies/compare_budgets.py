@@ -1,0 +1,247 @@
+"""Compare searches with uniform widths, FDO and magnitude pruning at equal budgets: one recipe, seeds, a verdict.
+
+    python tools/studies/compare_budgets.py --config configs/movielens_1m/adass_deepfm.yaml --data PREPARED \
+        --out runs/compare --budgets 10%,25%,50%,80% --seeds 5 --jobs 2
+    python tools/studies/compare_budgets.py ... --dry-run                                    list the commands
+    python tools/studies/compare_budgets.py ... --variants plain:model.unify=mixed       uniform widths in this way too
+    python tools/studies/compare_budgets.py ... --settings utilities:search.evidence=2   keys of one method's search
+    python tools/studies/compare_budgets.py ... --precision int8 --budgets ues-12,ues-28 --widths 12,28
+                                                              judge by bytes and AUC of tables as served at int8
+
+For each seed: the searches of --methods under every budget, a training of each found allocation and of each uniform
+width, all with the config's own recipe (its train, optim and model sections; stopped on the validation split). Every
+run is an ordinary run directory under OUT; what is finished is skipped, so a stopped comparison continues and one that
+is given more seeds, budgets or methods keeps what it has. Widths that two searches of a seed have in common are trained
+once. Validation figures are those of the best epoch, test figures those of its weights.
+
+Leaves OUT/comparison.csv (a line per seed and model), comparison.md (verdicts and table), comparison.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tools.studies.budget_tables import Trained, write_all
+from tools.studies.jobs import Job, run_all, shown
+
+METHODS = ("adass", "utilities", "fdo", "magnitude")
+WIDEST = 32  # of the model that utilities and baselines cut down, unless a candidate is wider
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one search of one seed found, or is to find, under one budget."""
+
+    method: str
+    budget: str
+    seed: int
+    allocation: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{slug(self.budget)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="config of an adass search, or of another method")
+    parser.add_argument("--data", required=True, help="prepared data set")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--budgets", default="10%,25%,50%,80%", help="as search.budget takes them")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--methods", default=",".join(METHODS), help=f"some of {', '.join(METHODS)}; empty = none")
+    parser.add_argument("--widths", default="2,4,8,16,32", help="uniform widths")
+    parser.add_argument("--variants", nargs="*", default=[], help="NAME:key=value,... further sets of uniform widths")
+    parser.add_argument("--settings", nargs="*", default=[], help="METHOD:search.key=value,... of one search")
+    parser.add_argument("--extra", nargs="*", default=[], help="further overrides for all runs, section.key=value")
+    parser.add_argument("--precision", default="", help="fp32 | fp16 | int8 | int4: judge tables as served at it")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and leave")
+    parser.add_argument("--only-tables", action="store_true", help="run nothing: tables of what is there")
+    args = parser.parse_args()
+    plan = Plan(args)
+    first, second = plan.searches() + plan.uniforms(), plan.trainings()
+    if args.dry_run:
+        for job in (job for chain in first + second for job in chain):
+            print(f"{job.name}: {shown(job)}")
+        return
+    if not args.only_tables:
+        run_all(first, args.out / "logs", args.jobs)
+        run_all(plan.trainings(), args.out / "logs", args.jobs)
+    print(write_all(args.out, plan.trained(), args.seeds))
+
+
+class Plan:
+    """All runs of a comparison, by the command line's arguments."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """
+        Raises:
+            SystemExit: an argument that is not of its form; names it.
+        """
+        self.args, self.out = args, args.out
+        self.budgets = words(args.budgets)
+        self.methods, self.widths = words(args.methods), [int(w) for w in words(args.widths)]
+        for method in self.methods:
+            if method not in METHODS:
+                raise SystemExit(f"--methods {method}: none of {', '.join(METHODS)}")
+        self.variants = {"": [], **named("--variants", args.variants)}
+        self.settings = named("--settings", args.settings)
+        for method in self.settings:
+            if method not in self.methods:
+                raise SystemExit(f"--settings {method}: not among the methods {', '.join(self.methods)}")
+        self.body: dict[str, Any] = yaml.safe_load(args.config.read_text())
+        if "adass" in self.methods and self.body.get("method") != "adass":
+            raise SystemExit(f"--methods adass: {args.config} is a config of {self.body.get('method')}")
+
+    def config_of(self, method: str) -> Path:
+        """A file with the config's recipe and the search section of another method."""
+        if method == "adass":
+            return self.args.config
+        candidates = self.body.get("search", {}).get("candidates", [0, 2, 4, 8, 16, 32])
+        width = max(WIDEST, *candidates)
+        if method == "utilities":
+            search: dict[str, Any] = {"candidates": candidates, "width": width}
+        else:
+            # A row of a table counts as often as it is looked up where that makes the stronger baseline.
+            search = {"rule": method, "width": width, "weighted": method == "magnitude"}
+        named_method = "utilities" if method == "utilities" else "truncation"
+        body = {**self.body, "method": named_method, "search": search}
+        path = self.out / "configs" / f"{method}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(body, sort_keys=False))
+        return path
+
+    def found(self, seed: int) -> list[Found]:
+        places = []
+        for method in self.methods:
+            folder = self.search_dir(method, seed) / "allocations"
+            for k, budget in enumerate(self.budgets):
+                file = f"{method}.json" if k == 0 else f"{method}-{slug(budget)}.json"
+                places.append(Found(method, budget, seed, folder / file))
+        return places
+
+    def search_dir(self, method: str, seed: int) -> Path:
+        """Methods that cut the widest model down share one run directory, and so the model."""
+        return self.out / f"seed{seed}" / ("adass" if method == "adass" else "widest")
+
+    def searches(self) -> list[list[Job]]:
+        """A chain per seed and run directory. A search whose results are there is not started."""
+        chains: dict[Path, list[Job]] = {}
+        for seed in range(self.args.seeds):
+            for method in self.methods:
+                directory = self.search_dir(method, seed)
+                mine = [f for f in self.found(seed) if f.method == method]
+                if all(f.allocation.exists() for f in mine):
+                    continue
+                pareto = "[" + ", ".join(json.dumps(b) for b in self.budgets[1:]) + "]"
+                own = [f"search.name={method}", f"search.budget={self.budgets[0]}", f"search.pareto={pareto}"]
+                arguments = ["--config", str(self.config_of(method)), *self.common(directory, seed)]
+                arguments += [f"--{x}" for x in [*own, *self.settings.get(method, [])]]
+                job = Job(f"seed{seed}-search-{method}", "launch/search.py", arguments, None)
+                chains.setdefault(directory, []).append(job)
+        return list(chains.values())
+
+    def common(self, directory: Path, seed: int) -> list[str]:
+        where = [f"data.path={self.args.data}", f"run.dir={directory}", f"run.seed={seed}"]
+        served = [f"search.precision={self.args.precision}"] if self.args.precision else []
+        return [f"--{x}" for x in [*where, *served, *self.args.extra]]
+
+    def uniforms(self) -> list[list[Job]]:
+        return [
+            [self.training(seed, uniform_name(width, variant), f"ues-{width}", overrides)]
+            for seed in range(self.args.seeds)
+            for variant, overrides in self.variants.items()
+            for width in self.widths
+        ]
+
+    def trainings(self) -> list[list[Job]]:
+        """The found allocations; of equal ones of a seed the first."""
+        chains = []
+        for seed in range(self.args.seeds):
+            for found in self.found(seed):
+                if self.owner(found) == found.name:
+                    chains.append([self.training(seed, found.name, str(found.allocation), [])])
+        return chains
+
+    def training(self, seed: int, name: str, allocation: str, overrides: list[str]) -> Job:
+        arguments = ["--config", str(self.args.config), *self.common(self.out / f"seed{seed}" / "models", seed)]
+        arguments += [f"--{x}" for x in overrides]
+        arguments += ["--allocation", allocation, "--name", name]
+        return Job(f"seed{seed}-{name}", "launch/retrain.py", arguments, self.place(seed, name) / "evaluation.json")
+
+    def place(self, seed: int, name: str) -> Path:
+        """Where retrain.py puts a result: it adds a seed that is not the config's own to the name."""
+        own = self.body.get("run", {}).get("seed", 0)
+        return self.out / f"seed{seed}" / "models" / "retrain" / (name if seed == own else f"{name}-seed{seed}")
+
+    def owner(self, found: Found) -> str:
+        """The name under which these widths are trained in this seed."""
+        widths = widths_of(found.allocation)
+        if widths is None:
+            return found.name
+        if len(set(widths.values())) == 1 and next(iter(widths.values())) in self.widths:
+            return uniform_name(next(iter(widths.values())), "")
+        return next(f.name for f in self.found(found.seed) if widths_of(f.allocation) == widths)
+
+    def trained(self) -> list[Trained]:
+        """Every model of the comparison, finished or not."""
+        models = []
+        for seed in range(self.args.seeds):
+            for variant in self.variants:
+                for width in self.widths:
+                    name = uniform_name(width, variant)
+                    method = f"uniform {variant}".strip()
+                    models.append(Trained(method, "", seed, self.place(seed, name), f"seed{seed}-{name}", "", width))
+            for found in self.found(seed):
+                name, search = self.owner(found), f"seed{seed}-search-{found.method}"
+                place = self.place(seed, name)
+                models.append(Trained(found.method, found.budget, seed, place, f"seed{seed}-{name}", search, 0))
+        return models
+
+
+def uniform_name(width: int, variant: str) -> str:
+    return f"ues-{width}" + (f"-{variant}" if variant else "")
+
+
+def widths_of(allocation: Path) -> dict[str, int] | None:
+    return json.loads(allocation.read_text())["widths"] if allocation.exists() else None
+
+
+def words(text: str) -> list[str]:
+    return [w.strip() for w in text.split(",") if w.strip()]
+
+
+def slug(budget: str) -> str:
+    """As searches put a budget into the name of its allocation."""
+    return budget.replace("%", "pct").replace(" ", "")
+
+
+def named(option: str, texts: list[str]) -> dict[str, list[str]]:
+    """``NAME:key=value,key=value`` -> name: overrides. A comma inside brackets does not part."""
+    found = {}
+    for text in texts:
+        name, colon, rest = text.partition(":")
+        overrides: list[str] = []
+        for piece in rest.split(","):
+            if overrides and "=" not in piece.split("[")[0]:
+                overrides[-1] += f",{piece}"
+            else:
+                overrides.append(piece)
+        if not colon or not name or not all("." in o.partition("=")[0] and "=" in o for o in overrides):
+            raise SystemExit(f"{option} {text}: write NAME:section.key=value,section.key=value")
+        found[name] = overrides
+    return found
+
+
+if __name__ == "__main__":
+    main()

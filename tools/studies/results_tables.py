@@ -1,0 +1,93 @@
+"""Write the tables of docs/results from the CSV files beside them.
+
+    python tools/studies/results_tables.py            rewrite every table that its CSV has outgrown
+    python tools/studies/results_tables.py --check    change nothing; exit code 1 and the names of stale pages
+
+A page says where a table goes:
+
+    <!-- comparison FILE.csv -->
+    ... what stands here is replaced ...
+    <!-- end -->
+
+FILE.csv lies beside the page and is the comparison.csv of tools/studies/compare_budgets.py: a line per trained model,
+with command, commit, seed and hardware. Of any other CSV file a block shows the columns that it names:
+
+    <!-- columns FILE.csv: column, column, ... -->
+    <!-- end -->
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tools.studies.budget_tables import markdown, summarise  # noqa: E402
+
+PAGES = ROOT / "docs" / "results"
+COLUMNS = re.compile(r"(<!-- columns (\S+\.csv): ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- comparison (\S+\.csv) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    check = parser.parse_args().check
+    stale = []
+    for page in sorted(PAGES.glob("*.md")):
+        before = page.read_text()
+        after = filled(before, page.parent)
+        if after != before:
+            stale.append(str(page.relative_to(ROOT)))
+            if not check:
+                page.write_text(after)
+    print("\n".join(stale) or "all tables are up to date")
+    sys.exit(int(check and bool(stale)))
+
+
+def filled(text: str, folder: Path) -> str:
+    """The text of a page with each of its blocks made anew from the CSV file it names, in ``folder``.
+
+    Raises:
+        SystemExit: a file is missing or has no line.
+    """
+    text = BLOCK.sub(lambda found: f"{found[1]}{table_of(folder / found[2])}{found[3]}", text)
+    return COLUMNS.sub(lambda found: f"{found[1]}{columns_of(folder / found[2], found[3])}{found[4]}", text)
+
+
+def lines_of(path: Path) -> list[dict[str, str]]:
+    """Of a CSV file."""
+    if not path.exists():
+        raise SystemExit(f"{path}: a page names this file, but it is not there")
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise SystemExit(f"{path}: no line below the head")
+    return rows
+
+
+def columns_of(path: Path, names: str) -> str:
+    """Some columns of a file, below what all of its lines share: commit, command and hardware."""
+    rows, wanted = lines_of(path), [name.strip() for name in names.split(",")]
+    unknown = [name for name in wanted if name not in rows[0]]
+    if unknown:
+        raise SystemExit(f"{path}: a page wants column {unknown[0]!r}, the file has {', '.join(rows[0])}")
+    first = rows[0]
+    head = [f"    {first['command']}", "", f"Commit {first['commit']}; {first['hardware']}.", ""]
+    titles = [f"| {' | '.join(name.replace('_', ' ') for name in wanted)} |", "| --- " * len(wanted) + "|"]
+    return "\n".join([*head, *titles, *(f"| {' | '.join(row[name] for name in wanted)} |" for row in rows)]) + "\n"
+
+
+def table_of(path: Path) -> str:
+    """Verdicts and table of one comparison."""
+    rows = lines_of(path)
+    return markdown(rows, summarise(rows), len({r["seed"] for r in rows}))
+
+
+if __name__ == "__main__":
+    main()
