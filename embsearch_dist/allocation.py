@@ -17,6 +17,7 @@ from embsearch_dist.precision import MIXED, PRECISIONS, SERVED, row_bytes, serve
 from embsearch_dist.schema import Schema, differs
 
 FORMAT = 1
+REFERENCE_WIDTH = 32  # P-R and "%" budgets are relative to UES-32
 BYTES_PER_PARAMETER = 4
 RESOURCES = ("widths", "parameters", "bytes", *SERVED)
 

@@ -376,6 +376,15 @@ def _defaults(name: str, search: type) -> DictConfig:
     return base
 
 
+def written_method(path: Path) -> str:
+    """The method that a config file names; empty where it names none.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return str(_read_yaml(path, literal=True).get("method", ""))
+
+
 def _read_yaml(path: Path, literal: bool) -> DictConfig:
     try:
         text = path.read_text(encoding="utf-8")

@@ -33,16 +33,15 @@ if __name__ == "__main__":
 from embsearch_dist.config import one_of, split_arguments
 from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.errors import UserError
-from embsearch_dist.methods.base import Run
-from embsearch_dist.methods.ihas.routed_model import ROUTERS
-from embsearch_dist.methods.nasrec.evolution_stage import RESULT
+from embsearch_dist.methods.results import kept_network
 from embsearch_dist.precision import MIXED, PRECISIONS
 from embsearch_dist.ranks.context import start
+from embsearch_dist.run import Run, open_data
 from embsearch_dist.rundir import plain_word
 from embsearch_dist.serving import programs
-from embsearch_dist.serving.collect import Collected, collect_gated, collect_routed, collect_single, kind_of
+from embsearch_dist.serving.collect import ROUTERS, Collected, collect, kind_of
 from embsearch_dist.serving.export import Wish, described_by, export, summary
-from launch.common import known_options, open_data, open_search, read_run_config, run_main
+from launch.common import known_options, read_run_config, run_main
 
 OPTIONS = ("run", "out", "precision", "format", "name", "router", "source", "overwrite")
 
@@ -87,8 +86,7 @@ def trained(
         source: what ``--source`` names.
     """
     run_dir = directory.resolve().parents[1] if kind == "gated" else directory
-    kept = [f"model.architecture={directory / RESULT}"] if (directory / RESULT).exists() else []
-    config = read_run_config(run_dir, [*kept, *overrides])
+    config = read_run_config(run_dir, [*kept_network(directory), *overrides])
     with start(config.run, config.dist) as context:
         if context.world_size > 1:
             raise UserError("export.py is for one process. Start it without torchrun", everywhere=True)
@@ -116,17 +114,6 @@ def split_formats(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     if "--format" in argv and not words:
         raise UserError(f"--format needs a word: {', '.join(programs.FORMATS)}")
     return list(dict.fromkeys(words)), rest
-
-
-def collect(run: Run, directory: Path, kind: str, router: str) -> Collected:
-    """The trained model of a directory under RUN/retrain."""
-    with run.context.together("reading the trained model"):
-        if kind == "single":
-            return collect_single(run, directory)
-        if kind == "gated":
-            return collect_gated(run, directory)
-    search = open_search(directory, run.config, run.schema, run.context)
-    return collect_routed(run, search, directory, router)
 
 
 if __name__ == "__main__":

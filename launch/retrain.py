@@ -32,6 +32,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from embsearch_dist.allocation import REFERENCE_WIDTH
 from embsearch_dist.ranks.environment import reexec_with_tuned_environment
 
 if __name__ == "__main__":
@@ -40,12 +41,14 @@ if __name__ == "__main__":
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import split_arguments
 from embsearch_dist.errors import UserError
-from embsearch_dist.methods.base import Run, check_classes
+from embsearch_dist.methods import METHODS
+from embsearch_dist.methods.results import searched_network
+from embsearch_dist.methods.retraining import Retraining, Wish, read_wish, taken
 from embsearch_dist.ranks.context import start
+from embsearch_dist.run import Run, check_classes, open_data
 from embsearch_dist.rundir import check_text
 from embsearch_dist.train.metrics import shown
-from launch.common import DEFAULT_CONFIG, known_options, open_data, read_config, run_main, searched_network
-from launch.retraining import Wish, read_wish, retrain_all, taken
+from launch.common import DEFAULT_CONFIG, known_options, read_config, run_main
 
 
 def main(argv: Sequence[str]) -> None:
@@ -65,16 +68,17 @@ def main(argv: Sequence[str]) -> None:
         schema = open_data(config, context)
         with context.together("reading the allocation"):
             name, found = read_wish(wish, config, run_dir, schema)
-        check_classes(Run(config, schema, context), splits=("validation", "test"))
+        run = Run(config, schema, context)
+        check_classes(run, splits=("validation", "test"))
         if context.rank == 0:
             print(taken(wish, config, run_dir, name, found), flush=True)
-        results = retrain_all(wish, config, schema, context, run_dir, name, suffix, found)
-        whole = Allocation.uniform(schema, 32).counted(config.model.extra).total("parameters")
+        results = METHODS[config.method]().retrain(Retraining(wish, run, run_dir, name, suffix, found))
+        whole = Allocation.uniform(schema, REFERENCE_WIDTH).counted(config.model.extra).total("parameters")
         for label, result in results.items() if context.rank == 0 else ():
             size, place = result["embedding_parameters"], run_dir / "retrain" / label.split(" (router")[0]
             print(
                 f"{label}: test auc {shown(result['auc'])}  logloss {shown(result['logloss'])}  embedding parameters "
-                f"{size:,} ({size / whole:.1%} of UES-32)  -> {place}"
+                f"{size:,} ({size / whole:.1%} of UES-{REFERENCE_WIDTH})  -> {place}"
             )
 
 

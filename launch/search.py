@@ -29,19 +29,13 @@ if __name__ == "__main__":
 
 from embsearch_dist.config import Config, split_arguments
 from embsearch_dist.methods import METHODS
-from embsearch_dist.methods.base import Run, check_classes, check_stages, run_stages
+from embsearch_dist.methods.results import restore_allocation
+from embsearch_dist.methods.stages import check_stages, run_stages
 from embsearch_dist.ranks.context import start
 from embsearch_dist.ranks.shared import open_shared
-from launch.common import (
-    DEFAULT_CONFIG,
-    known_options,
-    open_data,
-    open_run_directory,
-    read_config,
-    read_run_config,
-    restore_allocation,
-    run_main,
-)
+from embsearch_dist.run import Run, check_classes, open_data
+from embsearch_dist.train.directories import open_run_directory
+from launch.common import DEFAULT_CONFIG, known_options, read_config, read_run_config, run_main
 
 
 def main(argv: Sequence[str]) -> None:

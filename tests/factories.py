@@ -16,8 +16,8 @@ from embsearch_dist.config import Config, load_config
 from embsearch_dist.data.load.batch import Batch, Position
 from embsearch_dist.data.load.dataset import BatchMaker, BatchStream
 from embsearch_dist.methods import METHODS
-from embsearch_dist.methods.base import Run
 from embsearch_dist.ranks.context import Context
+from embsearch_dist.run import Run
 from embsearch_dist.schema import Field, Schema
 from embsearch_dist.train.metrics import evaluate
 from embsearch_dist.train.monitor import Monitor

@@ -19,7 +19,7 @@ import embsearch_dist.methods
 import embsearch_dist.report
 import embsearch_dist.train.trainer  # noqa: F401
 import launch.common
-import launch.retraining  # noqa: F401
+import launch.retrain  # noqa: F401
 import tests.factories
 
 for method in tests.factories.CONFIGS:

@@ -13,12 +13,12 @@ from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import Config
 from embsearch_dist.data.store.manifest import identity
 from embsearch_dist.methods.adafs.method import AdaFSTask
-from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.ihas.gates_stage import GatesTask
 from embsearch_dist.methods.ihas.kmeans import KMeans
 from embsearch_dist.methods.ihas.routed_model import RoutedModel
 from embsearch_dist.methods.ihas.router_by_centres import CentreRouter
 from embsearch_dist.methods.ihas.router_by_fields import FieldRouter
+from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
 from embsearch_dist.serving.collect import Collected, of_gated, of_routed, of_single
 from embsearch_dist.serving.export import Wish, export

@@ -1,98 +1,24 @@
-"""What a method is: a config dataclass and a list of stages that ``search.py`` runs in order.
-
-A stage leaves ``stages/<name>.json`` in the run directory. Marked *done* with the same inputs it is
-skipped; marked *running* it continues from its own checkpoints. A stage whose inputs changed is run again
-when that is cheap (``repeatable``), and is an error that names the changed keys otherwise.
-"""
+"""What a method is: a config dataclass, the stages of its search, and how what it finds is trained and measured."""
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from embsearch_dist import written
-from embsearch_dist.config import Config, changed_settings, tell_changed
-from embsearch_dist.data.load.classes import Classes, count_classes
-from embsearch_dist.data.load.dataset import BatchStream
-from embsearch_dist.data.store.unreadable import refuse_others
+from embsearch_dist.config import Config
 from embsearch_dist.errors import UserError
-from embsearch_dist.files import read_sealed, write_sealed
-from embsearch_dist.ranks.context import Context
-from embsearch_dist.ranks.same_data import agree_on_left_out, check_same, seen_in_schema, seen_in_shards
-from embsearch_dist.schema import Schema, differs
-from embsearch_dist.train.lines import compare_lines, lines_of
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run: its config, its data and its place among the ranks."""
-
-    config: Config
-    schema: Schema
-    context: Context
-
-    @property
-    def dir(self) -> Path:
-        return Path(self.config.run.dir)
-
-    def stream(self, split: str, batch_size: int, shuffle: bool, seed: int | None = None) -> BatchStream:
-        """Batches of a split for this rank; opening it fails on all ranks or on none.
-
-        Raises:
-            UserError: the split cannot be read (but for ``data.skip_unreadable`` row groups), or ranks see
-                different data.
-        """
-        data, context = self.config.data, self.context
-        check_same(context, data.path, seen_in_schema(self.schema))
-        left_out = agree_on_left_out(
-            context, data.path, self.schema, split, data.skip_unreadable, self.dir, training=shuffle
-        )
-        with context.together(f"opening the {split} split"):
-            stream = BatchStream(
-                data.path,
-                self.schema,
-                split,
-                global_batch=batch_size,
-                rank=context.rank,
-                world_size=context.world_size,
-                shuffle=shuffle,
-                seed=self.config.run.seed if seed is None else seed,
-                window_rows=data.window_rows,
-                left_out=left_out,
-                device=context.device,
-            )
-        check_same(context, data.path, seen_in_shards(stream.shards))
-        if not data.skip_unreadable:  # else their SHA-256 were compared, and what differs was named
-            with context.together(f"comparing the {split} split with its manifest"):
-                refuse_others(data.path, self.schema, split)
-        return stream
-
-
-class Stage(ABC):
-    """One step of a search. ``repeatable`` stages are cheap: changed inputs just run them again."""
-
-    name: ClassVar[str]
-    repeatable: ClassVar[bool] = False
-
-    @abstractmethod
-    def inputs(self, run: Run) -> dict[str, Any]:
-        """Everything the result depends on, JSON-able; compared with what an earlier run used."""
-
-    @abstractmethod
-    def run(self, run: Run) -> None:
-        """Do the work, on every rank; continue from checkpoints if there are any."""
-
-    def lacks(self, run: Run) -> str:
-        """What of a finished stage is lost beside the files that its mark lists, in words; rank 0 calls this."""
-        return ""
+from embsearch_dist.methods.retraining import Results, Retraining, evaluate_single, retrain_models
+from embsearch_dist.methods.stages import Stage
+from embsearch_dist.run import Run
 
 
 class Method(ABC):
-    """A search method: ``config`` is the dataclass of the ``search`` section."""
+    """A search method: ``config`` is the dataclass of the ``search`` section.
+
+    What most methods have in common is here: a search that ends with one allocation, whose model is trained from
+    scratch and measured. A method whose result is another (groups of models, a network) says how it is trained.
+    """
 
     config: ClassVar[type]
 
@@ -108,164 +34,33 @@ class Method(ABC):
     def check(self, run: Run) -> None:  # noqa: B027
         """Refuse, before the first stage runs, settings that do not fit the data."""
 
+    def retrain(self, job: Retraining) -> Results:
+        """Train and measure what was found; evaluations by the name of their directory under ``RUN/retrain``.
 
-def check_stages(method: Method, run: Run) -> None:
-    """Find out whether the stages can run at all, on every rank, before anything is written.
-
-    Raises:
-        UserError: a setting is impossible for this data, or the run directory holds a stage that was made
-            with other settings and is not repeated for the asking.
-    """
-    with run.context.together("checking the settings"):
-        method.check(run)
-        for stage in method.stages():
-            inputs, old = inputs_of(stage, run), read_mark(run, stage)
-            keys = changed(old["inputs"], inputs, run) if old else []
-            if old and keys and not stage.repeatable and not run.config.run.overwrite:
-                if keys == ["data"]:
-                    raise UserError(_other_data(run, stage.name, old["inputs"]["data"]))
-                raise UserError(_changed(run.dir, stage.name, tell_changed(old["inputs"], inputs, keys)))
-
-
-def check_classes(run: Run, needed: str = "", splits: Sequence[str] = ("validation",)) -> None:
-    """Say, before anything is trained, what becomes of AUC in splits that have one class only.
-
-    Args:
-        needed: :meth:`Method.needs_classes` of a search. It is refused: no other reward is put in the place of AUC
-            unasked, because rows of one class reward whatever answers that class to everything.
-
-    Raises:
-        UserError: the validation split has one class, and both are ``needed``.
-    """
-    found: list[Classes] = []
-    with run.context.together("counting the clicks"):
-        if run.context.rank == 0:
-            found = [count_classes(run.config.data.path, split) for split in splits]
-    for classes in (c for c in run.context.share(found) if c.one and c.rows):
-        if classes.split == "validation" and needed:
+        Raises:
+            UserError: the wish is for what this method does not find.
+        """
+        if job.wish.best:
             raise UserError(
-                f"{classes.said}: AUC is undefined, and {needed}. Prepare the data again with another --split (random "
-                "spreads the clicks)",
+                f"--best {job.wish.best}: {job.run_dir} holds no networks to choose from: its search is one for "
+                "widths. Leave --best out",
                 everywhere=True,
             )
-        then = "logloss selects the best checkpoint" if classes.split == "validation" else "it is written as null"
-        if run.context.rank == 0:
-            print(f"{classes.said}: AUC is undefined; {then}", flush=True)
+        return retrain_models(job)
 
+    def check_evaluation(self, directory: Path, router: str, precision: str) -> None:
+        """Refuse options of evaluate.py and export.py that the model in ``directory`` has no use for.
 
-def read_mark(run: Run, stage: Stage) -> dict[str, Any] | None:
-    """What ``stages/<name>.json`` says: state and inputs; None when the stage was never begun.
+        Args:
+            router: as given; empty: not given. ``precision`` likewise.
+        """
+        if router:
+            raise UserError(f"--router {router}: {directory} holds one model, not models of groups. Leave it out")
 
-    Raises:
-        UserError: it was changed or cannot be read.
-    """
-    path = run.dir / "stages" / f"{stage.name}.json"
-    if not path.exists() and not path.is_symlink():
-        return None
-    mend = "Delete it: the stage goes on from its checkpoints then"
-    body = read_sealed(path, mend)
-    if not isinstance(body.get("inputs"), dict) or not isinstance(body.get("state"), str):
-        raise UserError(f"{path}: not the mark of a stage. {mend}")
-    return body
+    def evaluate(self, run: Run, directory: Path, split: str, router: str, precision: str) -> dict[str, Any]:
+        """Measure a trained model; the figures, which are left in ``directory`` too.
 
-
-def inputs_of(stage: Stage, run: Run) -> dict[str, Any]:
-    """What a stage's mark remembers: its inputs, flat, and the data they were read from."""
-    return flatten(stage.inputs(run)) | ({"data": run.schema.data} if run.schema.data else {})
-
-
-def changed(old: dict[str, Any], new: dict[str, Any], run: Run) -> list[str]:
-    """Keys of a mark that differ; data that one of them does not tell are not compared."""
-    keys = [k for k in changed_settings(old, new, type(run.config.search)) if k != "data"]
-    return keys + (["data"] if differs(old.get("data", ""), new.get("data", "")) else [])
-
-
-def run_stages(method: Method, run: Run) -> None:
-    """Run what is not done yet.
-
-    Everything is checked once more first: a caller that has opened the run directory meanwhile, or has
-    forgotten :func:`check_stages`, must not train over a stage made with other settings.
-
-    Raises:
-        UserError: what :func:`check_stages` finds.
-    """
-    check_stages(method, run)
-    for stage in method.stages():
-        mark = run.dir / "stages" / f"{stage.name}.json"
-        inputs, old = inputs_of(stage, run), read_mark(run, stage)
-        same = old and not changed(old["inputs"], inputs, run)
-        if old and old["state"] == "done" and same and not _lost(run, stage, old):
-            if run.context.rank == 0:
-                print(f"stage {stage.name}: done before, skipped", flush=True)
-            continue
-        # Everybody has compared the mark before rank 0 touches it.
-        run.context.share(None)
-        body = {"state": "running", "inputs": inputs}
-        run.context.first("marking a stage", lambda m=mark, b=body: write_sealed(m, b))  # type: ignore[misc]
-        begun = len(written.log())
-        stage.run(run)
-        run.context.first("marking a stage", lambda s=stage, m=mark, i=inputs, b=begun: _finish(run, s, m, i, b))  # type: ignore[misc]
-
-
-def _finish(run: Run, stage: Stage, mark: Path, inputs: dict[str, Any], begun: int) -> None:
-    """Mark a stage as done, with the files it has left and what its curves are. Checkpoints are not among them: who
-    deletes them to save room wants nothing trained again."""
-    home = run.dir.absolute()
-    left = {p.absolute() for p in written.log()[begun:] if p.exists()}
-    names = {str(p.relative_to(home)) for p in left if p.is_relative_to(home)} - {"schema.json"}
-    # Whoever reads a config.yaml checks it by the checksum in its last line.
-    own = (n for n in names if Path(n).name != "config.yaml" and "checkpoints" not in Path(n).parts)
-    files = sorted(n for n in own if not n.startswith("stages/"))
-    body = {"state": "done", "inputs": inputs, "files": files, "lines": lines_of(run.dir, stage.name)}
-    write_sealed(mark, body)
-
-
-def _lost(run: Run, stage: Stage, mark: dict[str, Any]) -> bool:
-    """Whether something that a finished stage has left is gone or damaged; said on rank 0, the same on all ranks."""
-
-    def look() -> str:
-        for name in mark.get("files", []):
-            path = run.dir / name
-            if not path.exists():
-                return f"{path} is gone"
-            try:
-                read_sealed(path) if path.suffix == ".json" else written.check_file(path, "")
-            except (UserError, OSError) as e:
-                return str(e).split(". ")[0]
-        return stage.lacks(run)
-
-    found = str(run.context.share(run.context.first("looking at what a stage has left", look)) or "")
-    if found and run.context.rank == 0:
-        print(f"stage {stage.name}: {found}; made again", flush=True)
-    elif run.context.rank == 0:
-        for text in compare_lines(run.dir, stage.name, mark.get("lines")):
-            print(text, flush=True)
-    return bool(found)
-
-
-def flatten(body: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts and dataclasses as one level of dotted keys."""
-    if dataclasses.is_dataclass(body) and not isinstance(body, type):
-        body = dataclasses.asdict(body)
-    flat: dict[str, Any] = {}
-    for key, value in body.items():
-        if isinstance(value, dict) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _other_data(run: Run, stage: str, before: str) -> str:
-    return (
-        f"run directory {run.dir} holds stage {stage!r} that was made from data {before}, {run.config.data.path} is "
-        f"{run.schema.data}: the same fields, but other rows or ids. Set --data.path to the data it was made from, use "
-        "another --run.dir, or start anew with --run.overwrite true"
-    )
-
-
-def _changed(directory: Path, stage: str, shown: str) -> str:
-    return (
-        f"run directory {directory} holds stage {stage!r} made with other settings: {shown}. "
-        "Use another --run.dir, put the settings back, or start anew with --run.overwrite true"
-    )
+        Raises:
+            UserError: nothing is trained there, or a file is damaged.
+        """
+        return evaluate_single(run, directory, split, precision)

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from embsearch_dist.allocation import Allocation, cost
+from embsearch_dist.allocation import REFERENCE_WIDTH, Allocation, cost
 from embsearch_dist.config import one_of
 from embsearch_dist.errors import UserError
 from embsearch_dist.precision import MIXED, PRECISIONS, SERVED, served
 from embsearch_dist.schema import Schema
 
 RETRIES = 20  # of the knapsack's solver, whose tolerance may let a choice pass that is a little too expensive
-REFERENCE_WIDTH = 32  # P-R and '%' budgets are relative to UES-32
 COLUMN_BYTES = dict(zip(SERVED, (4, 2, 1, 0.5, 1), strict=True)) | {"bytes": 4}
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from embsearch_dist.allocation import Allocation
+from embsearch_dist.allocation import REFERENCE_WIDTH, Allocation
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import copy_sealed, read_sealed, write_sealed
-from embsearch_dist.methods.budget import REFERENCE_WIDTH, Budget, check_feasible, parse_budget
+from embsearch_dist.methods.budget import Budget, check_feasible, parse_budget
 from embsearch_dist.precision import MIXED, PRECISIONS
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.metrics import shown

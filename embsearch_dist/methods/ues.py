@@ -7,7 +7,9 @@ from typing import Any
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import option, require
-from embsearch_dist.methods.base import Method, Run, Stage
+from embsearch_dist.methods.base import Method
+from embsearch_dist.methods.stages import Stage
+from embsearch_dist.run import Run
 
 
 @dataclass

@@ -17,10 +17,11 @@ from embsearch_dist.config import SAFETY_KEYS
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.data.load.making import BatchMaker
-from embsearch_dist.methods.base import Run, Stage
+from embsearch_dist.methods.stages import Stage
 from embsearch_dist.models.model import Head, SubnetModel
 from embsearch_dist.models.pooled import Pooled
 from embsearch_dist.ranks.context import Context
+from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.retrain import SubnetTask, load_best, retrain
 

@@ -24,6 +24,8 @@ from embsearch_dist.files import read_sealed, write_sealed
 
 FORMAT = 1
 KIND = "architecture"
+RESULT = "architecture.json"
+"""What a search for networks, and a training of one, calls the file."""
 DENSE_OPERATORS = ("fc", "dot_product", "gating", "sum")
 SPARSE_OPERATORS = ("efc", "attention")
 BINARY_OPERATORS = ("gating", "sum")  # read left and right; the other dense operators read dense_sources

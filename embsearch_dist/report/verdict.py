@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
+from embsearch_dist.allocation import REFERENCE_WIDTH
 from embsearch_dist.report.style import Theme, figure, label_points, short, size_axis
 from embsearch_dist.report.summary import Comparison, Row, display_name, percent
 
-REFERENCE_WIDTH = 32
 ROUNDING = 1e-9  # of mean sizes
 
 

@@ -16,16 +16,17 @@ from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.errors import UserError
 from embsearch_dist.grouped import GROUPS, GroupedAllocation
 from embsearch_dist.methods.adafs.method import load_searched
-from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.gated.task import GatedTask
 from embsearch_dist.methods.ihas.gates_stage import load_gates
-from embsearch_dist.methods.ihas.retraining import load_groups
+from embsearch_dist.methods.ihas.retraining import load_groups, open_search
+from embsearch_dist.methods.ihas.routed_model import ROUTERS as ROUTERS
 from embsearch_dist.methods.ihas.routed_model import RoutedModel, Router, open_router
 from embsearch_dist.methods.ihas.router_by_centres import CentreRouter
 from embsearch_dist.methods.ihas.router_by_fields import FieldRouter
-from embsearch_dist.methods.nasrec.evolution_stage import RESULT
 from embsearch_dist.models.model import SubnetModel
+from embsearch_dist.networks.architecture import RESULT
 from embsearch_dist.precision import MIXED
+from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
 from embsearch_dist.serving.tables import Bag, Ids
 from embsearch_dist.sharding.sharded_tables import ShardedTables
@@ -82,6 +83,25 @@ def kind_of(directory: Path) -> str:
     raise UserError(
         f"--run {directory}: holds no trained model. Train it first: launch/retrain.py, and give RUN/retrain/NAME"
     )
+
+
+def collect(run: Run, directory: Path, kind: str, router: str) -> Collected:
+    """The trained model of a directory under ``RUN/retrain``.
+
+    Args:
+        kind: what :func:`kind_of` says of it.
+        router: of models of groups, one of :data:`ROUTERS`.
+
+    Raises:
+        UserError: nothing is trained there, or a file is damaged.
+    """
+    with run.context.together("reading the trained model"):
+        if kind == "single":
+            return collect_single(run, directory)
+        if kind == "gated":
+            return collect_gated(run, directory)
+    search = open_search(directory, run.config, run.schema, run.context)
+    return collect_routed(run, search, directory, router)
 
 
 def collect_single(run: Run, directory: Path) -> Collected:

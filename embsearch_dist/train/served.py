@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from embsearch_dist.allocation import Allocation
+from embsearch_dist.allocation import REFERENCE_WIDTH, Allocation
 from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.errors import UserError
 from embsearch_dist.precision import rounded, served
@@ -15,7 +15,6 @@ from embsearch_dist.ranks.context import Context
 from embsearch_dist.train.metrics import area_of, evaluate
 from embsearch_dist.train.retrain import SubnetTask
 
-REFERENCE_WIDTH = 32
 ROWS = 1 << 16  # that are rounded at a time
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from embsearch_dist.methods.adafs.method import STAGE, AdaFS, load_searched
-from embsearch_dist.methods.base import run_stages
 from embsearch_dist.methods.gated.result import evaluate_gated
+from embsearch_dist.methods.stages import run_stages
 from tests.factories import one_rank, open_run, prepared, rank_context, recorded, small_config, whole_tables
 from tests.ranks import run_ranks
 

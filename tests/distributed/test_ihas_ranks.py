@@ -11,10 +11,10 @@ import pytest
 from embsearch_dist.data.store.manifest import verify
 from embsearch_dist.files import read_json
 from embsearch_dist.grouped import GROUPS, GroupedAllocation, group_dir
-from embsearch_dist.methods.base import check_stages, run_stages
 from embsearch_dist.methods.ihas.gates_stage import STAGE
 from embsearch_dist.methods.ihas.method import IHAS
 from embsearch_dist.methods.ihas.router_by_centres import load_router
+from embsearch_dist.methods.stages import check_stages, run_stages
 from tests.factories import open_run, prepared, rank_context, recorded, small_config
 from tests.ranks import run_ranks
 

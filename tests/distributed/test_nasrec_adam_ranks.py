@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from embsearch_dist.methods.base import run_stages
 from embsearch_dist.methods.nasrec.model import Blocks, SliceAdam, SlicedNetwork
 from embsearch_dist.methods.nasrec.supernet_stage import SupernetTask, load_supernet
+from embsearch_dist.methods.stages import run_stages
 from embsearch_dist.networks.canonical import prune
 from embsearch_dist.networks.sampling import SCHEMES, training_architecture
 from embsearch_dist.networks.slices import Layout, merged, slices_of

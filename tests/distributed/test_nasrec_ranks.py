@@ -16,9 +16,9 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from embsearch_dist.data.prepare.pipeline import prepare
-from embsearch_dist.methods.base import run_stages
 from embsearch_dist.methods.nasrec.method import NASRec
 from embsearch_dist.methods.nasrec.supernet_stage import SupernetTask, load_supernet
+from embsearch_dist.methods.stages import run_stages
 from embsearch_dist.networks.canonical import prune
 from embsearch_dist.networks.sampling import training_architecture
 from tests.factories import one_rank, open_run, prepared, rank_context, recorded, small_config, whole_tables

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from embsearch_dist.methods import METHODS
-from embsearch_dist.methods.base import run_stages
+from embsearch_dist.methods.stages import run_stages
 from tests.factories import one_rank, open_run, prepared, rank_context, small_config
 from tests.ranks import run_ranks
 

@@ -13,7 +13,7 @@ import pytest
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.methods import METHODS
-from embsearch_dist.methods.base import run_stages
+from embsearch_dist.methods.stages import run_stages
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.faults import SAVE_POINTS, VARIABLE
 from embsearch_dist.train.manifest import verify

@@ -15,8 +15,9 @@ import torch
 from embsearch_dist.config import load_config
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.adass.supernet_stage import SupernetStage
-from embsearch_dist.methods.base import Run, flatten
+from embsearch_dist.methods.stages import flatten
 from embsearch_dist.ranks.context import Context
+from embsearch_dist.run import Run
 from embsearch_dist.schema import Field, Schema
 
 # (format, raw file, config, rows, fields)

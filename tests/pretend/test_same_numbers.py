@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from embsearch_dist.config import load_config
-from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.ihas import gates
 from embsearch_dist.methods.ihas import gates_stage as gating
 from embsearch_dist.ranks.context import start
+from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.trainer import Trainer

@@ -20,7 +20,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory with a finished supernet of NASRec, to be read; who writes there copies it."""
-    from embsearch_dist.methods.base import run_stages
+    from embsearch_dist.methods.stages import run_stages
     from tests.unit.test_nasrec_scoring import OnlySupernet, nasrec_run
 
     directory = tmp_path_factory.mktemp("supernet") / "run"

@@ -14,9 +14,10 @@ from embsearch_dist.config import load_config
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.adafs.method import STAGE, AdaFS, AdaFSTask, ControllerStage, load_searched
-from embsearch_dist.methods.base import Run, run_stages
 from embsearch_dist.methods.gated import task as gated
 from embsearch_dist.methods.gated.result import evaluate_gated, seeded_name
+from embsearch_dist.methods.stages import run_stages
+from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.trainer import Trainer

@@ -12,7 +12,6 @@ import torch
 from embsearch_dist.data.load.dataset import read_rows
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_json, read_sealed, write_json, write_sealed
-from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.ihas import router_by_fields as field_router
 from embsearch_dist.methods.ihas.routed_model import open_router
 from embsearch_dist.methods.ihas.router_by_fields import (
@@ -24,6 +23,7 @@ from embsearch_dist.methods.ihas.router_by_fields import (
     load_field_router,
     read_assignment,
 )
+from embsearch_dist.run import Run
 from embsearch_dist.schema import Field, Schema
 from tests.factories import one_rank, open_run, prepared, random_batch, small_config, small_schema
 from tests.raw_lists import list_schema, prepared_lists, random_lists

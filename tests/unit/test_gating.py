@@ -12,9 +12,9 @@ import torch
 
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.errors import UserError
-from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.gated import task as gated
 from embsearch_dist.methods.ihas.gates_stage import STAGE, GateStage, GatesTask, load_gates
+from embsearch_dist.run import Run
 from embsearch_dist.train.monitor import Monitor
 from tests.factories import (
     one_rank,

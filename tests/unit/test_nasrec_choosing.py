@@ -15,16 +15,15 @@ from embsearch_dist.allocation import Allocation
 from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_sealed
-from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.nasrec import choosing
 from embsearch_dist.methods.nasrec.choosing import candidate_files, chosen, reason, train_best
+from embsearch_dist.methods.retraining import Wish
 from embsearch_dist.networks.sampling import SCHEMES, draw
 from embsearch_dist.networks.space import Space
+from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.metrics import evaluate
 from embsearch_dist.train.retrain import load_best
-from launch.common import open_retraining
-from launch.retraining import Wish
 from tests.factories import one_rank, open_run, prepared, recorded, small_config
 
 SPACE = Space(blocks=2, dense_widths=(8, 16), sparse_widths=(4, 6), tokens=2, width=8)
@@ -56,7 +55,7 @@ def run_of(data: Path, directory: Path, *overrides: str) -> Run:
 def train(run: Run, count: int = RANKS, refit: bool = False, name: str = "best") -> dict[str, Any]:
     files = candidate_files(run.dir, count)
     allocation = Allocation.uniform(run.schema, 8)
-    return train_best(run, allocation, files, run.dir / "retrain" / name, open_retraining, refit)  # type: ignore[arg-type]
+    return train_best(run, allocation, files, run.dir / "retrain" / name, refit)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

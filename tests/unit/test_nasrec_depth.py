@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from embsearch_dist.errors import UserError
-from embsearch_dist.methods.base import run_stages
 from embsearch_dist.methods.nasrec.method import NASRec
 from embsearch_dist.methods.nasrec.model import SliceAdagrad, SlicedNetwork
+from embsearch_dist.methods.stages import run_stages
 from embsearch_dist.networks.architecture import Architecture
 from embsearch_dist.networks.canonical import canonical, key, prune
 from embsearch_dist.networks.cost import network_cost

@@ -11,13 +11,13 @@ import torch
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import Config, changed_settings, load_config
 from embsearch_dist.errors import UserError
-from embsearch_dist.methods.base import Run
 from embsearch_dist.networks.architecture import Architecture, Block
 from embsearch_dist.networks.network import ArchitectureNetwork
 from embsearch_dist.networks.sampling import SCHEMES, draw
 from embsearch_dist.networks.space import Space
+from embsearch_dist.run import Run
+from embsearch_dist.train.directories import lasting, open_retraining
 from embsearch_dist.train.retrain import SubnetTask, load_best, retrain
-from launch.common import lasting, open_retraining
 from tests.factories import CONFIGS, one_rank, open_run, prepared, small_config, streams
 
 SPACE = Space(blocks=3, dense_widths=(8, 16), sparse_widths=(4, 6), tokens=2, width=8)

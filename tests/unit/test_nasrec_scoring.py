@@ -21,18 +21,20 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import write_sealed
-from embsearch_dist.methods.base import Method, Run, Stage, run_stages
+from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.nasrec.config import NASRecConfig
 from embsearch_dist.methods.nasrec.latency import PARTS, LatencyTable
 from embsearch_dist.methods.nasrec.method import NASRec
 from embsearch_dist.methods.nasrec.scoring import Scorer
 from embsearch_dist.methods.nasrec.supernet_stage import SupernetStage, load_supernet
+from embsearch_dist.methods.stages import Stage, run_stages
 from embsearch_dist.networks.architecture import Architecture
 from embsearch_dist.networks.canonical import key, prune
 from embsearch_dist.networks.cost import network_cost, operator_costs
 from embsearch_dist.networks.sampling import SCHEMES, draw
 from embsearch_dist.networks.space import Space
 from embsearch_dist.networks.space import load as load_architecture
+from embsearch_dist.run import Run
 from embsearch_dist.train.metrics import evaluate
 from embsearch_dist.train.monitor import Monitor
 from tests.factories import one_rank, open_run, recorded, small_config

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from embsearch_dist.methods.base import run_stages
 from embsearch_dist.methods.nasrec.supernet_stage import SupernetTask, load_supernet
+from embsearch_dist.methods.stages import run_stages
 from tests.factories import prepared, recorded, whole_tables
 from tests.unit.test_nasrec_scoring import OnlySupernet, nasrec_run
 

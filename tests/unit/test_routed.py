@@ -18,8 +18,7 @@ from embsearch_dist.data.load.select import select
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import write_json
 from embsearch_dist.grouped import GroupedAllocation
-from embsearch_dist.methods.base import Run
-from embsearch_dist.methods.ihas.retraining import evaluation_file, inherit, read_kept
+from embsearch_dist.methods.ihas.retraining import inherit, read_kept
 from embsearch_dist.methods.ihas.routed_model import (
     RoutedModel,
     evaluate_routed,
@@ -29,8 +28,10 @@ from embsearch_dist.methods.ihas.routed_model import (
     stored_places,
 )
 from embsearch_dist.methods.ihas.router_by_fields import FieldRouter
+from embsearch_dist.methods.retraining import evaluation_file
 from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.ranks.context import Context
+from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
 from embsearch_dist.sharding.sharded_tables import ShardedTables
 from embsearch_dist.sharding.tables import Table
@@ -246,7 +247,7 @@ def test_an_unknown_router_is_named(run: Run) -> None:
 
 def test_files_of_evaluations() -> None:
     here = Path("x")
-    names = [evaluation_file(here, s, r).name for s in ("test", "train") for r in ("centres", "fields")]
+    names = [evaluation_file(here, s, r).name for s in ("test", "train") for r in ("", "fields")]
     assert names == [
         "evaluation.json",
         "evaluation-fields.json",

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
-from embsearch_dist.methods.base import Run
+from embsearch_dist.run import Run
 from embsearch_dist.serving.collect import of_single
 from embsearch_dist.serving.directory import open_directory
 from embsearch_dist.train.retrain import SubnetTask

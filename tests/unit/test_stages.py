@@ -14,7 +14,9 @@ from embsearch_dist.config import SAFETY_KEYS
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_json, write_sealed
 from embsearch_dist.methods import METHODS
-from embsearch_dist.methods.base import Method, Run, Stage, check_stages, flatten, run_stages
+from embsearch_dist.methods.base import Method
+from embsearch_dist.methods.stages import Stage, check_stages, flatten, run_stages
+from embsearch_dist.run import Run
 from embsearch_dist.rundir import hold, release
 from embsearch_dist.schema import Schema
 from tests.factories import one_rank, open_run, prepared, small_config

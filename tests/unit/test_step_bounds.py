@@ -10,9 +10,10 @@ from embsearch_dist.config import TrainConfig
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.adafs.method import ControllerStage
 from embsearch_dist.methods.adass.supernet_stage import SupernetStage, SupernetTask
-from embsearch_dist.methods.base import Run, Stage
 from embsearch_dist.methods.gated.task import GatedTask
 from embsearch_dist.methods.ihas.gates_stage import GateStage
+from embsearch_dist.methods.stages import Stage
+from embsearch_dist.run import Run
 from embsearch_dist.train.trainer import Trainer
 from tests.factories import one_rank, open_run, prepared, small_config
 

@@ -12,7 +12,7 @@ import torch
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods import METHODS
-from embsearch_dist.methods.base import check_stages, run_stages
+from embsearch_dist.methods.stages import check_stages, run_stages
 from embsearch_dist.methods.truncation.rules import fdo_under, fdo_widths, magnitude_under, magnitude_widths
 from tests.factories import one_rank, open_run, prepared, small_config
 

@@ -19,8 +19,8 @@ from embsearch_dist.data.store.manifest import MANIFEST
 from embsearch_dist.data.store.shards import LeftOut
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_json, write_json, write_sealed
-from embsearch_dist.methods.base import Run
 from embsearch_dist.ranks.same_data import RECORD
+from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.retrain import SubnetTask

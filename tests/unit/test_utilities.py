@@ -16,8 +16,8 @@ from embsearch_dist.data.load.batch import Batch, Position
 from embsearch_dist.data.load.making import BatchMaker
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods import METHODS
-from embsearch_dist.methods.base import check_stages, run_stages
 from embsearch_dist.methods.budget import parse_budget, total_cost
+from embsearch_dist.methods.stages import check_stages, run_stages
 from embsearch_dist.methods.truncated import Changes, TruncatedModel, as_stored, principal
 from embsearch_dist.methods.utilities.config import UtilitiesConfig
 from embsearch_dist.methods.utilities.search_stage import Searcher, choose, supported

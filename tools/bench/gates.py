@@ -38,7 +38,6 @@ from embsearch_dist.data.load.batch import Batch, Position
 from embsearch_dist.data.load.dataset import BatchMaker
 from embsearch_dist.methods.adafs.config import AdaFSConfig
 from embsearch_dist.methods.adafs.method import AdaFSTask
-from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.ihas import gates_stage as gating
 from embsearch_dist.methods.ihas import routed_model as routed
 from embsearch_dist.methods.ihas.config import IHASConfig
@@ -50,6 +49,7 @@ from embsearch_dist.methods.ihas.router_by_centres import CentreRouter
 from embsearch_dist.methods.ihas.router_by_fields import FieldRouter
 from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.ranks.context import Context, start
+from embsearch_dist.run import Run
 from embsearch_dist.schema import Field, Schema
 from embsearch_dist.train.bilevel import frozen
 from embsearch_dist.train.guard import Gate, agree

@@ -37,9 +37,9 @@ from embsearch_dist.methods.adass.scorer import SubnetScorer
 from embsearch_dist.methods.adass.search_stage import Searcher, budgets_of
 from embsearch_dist.methods.adass.supernet_stage import load_supernet
 from embsearch_dist.methods.adass.terms import sample_rows
-from embsearch_dist.methods.base import Run
 from embsearch_dist.models.model import SupernetModel
 from embsearch_dist.ranks.context import Context, start
+from embsearch_dist.run import Run
 from embsearch_dist.schema import Field, Schema
 from embsearch_dist.train.metrics import evaluate
 from embsearch_dist.train.monitor import Monitor

@@ -25,11 +25,11 @@ from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_json
-from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.ihas.routed_model import ROUTERS
 from embsearch_dist.models.pooled import Pooled
+from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
-from embsearch_dist.serving.collect import ids_of_batch, kind_of
+from embsearch_dist.serving.collect import collect, ids_of_batch, kind_of
 from embsearch_dist.serving.directory import load_arrays, open_directory, save_arrays
 from embsearch_dist.serving.export import Wish, export
 from embsearch_dist.serving.model import Routed, Single
@@ -37,7 +37,7 @@ from embsearch_dist.serving.predict import logits_of
 from embsearch_dist.serving.programs import RUNNERS, Program
 from embsearch_dist.serving.tables import Ids
 from embsearch_dist.train.metrics import score
-from launch.export import collect, trained
+from launch.export import trained
 from tools.studies.budget_tables import hardware
 from tools.studies.jobs import commit
 

@@ -16,10 +16,10 @@ from embsearch_dist.data.load.batch import Batch, Position
 from embsearch_dist.data.load.dataset import BatchMaker
 from embsearch_dist.methods.adafs.method import AdaFSTask
 from embsearch_dist.methods.adass.supernet_stage import SupernetTask
-from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.ihas.gates import BernoulliGates, deterministic, regulariser, straight_through
 from embsearch_dist.methods.nasrec.supernet_stage import SupernetTask as NetworkTask
 from embsearch_dist.ranks.context import Context
+from embsearch_dist.run import Run
 from embsearch_dist.train.retrain import SubnetTask
 from tools.gpucheck.data import random_rows
 from tools.gpucheck.lab import Lab

@@ -14,8 +14,8 @@ import torch
 
 from embsearch_dist.config import Config, load_config
 from embsearch_dist.methods import METHODS
-from embsearch_dist.methods.base import Run
 from embsearch_dist.ranks.context import Context, start
+from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
 from tools.bench.clock import Marks, timed
 from tools.gpucheck.data import make_prepared, small_schema

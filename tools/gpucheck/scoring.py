@@ -8,7 +8,7 @@ import torch
 
 from embsearch_dist.methods.adass.scorer import SubnetScorer
 from embsearch_dist.methods.adass.supernet_stage import SupernetTask
-from embsearch_dist.methods.base import Run
+from embsearch_dist.run import Run
 from embsearch_dist.train.metrics import evaluate
 from tools.gpucheck.data import Resident, criteo_schema
 from tools.gpucheck.lab import Lab

@@ -17,8 +17,8 @@ from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import Config
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.methods.adass.supernet_stage import SupernetTask
-from embsearch_dist.methods.base import Run
 from embsearch_dist.ranks.context import Context
+from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
 from embsearch_dist.sharding.plan import Topology
 from embsearch_dist.sharding.planning import make_plan

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.methods.base import Run
+from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.retrain import SubnetTask
 from tools.gpucheck.data import Resident, criteo_schema, make_prepared

@@ -30,11 +30,11 @@ from embsearch_dist.data.prepare.pipeline import prepare
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.adafs.method import AdaFSTask
 from embsearch_dist.methods.adass.supernet_stage import SupernetTask
-from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.ihas.gates_stage import GatesTask
 from embsearch_dist.methods.nasrec import supernet_stage as nasrec
 from embsearch_dist.networks.space import full
 from embsearch_dist.ranks.context import Context, start
+from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.retrain import SubnetTask

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from embsearch_dist.allocation import Allocation
+from embsearch_dist.allocation import REFERENCE_WIDTH, Allocation
 from embsearch_dist.report.style import render
 from embsearch_dist.report.summary import percent
-from embsearch_dist.report.verdict import REFERENCE_WIDTH, Model, compare_models, draw, judge
+from embsearch_dist.report.verdict import Model, compare_models, draw, judge
 from embsearch_dist.schema import Schema
 from tools.studies.jobs import recorded
 

@@ -26,9 +26,9 @@ from embsearch_dist.config import load_config
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.adass.config import MODES
 from embsearch_dist.methods.adass.search_stage import make_scorer
-from embsearch_dist.methods.base import Run
 from embsearch_dist.models.tables import SCHEMES
 from embsearch_dist.ranks.context import start
+from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
 from tools.studies.jobs import Job, run_all
 

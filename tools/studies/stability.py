@@ -21,8 +21,8 @@ from embsearch_dist.files import write_json
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.adass.distinct import distinct_of
 from embsearch_dist.methods.adass.search_stage import Searcher, budgets_of, make_scorer
-from embsearch_dist.methods.base import Run
 from embsearch_dist.ranks.context import start
+from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
 
 

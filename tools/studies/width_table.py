@@ -80,7 +80,7 @@ def train(work: tuple[str, str, int, tuple[int, ...]]) -> dict[str, Any]:
     """Train one allocation in this process and score its best weights."""
     from embsearch_dist.allocation import Allocation
     from embsearch_dist.files import read_json
-    from embsearch_dist.methods.base import Run
+    from embsearch_dist.run import Run
     from embsearch_dist.train.metrics import evaluate
     from embsearch_dist.train.retrain import retrain
 

@@ -15,9 +15,11 @@ from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.files import read_sealed
 from embsearch_dist.methods.adafs.config import AdaFSConfig
 from embsearch_dist.methods.adafs.controller import AdaFSModel, keep_top
-from embsearch_dist.methods.base import Method, Run, Stage
+from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.gated import task as gated
 from embsearch_dist.methods.gated.result import leave_result
+from embsearch_dist.methods.stages import Stage
+from embsearch_dist.run import Run
 from embsearch_dist.train.bilevel import frozen
 from embsearch_dist.train.monitor import Monitor
 

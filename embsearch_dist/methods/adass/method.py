@@ -6,7 +6,9 @@ from embsearch_dist.config import Config
 from embsearch_dist.methods.adass.config import AdassConfig
 from embsearch_dist.methods.adass.search_stage import SearchStage, budgets_of
 from embsearch_dist.methods.adass.supernet_stage import SupernetStage
-from embsearch_dist.methods.base import Method, Run, Stage
+from embsearch_dist.methods.base import Method
+from embsearch_dist.methods.stages import Stage
+from embsearch_dist.run import Run
 
 
 class AdaSS(Method):

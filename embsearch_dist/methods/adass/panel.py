@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from embsearch_dist.data.load.batch import Batch
-from embsearch_dist.methods.base import Run
 from embsearch_dist.models.model import SupernetModel
 from embsearch_dist.ranks.context import Context
+from embsearch_dist.run import Run
 from embsearch_dist.train.metrics import METRICS, score
 
 TILT = 4.0  # log ratio of the widest and the narrowest candidate's chance, at most, either way

@@ -19,7 +19,6 @@ from embsearch_dist.methods.adass.policy import SearchTrace, argmax_choice, near
 from embsearch_dist.methods.adass.scorer import SubnetScorer
 from embsearch_dist.methods.adass.supernet_stage import SupernetTask, load_supernet
 from embsearch_dist.methods.adass.terms import sample_rows
-from embsearch_dist.methods.base import Run, Stage
 from embsearch_dist.methods.budget import (
     Budget,
     cost_table,
@@ -27,6 +26,8 @@ from embsearch_dist.methods.budget import (
     total_cost,
 )
 from embsearch_dist.methods.found import SCORED_POINTS, budget_told, budgets, earlier_points
+from embsearch_dist.methods.stages import Stage
+from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.metrics import shown
 from embsearch_dist.train.monitor import Monitor

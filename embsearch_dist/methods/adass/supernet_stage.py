@@ -15,10 +15,11 @@ from embsearch_dist.methods.adass.config import AdassConfig
 from embsearch_dist.methods.adass.distinct import describe, distinct_of
 from embsearch_dist.methods.adass.panel import Panel, draw_panel
 from embsearch_dist.methods.adass.sampling import Sampler, candidate_variance, column_variance, own_columns
-from embsearch_dist.methods.base import Run, Stage
 from embsearch_dist.methods.gated import task as gated
+from embsearch_dist.methods.stages import Stage
 from embsearch_dist.models.model import SupernetModel
 from embsearch_dist.models.pooled import Pooled
+from embsearch_dist.run import Run
 from embsearch_dist.sharding.statistics import column_sums
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.trainer import Trainer

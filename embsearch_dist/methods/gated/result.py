@@ -13,9 +13,9 @@ from embsearch_dist.allocation import Allocation
 from embsearch_dist.config import Config
 from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.files import write_sealed
-from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.gated.task import GatedTask
 from embsearch_dist.ranks.context import Context
+from embsearch_dist.run import Run
 from embsearch_dist.train.metrics import area_of, evaluate, shown
 
 

@@ -20,9 +20,9 @@ from embsearch_dist.config import SAFETY_KEYS, TrainConfig, option, require
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.errors import UserError
-from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.gated.model import GatedModel
 from embsearch_dist.models.rows import fill_rows
+from embsearch_dist.run import Run
 from embsearch_dist.train.bilevel import HeldOut, frozen
 from embsearch_dist.train.checkpoint import Checkpointer
 from embsearch_dist.train.monitor import Monitor

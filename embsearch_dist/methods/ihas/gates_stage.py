@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from embsearch_dist.data.load.batch import Batch
-from embsearch_dist.methods.base import Run, Stage
 from embsearch_dist.methods.gated import task as gated
 from embsearch_dist.methods.gated.model import GatedModel
 from embsearch_dist.methods.gated.result import leave_result
@@ -21,8 +20,10 @@ from embsearch_dist.methods.ihas.gates import (
     straight_through,
     uniform_noise,
 )
+from embsearch_dist.methods.stages import Stage
 from embsearch_dist.models.model import seeded
 from embsearch_dist.models.rows import fill_rows
+from embsearch_dist.run import Run
 from embsearch_dist.train.monitor import Monitor
 
 STAGE = "gates"

@@ -22,11 +22,12 @@ from embsearch_dist.data.store.manifest import compare_ends, identity
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_sealed, write_sealed
 from embsearch_dist.grouped import GROUPS, GroupedAllocation, group_dir
-from embsearch_dist.methods.base import Run, Stage
 from embsearch_dist.methods.ihas.config import IHASConfig
 from embsearch_dist.methods.ihas.gates_stage import load_gates
 from embsearch_dist.methods.ihas.kmeans import KMeans
 from embsearch_dist.methods.ihas.router_by_centres import ROUTER, CentreRouter
+from embsearch_dist.methods.stages import Stage
+from embsearch_dist.run import Run
 from embsearch_dist.schema import SPLITS, Schema
 from embsearch_dist.train.monitor import Monitor
 

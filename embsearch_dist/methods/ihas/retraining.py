@@ -7,6 +7,7 @@ an evaluation of the routed model by each router.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 from collections.abc import Callable, Mapping, Sequence
@@ -16,31 +17,51 @@ from typing import Any
 
 import torch
 
-from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import Config
+from embsearch_dist.config import Config, load_config
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_sealed, write_sealed
 from embsearch_dist.grouped import GROUPS, GroupedAllocation, group_dir
-from embsearch_dist.methods.base import Run
+from embsearch_dist.methods.ihas.config import IHASConfig
 from embsearch_dist.methods.ihas.gates_stage import load_gates
 from embsearch_dist.methods.ihas.groups_stage import KEPT
 from embsearch_dist.methods.ihas.routed_model import ROUTERS, RoutedModel, evaluate_routed, is_data_of, open_router
+from embsearch_dist.methods.ihas.router_by_centres import ROUTER
 from embsearch_dist.methods.ihas.router_by_fields import can_route, fit_field_router
+from embsearch_dist.methods.retraining import evaluation_file
 from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.ranks.shared import open_shared
+from embsearch_dist.run import Run
+from embsearch_dist.rundir import check_text
 from embsearch_dist.schema import Schema, differs
 from embsearch_dist.sharding.sharded_tables import LocalShard, ShardedTables
+from embsearch_dist.train.directories import open_retraining
 from embsearch_dist.train.retrain import SubnetTask, load_best, retrain
 
 BLOCK_ROWS = 1 << 16
 
-OpenDirectory = Callable[[Config, Schema, Allocation | GroupedAllocation, Path], None]
 Begin = Callable[[SubnetTask], None]
 
 
+def open_search(directory: Path, config: Config, schema: Schema, context: Context) -> Run:
+    """The search of groups that ``directory`` belongs to: its run directory, or that of one of its retrainings.
+
+    The settings are those of the search; where the data lie and how tables are spread is as ``config`` says.
+    """
+    with context.together("looking for the search"):
+        places = [directory, *directory.parents, *directory.resolve().parents]
+        home = next((p for p in places if (p / ROUTER).exists() and (p / "config.yaml").exists()), None)
+        if home is None:
+            raise UserError(f"{directory} belongs to no search of groups: no directory above it has {ROUTER}")
+        check_text(home / "config.yaml")
+        found = load_config({"ihas": IHASConfig}, home / "config.yaml", [])
+        found.run.dir, found.run.overwrite = str(home), False
+        found.data, found.dist = copy.copy(config.data), copy.copy(config.dist)
+    return Run(found, schema, context)
+
+
 def retrain_groups(
-    search: Run, config: Config, grouped: GroupedAllocation, directory: Path, open_directory: OpenDirectory
+    search: Run, config: Config, grouped: GroupedAllocation, directory: Path
 ) -> dict[str, dict[str, Any]]:
     """Train every group's model from where it stood, then measure them as one on the test split.
 
@@ -52,7 +73,6 @@ def retrain_groups(
         config: of the group models; its model and train keys may be others.
         grouped: what the search found.
         directory: ``RUN/retrain/NAME``.
-        open_directory: makes a directory for a training, or refuses one that holds another; rank 0 calls it.
 
     Returns:
         The evaluation by each router, by its kind.
@@ -67,13 +87,13 @@ def retrain_groups(
                 f"{config.data.path} holds other rows than those that {search.dir} has grouped. Give --data.path of "
                 "the search, or search again on this data"
             )
-    make = partial(open_directory, config, search.schema, grouped, directory)
+    make = partial(open_retraining, config, search.schema, grouped, directory)
     open_shared(context, directory, "opening the run directory", make)
     begins = (
         _begins(search, grouped) if config.search.groups.inherit else [lambda task: None] * len(grouped.allocations)
     )
     for k in range(len(grouped.allocations)):
-        _train_group(search, config, grouped, directory, k, open_directory, begins[k])
+        _train_group(search, config, grouped, directory, k, begins[k])
         gc.collect()  # what DDP and TorchRec build refers to itself, and would stay beside the next group
     del begins
     if can_route(search.schema):
@@ -111,15 +131,9 @@ def evaluate_groups(
     model = RoutedModel(open_router(search, kind, len(models)), models, search.schema, context)
     stream = Run(config, search.schema, context).stream(split, config.train.eval_batch_size, shuffle=False)
     result = evaluate_routed(model, search, grouped, stream, config, directory.name, kind)
-    target = evaluation_file(directory, split, kind)
+    target = evaluation_file(directory, split, "" if kind == ROUTERS[0] else kind)
     context.first("writing the evaluation", lambda: write_sealed(target, result))
     return result
-
-
-def evaluation_file(directory: Path, split: str, kind: str = ROUTERS[0]) -> Path:
-    """``evaluation.json`` for the test split and the paper's router; others are named in it."""
-    parts = ["evaluation", *([] if split == "test" else [split]), *([] if kind == ROUTERS[0] else [kind])]
-    return directory / f"{'-'.join(parts)}.json"
 
 
 def load_groups(config: Config, grouped: GroupedAllocation, context: Context, directory: Path) -> list[SubnetModel]:
@@ -145,7 +159,6 @@ def _train_group(
     grouped: GroupedAllocation,
     directory: Path,
     group: int,
-    open_directory: OpenDirectory,
     begin: Begin,
 ) -> None:
     context, own, rows = search.context, own_directory(directory, group), group_dir(search.dir, group)
@@ -155,7 +168,7 @@ def _train_group(
     with context.together("reading a group"):
         schema = _schema_of(rows, search)
     allocation = grouped.allocations[group]
-    make = partial(open_directory, config, schema, allocation, own)
+    make = partial(open_retraining, config, schema, allocation, own)
     open_shared(context, own, "opening the directory of a group", make)
     run = Run(config, schema, context)
     if context.rank == 0:

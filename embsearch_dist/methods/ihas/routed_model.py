@@ -22,11 +22,11 @@ from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.data.load.select import select
 from embsearch_dist.errors import UserError
 from embsearch_dist.grouped import GroupedAllocation
-from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.ihas.router_by_centres import CentreRouter, load_router
 from embsearch_dist.methods.ihas.router_by_fields import assignment_file, load_field_router, read_assignment
 from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.ranks.context import Context
+from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema, differs
 from embsearch_dist.train.metrics import area_of, score
 from embsearch_dist.train.retrain import result_name, rows_left_out

@@ -10,9 +10,9 @@ import torch
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_sealed
-from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.ihas.gates_stage import GatesTask, load_gates
 from embsearch_dist.methods.ihas.kmeans import KMeans
+from embsearch_dist.run import Run
 
 ROUTER = "groups/router.json"
 

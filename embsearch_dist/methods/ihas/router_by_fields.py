@@ -25,7 +25,7 @@ from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.data.store.shards import Shards
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import digest, is_whole, read_sealed, temporary, write_sealed
-from embsearch_dist.methods.base import Run
+from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
 
 FIELD_ROUTER = "groups/field_router.json"

@@ -13,24 +13,22 @@ import gc
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import Config
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_sealed, write_sealed
-from embsearch_dist.methods.base import Run
 from embsearch_dist.networks.architecture import read_architecture
 from embsearch_dist.ranks.shared import open_shared
-from embsearch_dist.schema import Schema
+from embsearch_dist.run import Run
+from embsearch_dist.train.directories import open_retraining
 from embsearch_dist.train.retrain import evaluate_model, load_best, retrain
 
 CHOICE = "choice.json"
 VALIDATION = "evaluation-validation.json"
-OpenDirectory = Callable[[Config, Schema, Allocation, Path], None]
 
 
 def candidate_files(run_dir: Path, count: int) -> list[Path]:
@@ -56,7 +54,6 @@ def train_best(
     allocation: Allocation,
     files: Sequence[Path],
     directory: Path,
-    open_directory: OpenDirectory,
     refit: bool,
 ) -> dict[str, Any]:
     """Train every candidate in a directory of its own, choose, and leave the winner in ``directory``; its evaluation
@@ -69,7 +66,6 @@ def train_best(
     Args:
         run: its config is that of the candidates but for ``model.architecture`` and ``run.dir``.
         files: their architectures, best first.
-        open_directory: opens a training's directory, on one rank.
 
     Raises:
         UserError: a directory holds another training, or what training raises.
@@ -79,7 +75,7 @@ def train_best(
         own = directory.with_name(_name(directory.name, rank))
         if context.rank == 0:
             print(f"candidate {rank} of {len(files)} -> {own}", flush=True)
-        found.append(_candidate(_run_of(run, file, own), allocation, rank, open_directory))
+        found.append(_candidate(_run_of(run, file, own), allocation, rank))
         gc.collect()  # what DDP and TorchRec build refers to itself, and would stay beside the next one
     best = found[chosen([c["logloss"] for c in found])]
     winner = directory.with_name(best["name"])
@@ -97,9 +93,9 @@ def train_best(
     if context.rank == 0:
         print(choice["why"], flush=True)
     if refit:
-        task = _refit(final, allocation, open_directory)
+        task = _refit(final, allocation)
     else:
-        make = partial(open_directory, final.config, run.schema, allocation, directory)
+        make = partial(open_retraining, final.config, run.schema, allocation, directory)
         open_shared(context, directory, "opening the winner's directory", make)
         context.first("copying the winner", lambda: _copy(winner, directory))
         task = load_best(final.config, allocation, context, directory)
@@ -136,10 +132,10 @@ def _run_of(run: Run, file: Path, directory: Path) -> Run:
     return Run(config, run.schema, run.context)
 
 
-def _candidate(run: Run, allocation: Allocation, rank: int, open_directory: OpenDirectory) -> dict[str, Any]:
+def _candidate(run: Run, allocation: Allocation, rank: int) -> dict[str, Any]:
     """Train one and measure it on the validation split."""
     config, context, own = run.config, run.context, run.dir
-    make = partial(open_directory, config, run.schema, allocation, own)
+    make = partial(open_retraining, config, run.schema, allocation, own)
     open_shared(context, own, "opening a candidate's directory", make)
     training = run.stream("train", config.train.batch_size, shuffle=True)
     validation = run.stream("validation", config.train.eval_batch_size, shuffle=False)
@@ -154,13 +150,13 @@ def _candidate(run: Run, allocation: Allocation, rank: int, open_directory: Open
     return {"name": own.name, "rank": rank, "score": score.get("logloss"), **figures, **steps}
 
 
-def _refit(run: Run, allocation: Allocation, open_directory: OpenDirectory) -> Any:
+def _refit(run: Run, allocation: Allocation) -> Any:
     """A training on both splits, without anything to stop it before its last step."""
     config, context, own = run.config, run.context, run.dir
     training = run.stream("train", config.train.batch_size, shuffle=True)
     training.extend(run.stream("validation", config.train.batch_size, shuffle=True))
     config.train.epochs = math.ceil(config.train.steps / training.batches_per_epoch)
-    make = partial(open_directory, config, run.schema, allocation, own)
+    make = partial(open_retraining, config, run.schema, allocation, own)
     open_shared(context, own, "opening the winner's directory", make)
     return retrain(config, allocation, training, None, context, own)
 

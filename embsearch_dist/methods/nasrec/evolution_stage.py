@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from embsearch_dist.files import read_sealed, write_sealed
-from embsearch_dist.methods.base import Run, Stage, flatten
 from embsearch_dist.methods.nasrec.config import NASRecConfig
 from embsearch_dist.methods.nasrec.evolution import Candidate, Evolution
 from embsearch_dist.methods.nasrec.latency import FILE, table_of
 from embsearch_dist.methods.nasrec.prefilter import prefilter
 from embsearch_dist.methods.nasrec.scoring import Score, Scorer
 from embsearch_dist.methods.nasrec.supernet_stage import SupernetStage
-from embsearch_dist.networks.architecture import Architecture
+from embsearch_dist.methods.stages import Stage, flatten
+from embsearch_dist.networks.architecture import RESULT, Architecture
+from embsearch_dist.run import Run
 from embsearch_dist.train.monitor import Monitor
 
 STAGE = "evolution"
 HISTORY = "evolution.json"
-RESULT = "architecture.json"
 
 
 class EvolutionStage(Stage):

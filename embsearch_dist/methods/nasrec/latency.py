@@ -21,13 +21,13 @@ import torch
 
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_sealed, write_sealed
-from embsearch_dist.methods.base import Run
 from embsearch_dist.models.model import seeded
 from embsearch_dist.networks.architecture import DENSE_OPERATORS, SPARSE_OPERATORS, Architecture
 from embsearch_dist.networks.cost import network_cost, operator_costs
 from embsearch_dist.networks.network import ArchitectureNetwork
 from embsearch_dist.networks.sampling import SCHEMES, draw
 from embsearch_dist.networks.space import Space
+from embsearch_dist.run import Run
 
 FILE = "latency.json"
 ROWS = 512  # of the forward pass that is timed

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
-from embsearch_dist.methods.base import Method, Run, Stage
+from embsearch_dist.methods.base import Method
+from embsearch_dist.methods.nasrec.choosing import candidate_files, train_best
 from embsearch_dist.methods.nasrec.config import NASRecConfig
 from embsearch_dist.methods.nasrec.evolution_stage import EvolutionStage
 from embsearch_dist.methods.nasrec.supernet_stage import SupernetStage
+from embsearch_dist.methods.retraining import Results, Retraining
+from embsearch_dist.methods.stages import Stage
+from embsearch_dist.run import Run
 
 
 class NASRec(Method):
@@ -20,3 +25,11 @@ class NASRec(Method):
 
     def stages(self) -> list[Stage]:
         return [SupernetStage(), EvolutionStage()]
+
+    def retrain(self, job: Retraining) -> Results:
+        if not job.wish.best or not isinstance(job.found, Allocation):
+            return super().retrain(job)
+        run = job.run_in()
+        with run.context.together("looking for the candidates"):
+            files = candidate_files(job.run_dir, job.wish.best)
+        return {run.dir.name: train_best(run, job.found, files, run.dir, job.wish.refit)}

@@ -19,7 +19,6 @@ from embsearch_dist.data.hashing import GOLDEN, mix
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import write_sealed
-from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.nasrec.config import NASRecConfig
 from embsearch_dist.methods.nasrec.proxies import PROXIES, Inputs
 from embsearch_dist.methods.nasrec.scoring import all_rows
@@ -29,6 +28,7 @@ from embsearch_dist.networks.canonical import key
 from embsearch_dist.networks.network import ArchitectureNetwork
 from embsearch_dist.networks.sampling import SCHEMES, draw
 from embsearch_dist.networks.space import Space
+from embsearch_dist.run import Run
 from embsearch_dist.train.monitor import Monitor
 
 FILE = "prefilter.json"

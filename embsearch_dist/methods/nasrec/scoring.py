@@ -18,7 +18,6 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from embsearch_dist.errors import UserError
-from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.nasrec.config import NASRecConfig, ScoringConfig
 from embsearch_dist.methods.nasrec.latency import LatencyTable
 from embsearch_dist.methods.nasrec.model import Blocks
@@ -28,6 +27,7 @@ from embsearch_dist.networks.canonical import key, prune
 from embsearch_dist.networks.cost import network_cost
 from embsearch_dist.networks.network import Weights, features
 from embsearch_dist.ranks.context import Context
+from embsearch_dist.run import Run
 
 CHUNK = 4096  # rows whose features are made at once: on a CPU, where they should stay in its cache
 DEVICE_CHUNK = 16384  # and on a GPU, which waits for its host with fewer

@@ -11,12 +11,13 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from embsearch_dist.config import SAFETY_KEYS
 from embsearch_dist.data.load.batch import Batch
-from embsearch_dist.methods.base import Run, Stage
 from embsearch_dist.methods.gated import task as gated
 from embsearch_dist.methods.nasrec.config import NASRecConfig
 from embsearch_dist.methods.nasrec.model import ArchitectureSupernet
+from embsearch_dist.methods.stages import Stage
 from embsearch_dist.networks.canonical import prune
 from embsearch_dist.networks.sampling import draw, training_architecture
+from embsearch_dist.run import Run
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.trainer import Trainer
 

@@ -10,9 +10,10 @@ import torch
 
 from embsearch_dist.allocation import Allocation, cost
 from embsearch_dist.errors import UserError
-from embsearch_dist.methods.base import Method, Run, Stage
+from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.budget import Budget
 from embsearch_dist.methods.found import Point, budget_told, budgets, describe, write_points
+from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.truncated import TruncatedModel, by_columns, principal
 from embsearch_dist.methods.truncation.config import TruncationConfig
 from embsearch_dist.methods.truncation.rules import fdo_under, fdo_widths, magnitude_under, magnitude_widths
@@ -26,6 +27,7 @@ from embsearch_dist.methods.widest import (
     table_moments,
 )
 from embsearch_dist.models.model import SubnetModel
+from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.monitor import Monitor
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from embsearch_dist.config import Config
-from embsearch_dist.methods.base import Method, Run, Stage
+from embsearch_dist.methods.base import Method
+from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.utilities.config import UtilitiesConfig
 from embsearch_dist.methods.utilities.search_stage import UtilitiesStage, budgets_of
 from embsearch_dist.methods.widest import WidestStage
+from embsearch_dist.run import Run
 
 
 class Utilities(Method):

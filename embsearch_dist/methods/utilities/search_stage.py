@@ -9,14 +9,15 @@ from typing import Any
 import torch
 
 from embsearch_dist.allocation import Allocation, cost
-from embsearch_dist.methods.base import Run, Stage
 from embsearch_dist.methods.budget import Budget, cost_table, knapsack, total_cost
 from embsearch_dist.methods.found import Point, budget_told, budgets, describe, write_points
+from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.truncated import Changes, TruncatedModel, logit_gram, principal, sensitive
 from embsearch_dist.methods.utilities.config import UtilitiesConfig
 from embsearch_dist.methods.widest import Moments, Sample, first_rows, load_widest, random_rows
 from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.precision import MIXED, row_bytes, served
+from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.monitor import Monitor
 

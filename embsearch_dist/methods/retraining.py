@@ -1,4 +1,4 @@
-"""What retrain.py trains: what was found, uniform widths beside it, the best of several networks, a model a group."""
+"""What is trained of a search's result: what was found, uniform widths beside it, and the choice between them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,16 @@ from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import write_sealed
 from embsearch_dist.grouped import GroupedAllocation
-from embsearch_dist.methods.base import Run
 from embsearch_dist.methods.fallback import Trained, bracket, choose, predictions, uniform_like, widest_within
-from embsearch_dist.methods.ihas.retraining import retrain_groups
-from embsearch_dist.methods.nasrec.choosing import candidate_files, train_best
+from embsearch_dist.methods.results import read_result
 from embsearch_dist.precision import MIXED, served
-from embsearch_dist.ranks.context import Context
 from embsearch_dist.ranks.shared import open_shared
+from embsearch_dist.run import Run
 from embsearch_dist.rundir import plain_word
 from embsearch_dist.schema import Schema
-from embsearch_dist.train.retrain import SubnetTask, evaluate_model, retrain
+from embsearch_dist.train.directories import open_retraining
+from embsearch_dist.train.retrain import SubnetTask, evaluate_model, load_best, retrain
 from embsearch_dist.train.served import evaluate_served, rounded_tables
-from launch.common import open_retraining, open_search, read_result
 
 BRACKET = "bracket"
 Found = Allocation | GroupedAllocation
@@ -78,6 +76,33 @@ class Wish:
         return wish
 
 
+@dataclass(frozen=True)
+class Retraining:
+    """One call of retrain.py.
+
+    Attributes:
+        wish: what the command line asks for.
+        run: config, data and ranks; its directory is not that of a training.
+        run_dir: the search's, or where ``retrain/`` is to be.
+        name: of the result.
+        suffix: behind the name of every result, for a seed that is not the run's.
+        found: what is trained, unless the wish says otherwise.
+    """
+
+    wish: Wish
+    run: Run
+    run_dir: Path
+    name: str
+    suffix: str
+    found: Found
+
+    def run_in(self, name: str = "") -> Run:
+        """The run of one training, with a config of its own: its directory is ``RUN/retrain/NAME`` and the suffix."""
+        config = copy.deepcopy(self.run.config)
+        config.run.dir = str(self.run_dir / "retrain" / ((name or self.name) + self.suffix))
+        return Run(config, self.run.schema, self.run.context)
+
+
 def _best_of(plain: Mapping[str, str], overrides: Sequence[str]) -> int:
     if "best" not in plain:
         if "refit" in plain:
@@ -125,40 +150,6 @@ def taken(wish: Wish, config: Config, run_dir: Path, name: str, found: Found) ->
     return f"retraining {name}{': ' if parts else ''}{', '.join(parts)}{more}"
 
 
-def retrain_all(
-    wish: Wish,
-    config: Config,
-    schema: Schema,
-    context: Context,
-    run_dir: Path,
-    name: str,
-    suffix: str,
-    found: Found,
-) -> Results:
-    """Train and evaluate what is wished; evaluations by the name of their directory under ``RUN/retrain``.
-
-    ``suffix``: goes behind the name of every result.
-    """
-    directory = run_dir / "retrain" / (name + suffix)
-    if isinstance(found, GroupedAllocation):
-        config.run.dir = str(directory)
-        search = open_search(run_dir, config, schema, context)
-        by_router = retrain_groups(search, config, found, directory, open_retraining)
-        return {f"{directory.name} (router: {kind})": result for kind, result in by_router.items()}
-    if wish.best:
-        config.run.dir = str(directory)
-        with context.together("looking for the candidates"):
-            files = candidate_files(run_dir, wish.best)
-        run = Run(config, schema, context)
-        return {directory.name: train_best(run, found, files, directory, open_retraining, wish.refit)}
-    models = {name: found}
-    if wish.allocation == BRACKET:
-        models = {f"ues-{w}": uniform_like(found, w) for w in bracket(found)}
-    elif wish.or_uniform:
-        models = beside_uniform(name, found)
-    return retrain_many(config, schema, context, run_dir, suffix, models, wish.or_uniform)
-
-
 def beside_uniform(name: str, found: Allocation) -> dict[str, Allocation]:
     """What was found and the widest uniform allocation of its budget; alone where that is the same or none fits."""
     width = widest_within(found)
@@ -167,40 +158,50 @@ def beside_uniform(name: str, found: Allocation) -> dict[str, Allocation]:
     return {name: found, f"ues-{width}": uniform_like(found, width)}
 
 
-def retrain_many(
-    config: Config,
-    schema: Schema,
-    context: Context,
-    run_dir: Path,
-    suffix: str,
-    models: dict[str, Allocation],
-    choosing: bool,
-) -> Results:
-    """Train and evaluate one after another; ``choosing`` between two writes ``final.json``."""
-    results, trained = {}, []
+def retrain_models(job: Retraining) -> Results:
+    """Train what was found, or what the wish puts in its place or beside it; with ``or_uniform`` choose between two,
+    in ``final.json``."""
+    wish, found = job.wish, job.found
+    assert isinstance(found, Allocation)  # groups are their method's
+    models = {job.name: found}
+    if wish.allocation == BRACKET:
+        models = {f"ues-{w}": uniform_like(found, w) for w in bracket(found)}
+    elif wish.or_uniform:
+        models = beside_uniform(job.name, found)
+    results: Results = {}
+    trained: list[Trained] = []
     for name, allocation in models.items():
-        directory, one = run_dir / "retrain" / (name + suffix), copy.deepcopy(config)
-        one.run.dir = str(directory)
-        run = Run(one, schema, context)
-        task, results[name + suffix] = retrain_one(run, allocation, directory, name + suffix)
-        if choosing:
-            validation = run.stream("validation", one.train.eval_batch_size, shuffle=False)
-            precision = getattr(one.search, "precision", "")
-            with rounded_tables(task, allocation, precision, context) if precision else nullcontext():
-                logits, labels = predictions(task, validation, context)
-            size = allocation.total(served(precision) if precision else "parameters")
-            unit = f"bytes at {precision}{' precisions' * (precision == MIXED)}" if precision else "parameters"
-            trained.append(Trained(name + suffix, size, logits, unit))
-    if choosing:
-        if len(trained) == 2:
-            final = choose(trained[0], trained[1], labels, config.train.metric)
-        else:
-            final = {"name": trained[0].name, "fallback": False, "reason": "no other uniform width fits its budget"}
-        final["model"] = f"retrain/{final['name']}"
-        context.first("writing final.json", lambda: write_sealed(run_dir / f"final{suffix}.json", final))
-        if context.rank == 0:
-            print(f"final model: {final['reason']}")
+        run = job.run_in(name)
+        task, results[run.dir.name] = retrain_one(run, allocation, run.dir, run.dir.name)
+        if wish.or_uniform:
+            one, labels = _as_chosen_from(task, allocation, run)
+            trained.append(one)
+    if wish.or_uniform:
+        _choose(job, trained, labels)
     return results
+
+
+def _as_chosen_from(task: SubnetTask, allocation: Allocation, run: Run) -> tuple[Trained, Any]:
+    """A trained model as the choice sees it, and the labels of the validation split."""
+    validation = run.stream("validation", run.config.train.eval_batch_size, shuffle=False)
+    precision = getattr(run.config.search, "precision", "")
+    with rounded_tables(task, allocation, precision, run.context) if precision else nullcontext():
+        logits, labels = predictions(task, validation, run.context)
+    size = allocation.total(served(precision) if precision else "parameters")
+    unit = f"bytes at {precision}{' precisions' * (precision == MIXED)}" if precision else "parameters"
+    return Trained(run.dir.name, size, logits, unit), labels
+
+
+def _choose(job: Retraining, trained: list[Trained], labels: Any) -> None:
+    if len(trained) == 2:
+        final = choose(trained[0], trained[1], labels, job.run.config.train.metric)
+    else:
+        final = {"name": trained[0].name, "fallback": False, "reason": "no other uniform width fits its budget"}
+    final["model"] = f"retrain/{final['name']}"
+    file = job.run_dir / f"final{job.suffix}.json"
+    job.run.context.first("writing final.json", lambda: write_sealed(file, final))
+    if job.run.context.rank == 0:
+        print(f"final model: {final['reason']}")
 
 
 def retrain_one(run: Run, allocation: Allocation, directory: Path, name: str) -> tuple[SubnetTask, dict[str, Any]]:
@@ -226,3 +227,27 @@ def as_served(
     if not precision:
         return {}
     return {"served": evaluate_served(task, allocation, precision, stream, split, run.context)}
+
+
+def evaluate_single(run: Run, directory: Path, split: str, precision: str = "") -> dict[str, Any]:
+    """Measure the model of one allocation in ``directory``, and leave the figures in :func:`evaluation_file`.
+
+    Raises:
+        UserError: nothing is trained there, or a file is damaged.
+    """
+    config, context = run.config, run.context
+    with context.together("reading the allocation"):
+        allocation = Allocation.load(directory / "allocation.json", run.schema)
+    stream = run.stream(split, config.train.eval_batch_size, shuffle=False)
+    task = load_best(config, allocation, context, directory)
+    result = evaluate_model(task, stream, split, context, config, directory.name, allocation)
+    result |= as_served(task, allocation, stream, split, run, precision)
+    target = evaluation_file(directory, split)
+    context.first("writing the evaluation", lambda: write_sealed(target, result))
+    return result
+
+
+def evaluation_file(directory: Path, split: str, kind: str = "") -> Path:
+    """``evaluation.json`` for the test split; another split, and ``kind`` of a model of several, are named in it."""
+    parts = ["evaluation", *([] if split == "test" else [split]), *([kind] if kind else [])]
+    return directory / f"{'-'.join(parts)}.json"

@@ -1,0 +1,111 @@
+"""A run: its config, its data, its place among the ranks; and how its data are opened."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from embsearch_dist.config import Config
+from embsearch_dist.data.load.classes import Classes, count_classes
+from embsearch_dist.data.load.dataset import BatchStream
+from embsearch_dist.data.store.manifest import MANIFEST, compare_ends, identity
+from embsearch_dist.data.store.unreadable import refuse_others
+from embsearch_dist.errors import UserError
+from embsearch_dist.ranks.context import Context
+from embsearch_dist.ranks.same_data import agree_on_left_out, check_same, seen_in_schema, seen_in_shards
+from embsearch_dist.schema import Schema
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: its config, its data and its place among the ranks."""
+
+    config: Config
+    schema: Schema
+    context: Context
+
+    @property
+    def dir(self) -> Path:
+        return Path(self.config.run.dir)
+
+    def stream(self, split: str, batch_size: int, shuffle: bool, seed: int | None = None) -> BatchStream:
+        """Batches of a split for this rank; opening it fails on all ranks or on none.
+
+        Raises:
+            UserError: the split cannot be read (but for ``data.skip_unreadable`` row groups), or ranks see
+                different data.
+        """
+        data, context = self.config.data, self.context
+        check_same(context, data.path, seen_in_schema(self.schema))
+        left_out = agree_on_left_out(
+            context, data.path, self.schema, split, data.skip_unreadable, self.dir, training=shuffle
+        )
+        with context.together(f"opening the {split} split"):
+            stream = BatchStream(
+                data.path,
+                self.schema,
+                split,
+                global_batch=batch_size,
+                rank=context.rank,
+                world_size=context.world_size,
+                shuffle=shuffle,
+                seed=self.config.run.seed if seed is None else seed,
+                window_rows=data.window_rows,
+                left_out=left_out,
+                device=context.device,
+            )
+        check_same(context, data.path, seen_in_shards(stream.shards))
+        if not data.skip_unreadable:  # else their SHA-256 were compared, and what differs was named
+            with context.together(f"comparing the {split} split with its manifest"):
+                refuse_others(data.path, self.schema, split)
+        return stream
+
+
+def open_data(config: Config, context: Context) -> Schema:
+    """The schema of the run's data; makes the synthetic data on rank 0 when the config asks for it."""
+    path = Path(config.data.path)
+    if config.data.make == "synthetic":
+        from embsearch_dist.data.planted.synthetic import make_synthetic
+
+        def make() -> None:
+            if not (path / "schema.json").exists():
+                make_synthetic(path, config.data.rows, 0)
+
+        context.first("making synthetic data", make)
+    with context.together("reading the schema"):
+        schema = Schema.load(path)
+        if (path / "vocabulary").is_dir():
+            compare_ends(path, "vocabulary")
+        if context.rank == 0 and not (path / MANIFEST).exists():
+            print(f"{path / MANIFEST} is missing: the files there are compared with nothing", file=sys.stderr)
+        found = identity(path, schema)
+    return dataclasses.replace(schema, data=found)
+
+
+def check_classes(run: Run, needed: str = "", splits: Sequence[str] = ("validation",)) -> None:
+    """Say, before anything is trained, what becomes of AUC in splits that have one class only.
+
+    Args:
+        needed: :meth:`Method.needs_classes` of a search. It is refused: no other reward is put in the place of AUC
+            unasked, because rows of one class reward whatever answers that class to everything.
+
+    Raises:
+        UserError: the validation split has one class, and both are ``needed``.
+    """
+    found: list[Classes] = []
+    with run.context.together("counting the clicks"):
+        if run.context.rank == 0:
+            found = [count_classes(run.config.data.path, split) for split in splits]
+    for classes in (c for c in run.context.share(found) if c.one and c.rows):
+        if classes.split == "validation" and needed:
+            raise UserError(
+                f"{classes.said}: AUC is undefined, and {needed}. Prepare the data again with another --split (random "
+                "spreads the clicks)",
+                everywhere=True,
+            )
+        then = "logloss selects the best checkpoint" if classes.split == "validation" else "it is written as null"
+        if run.context.rank == 0:
+            print(f"{classes.said}: AUC is undefined; {then}", flush=True)

@@ -1,0 +1,120 @@
+"""The directories of searches and trainings: who may use one, and whether it holds the same training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from embsearch_dist.allocation import Allocation
+from embsearch_dist.config import SAFETY_KEYS, Config, load_config, written_method
+from embsearch_dist.errors import UserError
+from embsearch_dist.files import copy_sealed, write_sealed
+from embsearch_dist.grouped import GROUPS, GroupedAllocation
+from embsearch_dist.models.model import common_width
+from embsearch_dist.networks.architecture import RESULT, read_architecture
+from embsearch_dist.networks.canonical import key
+from embsearch_dist.networks.network import check_width
+from embsearch_dist.networks.space import Space
+from embsearch_dist.networks.space import load as load_architecture
+from embsearch_dist.rundir import check_text, clear, hold, is_ours
+from embsearch_dist.schema import Schema, differs
+
+
+def read_own_config(directory: Path, like: Config) -> Config | None:
+    """The config of a directory that was made with the method of ``like``; None where it was another's.
+
+    Raises:
+        UserError: it is missing, cut or changed.
+    """
+    file = directory / "config.yaml"
+    check_text(file)
+    if written_method(file) != like.method:
+        return None
+    return load_config({like.method: type(like.search)}, file, [])
+
+
+def lasting(config: Config, same_data: bool = False) -> dict[str, Any]:
+    """All that one training must keep from start to start; ``same_data``: known to be, wherever they lie now."""
+    found = config.to_dict()
+    if same_data:
+        del found["data"]["path"]
+    found["train"] = {k: v for k, v in found["train"].items() if k not in SAFETY_KEYS}
+    found["data"] = {k: v for k, v in found["data"].items() if k != "skip_unreadable"}
+    if config.model.backbone != "nasrec":
+        del found["model"]["layer_norm"]  # nothing reads it
+    return found
+
+
+def open_run_directory(
+    config: Config, schema: Schema, directory: Path, doing: str = "retrain.py", given: str | None = None
+) -> None:
+    """Make (or empty, when told) the run directory, lock it, and leave config and schema in it. Rank 0 calls this.
+
+    Args:
+        doing: who holds the lock, for people.
+        given: the config file of the command line.
+
+    Raises:
+        UserError: somebody is at work there, or files that are not ours would be replaced or deleted.
+    """
+    if (directory / "config.yaml").exists() and not is_ours(directory):
+        raise UserError(
+            f"{directory / 'config.yaml'} was not written by a run: {directory} is not a run directory, and it "
+            "would be replaced. Give another --run.dir; nothing was deleted"
+        )
+    if config.run.overwrite and directory.exists() and not is_ours(directory) and any(directory.iterdir()):
+        raise UserError(f"{directory} is not a run directory (no config.yaml in it); it is not deleted")
+    hold(directory, doing)
+    if config.run.overwrite:
+        clear(directory, Path(given) if given else None)
+    config.save(directory)
+    schema.save(directory)
+    truth = Path(config.data.path) / "truth.json"
+    if truth.exists():
+        copy_sealed(truth, directory / "truth.json")
+
+
+def open_retraining(config: Config, schema: Schema, found: Allocation | GroupedAllocation, directory: Path) -> None:
+    """The sub-run's directory; a training of another allocation or config under that name is an error."""
+    network = None
+    if config.model.architecture:
+        network, space = _network(config.model.architecture)
+        for widths in ({w for w in part.values() if w} for part in _widths(found)):
+            check_width(config.model.architecture, space, common_width(config.model, sorted(widths)))
+    same_data = False
+    if (directory / "schema.json").exists() and not config.run.overwrite:
+        before = Schema.load(directory)
+        same_data = bool(schema.data) and before.data == schema.data
+        if differs(before.data, schema.data):
+            raise UserError(
+                f"{directory} was trained on data {before.data}, {config.data.path} is {schema.data}: the same fields, "
+                "but other rows or ids. Give --name, the --data.path it was trained on, or --run.overwrite true"
+            )
+    kinds: dict[str, type[Allocation | GroupedAllocation]] = {"allocation.json": Allocation, GROUPS: GroupedAllocation}
+    for file, kind in kinds.items():
+        if (directory / file).exists() and not config.run.overwrite:
+            same = isinstance(found, kind) and _widths(kind.load(directory / file, schema)) == _widths(found)
+            # Read as a config: one of an older version lacks keys that have been added since.
+            kept = _network(directory / RESULT)[0] if (directory / RESULT).exists() else None
+            old = read_own_config(directory, config)
+            alike = old is not None and lasting(old, same_data) == lasting(config, same_data)
+            if not same or kept != network or not alike:
+                raise UserError(
+                    f"{directory} holds another training; give --name, or --run.overwrite true to replace it"
+                )
+    # Read now: it may lie in the directory that is about to be emptied.
+    network_body = read_architecture(config.model.architecture) if network else {}
+    open_run_directory(config, schema, directory)
+    found.save(directory / ("allocation.json" if isinstance(found, Allocation) else GROUPS))
+    if network and not (directory / RESULT).exists():
+        write_sealed(directory / RESULT, network_body)
+
+
+def _network(path: str | Path) -> tuple[tuple[str, int], Space]:
+    """What two files of one network have in common (widths of tables are compared elsewhere), and its space."""
+    architecture, space = load_architecture(path)
+    return (key(architecture), space.tokens), space
+
+
+def _widths(found: Allocation | GroupedAllocation) -> list[dict[str, int]]:
+    return [a.widths for a in (found.allocations if isinstance(found, GroupedAllocation) else [found])]
