@@ -7,6 +7,7 @@ from embsearch_dist.methods.adass.method import AdaSS
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.ihas.method import IHAS
 from embsearch_dist.methods.nasrec.method import NASRec
+from embsearch_dist.methods.random.method import Random
 from embsearch_dist.methods.truncation.method import Truncation
 from embsearch_dist.methods.ues import UES
 from embsearch_dist.methods.utilities.method import Utilities
@@ -16,6 +17,7 @@ METHODS: dict[str, type[Method]] = {
     "adass": AdaSS,
     "ihas": IHAS,
     "nasrec": NASRec,
+    "random": Random,
     "truncation": Truncation,
     "ues": UES,
     "utilities": Utilities,

@@ -10,6 +10,7 @@ from embsearch_dist.config import Config
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.retraining import Results, Retraining, evaluate_single, retrain_models
 from embsearch_dist.methods.stages import Stage
+from embsearch_dist.methods.trial import Settings
 from embsearch_dist.run import Run
 
 
@@ -21,10 +22,14 @@ class Method(ABC):
     """
 
     config: ClassVar[type]
+    result: ClassVar[str] = "allocation.json"
+    """What a search leaves at the top of its run directory for retrain.py; empty: what it has trained is the result."""
+    trial: ClassVar[Settings] = {}
+    """Settings of a run of seconds, see :mod:`embsearch_dist.methods.trial`."""
 
     @abstractmethod
     def stages(self) -> list[Stage]:
-        """The stages in their order; the last one leaves ``allocation.json``."""
+        """The stages in their order; the last one leaves :attr:`result`."""
 
     def needs_classes(self, config: Config) -> str:
         """Why this search can do nothing with validation rows of one class, and what to set, as an end of a sentence;

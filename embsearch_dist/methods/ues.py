@@ -38,6 +38,7 @@ class Allocate(Stage):
 
 class UES(Method):
     config = UESConfig
+    trial = {"search": {"width": 4}}
 
     def stages(self) -> list[Stage]:
         return [Allocate()]

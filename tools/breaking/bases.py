@@ -9,68 +9,27 @@ import random
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import yaml
+
+from embsearch_dist import methods
+from embsearch_dist.methods.trial import merged
 from tools.breaking import lab
 
 ROWS = 1200
-COMMON = """
-data: {path: data}
-run: {device: cpu, threads: 1}
-dist: {timeout_s: 30}
-"""
-TRAIN = "train: {batch_size: 128, eval_batch_size: 120, epochs: 2, log_every: 1, save_every: 3, patience: 0}\n"
-OPTIM = "optim: {embedding_lr: 0.05, dense_lr: 0.01}\n"
-MODEL = "model: {hidden: [8, 4], unified_width: 8}\n"
-PART = "batch_size: 128, eval_batch_size: 120, epochs: 1, log_every: 1, save_every: 2"
-METHODS = {
-    "adass": MODEL
-    + OPTIM
-    + TRAIN
-    + f"""
-search:
-  candidates: [0, 2, 4]
-  pareto: ["60%"]
-  supernet: {{{PART}}}
-  sampling: {{update_every: 3}}
-  policy: {{steps: 4, batch: 3, model_width: 4, heads: 2, layers: 1, moves: 8}}
-""",
-    "adafs": f"""
-model: {{backbone: mlp, hidden: [8, 4]}}
-{OPTIM}{TRAIN}
-search: {{width: 4, training: {{{PART}}}, outer: {{pretrain_epochs: 0.3, every: 2}}}}
-""",
-    "ihas": f"""
-model: {{backbone: mlp, hidden: [8, 4], unified_width: 4}}
-{OPTIM}{TRAIN}
-search:
-  width: 4
-  training: {{{PART}}}
-  outer: {{pretrain_epochs: 0.3, every: 2, lr: 0.02}}
-  groups: {{batch_size: 120, min_rows: 20}}
-""",
-    "nasrec": f"""
-model: {{init_std: 0.1}}
-optim: {{embedding: adagrad, embedding_lr: 0.05, dense: adagrad, dense_lr: 0.05, clip_norm: 5}}
-{TRAIN}
-search:
-  space: {{blocks: 2, dense_widths: [8], sparse_widths: [4], tokens: 2, width: 8}}
-  supernet: {{{PART}}}
-  scoring: {{rows: 100, tune_rows: 100, tune_steps: 2, tune_batch: 50}}
-  evolution: {{population: 3, generations: 2, parents: 2, children: 1, keep: 2}}
-""",
-    "truncation": MODEL + OPTIM + TRAIN + 'search: {width: 4, pareto: ["60%"], rows: 300}\n',
-    "ues": MODEL + OPTIM + TRAIN + "search: {width: 4}\n",
-    "utilities": MODEL
-    + OPTIM
-    + TRAIN
-    + 'search: {candidates: [0, 2, 4], width: 4, pareto: ["60%"], rows: 300, basis_rows: 300}\n',
+RUN: dict[str, Any] = {
+    "data": {"path": "data"},
+    "run": {"device": "cpu", "threads": 1},
+    "dist": {"timeout_s": 30},
 }
 SEARCH = ("search.py", "--config", "method.yaml", "--run.dir", "run")
 RETRAIN = ("retrain.py", "--run", "run")
 REPORT = ("report.py", "run")
 # After these steps of a training it is killed, to have one that is half done.
 KILL_STEP = {"searching": 5, "retraining": 8}
-NO_RETRAIN = ("adafs",)  # the searched model is the result
+METHODS = tuple(methods.METHODS)
+NO_RETRAIN = tuple(n for n, m in methods.METHODS.items() if not m.result)  # the searched model is the result
 
 
 @dataclass(frozen=True)
@@ -98,7 +57,7 @@ def states(method: str) -> list[State]:
     """``fresh`` has prepared data only, ``searching`` and ``retraining`` were killed halfway."""
     retrain = () if method in NO_RETRAIN else (RETRAIN,)
     more: list[tuple[str, ...]] = []
-    if "pareto" in METHODS[method]:
+    if "pareto" in methods.METHODS[method].trial.get("search", {}):
         more = [
             (*SEARCH, "--search.budget", "50%"),
             (*RETRAIN, "--allocation", f"run/allocations/{small(method)}.json"),
@@ -153,8 +112,9 @@ class Bases:
         now = home / "now"
         now.mkdir()
         write_clicks(now, 0)
-        config = f"method: {method}\n{COMMON}{METHODS[method]}".replace("threads: 1", f"threads: 1, seed: {seed}")
-        (now / "method.yaml").write_text(config)
+        body = {"method": method, **RUN, **merged(methods.METHODS[method].trial)}
+        body["run"] = {**RUN["run"], "seed": seed}
+        (now / "method.yaml").write_text(yaml.safe_dump(body, sort_keys=False))
         self._must(now, prepare_words(seed))
         self._keep(now, home / "fresh")
         wanted = {s.name for s in states(method)}

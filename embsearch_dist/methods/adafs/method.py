@@ -19,6 +19,7 @@ from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.gated import task as gated
 from embsearch_dist.methods.gated.result import leave_result
 from embsearch_dist.methods.stages import Stage
+from embsearch_dist.methods.trial import TRAINING
 from embsearch_dist.run import Run
 from embsearch_dist.train.bilevel import frozen
 from embsearch_dist.train.monitor import Monitor
@@ -156,6 +157,11 @@ class AdaFS(Method):
     """AdaFS: Adaptive Feature Selection in Deep Recommender System (Lin et al. 2022)."""
 
     config = AdaFSConfig
+    result = ""
+    trial = {
+        "model": {"backbone": "mlp", "hidden": [8, 4]},
+        "search": {"width": 4, "training": TRAINING, "outer": {"pretrain_epochs": 0.3, "every": 2}},
+    }
 
     def stages(self) -> list[Stage]:
         return [ControllerStage(), MeasureStage()]

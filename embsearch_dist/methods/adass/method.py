@@ -8,6 +8,7 @@ from embsearch_dist.methods.adass.search_stage import SearchStage, budgets_of
 from embsearch_dist.methods.adass.supernet_stage import SupernetStage
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.stages import Stage
+from embsearch_dist.methods.trial import TRAINING
 from embsearch_dist.run import Run
 
 
@@ -15,6 +16,15 @@ class AdaSS(Method):
     """AdaS&S: a One-Shot Supernet Approach for Automatic Embedding Size Search (Wei et al. 2023)."""
 
     config = AdassConfig
+    trial = {
+        "search": {
+            "candidates": [0, 2, 4],
+            "pareto": ["60%"],
+            "supernet": TRAINING,
+            "sampling": {"update_every": 3},
+            "policy": {"steps": 4, "batch": 3, "model_width": 4, "heads": 2, "layers": 1, "moves": 8},
+        }
+    }
 
     def stages(self) -> list[Stage]:
         return [SupernetStage(), SearchStage()]

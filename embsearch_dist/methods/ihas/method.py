@@ -16,6 +16,7 @@ from embsearch_dist.methods.ihas.retraining import evaluate_groups, load_groups,
 from embsearch_dist.methods.ihas.routed_model import ROUTERS
 from embsearch_dist.methods.retraining import Results, Retraining
 from embsearch_dist.methods.stages import Stage
+from embsearch_dist.methods.trial import TRAINING
 from embsearch_dist.run import Run
 
 
@@ -23,6 +24,16 @@ class IHAS(Method):
     """iHAS: an Instance-wise Hierarchical Architecture Search framework (Yu et al. 2023)."""
 
     config = IHASConfig
+    result = GROUPS
+    trial = {
+        "model": {"backbone": "mlp", "hidden": [8, 4], "unified_width": 4},
+        "search": {
+            "width": 4,
+            "training": TRAINING,
+            "outer": {"pretrain_epochs": 0.3, "every": 2, "lr": 0.02},
+            "groups": {"batch_size": 120, "min_rows": 20},
+        },
+    }
 
     def stages(self) -> list[Stage]:
         return [GateStage(), MeasureStage(), GroupStage()]

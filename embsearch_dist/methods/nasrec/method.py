@@ -11,6 +11,8 @@ from embsearch_dist.methods.nasrec.evolution_stage import EvolutionStage
 from embsearch_dist.methods.nasrec.supernet_stage import SupernetStage
 from embsearch_dist.methods.retraining import Results, Retraining
 from embsearch_dist.methods.stages import Stage
+from embsearch_dist.methods.trial import TRAINING
+from embsearch_dist.networks.architecture import RESULT
 from embsearch_dist.run import Run
 
 
@@ -18,6 +20,17 @@ class NASRec(Method):
     """Supernet, then evolution; the result is an architecture for uniform tables."""
 
     config = NASRecConfig
+    result = RESULT
+    trial = {
+        "model": {"init_std": 0.1},
+        "optim": {"embedding": "adagrad", "embedding_lr": 0.05, "dense": "adagrad", "dense_lr": 0.05, "clip_norm": 5},
+        "search": {
+            "space": {"blocks": 2, "dense_widths": [8], "sparse_widths": [4], "tokens": 2, "width": 8},
+            "supernet": TRAINING,
+            "scoring": {"rows": 100, "tune_rows": 100, "tune_steps": 2, "tune_batch": 50},
+            "evolution": {"population": 3, "generations": 2, "parents": 2, "children": 1, "keep": 2},
+        },
+    }
 
     def check(self, run: Run) -> None:
         if run.config.optim.weight_decay:
