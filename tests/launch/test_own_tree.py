@@ -24,7 +24,7 @@ def copy(tmp_path: Path) -> Path:
     """Another checkout: its scripts and what starts them over are real, the first modules after that tell and stop."""
     tree = tmp_path / "copy"
     shutil.copytree(ROOT / "launch", tree / "launch")
-    (tree / "embsearch_dist" / "dist").mkdir(parents=True)
+    (tree / "embsearch_dist" / "ranks").mkdir(parents=True)
     for name in ("__init__.py", "ranks/__init__.py", "ranks/environment.py"):
         shutil.copy(ROOT / "embsearch_dist" / name, tree / "embsearch_dist" / name)
     for name in ("allocation.py", "config.py"):
