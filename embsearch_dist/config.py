@@ -13,6 +13,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,12 +29,29 @@ HELD = "\ue000{"  # stands for ${ while OmegaConf has a text in hand, which woul
 TABLES = "dist.tables."
 
 
-def option(default: Any, text: str, before: Any = None) -> Any:
-    """A config field with its help text.
+def option(
+    default: Any,
+    text: str,
+    before: Any = None,
+    *,
+    choices: Sequence[str] = (),
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A config field with its help text and what it may be, which :func:`check_section` compares.
 
-    ``before``: what versions without this key did, where that is not today's default.
+    Args:
+        before: what versions without this key did, where that is not today's default.
+        choices: the words that it may be.
+        low, above: the least value, or one that it must be above.
+        high, below: the largest value, or one that it must be below.
     """
-    metadata = {"help": text} if before is None else {"help": text, "before": before}
+    metadata: dict[str, Any] = {"help": text} if before is None else {"help": text, "before": before}
+    metadata |= {"choices": tuple(choices)} if choices else {}
+    bounds = {"low": low, "above": above, "high": high, "below": below}
+    metadata |= {"bounds": {k: v for k, v in bounds.items() if v is not None}}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: default.copy(), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -51,6 +69,38 @@ def one_of(key: str, value: str, allowed: Sequence[str]) -> None:
         raise UserError(f"config key {key}: {value!r} is none of {', '.join(allowed)}{nearest(value, allowed)}")
 
 
+def check_section(section: Any, prefix: str) -> None:
+    """Check every option of a section and of the sections in it, then what their ``check()`` compares, where it is.
+
+    Raises:
+        UserError: names the key, the value and what it may be.
+    """
+    for f in dataclasses.fields(section):
+        value, key = getattr(section, f.name), f"{prefix}.{f.name}"
+        if dataclasses.is_dataclass(value):
+            check_section(value, key)
+        elif "choices" in f.metadata:
+            one_of(key, value, f.metadata["choices"])
+        elif bounds := f.metadata.get("bounds"):
+            require(_inside(value, bounds), key, f"must be {_bounds_told(bounds)}, got {value}")
+    if hasattr(section, "check"):
+        section.check()
+
+
+def _inside(value: float, bounds: Mapping[str, float]) -> bool:
+    least, most = bounds.get("low", -math.inf), bounds.get("high", math.inf)
+    return least <= value <= most and bounds.get("above", -math.inf) < value < bounds.get("below", math.inf)
+
+
+def _bounds_told(bounds: Mapping[str, float]) -> str:
+    if len(bounds) == 2:
+        opening, closing = "[" if "low" in bounds else "(", "]" if "high" in bounds else ")"
+        return f"in {opening}{', '.join(f'{v:g}' for v in bounds.values())}{closing}"
+    ((kind, value),) = bounds.items()
+    word = {"low": "at least", "above": "above", "high": "at most", "below": "below"}[kind]
+    return f">= {value:g}" if kind == "low" and value == 0 else f"{word} {value:g}"
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """`` (did you mean 'x'?)`` for the closest known name, or nothing."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -63,15 +113,11 @@ class RunConfig:
 
     dir: str = option("", "run directory; empty = runs/<folder and name of the config file>")
     seed: int = option(0, "seed of weights, sampling, search and data order")
-    device: str = option("auto", "auto | cpu | cuda")
-    threads: int = option(0, "CPU threads of each process; 0 = cores / processes on this machine")
+    device: str = option("auto", "auto | cpu | cuda", choices=("auto", "cpu", "cuda"))
+    threads: int = option(0, "CPU threads of each process; 0 = cores / processes on this machine", low=0)
     tf32: bool = option(False, "GPU: float32 products in TF32 (10 bits of mantissa, faster); no effect on CPU")
     overwrite: bool = option(False, "delete what the run directory holds and start anew")
     interpolate: bool = option(False, "command line only: put in ${key} and ${oc.env:NAME} of the config file")
-
-    def check(self) -> None:
-        one_of("run.device", self.device, ["auto", "cpu", "cuda"])
-        require(self.threads >= 0, "run.threads", f"must be >= 0, got {self.threads}")
 
 
 @dataclass
@@ -79,63 +125,72 @@ class DataConfig:
     """A prepared data set (see launch/prepare.py)."""
 
     path: str = option("runs/data/synthetic", "directory that launch/prepare.py wrote")
-    make: str = option("", "'synthetic' = make planted click logs at data.path when nothing is there yet")
+    make: str = option(
+        "", "'synthetic' = make planted click logs at data.path when nothing is there yet", choices=("", "synthetic")
+    )
     rows: int = option(200_000, "rows of the synthetic click logs")
-    window_rows: int = option(1 << 20, "rows that are shuffled together in memory")
-    skip_unreadable: int = option(0, "leave out up to so many row groups that cannot be read; 0 = stop at the first")
-
-    def check(self) -> None:
-        one_of("data.make", self.make, ["", "synthetic"])
-        require(self.window_rows > 0, "data.window_rows", "must be above 0")
-        require(self.skip_unreadable >= 0, "data.skip_unreadable", f"must be >= 0, got {self.skip_unreadable}")
+    window_rows: int = option(1 << 20, "rows that are shuffled together in memory", above=0)
+    skip_unreadable: int = option(
+        0, "leave out up to so many row groups that cannot be read; 0 = stop at the first", low=0
+    )
 
 
 @dataclass
 class ModelConfig:
     """The backbone behind the embeddings and the transform in front of it."""
 
-    backbone: str = option("deepfm", "wide_deep | deepfm | fm | mlp; for retraining also dlrm | nasrec")
+    backbone: str = option(
+        "deepfm",
+        "wide_deep | deepfm | fm | mlp; for retraining also dlrm | nasrec",
+        choices=("wide_deep", "deepfm", "fm", "mlp", "dlrm", "nasrec"),
+    )
     architecture: str = option("", "architecture.json of a NASRec search, for the backbone nasrec")
     layer_norm: str = option(
         "attention",
         "attention | all: which LayerNorms of a NASRec network are kept when it is trained alone",
         before="all",
+        choices=("attention", "all"),
     )
     allocation: str = option("", "allocation.json or ues-WIDTH to retrain; empty: --allocation, or what was found")
     hidden: list[int] = option([128, 64], "widths of the MLP's hidden layers (the output unit is added)")
     bottom: list[int] = option([64], "hidden layers of DLRM's MLP on the dense columns")
-    dropout: float = option(0.0, "dropout after each hidden layer")
-    precision: str = option("float32", "float32 | bfloat16: products of the MLP; bfloat16 where hardware has it")
+    dropout: float = option(0.0, "dropout after each hidden layer", low=0, below=1)
+    precision: str = option(
+        "float32",
+        "float32 | bfloat16: products of the MLP; bfloat16 where hardware has it",
+        choices=("float32", "bfloat16"),
+    )
     transform: str = option(
         "identity",
         "to a common width: identity (none learned, zeros fill up) | width (a linear map per width) | field (per field "
         "and width) | mlp (per width, with a layer behind a ReLU)",
         before="width",
+        choices=("identity", "width", "field", "mlp"),
     )
-    unified_width: int = option(32, "d_f: the common width of the learned transforms; identity takes the widest width")
-    unify: str = option("always", "always | mixed: 'mixed' skips the transform when all widths are equal")
+    unified_width: int = option(
+        32, "d_f: the common width of the learned transforms; identity takes the widest width", above=0
+    )
+    unify: str = option(
+        "always", "always | mixed: 'mixed' skips the transform when all widths are equal", choices=("always", "mixed")
+    )
     first_order: str = option(
         "embedding",
         "the linear part of fm, deepfm, wide_deep: embedding (linear in it) | value (a weight per value, as published: "
         "one more column of each table)",
+        choices=("embedding", "value"),
     )
-    norm: str = option("none", "BatchNorm of the transform: none | field (statistics per field) | width (as printed)")
+    norm: str = option(
+        "none",
+        "BatchNorm of the transform: none | field (statistics per field) | width (as printed)",
+        choices=("field", "width", "none"),
+    )
     gain: float = option(0.1, "initial scale of that BatchNorm; small, so that FM starts near zero")
     init_std: float = option(0.01, "standard deviation of the initial embedding values")
 
     def check(self) -> None:
-        one_of("model.backbone", self.backbone, ["wide_deep", "deepfm", "fm", "mlp", "dlrm", "nasrec"])
         given = (self.backbone == "nasrec") == bool(self.architecture)
         require(given, "model.architecture", "belongs to model.backbone nasrec, and that needs it: a file of a search")
-        one_of("model.transform", self.transform, ["identity", "width", "field", "mlp"])
-        one_of("model.layer_norm", self.layer_norm, ["attention", "all"])
-        one_of("model.unify", self.unify, ["always", "mixed"])
-        one_of("model.first_order", self.first_order, ["embedding", "value"])
-        one_of("model.norm", self.norm, ["field", "width", "none"])
-        one_of("model.precision", self.precision, ["float32", "bfloat16"])
         require(self.backbone != "mlp" or bool(self.hidden), "model.hidden", "an mlp needs at least one hidden layer")
-        require(0 <= self.dropout < 1, "model.dropout", f"must be in [0, 1), got {self.dropout}")
-        require(self.unified_width > 0, "model.unified_width", "must be above 0")
         for key in ("hidden", "bottom"):
             widths = getattr(self, key)
             require(all(h > 0 for h in widths), f"model.{key}", f"every width must be above 0, got {widths}")
@@ -151,23 +206,17 @@ class OptimConfig:
     """Optimizers of the tables and of the dense part."""
 
     embedding: str = option(
-        "adam", "adam | adagrad | rowwise_adagrad | sgd: of the tables; rows that a step does not look up stay"
+        "adam",
+        "adam | adagrad | rowwise_adagrad | sgd: of the tables; rows that a step does not look up stay",
+        choices=("adam", "adagrad", "rowwise_adagrad", "sgd"),
     )
-    embedding_lr: float = option(1e-3, "learning rate of the tables")
-    embedding_l2: float = option(0.0, "L2 on the looked-up embeddings, added to the loss (mean over the batch)")
-    dense: str = option("adam", "adam | adagrad: of the dense part")
-    dense_lr: float = option(1e-3, "learning rate of the dense part")
-    dense_eps: float = option(1e-2, "Adagrad's epsilon (dense part)")
-    weight_decay: float = option(0.0, "L2 on the dense part, inside its optimizer")
-    clip_norm: float = option(0.0, "scale the dense part's gradient down to this norm; 0 = never")
-
-    def check(self) -> None:
-        one_of("optim.embedding", self.embedding, ["adam", "adagrad", "rowwise_adagrad", "sgd"])
-        one_of("optim.dense", self.dense, ["adam", "adagrad"])
-        for key in ("embedding_lr", "dense_lr", "dense_eps"):
-            require(getattr(self, key) > 0, f"optim.{key}", f"must be above 0, got {getattr(self, key)}")
-        for key in ("embedding_l2", "weight_decay", "clip_norm"):
-            require(getattr(self, key) >= 0, f"optim.{key}", f"must be >= 0, got {getattr(self, key)}")
+    embedding_lr: float = option(1e-3, "learning rate of the tables", above=0)
+    embedding_l2: float = option(0.0, "L2 on the looked-up embeddings, added to the loss (mean over the batch)", low=0)
+    dense: str = option("adam", "adam | adagrad: of the dense part", choices=("adam", "adagrad"))
+    dense_lr: float = option(1e-3, "learning rate of the dense part", above=0)
+    dense_eps: float = option(1e-2, "Adagrad's epsilon (dense part)", above=0)
+    weight_decay: float = option(0.0, "L2 on the dense part, inside its optimizer", low=0)
+    clip_norm: float = option(0.0, "scale the dense part's gradient down to this norm; 0 = never", low=0)
 
 
 # Keys of TrainConfig that say how a run is kept safe and not what it computes: they may change between two
@@ -179,35 +228,38 @@ SAFETY_KEYS = ("save_every", "keep_checkpoints", "async_save", "on_save_error", 
 class TrainConfig:
     """One training run: how long, how it stops, when it is evaluated."""
 
-    batch_size: int = option(512, "global batch: rows of one step over all ranks")
-    eval_batch_size: int = option(8192, "global batch of evaluation")
-    epochs: int = option(10, "at most this many epochs")
-    steps: int = option(0, "stop after this many steps; 0 = no bound")
-    evals_per_epoch: int = option(1, "evaluations on the validation split per epoch")
-    metric: str = option("auc", "auc | logloss: what early stopping and the best checkpoint look at")
+    batch_size: int = option(512, "global batch: rows of one step over all ranks", low=1)
+    eval_batch_size: int = option(8192, "global batch of evaluation", low=1)
+    epochs: int = option(10, "at most this many epochs", low=1)
+    steps: int = option(0, "stop after this many steps; 0 = no bound", low=0)
+    evals_per_epoch: int = option(1, "evaluations on the validation split per epoch", low=1)
+    metric: str = option(
+        "auc", "auc | logloss: what early stopping and the best checkpoint look at", choices=("auc", "logloss")
+    )
     patience: int = option(2, "stop after this many evaluations without a better metric; 0 = never")
-    lr_cut: float = option(1.0, "factor on the learning rates after each evaluation without a better metric")
-    schedule: str = option("constant", "constant | cosine: falls from the learning rates to zero over all steps")
-    warmup: float = option(0.0, "share of all steps in which the learning rates rise from zero, in either schedule")
-    log_every: int = option(100, "steps between two lines of the log")
-    save_every: int = option(0, "steps between two checkpoints; 0 = only at evaluations")
-    keep_checkpoints: int = option(2, "how many of the last checkpoints stay, beside the best one; at least 2")
+    lr_cut: float = option(
+        1.0, "factor on the learning rates after each evaluation without a better metric", above=0, high=1
+    )
+    schedule: str = option(
+        "constant",
+        "constant | cosine: falls from the learning rates to zero over all steps",
+        choices=("constant", "cosine"),
+    )
+    warmup: float = option(
+        0.0, "share of all steps in which the learning rates rise from zero, in either schedule", low=0, below=1
+    )
+    log_every: int = option(100, "steps between two lines of the log", low=1)
+    save_every: int = option(0, "steps between two checkpoints; 0 = only at evaluations", low=0)
+    keep_checkpoints: int = option(
+        2, "how many of the last checkpoints stay, beside the best one; one may be damaged", low=2
+    )
     async_save: bool = option(False, "write checkpoints while training goes on; takes memory for a copy of the model")
-    on_save_error: str = option("continue", "continue | stop: what to do when a checkpoint cannot be written")
-    skip_bad_batches: int = option(0, "skip so many batches in all whose loss or gradient is not finite, then stop")
-
-    def check(self, prefix: str = "train") -> None:
-        for key in ("batch_size", "eval_batch_size", "epochs", "evals_per_epoch", "log_every"):
-            require(getattr(self, key) >= 1, f"{prefix}.{key}", f"must be at least 1, got {getattr(self, key)}")
-        one_of(f"{prefix}.metric", self.metric, ["auc", "logloss"])
-        one_of(f"{prefix}.schedule", self.schedule, ["constant", "cosine"])
-        require(0 <= self.warmup < 1, f"{prefix}.warmup", f"must be in [0, 1), got {self.warmup}")
-        require(0 < self.lr_cut <= 1, f"{prefix}.lr_cut", f"must be in (0, 1], got {self.lr_cut}")
-        kept = self.keep_checkpoints
-        require(kept >= 2, f"{prefix}.keep_checkpoints", f"must be at least 2, so that one may be damaged, got {kept}")
-        one_of(f"{prefix}.on_save_error", self.on_save_error, ["continue", "stop"])
-        for key in ("steps", "save_every", "skip_bad_batches"):
-            require(getattr(self, key) >= 0, f"{prefix}.{key}", f"must be >= 0, got {getattr(self, key)}")
+    on_save_error: str = option(
+        "continue", "continue | stop: what to do when a checkpoint cannot be written", choices=("continue", "stop")
+    )
+    skip_bad_batches: int = option(
+        0, "skip so many batches in all whose loss or gradient is not finite, then stop", low=0
+    )
 
     def total_steps(self, batches_per_epoch: int) -> int:
         """Steps of the whole training: all ``epochs``, unless ``steps`` ends it earlier."""
@@ -222,10 +274,14 @@ class PlannerConfig:
     # From the data sheets of A100 80GB SXM and DGX A100, their GB in GiB: NVLink 600 GB/s, one InfiniBand adapter of
     # 200 Gb/s a GPU, PCIe 4.0 x16 32 GB/s a direction, DDR4-3200 on 16 channels and (the smaller model) 1 TB for 8.
     batch_size: int = option(512, "rows of one step on one rank, for the predicted times")
-    hbm_gb: float = option(0.0, "GPU memory of a rank, GiB; 0 = the smallest GPU in use, 80 where none is (A100 80GB)")
+    hbm_gb: float = option(
+        0.0, "GPU memory of a rank, GiB; 0 = the smallest GPU in use, 80 where none is (A100 80GB)", low=0
+    )
     ddr_gb: float = option(128.0, "main memory of a rank, GiB")
-    reserve: float = option(0.15, "share of that memory that is left to the dense part and the batches")
-    hbm_bandwidth: float = option(0.0, "GiB/s of GPU memory; 0 = of the GPU in use, 1899 where none is (A100 80GB)")
+    reserve: float = option(0.15, "share of that memory that is left to the dense part and the batches", low=0, below=1)
+    hbm_bandwidth: float = option(
+        0.0, "GiB/s of GPU memory; 0 = of the GPU in use, 1899 where none is (A100 80GB)", low=0
+    )
     ddr_bandwidth: float = option(47.7, "GiB/s of main memory")
     hbm_to_ddr_bandwidth: float = option(29.8, "GiB/s between the two")
     intra_host_bandwidth: float = option(559.0, "GiB/s between ranks of one machine")
@@ -235,12 +291,9 @@ class PlannerConfig:
 
     def check(self) -> None:
         widths = [f.name for f in dataclasses.fields(self) if "width" in f.name and f.name != "hbm_bandwidth"]
-        for key in ("hbm_gb", "hbm_bandwidth"):
-            require(getattr(self, key) >= 0, f"dist.planner.{key}", f"must be >= 0, got {getattr(self, key)}")
         for key in ("batch_size", "ddr_gb", *widths):
             require(getattr(self, key) > 0, f"dist.planner.{key}", f"must be above 0, got {getattr(self, key)}")
         require(self.column_width % 4 == 0, "dist.planner.column_width", "must be a multiple of 4")
-        require(0 <= self.reserve < 1, "dist.planner.reserve", f"must be in [0, 1), got {self.reserve}")
 
 
 @dataclass
@@ -251,7 +304,7 @@ class DistConfig:
     tables: dict[str, str] = option(
         {}, "sharding of single fields, e.g. {user_id: row_wise}; the planner also knows table_row_wise, grid_shard"
     )
-    timeout_s: int = option(300, "seconds after which a collective that waits for a rank gives up")
+    timeout_s: int = option(300, "seconds after which a collective that waits for a rank gives up", low=10)
     planner: PlannerConfig = field(default_factory=PlannerConfig)
 
     def check(self) -> None:
@@ -263,8 +316,6 @@ class DistConfig:
                 require(self.sharding == "planner", f"dist.tables.{name}", message)
             else:
                 one_of(f"dist.tables.{name}", kind, kinds)
-        require(self.timeout_s >= 10, "dist.timeout_s", f"must be at least 10, got {self.timeout_s}")
-        self.planner.check()
 
 
 @dataclass
@@ -281,8 +332,8 @@ class Config:
     search: Any
 
     def check(self) -> None:
-        for section in (self.run, self.data, self.model, self.optim, self.train, self.dist, self.search):
-            section.check()
+        for name in (*SECTIONS, "search"):
+            check_section(getattr(self, name), name)
         if name := getattr(self.search, "name", ""):
             plain_word(name, "config key search.name")
 

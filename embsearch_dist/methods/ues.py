@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import option, require
+from embsearch_dist.config import option
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.run import Run
@@ -16,10 +16,7 @@ from embsearch_dist.run import Run
 class UESConfig:
     """Uniform embedding size."""
 
-    width: int = option(32, "width of every field")
-
-    def check(self) -> None:
-        require(self.width > 0, "search.width", f"must be above 0, got {self.width}")
+    width: int = option(32, "width of every field", above=0)
 
 
 class Allocate(Stage):

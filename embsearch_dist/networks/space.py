@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from embsearch_dist.config import nearest, one_of, option
+from embsearch_dist.config import nearest, option
 from embsearch_dist.errors import UserError
 from embsearch_dist.networks.architecture import (
     BINARY_OPERATORS,
@@ -131,7 +131,11 @@ SPACES = {
 class SpaceConfig:
     """The search space: a named one, and what is different from it."""
 
-    name: str = option("full", "full (all operators) | small (fc, dot_product; efc) | narrow (widths 4-32, 5-9 blocks)")
+    name: str = option(
+        "full",
+        "full (all operators) | small (fc, dot_product; efc) | narrow (widths 4-32, 5-9 blocks)",
+        choices=tuple(SPACES),
+    )
     blocks: int = option(0, "choice blocks, at most; 0 = as in the named space (7; narrow: 9)")
     dense_operators: list[str] = option([], "of fc, dot_product, gating, sum; empty = as in the named space")
     sparse_operators: list[str] = option([], "of efc, attention; empty = as in the named space")
@@ -169,7 +173,6 @@ class SpaceConfig:
         """Raises:
         UserError: as :meth:`make`, naming the config key.
         """
-        one_of(f"{prefix}.name", self.name, list(SPACES))
         try:
             self.make()
         except UserError as e:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from embsearch_dist.config import TrainConfig, one_of, option, require
+from embsearch_dist.config import TrainConfig, option, require
 from embsearch_dist.methods.gated.task import OuterConfig
 
 MODES = ("soft", "hard")
@@ -16,25 +16,24 @@ class AdaFSConfig:
     """AdaFS: a controller that weighs or chooses fields, row by row."""
 
     name: str = option("", "name of the result; empty = adafs-soft or adafs-hard")
-    mode: str = option("soft", "soft: all fields, weighed | hard: the heaviest fields of each row, the others 0")
+    mode: str = option(
+        "soft", "soft: all fields, weighed | hard: the heaviest fields of each row, the others 0", choices=MODES
+    )
     width: int = option(16, "d: width of every field")
     k: int = option(0, "hard: fields that a row keeps; 0 = half of them")
     renormalise: bool = option(True, "hard: the kept weights of a row add up to 1 again")
     scale: bool = option(False, "multiply weights by the number of fields: embeddings do not shrink when it sets in")
-    norm: str = option("field", "BatchNorm of the embeddings: field (statistics per field) | width (over all) | none")
-    dropout: float = option(0.2, "of the controller's outputs, before its softmax")
+    norm: str = option(
+        "field", "BatchNorm of the embeddings: field (statistics per field) | width (over all) | none", choices=NORMS
+    )
+    dropout: float = option(0.2, "of the controller's outputs, before its softmax", low=0, below=1)
     training: TrainConfig = field(default_factory=lambda: TrainConfig(batch_size=2048, epochs=20, patience=3))
     outer: OuterConfig = field(default_factory=lambda: OuterConfig(pretrain_epochs=2.0, every=10))
 
     def check(self) -> None:
         require("/" not in self.name, "search.name", f"must be a plain word, got {self.name!r}")
-        one_of("search.mode", self.mode, MODES)
-        one_of("search.norm", self.norm, NORMS)
         require(self.width >= 4 and self.width % 4 == 0, "search.width", f"must be a multiple of 4, got {self.width}")
         require(self.k >= 0, "search.k", f"must be >= 0 (0 = half of the fields), got {self.k}")
-        require(0 <= self.dropout < 1, "search.dropout", f"must be in [0, 1), got {self.dropout}")
-        self.training.check("search.training")
-        self.outer.check("search.outer")
 
     @property
     def result_name(self) -> str:

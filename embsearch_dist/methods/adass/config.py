@@ -23,36 +23,36 @@ FINDERS = ("auto", "policy", "sweeps")
 class SamplingConfig:
     """How subnets are drawn while the supernet trains (section 3.1, Eq. 4-6, and Table 4)."""
 
-    mode: str = option("adaptive", "adaptive | random | vanilla_uniform | weighted_uniform (the modes of Table 4)")
+    mode: str = option(
+        "adaptive", "adaptive | random | vanilla_uniform | weighted_uniform (the modes of Table 4)", choices=MODES
+    )
     eq5: str = option("growth", "what Eq. 5 compares: growth of the variance since the start | layernorm (as printed)")
     eta_e: float = option(0.05, "step of Eq. 5 on the logits of P_E")
-    clip_e: float = option(0.5, "growth: bound of those logits; the ratio of two candidates is at most exp(2 clip_e)")
+    clip_e: float = option(
+        0.5, "growth: bound of those logits; the ratio of two candidates is at most exp(2 clip_e)", above=0
+    )
     eta_f: float = option(0.05, "step of Eq. 6 on the logits of P_F")
-    lambda_fs: float = option(0.6, "Eq. 6: weight of the gradient against the size of the embedding")
-    update_every: int = option(50, "steps between two updates of P_E and P_F")
+    lambda_fs: float = option(0.6, "Eq. 6: weight of the gradient against the size of the embedding", low=0, high=1)
+    update_every: int = option(50, "steps between two updates of P_E and P_F", low=1)
     floor_e: float = option(0.05, "no candidate is drawn with a smaller probability than this, a width of 0 with it")
-    floor_f: float = option(0.5, "no field is kept with a smaller probability than this")
+    floor_f: float = option(0.5, "no field is kept with a smaller probability than this", low=0, below=1)
     keep_start: float = option(0.8, "probability to keep a field before the first update; 'random' uses 0.6")
-    warmup: float = option(0.0, "share of the steps in which the whole supernet is trained, ever more rarely")
+    warmup: float = option(
+        0.0, "share of the steps in which the whole supernet is trained, ever more rarely", low=0, high=1
+    )
     subnets: int = option(
         1, "subnets of a step; 3 or more: the widest, the narrowest and sampled ones that learn from it"
     )
     same_subnet: bool = option(True, "ranks draw one subnet together; false = each rank its own")
 
-    def check(self, candidates: int) -> None:
-        one_of("search.sampling.mode", self.mode, MODES)
-        require(0 <= self.lambda_fs <= 1, "search.sampling.lambda_fs", f"must be in [0, 1], got {self.lambda_fs}")
-        require(0 <= self.warmup <= 1, "search.sampling.warmup", f"must be in [0, 1], got {self.warmup}")
+    def check_floors(self, candidates: int) -> None:
         one_of("search.sampling.eq5", self.eq5, EQ5)
         if self.eq5 == "growth":
             require(0 < self.eta_e <= 1, "search.sampling.eta_e", f"must be in (0, 1] with growth, got {self.eta_e}")
-        require(self.clip_e > 0, "search.sampling.clip_e", f"must be above 0, got {self.clip_e}")
         one, message = self.subnets, "must be 1, or 3 or more (the widest, the narrowest and sampled ones)"
         require(one == 1 or one >= 3, "search.sampling.subnets", f"{message}, got {one}")
-        require(self.update_every >= 1, "search.sampling.update_every", "must be at least 1")
         bound = 1 / candidates
         require(0 < self.floor_e < bound, "search.sampling.floor_e", f"must be in (0, {bound:g}), got {self.floor_e}")
-        require(0 <= self.floor_f < 1, "search.sampling.floor_f", f"must be in [0, 1), got {self.floor_f}")
         low = self.floor_f
         start = self.keep_start
         require(low < start < 1, "search.sampling.keep_start", f"must be in ({low}, 1), got {start}")
@@ -62,60 +62,58 @@ class SamplingConfig:
 class SupernetConfig(TrainConfig):
     """Training of the supernet, and the fixed panel of subnets that judges it."""
 
-    panel: int = option(16, "subnets whose mean metric cuts the rates, stops and marks the best step; 1 = the widest")
-    panel_rows: int = option(32_768, "validation rows they are judged on, spread over the whole split")
-    keep: str = option(
-        "best", "best | last: which weights are searched, those of the best step by the panel or the last"
+    panel: int = option(
+        16, "subnets whose mean metric cuts the rates, stops and marks the best step; 1 = the widest", low=1
     )
-
-    def check(self, prefix: str = "search.supernet") -> None:
-        super().check(prefix)
-        require(self.panel >= 1, f"{prefix}.panel", f"must be at least 1, got {self.panel}")
-        require(self.panel_rows >= 1, f"{prefix}.panel_rows", f"must be at least 1, got {self.panel_rows}")
-        one_of(f"{prefix}.keep", self.keep, KEEP)
+    panel_rows: int = option(32_768, "validation rows they are judged on, spread over the whole split", low=1)
+    keep: str = option(
+        "best", "best | last: which weights are searched, those of the best step by the panel or the last", choices=KEEP
+    )
 
 
 @dataclass
 class PolicyConfig:
     """The search itself (section 3.2, Eq. 8-9)."""
 
-    finder: str = option("auto", "policy (as printed) | sweeps over single changes | auto: sweeps above 64 fields")
-    rows: int = option(100_000, "validation rows every candidate is scored on, drawn at random from all of them")
-    policy_rows: int = option(0, "of these, how many the policy learns from; all that follows sees all; 0 = all")
-    precision: str = option("bfloat16", "of the cached MLP sums: bfloat16 (about twice as fast) | float32")
-    cache_mb: int = option(4096, "memory of the scored rows over all ranks: terms if they fit, else pooled rows")
-    refit: str = option("none", "linear = fit every candidate's head on half of the scored rows, score on the others")
-    steps: int = option(200, "updates of the policy")
+    finder: str = option(
+        "auto", "policy (as printed) | sweeps over single changes | auto: sweeps above 64 fields", choices=FINDERS
+    )
+    rows: int = option(100_000, "validation rows every candidate is scored on, drawn at random from all of them", low=1)
+    policy_rows: int = option(0, "of these, how many the policy learns from; all that follows sees all; 0 = all", low=0)
+    precision: str = option(
+        "bfloat16", "of the cached MLP sums: bfloat16 (about twice as fast) | float32", choices=PRECISIONS
+    )
+    cache_mb: int = option(4096, "memory of the scored rows over all ranks: terms if they fit, else pooled rows", low=1)
+    refit: str = option(
+        "none", "linear = fit every candidate's head on half of the scored rows, score on the others", choices=REFITS
+    )
+    steps: int = option(200, "updates of the policy", low=1)
     batch: int = option(32, "candidates sampled per update")
-    lr: float = option(2e-3, "learning rate of the policy (Adam); the paper's 5e-4 needs several times the steps")
-    metric: str = option("auc", "reward: auc | logloss (its negative) | accuracy (as printed)")
+    lr: float = option(
+        2e-3, "learning rate of the policy (Adam); the paper's 5e-4 needs several times the steps", above=0
+    )
+    metric: str = option("auc", "reward: auc | logloss (its negative) | accuracy (as printed)", choices=METRICS)
     reward_weight: float = option(10.0, "weight of the reward (the paper prints lambda_r here too, but no number)")
-    resource: str = option("widths", "the penalty counts: widths (as printed) | parameters | bytes | served_bytes")
+    resource: str = option(
+        "widths", "the penalty counts: widths (as printed) | parameters | bytes | served_bytes", choices=RESOURCES
+    )
     lambda_r: float = option(0.0025, "Eq. 9: weight of the expected size; effect-first 0.0025, resource-first 0.005")
     lambda_c: float = option(0.08, "Eq. 9: weight of the competition term; effect-first 0.08, resource-first 0.04")
-    model_width: int = option(32, "width of the transformer")
-    layers: int = option(2, "layers of the transformer")
-    heads: int = option(4, "attention heads")
-    column_cost: float = option(0.0, "what a column has to add to the metric, whatever its field's cardinality")
+    model_width: int = option(32, "width of the transformer", low=1)
+    layers: int = option(2, "layers of the transformer", low=1)
+    heads: int = option(4, "attention heads", low=1)
+    column_cost: float = option(0.0, "what a column has to add to the metric, whatever its field's cardinality", low=0)
     refine: bool = option(True, "finish with a local search over single and paired changes of width")
-    moves: int = option(384, "changes of the local search that are scored a round; every single one if they are fewer")
+    moves: int = option(
+        384, "changes of the local search that are scored a round; every single one if they are fewer", low=1
+    )
     evidence: float = option(
         1.0, "at last a field gets a narrower width unless its rows' loss rises by so many standard errors; -1 = off"
     )
     seed: int = option(0, "seed of this search, beside run.seed, which the supernet shares")
 
     def check(self) -> None:
-        one_of("search.policy.metric", self.metric, METRICS)
-        one_of("search.policy.precision", self.precision, PRECISIONS)
-        one_of("search.policy.resource", self.resource, RESOURCES)
-        one_of("search.policy.refit", self.refit, REFITS)
-        one_of("search.policy.finder", self.finder, FINDERS)
-        require(self.policy_rows >= 0, "search.policy.policy_rows", f"must not be negative, got {self.policy_rows}")
-        require(self.column_cost >= 0, "search.policy.column_cost", f"must not be negative, got {self.column_cost}")
-        for key in ("rows", "steps", "model_width", "layers", "heads", "cache_mb", "moves"):
-            require(getattr(self, key) >= 1, f"search.policy.{key}", f"must be at least 1, got {getattr(self, key)}")
         require(self.batch >= 2, "search.policy.batch", "must be at least 2: the baseline is the others' mean")
-        require(self.lr > 0, "search.policy.lr", "must be above 0")
         width, heads = self.model_width, self.heads
         require(width % heads == 0, "search.policy.model_width", f"must be a multiple of heads ({heads}), got {width}")
 
@@ -126,7 +124,9 @@ class AdassConfig:
 
     name: str = option("adass", "name of this search's result among the allocations of the run directory")
     candidates: list[int] = option([2, 8, 16, 32, 64], "candidate widths D, ascending; a leading 0 may drop fields")
-    scheme: str = option("shared", "shared (max-table, leading columns) | independent (a table per candidate)")
+    scheme: str = option(
+        "shared", "shared (max-table, leading columns) | independent (a table per candidate)", choices=SCHEMES
+    )
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     distinct: bool = option(True, "draw and search candidates of a field that cannot differ once, at the cheapest")
     supernet: SupernetConfig = field(default_factory=lambda: SupernetConfig(epochs=10, patience=0))
@@ -137,10 +137,7 @@ class AdassConfig:
 
     def check(self) -> None:
         check_candidates(self.candidates)
-        one_of("search.scheme", self.scheme, SCHEMES)
-        self.sampling.check(len(self.candidates))
-        self.supernet.check("search.supernet")
-        self.policy.check()
+        self.sampling.check_floors(len(self.candidates))
         check_precision(self.precision)
         by_bytes = self.policy.resource == "served_bytes"
         require(bool(self.precision) or not by_bytes, "search.policy.resource", "served_bytes needs search.precision")

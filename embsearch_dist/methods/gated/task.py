@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from embsearch_dist.config import SAFETY_KEYS, TrainConfig, option, require
+from embsearch_dist.config import SAFETY_KEYS, TrainConfig, option
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.errors import UserError
@@ -34,14 +34,11 @@ from embsearch_dist.train.trainer import Progress, Trainer
 class OuterConfig:
     """When and how fast the selector learns from held-out rows."""
 
-    pretrain_epochs: float = option(1.0, "epochs at the start with everything open; part of the training's epochs")
-    every: int = option(100, "ordinary batches to one held-out batch that trains the selector")
-    lr: float = option(1e-3, "learning rate of the selector (Adam)")
-
-    def check(self, prefix: str) -> None:
-        require(self.pretrain_epochs >= 0, f"{prefix}.pretrain_epochs", f"must be >= 0, got {self.pretrain_epochs}")
-        require(self.every >= 1, f"{prefix}.every", f"must be at least 1, got {self.every}")
-        require(self.lr > 0, f"{prefix}.lr", f"must be above 0, got {self.lr}")
+    pretrain_epochs: float = option(
+        1.0, "epochs at the start with everything open; part of the training's epochs", low=0
+    )
+    every: int = option(100, "ordinary batches to one held-out batch that trains the selector", low=1)
+    lr: float = option(1e-3, "learning rate of the selector (Adam)", above=0)
 
 
 class GatedTask(ABC):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from embsearch_dist.config import TrainConfig, one_of, option, require
+from embsearch_dist.config import TrainConfig, option, require
 from embsearch_dist.methods.gated.task import OuterConfig
 
 FEATURES = ("embeddings", "scaled", "masks", "probabilities")
@@ -15,45 +15,39 @@ class GatesConfig:
     """The Bernoulli gates (section 3.3)."""
 
     shared: bool = option(False, "one vector of probabilities for all rows (the ablation iHAS-4)")
-    temperature: float = option(0.1, "of the straight-through Gumbel-softmax")
-    sparsity: float = option(0.1, "lambda of Eq. 5: what an open gate costs; mean over rows and columns")
-    polarization: float = option(0.1, "weight of Eq. 5's second term; 0 leaves it out (the ablation iHAS-3)")
+    temperature: float = option(0.1, "of the straight-through Gumbel-softmax", above=0)
+    sparsity: float = option(0.1, "lambda of Eq. 5: what an open gate costs; mean over rows and columns", low=0)
+    polarization: float = option(0.1, "weight of Eq. 5's second term; 0 leaves it out (the ablation iHAS-3)", low=0)
     bias: float = option(1.0, "logit of every gate at the start; above 0 gates begin open")
     through: bool = option(False, "gradients of the tables flow through the gates as well; slower")
-    bins: int = option(20, "of a row's histogram of probabilities, over [0, 1]")
+    bins: int = option(20, "of a row's histogram of probabilities, over [0, 1]", low=3)
     smooth: int = option(0, "average that histogram over so many bins to either side before its minimum is sought")
-    fallback: float = option(0.5, "threshold of a row whose histogram has no local minimum")
+    fallback: float = option(0.5, "threshold of a row whose histogram has no local minimum", low=0, below=1)
 
     def check(self) -> None:
-        require(self.temperature > 0, "search.gates.temperature", f"must be above 0, got {self.temperature}")
-        require(self.bins >= 3, "search.gates.bins", f"must be at least 3, got {self.bins}")
         require(0 <= self.smooth < self.bins, "search.gates.smooth", f"must be in [0, bins), got {self.smooth}")
-        require(0 <= self.fallback < 1, "search.gates.fallback", f"must be in [0, 1), got {self.fallback}")
-        for key in ("sparsity", "polarization"):
-            require(getattr(self, key) >= 0, f"search.gates.{key}", f"must be >= 0, got {getattr(self, key)}")
 
 
 @dataclass
 class GroupsConfig:
     """Clustering, and what a group keeps (section 3.4)."""
 
-    k: int = option(2, "groups; 1 = one model for all rows (the ablation iHAS-2)")
-    features: str = option("embeddings", "what K-means sees: embeddings (masked) | scaled | masks | probabilities")
-    batch_size: int = option(8192, "global batch of the clustering")
+    k: int = option(2, "groups; 1 = one model for all rows (the ablation iHAS-2)", low=1, high=255)
+    features: str = option(
+        "embeddings", "what K-means sees: embeddings (masked) | scaled | masks | probabilities", choices=FEATURES
+    )
+    batch_size: int = option(8192, "global batch of the clustering", low=1)
     passes: int = option(1, "passes of mini-batch K-means over the training split")
     exact: int = option(1, "exact passes (all rows, then all centres) that follow")
-    min_rows: int = option(1000, "a group with fewer training rows is dissolved: its rows go to the next centre")
-    keep: float = option(0.5, "a group keeps a dimension that is open in more than this share of its rows")
+    min_rows: int = option(1000, "a group with fewer training rows is dissolved: its rows go to the next centre", low=1)
+    keep: float = option(
+        0.5, "a group keeps a dimension that is open in more than this share of its rows", low=0, below=1
+    )
     inherit: bool = option(False, "group models start from the search's tables instead of new ones")
 
     def check(self) -> None:
-        one_of("search.groups.features", self.features, FEATURES)
-        for key in ("k", "batch_size", "min_rows"):
-            require(getattr(self, key) >= 1, f"search.groups.{key}", f"must be at least 1, got {getattr(self, key)}")
-        require(self.k <= 255, "search.groups.k", f"must be at most 255, got {self.k}")
         require(self.passes >= 0 and self.exact >= 0, "search.groups.passes", "and exact must be >= 0")
         require(self.passes + self.exact >= 1, "search.groups.passes", "and exact must not both be 0")
-        require(0 <= self.keep < 1, "search.groups.keep", f"must be in [0, 1), got {self.keep}")
 
 
 @dataclass
@@ -70,7 +64,3 @@ class IHASConfig:
     def check(self) -> None:
         require(bool(self.name) and "/" not in self.name, "search.name", f"must be a plain word, got {self.name!r}")
         require(self.width >= 4 and self.width % 4 == 0, "search.width", f"must be a multiple of 4, got {self.width}")
-        self.training.check("search.training")
-        self.outer.check("search.outer")
-        self.gates.check()
-        self.groups.check()

@@ -17,15 +17,12 @@ COSTS = ("none", "flops", "parameters", "latency")
 class SamplingConfig:
     """Which architecture a training step of the supernet uses (section 4.1)."""
 
-    scheme: str = option("single_operator_any_connection", " | ".join(SCHEMES))
-    set_size: str = option("binomial", "binomial | uniform: how many sources a drawn set has")
-    warmup: float = option(0.3, "share of the steps in which the whole supernet is trained, ever more rarely")
+    scheme: str = option("single_operator_any_connection", " | ".join(SCHEMES), choices=SCHEMES)
+    set_size: str = option("binomial", "binomial | uniform: how many sources a drawn set has", choices=SET_SIZES)
+    warmup: float = option(
+        0.3, "share of the steps in which the whole supernet is trained, ever more rarely", low=0, high=1
+    )
     same_network: bool = option(True, "all ranks draw one architecture; false: each its own, and slices are united")
-
-    def check(self) -> None:
-        one_of("search.sampling.scheme", self.scheme, SCHEMES)
-        one_of("search.sampling.set_size", self.set_size, SET_SIZES)
-        require(0 <= self.warmup <= 1, "search.sampling.warmup", f"must be in [0, 1], got {self.warmup}")
 
 
 @dataclass
@@ -37,18 +34,13 @@ class ScoringConfig:
         "rows to tune on and to score are drawn from the validation split; false: tune on training rows",
         before=False,
     )
-    rows: int = option(32768, "rows whose logloss is the score; 0 = all that are not tuned on")
-    tune_rows: int = option(32768, "rows on whose features a candidate's head is fine-tuned; held out: at most half")
-    tune_steps: int = option(500, "steps of fine-tuning; 0 = the head as the supernet left it")
-    tune_batch: int = option(512, "rows of such a step")
-    tune_lr: float = option(0.04, "its learning rate (Adagrad), falling to zero along a cosine")
-
-    def check(self) -> None:
-        for key in ("tune_rows", "tune_batch"):
-            require(getattr(self, key) >= 1, f"search.scoring.{key}", f"must be at least 1, got {getattr(self, key)}")
-        for key in ("rows", "tune_steps"):
-            require(getattr(self, key) >= 0, f"search.scoring.{key}", f"must be >= 0, got {getattr(self, key)}")
-        require(self.tune_lr > 0, "search.scoring.tune_lr", f"must be above 0, got {self.tune_lr}")
+    rows: int = option(32768, "rows whose logloss is the score; 0 = all that are not tuned on", low=0)
+    tune_rows: int = option(
+        32768, "rows on whose features a candidate's head is fine-tuned; held out: at most half", low=1
+    )
+    tune_steps: int = option(500, "steps of fine-tuning; 0 = the head as the supernet left it", low=0)
+    tune_batch: int = option(512, "rows of such a step", low=1)
+    tune_lr: float = option(0.04, "its learning rate (Adagrad), falling to zero along a cosine", above=0)
 
 
 @dataclass
@@ -56,43 +48,36 @@ class PrefilterConfig:
     """Random networks ranked by zero-cost proxies, from the best of which evolution starts."""
 
     proxies: list[str] = option([], f"of {', '.join(PROXIES)}: ranked by the mean of their ranks; empty = no prefilter")
-    sample: int = option(128, "random networks that are ranked")
-    keep: float = option(0.25, "upper share from which the first population comes, the best first")
-    rows: int = option(128, "training rows of the one batch they are ranked on")
+    sample: int = option(128, "random networks that are ranked", low=2)
+    keep: float = option(0.25, "upper share from which the first population comes, the best first", above=0, high=1)
+    rows: int = option(128, "training rows of the one batch they are ranked on", low=16)
 
     def check(self) -> None:
         for name in self.proxies:
             one_of("search.prefilter.proxies", name, list(PROXIES))
         once = len(set(self.proxies)) == len(self.proxies)
         require(once, "search.prefilter.proxies", f"name each once, got {self.proxies}")
-        require(self.sample >= 2, "search.prefilter.sample", f"must be at least 2, got {self.sample}")
-        require(0 < self.keep <= 1, "search.prefilter.keep", f"must be in (0, 1], got {self.keep}")
-        require(self.rows >= 16, "search.prefilter.rows", f"must be at least 16, got {self.rows}")
 
 
 @dataclass
 class EvolutionConfig:
     """Aging evolution (Real et al. 2019) over scored candidates."""
 
-    strategy: str = option("evolution", "evolution | random: as many candidates, all drawn")
-    population: int = option(128, "random candidates at the start, and how many are alive")
-    generations: int = option(240, "each adds `children` candidates, and the oldest leave")
-    parents: int = option(64, "drawn from the population; the best of them is the parent")
-    children: int = option(8, "mutations of the parent in a generation")
-    keep: int = option(15, "best candidates that are left for retraining")
-    cost: str = option("none", "none | flops | parameters | latency (ms of 512 rows, predicted): joins the score")
-    cost_weight: float = option(0.0, "beta of: score = logloss + beta * (cost / cost_target - 1)")
+    strategy: str = option("evolution", "evolution | random: as many candidates, all drawn", choices=STRATEGIES)
+    population: int = option(128, "random candidates at the start, and how many are alive", low=1)
+    generations: int = option(240, "each adds `children` candidates, and the oldest leave", low=0)
+    parents: int = option(64, "drawn from the population; the best of them is the parent", low=1)
+    children: int = option(8, "mutations of the parent in a generation", low=1)
+    keep: int = option(15, "best candidates that are left for retraining", low=1)
+    cost: str = option(
+        "none", "none | flops | parameters | latency (ms of 512 rows, predicted): joins the score", choices=COSTS
+    )
+    cost_weight: float = option(0.0, "beta of: score = logloss + beta * (cost / cost_target - 1)", low=0)
     cost_target: float = option(0.0, "cost at which nothing is added or taken off")
 
     def check(self) -> None:
-        one_of("search.evolution.strategy", self.strategy, STRATEGIES)
-        one_of("search.evolution.cost", self.cost, COSTS)
-        for key in ("population", "parents", "children", "keep"):
-            require(getattr(self, key) >= 1, f"search.evolution.{key}", f"must be at least 1, got {getattr(self, key)}")
-        require(self.generations >= 0, "search.evolution.generations", f"must be >= 0, got {self.generations}")
         require(self.children <= self.population, "search.evolution.children", "must not exceed the population")
         require(self.parents <= self.population, "search.evolution.parents", "must not exceed the population")
-        require(self.cost_weight >= 0, "search.evolution.cost_weight", f"must be >= 0, got {self.cost_weight}")
         if self.cost_weight:
             require(self.cost != "none", "search.evolution.cost", "search.evolution.cost_weight needs a cost")
             require(self.cost_target > 0, "search.evolution.cost_target", "must be above 0 where cost_weight is")
@@ -112,9 +97,3 @@ class NASRecConfig:
 
     def check(self) -> None:
         require(bool(self.name) and "/" not in self.name, "search.name", f"must be a plain word, got {self.name!r}")
-        self.space.check()
-        self.sampling.check()
-        self.supernet.check("search.supernet")
-        self.scoring.check()
-        self.prefilter.check()
-        self.evolution.check()

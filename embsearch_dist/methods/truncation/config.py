@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from embsearch_dist.config import one_of, option, require
+from embsearch_dist.config import option, require
 from embsearch_dist.methods.budget import BUDGET_HELP, PRECISION_HELP, check_precision
 
 RULES = ("fdo", "magnitude")
@@ -15,21 +15,20 @@ class TruncationConfig:
     """Truncation: widths by variance (FDO) or by magnitude from one trained uniform model. Baselines."""
 
     name: str = option("", "name of this search's result; empty = that of the rule")
-    rule: str = option("fdo", "fdo (PCA per field, GDCN) | magnitude (the largest columns of all tables)")
-    width: int = option(32, "width of every field of the model that is trained and cut down; GDCN takes 16")
+    rule: str = option(
+        "fdo", "fdo (PCA per field, GDCN) | magnitude (the largest columns of all tables)", choices=RULES
+    )
+    width: int = option(32, "width of every field of the model that is trained and cut down; GDCN takes 16", low=1)
     keep: float = option(0.95, "without a budget: share of a field's variance, or of all squared magnitudes, kept")
     weighted: bool = option(False, "count a row as often as training looks it up; false = once, as published")
-    rows: int = option(50_000, "rows drawn: of training for weights, of validation for the figures shown")
+    rows: int = option(50_000, "rows drawn: of training for weights, of validation for the figures shown", low=1)
     budget: str = option("", BUDGET_HELP)
     precision: str = option("", PRECISION_HELP)
     pareto: list[str] = option([], "further budgets to derive allocations for, e.g. [20%, 40%, 80%]")
 
     def check(self) -> None:
-        one_of("search.rule", self.rule, RULES)
         check_precision(self.precision)
-        require(self.width >= 1, "search.width", f"must be at least 1, got {self.width}")
         require(0 < self.keep <= 1, "search.keep", f"must be above 0 and at most 1, got {self.keep}")
-        require(self.rows >= 1, "search.rows", f"must be at least 1, got {self.rows}")
         require("/" not in self.name, "search.name", f"must be a plain word, got {self.name!r}")
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from embsearch_dist.config import one_of, option, require
+from embsearch_dist.config import option, require
 from embsearch_dist.methods.budget import BUDGET_HELP, PRECISION_HELP, check_precision
 from embsearch_dist.models.tables import check_candidates
 from embsearch_dist.precision import MIXED
@@ -19,14 +19,18 @@ class UtilitiesConfig:
 
     name: str = option("utilities", "name of this search's result among the allocations of the run directory")
     candidates: list[int] = option([0, 2, 4, 8, 16, 32], "candidate widths, ascending; a leading 0 may drop fields")
-    width: int = option(32, "width of every field of the model that is trained and cut down")
-    utility: str = option("loss", "loss (measured on validation rows) | saliency (first order, of one backward pass)")
-    basis: str = option("variance", "directions of a field: by variance (plain PCA) | sensitivity (of the logit)")
-    evidence: float = option(1.0, "a wider candidate counts if it gains more than this many standard errors")
-    rows: int = option(100_000, "validation rows that are measured, drawn from the whole split")
-    basis_rows: int = option(50_000, "training rows that the directions are taken from")
-    rounds: int = option(3, "allocations that are measured for a budget, each found from the ones before")
-    seed: int = option(0, "seed of the drawn rows, beside run.seed, which the training shares")
+    width: int = option(32, "width of every field of the model that is trained and cut down", low=1)
+    utility: str = option(
+        "loss", "loss (measured on validation rows) | saliency (first order, of one backward pass)", choices=UTILITIES
+    )
+    basis: str = option(
+        "variance", "directions of a field: by variance (plain PCA) | sensitivity (of the logit)", choices=BASES
+    )
+    evidence: float = option(1.0, "a wider candidate counts if it gains more than this many standard errors", low=0)
+    rows: int = option(100_000, "validation rows that are measured, drawn from the whole split", low=1)
+    basis_rows: int = option(50_000, "training rows that the directions are taken from", low=1)
+    rounds: int = option(3, "allocations that are measured for a budget, each found from the ones before", low=1)
+    seed: int = option(0, "seed of the drawn rows, beside run.seed, which the training shares", low=0)
     budget: str = option("", BUDGET_HELP)
     precision: str = option("", PRECISION_HELP)
     pareto: list[str] = option([], "further budgets to derive allocations for, e.g. [20%, 40%, 80%]")
@@ -36,12 +40,6 @@ class UtilitiesConfig:
         check_precision(self.precision)
         measured = self.utility == "loss" or self.precision != MIXED
         require(measured, "search.precision", "mixed needs search.utility loss: it measures what rounding costs")
-        one_of("search.utility", self.utility, UTILITIES)
-        one_of("search.basis", self.basis, BASES)
         widest, width = self.candidates[-1], self.width
         require(widest <= width, "search.width", f"must be at least the widest candidate ({widest}), got {width}")
-        for key in ("rows", "basis_rows", "rounds", "width"):
-            require(getattr(self, key) >= 1, f"search.{key}", f"must be at least 1, got {getattr(self, key)}")
-        require(self.evidence >= 0, "search.evidence", f"must be >= 0, got {self.evidence}")
-        require(self.seed >= 0, "search.seed", f"must be >= 0, got {self.seed}")
         require(bool(self.name) and "/" not in self.name, "search.name", f"must be a plain word, got {self.name!r}")
