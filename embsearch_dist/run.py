@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from embsearch_dist.config import Config
+from embsearch_dist.config.sections import Config
 from embsearch_dist.data.load.classes import Classes, count_classes
 from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.data.store.manifest import MANIFEST, compare_ends, identity

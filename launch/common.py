@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from embsearch_dist.config import Config, describe, load_config, nearest, split_arguments
-from embsearch_dist.errors import UserError
+from embsearch_dist.config.read import load_config, split_arguments, written_method
+from embsearch_dist.config.sections import Config
+from embsearch_dist.config.settings import describe
+from embsearch_dist.errors import UserError, nearest
 from embsearch_dist.methods import METHODS
 from embsearch_dist.pipes import quietly
 from embsearch_dist.ranks.context import group_was_opened
@@ -75,11 +77,8 @@ def asked_method(argv: Sequence[str]) -> str:
     named = next((o.split("=", 1)[1] for o in overrides if o.startswith("method=")), plain.get("method", ""))
     if not named:
         file = Path(plain["run"]) / "config.yaml" if "run" in plain else Path(plain.get("config", "/"))
-        try:
-            found = re.search(r"^method: *([a-z]+)", file.read_text(encoding="utf-8"), re.MULTILINE)
-        except (OSError, UnicodeDecodeError):
-            found = None
-        named = found.group(1) if found else ""
+        with suppress(UserError):
+            named = written_method(file)
     if named and named not in CONFIGS:
         raise UserError(f"--method {named!r} is none of {', '.join(CONFIGS)}{nearest(named, list(CONFIGS))}")
     return named

@@ -27,7 +27,8 @@ from embsearch_dist.ranks.environment import reexec_with_tuned_environment
 if __name__ == "__main__":
     reexec_with_tuned_environment()  # before anything loads torch, or it would be loaded twice
 
-from embsearch_dist.config import one_of, split_arguments
+from embsearch_dist.config.options import one_of
+from embsearch_dist.config.read import split_arguments
 from embsearch_dist.errors import UserError
 from embsearch_dist.grouped import GROUPS
 from embsearch_dist.methods import METHODS

@@ -26,7 +26,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from embsearch_dist.config import one_of, split_arguments
+from embsearch_dist.config.options import one_of
+from embsearch_dist.config.read import split_arguments
 from embsearch_dist.errors import UserError
 from launch.common import DEFAULT_CONFIG, known_options, read_config, run_main
 

@@ -39,7 +39,7 @@ if __name__ == "__main__":
     reexec_with_tuned_environment()  # before anything loads torch, or it would be loaded twice
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import split_arguments
+from embsearch_dist.config.read import split_arguments
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.results import searched_network

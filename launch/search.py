@@ -27,7 +27,8 @@ from embsearch_dist.ranks.environment import reexec_with_tuned_environment
 if __name__ == "__main__":
     reexec_with_tuned_environment()  # before anything loads torch, or it would be loaded twice
 
-from embsearch_dist.config import Config, split_arguments
+from embsearch_dist.config.read import split_arguments
+from embsearch_dist.config.sections import Config
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.results import restore_allocation
 from embsearch_dist.methods.stages import check_stages, run_stages

@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from embsearch_dist.config import Config, load_config
+from embsearch_dist.config.read import load_config
+from embsearch_dist.config.sections import Config
 from embsearch_dist.data.load.batch import Batch, Position
 from embsearch_dist.data.load.dataset import BatchMaker, BatchStream
 from embsearch_dist.methods import METHODS

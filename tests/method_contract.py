@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import Config
+from embsearch_dist.config.sections import Config
 from embsearch_dist.files import read_json
 from embsearch_dist.grouped import GROUPS, GroupedAllocation
 from embsearch_dist.methods import METHODS

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import Config
+from embsearch_dist.config.sections import Config
 from embsearch_dist.data.store.manifest import identity
 from embsearch_dist.methods.adafs.method import AdaFSTask
 from embsearch_dist.methods.ihas.gates_stage import GatesTask

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
-from embsearch_dist.config import Config
+from embsearch_dist.config.sections import Config
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.retraining import Results, Retraining, evaluate_single, retrain_models
 from embsearch_dist.methods.stages import Stage

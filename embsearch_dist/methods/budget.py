@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from embsearch_dist.allocation import REFERENCE_WIDTH, Allocation, cost
-from embsearch_dist.config import one_of
+from embsearch_dist.config.options import one_of
 from embsearch_dist.errors import UserError
 from embsearch_dist.precision import MIXED, PRECISIONS, SERVED, served
 from embsearch_dist.schema import Schema

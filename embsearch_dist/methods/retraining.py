@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import Config
+from embsearch_dist.config.sections import Config
 from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import write_sealed

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from embsearch_dist import written
-from embsearch_dist.config import changed_settings, tell_changed
+from embsearch_dist.config.settings import changed_settings, tell_changed
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_sealed, write_sealed
 from embsearch_dist.run import Run

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import option
+from embsearch_dist.config.options import option
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.run import Run

@@ -13,7 +13,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import SAFETY_KEYS
+from embsearch_dist.config.sections import SAFETY_KEYS
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.data.load.making import BatchMaker

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from embsearch_dist.config import ModelConfig
+from embsearch_dist.config.sections import ModelConfig
 from embsearch_dist.schema import Field, Schema
 
 

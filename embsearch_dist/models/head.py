@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from embsearch_dist.config import ModelConfig
+from embsearch_dist.config.sections import ModelConfig
 from embsearch_dist.models.backbones.additive import Backbone, make_backbone
 from embsearch_dist.models.backbones.dlrm import DLRM
 from embsearch_dist.models.pooled import Pooled

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import Config, OptimConfig
+from embsearch_dist.config.sections import Config, OptimConfig
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.models.backbones.additive import make_backbone
 from embsearch_dist.models.backbones.dlrm import DLRM

@@ -9,7 +9,7 @@ from torch import nn
 from torchrec import KeyedJaggedTensor
 
 from embsearch_dist.allocation import Allocation, physical_width
-from embsearch_dist.config import DistConfig, OptimConfig
+from embsearch_dist.config.sections import DistConfig, OptimConfig
 from embsearch_dist.errors import UserError
 from embsearch_dist.models.pooled import Pooled
 from embsearch_dist.ranks.context import Context

@@ -18,8 +18,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from embsearch_dist.config import nearest
-from embsearch_dist.errors import UserError
+from embsearch_dist.errors import UserError, nearest
 from embsearch_dist.files import read_sealed, write_sealed
 
 FORMAT = 1

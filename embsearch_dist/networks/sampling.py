@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from embsearch_dist.config import nearest
-from embsearch_dist.errors import UserError
+from embsearch_dist.errors import UserError, nearest
 from embsearch_dist.networks.architecture import Architecture, Block
 from embsearch_dist.networks.space import Space, check, full
 

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from embsearch_dist.config import nearest, option
-from embsearch_dist.errors import UserError
+from embsearch_dist.config.options import option
+from embsearch_dist.errors import UserError, nearest
 from embsearch_dist.networks.architecture import (
     BINARY_OPERATORS,
     DENSE_OPERATORS,

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from embsearch_dist.config import DistConfig, RunConfig
+from embsearch_dist.config.sections import DistConfig, RunConfig
 from embsearch_dist.errors import UserError
 from embsearch_dist.ranks.environment import GPUS, available_cores, check_restarts, store_of_attempt
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from embsearch_dist.config import fingerprint
+from embsearch_dist.config.settings import fingerprint
 from embsearch_dist.data.store.manifest import shards_of
 from embsearch_dist.data.store.shards import LeftOut, Shards
 from embsearch_dist.data.store.unreadable import counted, describe, find, merge, names_of, size_of, total

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import ModelConfig
+from embsearch_dist.config.sections import ModelConfig
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.errors import UserError
 from embsearch_dist.grouped import GROUPS, GroupedAllocation

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from embsearch_dist.config import ModelConfig
+from embsearch_dist.config.sections import ModelConfig
 from embsearch_dist.models.backbones.additive import make_backbone
 from embsearch_dist.models.folded import FoldedMLP, can_fold
 from embsearch_dist.models.head import Head, make_head

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from embsearch_dist.config import PlannerConfig
+from embsearch_dist.config.sections import PlannerConfig
 from embsearch_dist.ranks.context import Context
 
 GIB = 1024**3

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embsearch_dist.allocation import Allocation, physical_width
-from embsearch_dist.config import Config, nearest
-from embsearch_dist.errors import UserError
+from embsearch_dist.config.sections import Config
+from embsearch_dist.errors import UserError, nearest
 from embsearch_dist.files import read_json
 from embsearch_dist.ranks.quiet import quieten
 from embsearch_dist.schema import Field, Schema

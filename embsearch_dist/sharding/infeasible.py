@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torchrec.distributed.planner.types import ShardingOption
 
-from embsearch_dist.config import DistConfig
+from embsearch_dist.config.sections import DistConfig
 from embsearch_dist.errors import UserError
 from embsearch_dist.sharding.plan import GIB, Plan, Topology
 from embsearch_dist.sharding.tables import ROWS_PER_RANK, Table

@@ -21,7 +21,7 @@ from torchrec.distributed.types import (
     ShardMetadata,
 )
 
-from embsearch_dist.config import PlannerConfig
+from embsearch_dist.config.sections import PlannerConfig
 from embsearch_dist.errors import UserError
 from embsearch_dist.sharding.card import GIB, fill
 from embsearch_dist.sharding.tables import Table

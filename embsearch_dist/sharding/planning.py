@@ -37,7 +37,7 @@ from torchrec.distributed.planner.types import Shard as TorchRecShard
 from torchrec.distributed.planner.types import Topology as TorchRecTopology
 from torchrec.distributed.types import ModuleSharder
 
-from embsearch_dist.config import DistConfig
+from embsearch_dist.config.sections import DistConfig
 from embsearch_dist.sharding.infeasible import explain, explain_full_rank
 from embsearch_dist.sharding.plan import Placement, Plan, Shard, Topology
 from embsearch_dist.sharding.tables import (

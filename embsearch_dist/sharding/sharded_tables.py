@@ -19,7 +19,7 @@ from torch import nn
 from torchrec import EmbeddingBagCollection, KeyedJaggedTensor, KeyedTensor
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardedTensor
 
-from embsearch_dist.config import DistConfig, OptimConfig
+from embsearch_dist.config.sections import DistConfig, OptimConfig
 from embsearch_dist.errors import UserError
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.ranks.quiet import quieten

@@ -30,7 +30,7 @@ from torchrec.distributed.sharding_plan import (
 from torchrec.distributed.types import EmbeddingModuleShardingPlan
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from embsearch_dist.config import DistConfig
+from embsearch_dist.config.sections import DistConfig
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Field
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import SAFETY_KEYS, Config, load_config, written_method
+from embsearch_dist.config.read import load_config, written_method
+from embsearch_dist.config.sections import SAFETY_KEYS, Config
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import copy_sealed, write_sealed
 from embsearch_dist.grouped import GROUPS, GroupedAllocation

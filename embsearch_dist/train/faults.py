@@ -25,8 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
-from embsearch_dist.config import nearest
-from embsearch_dist.errors import UserError
+from embsearch_dist.errors import UserError, nearest
 from embsearch_dist.ranks.environment import attempt
 
 VARIABLE = "EMBSEARCH_FAULTS"

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from embsearch_dist.config import changed_settings, fingerprint, tell_changed
+from embsearch_dist.config.settings import changed_settings, fingerprint, tell_changed
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import digest, read_json, write_json
 from embsearch_dist.schema import differs

@@ -14,7 +14,7 @@ from typing import cast
 
 import torch
 
-from embsearch_dist.config import OptimConfig, TrainConfig
+from embsearch_dist.config.sections import OptimConfig, TrainConfig
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.data.load.feeding import with_next

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from embsearch_dist.config import DistConfig, OptimConfig
+from embsearch_dist.config.sections import DistConfig, OptimConfig
 from embsearch_dist.kernels.adam import moved, numbers
 from embsearch_dist.sharding.sharded_tables import ShardedTables, Table
 from tests.factories import random_batch, rank_context, small_schema, whole_tables

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import DistConfig, RunConfig
+from embsearch_dist.config.sections import DistConfig, RunConfig
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.errors import UserError
 from embsearch_dist.ranks.context import start

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import DistConfig, OptimConfig
+from embsearch_dist.config.sections import DistConfig, OptimConfig
 from embsearch_dist.data.formats import blocks
 from embsearch_dist.data.prepare.pipeline import prepare
 from embsearch_dist.data.prepare.team import from_environment

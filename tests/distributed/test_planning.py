@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import DistConfig, OptimConfig, PlannerConfig
+from embsearch_dist.config.sections import DistConfig, OptimConfig, PlannerConfig
 from embsearch_dist.sharding import placing
 from embsearch_dist.sharding.sharded_tables import ShardedTables, Table
 from embsearch_dist.train.monitor import Monitor

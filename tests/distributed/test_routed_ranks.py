@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import DistConfig, OptimConfig
+from embsearch_dist.config.sections import DistConfig, OptimConfig
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.data.load.dataset import read_rows
 from embsearch_dist.data.load.select import select

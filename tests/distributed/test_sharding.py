@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from embsearch_dist.config import DistConfig, OptimConfig
+from embsearch_dist.config.sections import DistConfig, OptimConfig
 from embsearch_dist.errors import UserError
 from embsearch_dist.sharding.sharded_tables import ShardedTables, Table, choose_sharding, initial_block
 from tests.factories import one_rank, random_batch, rank_context, small_schema, whole_tables

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from embsearch_dist.config import DistConfig, OptimConfig
+from embsearch_dist.config.sections import DistConfig, OptimConfig
 from embsearch_dist.methods.adass.sampling import candidate_variance
 from embsearch_dist.models.tables import MaxTables
 from embsearch_dist.sharding.statistics import column_sums

@@ -27,7 +27,8 @@ def copy(tmp_path: Path) -> Path:
     (tree / "embsearch_dist" / "ranks").mkdir(parents=True)
     for name in ("__init__.py", "ranks/__init__.py", "ranks/environment.py"):
         shutil.copy(ROOT / "embsearch_dist" / name, tree / "embsearch_dist" / name)
-    for name in ("allocation.py", "config.py"):
+    (tree / "embsearch_dist" / "config").mkdir()
+    for name in ("allocation.py", "config/__init__.py"):
         (tree / "embsearch_dist" / name).write_text(STOP)
     return tree
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import PlannerConfig, load_config
+from embsearch_dist.config.read import load_config
+from embsearch_dist.config.sections import PlannerConfig
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Field, Schema
 from embsearch_dist.sharding import card

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from embsearch_dist.config import load_config
+from embsearch_dist.config.read import load_config
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.adass.supernet_stage import SupernetStage
 from embsearch_dist.methods.stages import flatten

@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 
-from embsearch_dist.config import load_config
+from embsearch_dist.config.read import load_config
 from embsearch_dist.files import read_json
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.trainer import Trainer

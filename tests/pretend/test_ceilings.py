@@ -29,7 +29,7 @@ CEILINGS = {
 
 
 def counted(side: str, data: Path) -> tuple[float, float, str]:
-    from embsearch_dist.config import load_config
+    from embsearch_dist.config.read import load_config
     from embsearch_dist.ranks.context import start
     from tools.pretend import count
 

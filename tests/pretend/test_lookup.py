@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from embsearch_dist.config import DistConfig, OptimConfig
+from embsearch_dist.config.sections import DistConfig, OptimConfig
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.schema import Schema
 from embsearch_dist.sharding.sharded_tables import ShardedTables

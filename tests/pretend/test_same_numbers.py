@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from embsearch_dist.config import load_config
+from embsearch_dist.config.read import load_config
 from embsearch_dist.methods.ihas import gates
 from embsearch_dist.methods.ihas import gates_stage as gating
 from embsearch_dist.ranks.context import start

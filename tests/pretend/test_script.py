@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from embsearch_dist.config import load_config
+from embsearch_dist.config.read import load_config
 from embsearch_dist.ranks.environment import TUNED
 from embsearch_dist.train.faults import VARIABLE
 from tests.conftest import ROOT

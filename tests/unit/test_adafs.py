@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from embsearch_dist.config import load_config
+from embsearch_dist.config.read import load_config
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.adafs.method import STAGE, AdaFS, AdaFSTask, ControllerStage, load_searched

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from embsearch_dist.config import DistConfig, OptimConfig
+from embsearch_dist.config.sections import DistConfig, OptimConfig
 from embsearch_dist.kernels import adam as module
 from embsearch_dist.kernels.adam import (
     Bags,

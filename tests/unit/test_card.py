@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from embsearch_dist.config import PlannerConfig
+from embsearch_dist.config.sections import PlannerConfig
 from embsearch_dist.errors import UserError
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.sharding import card as module

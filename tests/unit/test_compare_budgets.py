@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import load_config
+from embsearch_dist.config.read import load_config
 from embsearch_dist.files import write_json
 from tests.factories import CONFIGS, small_schema
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from embsearch_dist.config import load_config
+from embsearch_dist.config.read import load_config
 from tests.factories import CONFIGS
 
 ROOT = Path(__file__).resolve().parents[2]

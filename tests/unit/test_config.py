@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
-from embsearch_dist.config import (
-    Config,
-    changed_settings,
-    describe,
-    fingerprint,
-    load_config,
-    split_arguments,
-    tell_changed,
-)
+from embsearch_dist.config.read import load_config, split_arguments
+from embsearch_dist.config.sections import SECTIONS, Config
+from embsearch_dist.config.settings import changed_settings, describe, fingerprint, tell_changed
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.nasrec.config import NASRecConfig
 from tests.factories import CONFIGS
@@ -52,6 +48,74 @@ def test_the_run_directory_is_named_after_the_folder_and_the_config_file(tmp_pat
     # Two data sets have a config of one name: they must not share a run directory.
     (tmp_path / "mine.yaml").write_text("method: adass\n")
     assert load(file=tmp_path / "mine.yaml").run.dir == f"runs/{tmp_path.name}_mine"
+
+
+def test_a_config_may_say_only_what_differs_from_another(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "ground.yaml").write_text("method: adass\ntrain: {epochs: 3, batch_size: 64}\nmodel: {hidden: [8]}\n")
+    (tmp_path / "middle.yaml").write_text("base: ground.yaml\ntrain: {epochs: 4}\n")
+    top = tmp_path / "own" / "top.yaml"
+    top.write_text("base: ../middle.yaml\nmodel: {hidden: [4, 4]}\n")
+    config = load("optim.dense_lr=0.5", file=top)
+    assert (config.train.epochs, config.train.batch_size, config.model.hidden) == (4, 64, [4, 4])
+    assert config.optim.dense_lr == 0.5 and config.run.dir == "runs/own_top"
+    assert "base" not in config.to_yaml()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("base: a.yaml\n", "a.yaml: base: a.yaml is based on this file"),
+        ("base: b.yaml\n", "b.yaml: base: a.yaml is based on this file"),
+        ("base: gone.yaml\n", "a.yaml: base: .*gone.yaml does not exist; it is looked for beside this file"),
+        ("base: [b.yaml]\n", "a.yaml: base: .* is no file name"),
+        ("base: c.yaml\n", "c.yaml: unknown config key 'train.epoch'.*did you mean 'epochs'"),
+    ],
+)
+def test_what_is_wrong_with_a_base_names_the_file_that_says_so(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    (tmp_path / "c.yaml").write_text("method: adass\ntrain: {epoch: 3}\n")
+    with pytest.raises(UserError, match=told):
+        load(file=tmp_path / "a.yaml")
+
+
+def options_of(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
+    for f in dataclasses.fields(cls):
+        if isinstance(f.default_factory, type(dataclasses.MISSING)) or not dataclasses.is_dataclass(
+            f.default_factory()
+        ):
+            yield f"{prefix}.{f.name}", f
+        else:
+            yield from options_of(type(f.default_factory()), f"{prefix}.{f.name}")
+
+
+def test_help_names_every_word_that_an_option_may_be() -> None:
+    checked = 0
+    for name, cls in [*SECTIONS.items(), *((f"{m}.search", c) for m, c in CONFIGS.items())]:
+        for key, option in options_of(cls, name):
+            for word in option.metadata.get("choices", ()):
+                checked += 1
+                assert word in option.metadata["help"], key
+    assert checked > 50
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("run.threads=-1", "run.threads: must be >= 0, got -1"),
+        ("train.epochs=0", "train.epochs: must be at least 1, got 0"),
+        ("search.supernet.epochs=0", "search.supernet.epochs: must be at least 1, got 0"),
+        ("optim.dense_lr=0", "optim.dense_lr: must be above 0, got 0"),
+        ("optim.dense_lr=.nan", "optim.dense_lr: must be above 0, got nan"),
+        ("model.dropout=1", r"model.dropout: must be in \[0, 1\), got 1"),
+        ("train.lr_cut=0", r"train.lr_cut: must be in \(0, 1\], got 0"),
+        ("train.metric=aug", r"train.metric: 'aug' is none of auc, logloss \(did you mean 'auc'\?\)"),
+    ],
+)
+def test_what_an_option_may_be_is_said(given: str, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        load(given)
 
 
 def test_there_are_shipped_configs() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from embsearch_dist.config import load_config
+from embsearch_dist.config.read import load_config
 from embsearch_dist.errors import UserError
 from tests.factories import CONFIGS
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import DistConfig, OptimConfig
+from embsearch_dist.config.sections import DistConfig, OptimConfig
 from embsearch_dist.errors import UserError
 from embsearch_dist.models.model import SubnetModel, SupernetModel
 from embsearch_dist.models.tables import MaxTables, MixedTables, check_candidates

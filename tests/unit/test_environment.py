@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from embsearch_dist.config import DistConfig, RunConfig
+from embsearch_dist.config.sections import DistConfig, RunConfig
 from embsearch_dist.errors import UserError
 from embsearch_dist.ranks.context import set_products, start
 from embsearch_dist.ranks.environment import (

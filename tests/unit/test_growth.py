@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from embsearch_dist.config import DistConfig, OptimConfig, load_config
+from embsearch_dist.config.read import load_config
+from embsearch_dist.config.sections import DistConfig, OptimConfig
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.adass.config import SamplingConfig
 from embsearch_dist.methods.adass.distinct import describe

@@ -11,7 +11,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec import EmbeddingBagCollection
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import DistConfig, OptimConfig
+from embsearch_dist.config.sections import DistConfig, OptimConfig
 from embsearch_dist.data.prepare.pipeline import prepare
 from embsearch_dist.methods.adass.scorer import SubnetScorer
 from embsearch_dist.models.model import SupernetModel

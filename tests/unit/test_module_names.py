@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from embsearch_dist.config import load_config
+from embsearch_dist.config.read import load_config
 from embsearch_dist.errors import UserError
 from embsearch_dist.sharding.sharded_tables import ShardedTables
 from embsearch_dist.sharding.tables import Table, module_name

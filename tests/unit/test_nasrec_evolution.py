@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embsearch_dist.config import load_config
+from embsearch_dist.config.read import load_config
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.nasrec import evolution as module
 from embsearch_dist.methods.nasrec.config import NASRecConfig

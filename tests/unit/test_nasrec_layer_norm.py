@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import Config, changed_settings, load_config
+from embsearch_dist.config.read import load_config
+from embsearch_dist.config.sections import Config
+from embsearch_dist.config.settings import changed_settings
 from embsearch_dist.errors import UserError
 from embsearch_dist.networks.architecture import Architecture, Block
 from embsearch_dist.networks.network import ArchitectureNetwork

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from embsearch_dist.config.options import check_section
 from embsearch_dist.errors import UserError
 from embsearch_dist.networks.architecture import Architecture, Block
 from embsearch_dist.networks.canonical import canonical
@@ -303,7 +304,7 @@ def test_the_config_changes_a_named_space() -> None:
 )
 def test_a_wrong_config_names_its_key(config: SpaceConfig, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        config.check()
+        check_section(config, "search.space")
     if config.name == "ful":
         with pytest.raises(UserError, match="space 'ful' is none of full, small"):
             config.make()

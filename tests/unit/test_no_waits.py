@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchrec.distributed import dist_data
 
-from embsearch_dist.config import DistConfig, OptimConfig
+from embsearch_dist.config.sections import DistConfig, OptimConfig
 from embsearch_dist.methods.adass.ahead import AHEAD, Subnets
 from embsearch_dist.methods.adass.config import SamplingConfig
 from embsearch_dist.methods.adass.sampling import Sampler

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import DistConfig, PlannerConfig, load_config
+from embsearch_dist.config.read import load_config
+from embsearch_dist.config.sections import DistConfig, PlannerConfig
 from embsearch_dist.errors import UserError
 from embsearch_dist.sharding.dry_run import make_plans, read_schema, read_subjects, supernet_subject
 from embsearch_dist.sharding.plan import GIB, Plan, Topology, imbalance

@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import TrainConfig
+from embsearch_dist.config.sections import TrainConfig
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.errors import UserError
 from embsearch_dist.models.pooled import Pooled

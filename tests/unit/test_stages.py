@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import SAFETY_KEYS
+from embsearch_dist.config.sections import SAFETY_KEYS
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_json, write_sealed
 from embsearch_dist.methods import METHODS

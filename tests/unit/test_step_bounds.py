@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from embsearch_dist.config import TrainConfig
+from embsearch_dist.config.sections import TrainConfig
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.adafs.method import ControllerStage
 from embsearch_dist.methods.adass.supernet_stage import SupernetStage, SupernetTask

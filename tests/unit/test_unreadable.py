@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import load_config
+from embsearch_dist.config.read import load_config
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.data.load.dataset import BatchStream, read_rows
 from embsearch_dist.data.store import unreadable

@@ -8,7 +8,7 @@ import pytest
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed.planner.types import SharderData
 
-from embsearch_dist.config import DistConfig, OptimConfig
+from embsearch_dist.config.sections import DistConfig, OptimConfig
 from embsearch_dist.sharding import placing, versions
 from embsearch_dist.sharding.sharded_tables import ShardedTables, Table
 from embsearch_dist.sharding.tables import Sharder

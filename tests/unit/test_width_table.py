@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from embsearch_dist.config import load_config
+from embsearch_dist.config.read import load_config
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Field, Schema
 from embsearch_dist.width_table import Space, WidthTable

@@ -33,7 +33,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import Config, load_config
+from embsearch_dist.config.read import load_config
+from embsearch_dist.config.sections import Config
 from embsearch_dist.data.load.batch import Batch, Position
 from embsearch_dist.data.load.dataset import BatchMaker
 from embsearch_dist.methods.adafs.config import AdaFSConfig

@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs without ins
 
 import torch
 
-from embsearch_dist.config import Config, load_config
+from embsearch_dist.config.read import load_config
+from embsearch_dist.config.sections import Config
 from embsearch_dist.data.load.batch import Batch, Position
 from embsearch_dist.data.load.making import BatchMaker
 from embsearch_dist.methods import METHODS

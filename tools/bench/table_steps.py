@@ -25,7 +25,7 @@ import torch
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, table_wise
 from tqdm import tqdm
 
-from embsearch_dist.config import DistConfig, OptimConfig, RunConfig
+from embsearch_dist.config.sections import DistConfig, OptimConfig, RunConfig
 from embsearch_dist.data.load.dataset import BatchMaker
 from embsearch_dist.kernels import adam
 from embsearch_dist.ranks.context import Context, start

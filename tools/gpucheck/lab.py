@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from embsearch_dist.config import Config, load_config
+from embsearch_dist.config.read import load_config
+from embsearch_dist.config.sections import Config
 from embsearch_dist.methods import METHODS
 from embsearch_dist.ranks.context import Context, start
 from embsearch_dist.run import Run

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import Config
+from embsearch_dist.config.sections import Config
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.methods.adass.supernet_stage import SupernetTask
 from embsearch_dist.ranks.context import Context

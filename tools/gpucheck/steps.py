@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from embsearch_dist.config import Config, TrainConfig
+from embsearch_dist.config.sections import Config, TrainConfig
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.trainer import Trainer
@@ -43,7 +43,7 @@ def train(
     Args:
         stream: of training batches; there is no validation.
         folder: for checkpoints and metrics, if there are any.
-        train: of :class:`embsearch_dist.config.TrainConfig`.
+        train: of :class:`embsearch_dist.config.sections.TrainConfig`.
     """
     settings = TrainConfig(**{"batch_size": stream.global_batch, "steps": NEVER, "log_every": NEVER} | train)
     with Monitor(folder, "check", 0, quiet=True) as monitor:

@@ -25,7 +25,8 @@ import polars as pl
 import torch
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import TrainConfig, load_config
+from embsearch_dist.config.read import load_config
+from embsearch_dist.config.sections import TrainConfig
 from embsearch_dist.data.prepare.pipeline import prepare
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.adafs.method import AdaFSTask

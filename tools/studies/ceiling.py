@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tqdm import tqdm
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import load_config
+from embsearch_dist.config.read import load_config
 from embsearch_dist.methods.budget import parse_budget
 from embsearch_dist.schema import Schema
 from embsearch_dist.width_table import FACTS, FIGURES, read_rows

@@ -30,6 +30,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from embsearch_dist.config.read import written
 from tools.studies.budget_tables import Trained, write_all
 from tools.studies.jobs import Job, run_all, shown
 
@@ -99,7 +100,7 @@ class Plan:
         for method in self.settings:
             if method not in self.methods:
                 raise SystemExit(f"--settings {method}: not among the methods {', '.join(self.methods)}")
-        self.body: dict[str, Any] = yaml.safe_load(args.config.read_text())
+        self.body: dict[str, Any] = written(args.config)
         if "adass" in self.methods and self.body.get("method") != "adass":
             raise SystemExit(f"--methods adass: {args.config} is a config of {self.body.get('method')}")
 

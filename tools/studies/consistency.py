@@ -22,7 +22,7 @@ from scipy.stats import kendalltau
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import load_config
+from embsearch_dist.config.read import load_config
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.adass.config import MODES
 from embsearch_dist.methods.adass.search_stage import make_scorer

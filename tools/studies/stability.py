@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from embsearch_dist.config import load_config
+from embsearch_dist.config.read import load_config
 from embsearch_dist.files import write_json
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.adass.distinct import distinct_of

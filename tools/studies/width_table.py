@@ -111,7 +111,7 @@ def train(work: tuple[str, str, int, tuple[int, ...]]) -> dict[str, Any]:
 @cache
 def opened(path: str, data: str) -> tuple[Any, Any, Any, Any]:
     """Space, config, context and schema of this process, opened once; the process group stays open to its end."""
-    from embsearch_dist.config import load_config
+    from embsearch_dist.config.read import load_config
     from embsearch_dist.ranks.context import start
     from embsearch_dist.schema import Schema
     from launch.common import CONFIGS

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import polars as pl
 
-from embsearch_dist.config import TrainConfig
+from embsearch_dist.config.sections import TrainConfig
 from embsearch_dist.data.prepare.staging import Part
 from embsearch_dist.data.prepare.vocabulary import Ids
 from embsearch_dist.schema import SPLITS, Field

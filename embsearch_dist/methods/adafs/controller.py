@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from embsearch_dist.config import Config
+from embsearch_dist.config.sections import Config
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.kernels.linear import Linear
 from embsearch_dist.methods.adafs.config import AdaFSConfig

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from embsearch_dist.config import require
+from embsearch_dist.config.options import require
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.files import read_sealed
 from embsearch_dist.methods.adafs.config import AdaFSConfig

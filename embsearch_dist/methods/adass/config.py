@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from embsearch_dist.config import TrainConfig, one_of, option, require
+from embsearch_dist.config.options import one_of, option, require
+from embsearch_dist.config.sections import TrainConfig
 from embsearch_dist.methods.budget import BUDGET_HELP, PRECISION_HELP, check_precision
 from embsearch_dist.models.tables import SCHEMES, check_candidates
 from embsearch_dist.precision import served
@@ -85,7 +86,9 @@ class PolicyConfig:
     )
     cache_mb: int = option(4096, "memory of the scored rows over all ranks: terms if they fit, else pooled rows", low=1)
     refit: str = option(
-        "none", "linear = fit every candidate's head on half of the scored rows, score on the others", choices=REFITS
+        "none",
+        "none | linear: fit every candidate's head on half of the scored rows, score on the others",
+        choices=REFITS,
     )
     steps: int = option(200, "updates of the policy", low=1)
     batch: int = option(32, "candidates sampled per update")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from embsearch_dist.config import Config
+from embsearch_dist.config.sections import Config
 from embsearch_dist.models.distinct import distinct_candidates
 from embsearch_dist.schema import Schema
 

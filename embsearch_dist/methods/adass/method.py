@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from embsearch_dist.config import Config
+from embsearch_dist.config.sections import Config
 from embsearch_dist.methods.adass.config import AdassConfig
 from embsearch_dist.methods.adass.search_stage import SearchStage, budgets_of
 from embsearch_dist.methods.adass.supernet_stage import SupernetStage

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from embsearch_dist.config import SAFETY_KEYS
+from embsearch_dist.config.sections import SAFETY_KEYS
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.methods.adass.ahead import Subnets
 from embsearch_dist.methods.adass.config import AdassConfig

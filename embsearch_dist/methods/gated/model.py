@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import Config
+from embsearch_dist.config.sections import Config
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.models.backbones.additive import make_backbone
 from embsearch_dist.models.model import CTRModel, Head, bare, seeded

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import Config
+from embsearch_dist.config.sections import Config
 from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.files import write_sealed
 from embsearch_dist.methods.gated.task import GatedTask

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from embsearch_dist.config import SAFETY_KEYS, TrainConfig, option
+from embsearch_dist.config.options import option
+from embsearch_dist.config.sections import SAFETY_KEYS, TrainConfig
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.errors import UserError

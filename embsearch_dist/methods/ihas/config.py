@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from embsearch_dist.config import TrainConfig, option, require
+from embsearch_dist.config.options import option, require
+from embsearch_dist.config.sections import TrainConfig
 from embsearch_dist.methods.gated.task import OuterConfig
 
 FEATURES = ("embeddings", "scaled", "masks", "probabilities")

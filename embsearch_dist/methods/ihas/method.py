@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from embsearch_dist.config import one_of
+from embsearch_dist.config.options import one_of
 from embsearch_dist.errors import UserError
 from embsearch_dist.grouped import GROUPS, GroupedAllocation
 from embsearch_dist.methods.base import Method

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from embsearch_dist.config import Config, load_config
+from embsearch_dist.config.read import load_config
+from embsearch_dist.config.sections import Config
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_sealed, write_sealed
 from embsearch_dist.grouped import GROUPS, GroupedAllocation, group_dir

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from embsearch_dist.allocation import BYTES_PER_PARAMETER
-from embsearch_dist.config import Config, one_of
+from embsearch_dist.config.options import one_of
+from embsearch_dist.config.sections import Config
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.data.load.select import select

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from embsearch_dist.config import TrainConfig, one_of, option, require
+from embsearch_dist.config.options import one_of, option, require
+from embsearch_dist.config.sections import TrainConfig
 from embsearch_dist.networks.sampling import SCHEMES, SET_SIZES
 from embsearch_dist.networks.space import SpaceConfig
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import Config, OptimConfig
+from embsearch_dist.config.sections import Config, OptimConfig
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.models.model import CTRModel, seeded
 from embsearch_dist.models.tables import MixedTables

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from embsearch_dist.config import SAFETY_KEYS
+from embsearch_dist.config.sections import SAFETY_KEYS
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.methods.gated import task as gated
 from embsearch_dist.methods.nasrec.config import NASRecConfig

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config import option, require
+from embsearch_dist.config.options import option, require
 from embsearch_dist.files import copy_sealed
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.budget import BUDGET_HELP, PRECISION_HELP, Budget, check_precision, cost_table, knapsack

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from embsearch_dist.config import option, require
+from embsearch_dist.config.options import option, require
 from embsearch_dist.methods.budget import BUDGET_HELP, PRECISION_HELP, check_precision
 from embsearch_dist.models.tables import check_candidates
 from embsearch_dist.precision import MIXED

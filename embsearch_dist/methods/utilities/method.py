@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from embsearch_dist.config import Config
+from embsearch_dist.config.sections import Config
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.utilities.config import UtilitiesConfig
