@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from embsearch_dist.errors import UserError
 from embsearch_dist.rundir import plain_word, write_text
 
+_fetched: dict[str, str] = {}  # folder of this machine -> the URL whose data were fetched into it
 HELD = "\ue000{"  # stands for ${ while OmegaConf has a text in hand, which would look for a key there
 TABLES = "dist.tables."
 
@@ -37,6 +38,12 @@ def option(default: Any, text: str, before: Any = None) -> Any:
     if isinstance(default, list | dict):
         return field(default_factory=lambda: default.copy(), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def fetched_from(url: str, folder: Path) -> str:
+    """The folder as ``data.path`` of a config that is to be saved with the URL its data were fetched from."""
+    _fetched[str(folder)] = url
+    return str(folder)
 
 
 def require(condition: bool, key: str, message: str) -> None:
@@ -67,18 +74,22 @@ class RunConfig:
     threads: int = option(0, "CPU threads of each process; 0 = cores / processes on this machine")
     tf32: bool = option(False, "GPU: float32 products in TF32 (10 bits of mantissa, faster); no effect on CPU")
     overwrite: bool = option(False, "delete what the run directory holds and start anew")
+    mirror: str = option("", "URL (s3://BUCKET/PREFIX) that keeps a copy of the run, resumable on another machine")
     interpolate: bool = option(False, "command line only: put in ${key} and ${oc.env:NAME} of the config file")
 
     def check(self) -> None:
         one_of("run.device", self.device, ["auto", "cpu", "cuda"])
         require(self.threads >= 0, "run.threads", f"must be >= 0, got {self.threads}")
+        told = "a run directory lies on a disk; give a folder, and the URL to run.mirror"
+        require("://" not in self.dir, "run.dir", f"{self.dir}: {told}")
+        require(not self.mirror or "://" in self.mirror, "run.mirror", f"must be a URL, got {self.mirror!r}")
 
 
 @dataclass
 class DataConfig:
     """A prepared data set (see launch/prepare.py)."""
 
-    path: str = option("runs/data/synthetic", "directory that launch/prepare.py wrote")
+    path: str = option("runs/data/synthetic", "directory that launch/prepare.py wrote, or URL (s3://...) of its copy")
     make: str = option("", "'synthetic' = make planted click logs at data.path when nothing is there yet")
     rows: int = option(200_000, "rows of the synthetic click logs")
     window_rows: int = option(1 << 20, "rows that are shuffled together in memory")
@@ -86,6 +97,7 @@ class DataConfig:
 
     def check(self) -> None:
         one_of("data.make", self.make, ["", "synthetic"])
+        require(not (self.make and "://" in self.path), "data.make", "makes data in a folder: data.path must be one")
         require(self.window_rows > 0, "data.window_rows", "must be above 0")
         require(self.skip_unreadable >= 0, "data.skip_unreadable", f"must be >= 0, got {self.skip_unreadable}")
 
@@ -287,7 +299,10 @@ class Config:
             plain_word(name, "config key search.name")
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """All keys; ``data.path`` as it was given, also where the data were fetched meanwhile."""
+        body = dataclasses.asdict(self)
+        body["data"]["path"] = _fetched.get(body["data"]["path"], body["data"]["path"])
+        return body
 
     def to_yaml(self) -> str:
         return OmegaConf.to_yaml(OmegaConf.create(_held(self.to_dict()))).replace(HELD, "${")

@@ -34,6 +34,7 @@ from embsearch_dist.models.network import check_width
 from embsearch_dist.pipes import quietly
 from embsearch_dist.rundir import check_text, clear, hold, is_ours, release
 from embsearch_dist.schema import Schema, copy_sealed, differs, read_sealed, write_sealed
+from embsearch_dist.stores.places import bring_data
 from embsearch_dist.train import signals
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,6 +149,11 @@ def known_options(plain: dict[str, str], known: Sequence[str]) -> None:
             raise UserError(f"unknown option --{name}{hint}; known: {options}, --section.key")
 
 
+def override(overrides: Sequence[str], key: str) -> str | None:
+    """What the command line says of a key; None where it says nothing."""
+    return next((o.split("=", 1)[1] for o in reversed(overrides) if o.startswith(f"{key}=")), None)
+
+
 def read_config(file: str | Path | None, overrides: Sequence[str]) -> Config:
     return load_config(CONFIGS, file, overrides)
 
@@ -165,6 +171,8 @@ def read_run_config(directory: Path, overrides: Sequence[str] = ()) -> Config:
 def lasting(config: Config, same_data: bool = False) -> dict[str, Any]:
     """All that one training must keep from start to start; ``same_data``: known to be, wherever they lie now."""
     found = config.to_dict()
+    for key in ("dir", "mirror"):  # where it lies, which may be another machine by now
+        del found["run"][key]
     if same_data:
         del found["data"]["path"]
     found["train"] = {k: v for k, v in found["train"].items() if k not in SAFETY_KEYS}
@@ -175,7 +183,9 @@ def lasting(config: Config, same_data: bool = False) -> dict[str, Any]:
 
 
 def open_data(config: Config, context: Context) -> Schema:
-    """The schema of the run's data; makes the synthetic data on rank 0 when the config asks for it."""
+    """The schema of the run's data; fetches them where ``data.path`` is a URL, and makes the synthetic data on rank 0
+    when the config asks for it."""
+    bring_data(config, context)
     path = Path(config.data.path)
     if config.data.make == "synthetic":
         from embsearch_dist.data.synthetic import make_synthetic

@@ -40,6 +40,7 @@ from embsearch_dist.methods.nasrec.searching import RESULT
 from embsearch_dist.precision import MIXED, PRECISIONS
 from embsearch_dist.rundir import hold
 from embsearch_dist.schema import SPLITS, write_sealed
+from embsearch_dist.stores.mirroring import mirroring
 from embsearch_dist.train.retrain import evaluate_model, load_best
 from launch.common import known_options, open_data, open_search, read_run_config, run_main
 from launch.retraining import as_served
@@ -65,7 +66,8 @@ def main(argv: Sequence[str]) -> None:
     # The file of an architecture may be gone from where it was; the training has kept a copy.
     kept = [f"model.architecture={directory / RESULT}"] if (directory / RESULT).exists() else []
     config = read_run_config(directory, [*kept, *overrides])
-    with start(config.run, config.dist) as context:
+    config.run.dir = str(directory)
+    with start(config.run, config.dist) as context, mirroring(config, context):
         run = Run(config, open_data(config, context), context)
         context.first("opening the directory", lambda: hold(directory, "evaluate.py"))
         result = routed(run, directory, split, router) if grouped else single(run, directory, split, precision)

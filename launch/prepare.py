@@ -26,6 +26,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -44,6 +45,7 @@ from embsearch_dist.data.team import Team, from_environment
 from embsearch_dist.errors import UserError
 from embsearch_dist.pipes import quietly
 from embsearch_dist.schema import Schema
+from embsearch_dist.stores.inputs import fetch_inputs
 from launch.prepare_arguments import MADE, OPTIONS, check, parser
 
 
@@ -78,7 +80,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace, team: Team) -> Schema:
     options = {name: getattr(args, name) for name in OPTIONS}
     if args.format not in MADE:
-        return prepare(args.format, args.input, args.out, team=team, **options)
+        fetch = partial(fetch_inputs, args.format, args.input, _silent if args.quiet else _say)
+        return prepare(args.format, fetch, args.out, team=team, **options)
     with team.together():  # small: one process makes it while the others wait
         if team.rank == 0:
             make, rows = MADE[args.format]
@@ -93,6 +96,14 @@ def verify(args: argparse.Namespace) -> int:
     if not args.quiet:
         print(f"{args.verify}: {files} files, {size:,} bytes, all as in {manifest.MANIFEST}")
     return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _silent(text: str) -> None:
+    pass
 
 
 def _interrupt(*_: object) -> NoReturn:

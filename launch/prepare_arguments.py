@@ -11,6 +11,7 @@ from embsearch_dist.data.formats import FORMATS, GENRES, NUMBERS
 from embsearch_dist.data.prepare import HOW_TO_SPLIT, ROW_GROUP_ROWS, ROWS_PER_SHARD
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Schema
+from embsearch_dist.stores.urls import is_url
 
 # Formats that need no input: how each is made, and the rows it has by default.
 MADE: dict[str, tuple[Callable[..., Schema], int]] = {
@@ -21,15 +22,20 @@ MADE_NAMES = " and ".join(MADE)
 OPTIONS = ("split", "seed", "min_count", "rows_per_shard", "row_group_rows", "overwrite", "quiet", "genres", "numbers")
 
 
+def path_or_url(word: str) -> Path | str:
+    """A path; a URL stays text, whose slashes a path would lose."""
+    return word if is_url(word) else Path(word)
+
+
 def parser(document: str | None) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--format", choices=[*FORMATS, *MADE])
     p.add_argument(
         "--input",
-        type=Path,
+        type=path_or_url,
         nargs="+",
-        help="raw file or directory, for criteo and avazu also several, in the order of their rows; "
-        "for table the YAML source file",
+        help="raw file or directory, or URL (s3://...) of one, for criteo and avazu also several, in the order of "
+        "their rows; for table the YAML source file",
     )
     p.add_argument("--out", type=Path, help="directory to make")
     p.add_argument(

@@ -43,8 +43,9 @@ from embsearch_dist.dist.context import start
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import Run, check_classes
 from embsearch_dist.rundir import check_text
+from embsearch_dist.stores.states import restore
 from embsearch_dist.train.metrics import shown
-from launch.common import DEFAULT_CONFIG, known_options, open_data, read_config, run_main, searched_network
+from launch.common import DEFAULT_CONFIG, known_options, open_data, override, read_config, run_main, searched_network
 from launch.retraining import Wish, read_wish, retrain_all, taken
 
 
@@ -52,6 +53,8 @@ def main(argv: Sequence[str]) -> None:
     plain, overrides = split_arguments(argv)
     known_options(plain, ["run", "config", "allocation", "name", "or-uniform", "best", "refit"])
     wish = Wish.of(plain, overrides)
+    if "run" in plain and (mirror := override(overrides, "run.mirror")):
+        restore(Path(plain["run"]), mirror)
     if "run" in plain and not (Path(plain["run"]) / "config.yaml").exists():
         raise UserError(f"--run {plain['run']}: no config.yaml there, so it is not a run directory of search.py")
     file = Path(plain["run"]) / "config.yaml" if "run" in plain else plain.get("config", DEFAULT_CONFIG)

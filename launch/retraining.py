@@ -24,6 +24,8 @@ from embsearch_dist.methods.nasrec.choosing import candidate_files, train_best
 from embsearch_dist.precision import MIXED, served
 from embsearch_dist.rundir import plain_word
 from embsearch_dist.schema import Schema, write_sealed
+from embsearch_dist.stores.mirror import below
+from embsearch_dist.stores.mirroring import mirroring
 from embsearch_dist.train.retrain import SubnetTask, evaluate_model, retrain
 from embsearch_dist.train.served import evaluate_served, rounded_tables
 from launch.common import open_retraining, open_search, read_result
@@ -140,9 +142,10 @@ def retrain_all(
     """
     directory = run_dir / "retrain" / (name + suffix)
     if isinstance(found, GroupedAllocation):
-        config.run.dir = str(directory)
+        place(config, run_dir, directory)
         search = open_search(run_dir, config, schema, context)
-        by_router = retrain_groups(search, config, found, directory, open_retraining)
+        with mirroring(config, context):
+            by_router = retrain_groups(search, config, found, directory, open_retraining)
         return {f"{directory.name} (router: {kind})": result for kind, result in by_router.items()}
     if wish.best:
         config.run.dir = str(directory)
@@ -156,6 +159,12 @@ def retrain_all(
     elif wish.or_uniform:
         models = beside_uniform(name, found)
     return retrain_many(config, schema, context, run_dir, suffix, models, wish.or_uniform)
+
+
+def place(config: Config, run_dir: Path, directory: Path) -> None:
+    """Let a config be that of a training in ``RUN/retrain/NAME``, whose mirror is below that of RUN."""
+    config.run.dir = str(directory)
+    config.run.mirror = below(config.run.mirror, run_dir, directory)
 
 
 def beside_uniform(name: str, found: Allocation) -> dict[str, Allocation]:
@@ -179,9 +188,10 @@ def retrain_many(
     results, trained = {}, []
     for name, allocation in models.items():
         directory, one = run_dir / "retrain" / (name + suffix), copy.deepcopy(config)
-        one.run.dir = str(directory)
+        place(one, run_dir, directory)
         run = Run(one, schema, context)
-        task, results[name + suffix] = retrain_one(run, allocation, directory, name + suffix)
+        with mirroring(one, context):
+            task, results[name + suffix] = retrain_one(run, allocation, directory, name + suffix)
         if choosing:
             validation = run.stream("validation", one.train.eval_batch_size, shuffle=False)
             precision = getattr(one.search, "precision", "")
@@ -196,7 +206,10 @@ def retrain_many(
         else:
             final = {"name": trained[0].name, "fallback": False, "reason": "no other uniform width fits its budget"}
         final["model"] = f"retrain/{final['name']}"
-        context.first("writing final.json", lambda: write_sealed(run_dir / f"final{suffix}.json", final))
+        whole = copy.deepcopy(config)
+        whole.run.dir, whole.run.overwrite = str(run_dir), False
+        with mirroring(whole, context):
+            context.first("writing final.json", lambda: write_sealed(run_dir / f"final{suffix}.json", final))
         if context.rank == 0:
             print(f"final model: {final['reason']}")
     return results

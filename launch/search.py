@@ -32,11 +32,14 @@ from embsearch_dist.dist.context import start
 from embsearch_dist.dist.shared import open_shared
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.base import Run, check_classes, check_stages, run_stages
+from embsearch_dist.stores.mirroring import mirroring
+from embsearch_dist.stores.states import restore
 from launch.common import (
     DEFAULT_CONFIG,
     known_options,
     open_data,
     open_run_directory,
+    override,
     read_config,
     read_run_config,
     restore_allocation,
@@ -52,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
     if "print-config" in plain:
         print(config.to_yaml(), end="")
         return
-    with start(config.run, config.dist) as context:
+    with start(config.run, config.dist) as context, mirroring(config, context):
         schema = open_data(config, context)
         directory, method, run = Path(config.run.dir), METHODS[config.method](), Run(config, schema, context)
         check_stages(method, run)
@@ -66,8 +69,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def resolve(file: str | None, overrides: Sequence[str]) -> Config:
-    """The config of this run. A run directory that exists brings its own when no file is named."""
-    named = next((o.split("=", 1)[1] for o in overrides if o.startswith("run.dir=")), None)
+    """The config of this run. A run directory that exists brings its own when no file is named; one that does not is
+    fetched from the mirror that is named."""
+    named, mirror = override(overrides, "run.dir"), override(overrides, "run.mirror")
+    if file is None and named is not None and mirror:
+        restore(Path(named), mirror)
     if file is None and named is not None and (Path(named) / "config.yaml").exists():
         return read_run_config(Path(named), overrides)
     return read_config(file or DEFAULT_CONFIG, overrides)

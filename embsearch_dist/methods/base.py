@@ -23,6 +23,7 @@ from embsearch_dist.dist.context import Context
 from embsearch_dist.dist.same_data import agree_on_left_out, check_same, seen_in_schema, seen_in_shards
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Schema, differs, read_sealed, write_sealed
+from embsearch_dist.stores import mirror
 from embsearch_dist.train.lines import compare_lines, lines_of
 
 
@@ -217,6 +218,7 @@ def _finish(run: Run, stage: Stage, mark: Path, inputs: dict[str, Any], begun: i
     files = sorted(n for n in own if not n.startswith("stages/"))
     body = {"state": "done", "inputs": inputs, "files": files, "lines": lines_of(run.dir, stage.name)}
     write_sealed(mark, body)
+    mirror.changed(run.dir)
 
 
 def _lost(run: Run, stage: Stage, mark: dict[str, Any]) -> bool:

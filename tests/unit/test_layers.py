@@ -20,6 +20,7 @@ LAYERS = [  # from the ground up; what stands in one line does not know each oth
     {"grouped"},
     {"architecture", "data", "width_table"},
     {"dist"},
+    {"stores"},
     {"models"},
     {"train"},
     {"methods"},
