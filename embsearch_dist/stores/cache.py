@@ -68,7 +68,7 @@ def bring(store: Store, name: str, target: Path, size: int, sha256: str = "") ->
     beginning may be of another file.
 
     Raises:
-        StoreError: the store fails, or has an object of another size.
+        StoreError: the store fails, or (``OtherSize``) has an object of another size.
         UserError: the bytes are not those that were told; names the object.
     """
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from embsearch_dist.data.manifest import MANIFEST, ends
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import read_sealed
 from embsearch_dist.stores.cache import WrongBytes, alone, bring, cache_home, check_room
-from embsearch_dist.stores.urls import Missing, Store, StoreError
+from embsearch_dist.stores.urls import Missing, OtherSize, Store, StoreError
 
 AT_ONCE = 4
 SCHEMA = "schema.json"
@@ -147,10 +147,8 @@ def _bring_all(store: Store, partial: Path, files: list[dict[str, Any]], say: Ca
             raise UserError(f"{store.at(entry['name'])}: missing, {MANIFEST} names it. {UPLOAD}") from e
         except WrongBytes as e:
             raise UserError(f"{e} by {MANIFEST}: wrong bytes, or of another preparation. {UPLOAD}") from e
-        except StoreError as e:
-            if "as was told of it" in str(e):
-                raise UserError(f"{e}, by {MANIFEST}: a cut upload, or of another preparation. {UPLOAD}") from e
-            raise
+        except OtherSize as e:
+            raise UserError(f"{e}; {MANIFEST} tells: a cut upload, or of another preparation. {UPLOAD}") from e
         return int(entry["bytes"])
 
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="fetch") as pool:

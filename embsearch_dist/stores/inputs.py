@@ -21,7 +21,7 @@ from embsearch_dist.data.formats.source_file import source_words
 from embsearch_dist.data.scratch import load_record, save_record
 from embsearch_dist.errors import UserError
 from embsearch_dist.stores.cache import alone, bring, cache_home, check_room
-from embsearch_dist.stores.urls import Entry, Store, StoreError, is_url, join, local_folder
+from embsearch_dist.stores.urls import Entry, OtherSize, Store, is_url, join, local_folder
 
 DESCRIBED = ("table", "ids")
 """Formats whose input is a YAML source file that names the data files."""
@@ -142,9 +142,7 @@ def _bring_all(store: Store, entries: Sequence[Entry], names: dict[str, str], fo
             save_record(book, record)
         try:
             bring(store, entry.name, target, entry.size)
-        except StoreError as e:
-            if "as was told of it" not in str(e):
-                raise
+        except OtherSize as e:
             raise UserError(f"{e}: it is being replaced, or the store's listing is old. Start again later") from e
         now = store.find(entry.name)
         if now is None or (now.size, now.changed) != (entry.size, entry.changed):

@@ -38,6 +38,14 @@ class Missing(StoreError):
     """There is no such object."""
 
 
+class OtherSize(StoreError):
+    """An object has not the size that a list tells of it: a cut upload, a replaced object, or an old list."""
+
+
+class _Differs(OSError):
+    """As :class:`OtherSize`, before all tries are over: what a store shows may be old."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """An object: its name below the place it was looked for in, its bytes, and nanoseconds of its last change."""
@@ -139,14 +147,14 @@ class Store:
         """Bring an object into a local file, from where an earlier try was cut.
 
         Raises:
-            StoreError: also when the object has another size than was told.
+            OtherSize: it has not the size that was told.
         """
 
         def work() -> None:
             have = target.stat().st_size if target.exists() else 0
             with self._system.open_input_file(self._key(name)) as source, target.open("ab") as sink:
                 if source.size() != size:
-                    raise OSError(f"{source.size():,} bytes there, not {size:,} as was told of it")
+                    raise _Differs(f"{source.size():,} bytes there, not {size:,}")
                 if have > size:
                     sink.truncate(0)
                     have = 0
@@ -214,9 +222,7 @@ class Store:
         if self.local:  # object stores have none
             self._system.create_dir(key.rsplit("/", 1)[0], recursive=True)
 
-    def _try(
-        self, name: str, work: Callable[[], T], progress: Callable[[], int] = lambda: 0, sure: bool = True
-    ) -> T:
+    def _try(self, name: str, work: Callable[[], T], progress: Callable[[], int] = lambda: 0, sure: bool = True) -> T:
         """Do something up to three times in a row; what comes further than the try before does not count as one.
 
         ``sure``: the object has to be there, and a store that does not show it yet may do so a moment later.
@@ -241,7 +247,8 @@ class Store:
             time.sleep(PAUSES[failed - 1])
         if isinstance(error, FileNotFoundError):
             raise Missing(f"{self.at(name)}: there is no such object. Check the URL") from error
-        raise StoreError(f"{self.at(name)}: {reason(error)}; tried {failed} times") from error
+        kind = OtherSize if isinstance(error, _Differs) else StoreError
+        raise kind(f"{self.at(name)}: {reason(error)}; tried {failed} times") from error
 
 
 def reason(error: BaseException) -> str:
