@@ -6,12 +6,15 @@
     python launch/prepare.py --format criteo --input train.txt --out PREPARED --split time
     python launch/prepare.py --format criteo --input day_0.gz day_1.gz day_2.gz --out PREPARED
     python launch/prepare.py --format table --input my_source.yaml --out PREPARED
+    python launch/prepare.py --format ids --input my_ids.yaml --out PREPARED
+    python launch/prepare.py --format criteo --input s3://bucket/train.txt --out PREPARED
     python launch/prepare.py --verify PREPARED
     torchrun --standalone --nproc-per-node 2 -- launch/prepare.py --format criteo --input train.txt --out PREPARED
 
 Formats: criteo and avazu read Kaggle's train file (or several: their rows in the order given, those of a
 directory in the order of the names), movielens_1m, movielens_100k and kdd2012 the directory of the archive, table
-your own CSV, TSV or Parquet through a YAML source file (copy configs/sources/example.yaml), synthetic makes
+your own CSV, TSV or Parquet through a YAML source file (copy configs/sources/example.yaml), ids Parquet in which
+another engine has put ids (copy configs/sources/ids.yaml; docs/ids.md), synthetic makes
 a data set whose best embedding widths are known, populations one of two hidden populations whose clicks depend
 on different fields, with the best widths for each (truth.json) and the population of every row (populations/).
 PREPARED gets schema.json, manifest.json, vocabulary/ and the Parquet shards of train/, validation/ and test/
@@ -39,6 +42,8 @@ if "RANK" in os.environ:  # polars counts when it is imported, and would give ev
     os.environ.setdefault("POLARS_MAX_THREADS", str(max(1, cores)))
 
 from embsearch_dist.data import manifest
+from embsearch_dist.data.ids.taking import summary as ids_summary
+from embsearch_dist.data.ids.taking import take_over
 from embsearch_dist.data.prepare import prepare, summary
 from embsearch_dist.data.progress import Progress
 from embsearch_dist.data.team import Team, from_environment
@@ -46,7 +51,7 @@ from embsearch_dist.errors import UserError
 from embsearch_dist.pipes import quietly
 from embsearch_dist.schema import Schema
 from embsearch_dist.stores.inputs import fetch_inputs
-from launch.prepare_arguments import MADE, OPTIONS, check, parser
+from launch.prepare_arguments import IDS, MADE, OPTIONS, check, parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"warning: {warning}", file=sys.stderr)
     if first and not args.quiet:
         seconds = time.monotonic() - start
-        print(summary(schema))
+        print(ids_summary(schema) if args.format == IDS else summary(schema))
         print(f"{args.out}: {sum(schema.rows.values()):,} rows in {seconds:.1f} s")
     return 0
 
@@ -81,6 +86,9 @@ def run(args: argparse.Namespace, team: Team) -> Schema:
     options = {name: getattr(args, name) for name in OPTIONS}
     if args.format not in MADE:
         fetch = partial(fetch_inputs, args.format, args.input, _silent if args.quiet else _say)
+        if args.format == IDS:
+            more = {name: options[name] for name in ("row_group_rows", "overwrite", "quiet")}
+            return take_over(fetch, args.out, team=team, **more)
         return prepare(args.format, fetch, args.out, team=team, **options)
     with team.together():  # small: one process makes it while the others wait
         if team.rank == 0:

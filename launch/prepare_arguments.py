@@ -18,6 +18,7 @@ MADE: dict[str, tuple[Callable[..., Schema], int]] = {
     "synthetic": (synthetic.make_synthetic, synthetic.ROWS),
     "populations": (populations.make_populations, populations.ROWS),
 }
+IDS = "ids"
 MADE_NAMES = " and ".join(MADE)
 OPTIONS = ("split", "seed", "min_count", "rows_per_shard", "row_group_rows", "overwrite", "quiet", "genres", "numbers")
 
@@ -29,13 +30,13 @@ def path_or_url(word: str) -> Path | str:
 
 def parser(document: str | None) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--format", choices=[*FORMATS, *MADE])
+    p.add_argument("--format", choices=[*FORMATS, IDS, *MADE])
     p.add_argument(
         "--input",
         type=path_or_url,
         nargs="+",
         help="raw file or directory, or URL (s3://...) of one, for criteo and avazu also several, in the order of "
-        "their rows; for table the YAML source file",
+        "their rows; for table and ids the YAML source file",
     )
     p.add_argument("--out", type=Path, help="directory to make")
     p.add_argument(
@@ -92,14 +93,18 @@ def check(args: argparse.Namespace) -> None:
     for name in ("format", "out"):
         if getattr(args, name) is None:
             raise UserError(f"--{name} is missing. See --help")
-    if args.format in MADE:
+    if args.format == IDS and (args.split, args.seed, args.min_count) != ("random", 0, None):
+        raise UserError("--format ids takes splits and ids as they are. Leave out --split, --seed and --min-count")
+    if args.format in (*MADE, IDS):
         if args.genres != "one":
             raise UserError("--genres is for MovieLens. Leave it out")
         if args.numbers != "bucketed":
             raise UserError("--numbers is for criteo. Leave it out")
-        if args.input is not None:
+        if args.format in MADE and args.input is not None:
             raise UserError(f"--format {args.format} makes its own data. Leave out --input")
-    elif args.rows is not None:
+    if args.format in MADE:
+        return
+    if args.rows is not None:
         raise UserError(f"--rows is for --format {MADE_NAMES}; {args.format} takes all rows. Leave it out")
-    elif args.input is None:
+    if args.input is None:
         raise UserError(f"--format {args.format} needs --input. See --help for what it should be")

@@ -89,7 +89,8 @@ def export(
         schema.save(partial)
         write_json(partial / SOURCE, source)
         fields = found.fields(schema)
-        _copy_vocabulary(prepared, partial, fields)
+        if not source.get("given_ids"):
+            _copy_vocabulary(prepared, partial, fields)
         for name, file in found.files.items():
             shutil.copyfile(file, partial / name)
         save_arrays(partial / TABLES, _quantised(found, wish.precision))
