@@ -15,6 +15,7 @@ from embsearch_dist.train.faults import VARIABLE
 from embsearch_dist.train.manifest import read_manifest
 from embsearch_dist.train.signals import EXIT_CODE
 from tests.factories import command_line, recorded
+from tests.launch.processes import LAUNCH, TORCHRUN, finish
 from tests.object_store import BUCKET, Bucket, s3
 
 STEPS = 20
@@ -76,3 +77,31 @@ def test_prepare_train_mirror_and_resume_on_an_empty_machine(
     kept = {name.split("/")[3] for name in names if name.startswith("files/checkpoints/retrain/step-")}
     local = {p.name for p in (tmp_path / "two" / "run").glob("retrain/ues-8/checkpoints/retrain/step-*")}
     assert kept == local and "results/evaluation.json" in names
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_ranks_of_which_one_is_killed_go_on_from_the_mirror(
+    data: Path, config: Path, tmp_path: Path, bucket: Bucket, start: Callable
+) -> None:
+    url = bucket.put(data, "killed")
+
+    def search(name: str, *more: str, **env: str) -> str:
+        words = ["--config", config, *command_line(url, tmp_path / name / "run", "search.supernet.save_every=2"), *more]
+        env |= bucket.env | {"EMBSEARCH_CACHE": str(tmp_path / name / "cache")}
+        code = None if VARIABLE in env else 0
+        return finish(start(*TORCHRUN, "--", LAUNCH / "search.py", *words, **env), code)
+
+    mirrored = ["--run.mirror", f"s3://{BUCKET}/runs/killed"]
+    search("one", *mirrored, **{VARIABLE: "kill rank=1 step=21 stage=supernet"})
+    shutil.rmtree(tmp_path / "one")
+    told = search("two", *mirrored)
+    assert "fetching the run from s3://bucket/runs/killed" in told and "continuing from" in told, told
+    search("whole")
+
+    def found(name: str) -> Any:
+        run = tmp_path / name / "run"
+        log = [recorded(run, "supernet", "loss"), recorded(run, "supernet", "auc", "validation")]
+        return log, json.loads((run / "allocation.json").read_text())["widths"]
+
+    assert found("two") == found("whole")
