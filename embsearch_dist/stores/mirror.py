@@ -23,7 +23,7 @@ from pathlib import Path
 from embsearch_dist import written
 from embsearch_dist.errors import UserError
 from embsearch_dist.rundir import OURS
-from embsearch_dist.stores.states import CHECKPOINT, RECORD, File, State, note_tokens, read_state, tokens_of
+from embsearch_dist.stores.states import CHECKPOINT, RECORD, STATE, File, State, note_tokens, read_state, tokens_of
 from embsearch_dist.stores.urls import Store
 
 LINKS = "mirror.tmp"
@@ -75,7 +75,7 @@ class Mirror:
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._count = 0
-        self._swept = False
+        self._swept, self._anew = False, overwrite
         shutil.rmtree(home / LINKS, ignore_errors=True)
 
     def push(self) -> None:
@@ -167,6 +167,10 @@ class Mirror:
         for file in sorted(rest, key=lambda f: (not f.name.endswith("/manifest.json"), f.name)):
             self._send_one(snapshot, file)
         self._write(State(tuple(files), f"process {os.getpid()} on {socket.gethostname()}"))
+        if self._anew:  # the trainings of the run before went from the disk, too
+            for entry in sorted(self.store.list(TRAININGS), key=lambda e: not e.name.endswith(f"/{STATE}")):
+                self.store.delete(f"{TRAININGS}/{entry.name}")
+            self._anew = False
         for file in missing:
             if RESULTS.fullmatch(file.name):
                 self.store.send(f"results/{file.name}", snapshot.folder / file.name, file.bytes)

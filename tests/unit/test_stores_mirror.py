@@ -232,7 +232,19 @@ def test_a_mirror_is_of_one_run(store: Faulty, run: Path, tmp_path: Path) -> Non
         Mirror(run, URL)
     with pytest.raises(UserError, match="two runs must not have one mirror"):
         first.finish()
-    Mirror(run, URL, overwrite=True)
+
+
+def test_a_run_that_starts_anew_replaces_the_state_and_the_trainings_below(
+    store: Faulty, run: Path, tmp_path: Path
+) -> None:
+    Mirror(tmp_path, URL).finish()  # a state of another directory
+    training = tmp_path / "training"
+    training.mkdir()
+    write_text(training / "config.yaml", "run: {}\n")
+    Mirror(training, f"{URL}/retrain/ues-8").finish()
+    Mirror(run, URL, overwrite=True).finish()
+    assert restore(tmp_path / "there", URL) and contents(tmp_path / "there") == contents(run)
+    assert not restore(tmp_path / "none", f"{URL}/retrain/ues-8")
 
 
 def test_a_damaged_list_is_refused(store: Faulty, run: Path, tmp_path: Path) -> None:
