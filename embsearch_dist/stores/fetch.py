@@ -19,7 +19,7 @@ from embsearch_dist.data.manifest import MANIFEST, ends
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import read_sealed
 from embsearch_dist.stores.cache import WrongBytes, alone, bring, cache_home, check_room
-from embsearch_dist.stores.urls import Missing, OtherSize, Store, StoreError
+from embsearch_dist.stores.urls import Missing, OtherSize, Store, StoreError, local_folder
 
 AT_ONCE = 4
 SCHEMA = "schema.json"
@@ -52,6 +52,22 @@ def fetch_prepared(url: str, say: Callable[[str], None] = lambda text: None) -> 
     with alone(folder.with_name(f"{folder.name}.lock"), "fetch"):
         if not _is_there(folder, told):
             _fetch(store, told, folder, say)
+    return folder
+
+
+def fetch_schema(url: str) -> Path:
+    """A folder of this machine with nothing but the schema.json of a prepared data set, for who needs no rows.
+
+    Raises:
+        UserError: the store fails, or there is none.
+    """
+    if (here := local_folder(url)) is not None:
+        return here
+    store = Store(url)
+    folder = cache_home() / "schema" / hashlib.sha256(store.at("").encode()).hexdigest()[:16]
+    with alone(folder.with_name(f"{folder.name}.lock"), "plan"):
+        folder.mkdir(parents=True, exist_ok=True)
+        _bring_schema(store, folder)
     return folder
 
 

@@ -229,15 +229,18 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _describe(snapshot: Snapshot) -> list[File]:
-    """The files with their SHA-256: those of checkpoints from their manifests; checkpoints without one are left out."""
+    """The files with their SHA-256: those of checkpoints from their manifests; checkpoints without one, or without all
+    that it names, are left out."""
     known: dict[str, str] = {}
     whole: set[str] = set()
     for name in snapshot.sizes:
         if CHECKPOINT.fullmatch(name) and name.endswith("/manifest.json"):
             folder = name.rpartition("/")[0]
-            whole.add(folder)
             body = json.loads((snapshot.folder / name).read_text())
-            known |= {f"{folder}/{inner}": entry["sha256"] for inner, entry in body["files"].items()}
+            inside = {f"{folder}/{inner}": entry["sha256"] for inner, entry in body["files"].items()}
+            if inside.keys() <= snapshot.sizes.keys():  # else it was being pruned
+                whole.add(folder)
+                known |= inside
     found = []
     for name, size in snapshot.sizes.items():
         match = CHECKPOINT.fullmatch(name)

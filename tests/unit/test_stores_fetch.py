@@ -11,6 +11,7 @@ import pytest
 
 from embsearch_dist.data.manifest import MANIFEST, verify
 from embsearch_dist.errors import UserError
+from embsearch_dist.schema import Schema
 from embsearch_dist.stores import fetch
 from embsearch_dist.stores.fetch import fetch_prepared
 from embsearch_dist.stores.inputs import fetch_inputs
@@ -108,6 +109,13 @@ def test_a_place_without_a_manifest_and_one_with_a_cut_manifest_are_refused(stor
     path.write_text(path.read_text()[:-30])
     with pytest.raises(UserError, match="manifest.json: damaged or cut"):
         fetch_prepared(URL)
+
+
+def test_the_schema_alone_may_be_fetched(store: Faulty, prepared: Path) -> None:
+    folder = fetch.fetch_schema(URL)
+    assert Schema.load(folder) == Schema.load(prepared) and list(store.read) == ["bucket/data/schema.json"]
+    with pytest.raises(UserError, match="none/schema.json: missing"):
+        fetch.fetch_schema("s3://bucket/none")
 
 
 def test_a_manifest_cannot_name_files_elsewhere(store: Faulty, tmp_path: Path) -> None:
