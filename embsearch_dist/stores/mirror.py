@@ -75,7 +75,7 @@ class Mirror:
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._count = 0
-        self._swept, self._anew = False, overwrite
+        self._swept, self._anew, self._ending = False, overwrite, False
         shutil.rmtree(home / LINKS, ignore_errors=True)
 
     def push(self) -> None:
@@ -106,8 +106,11 @@ class Mirror:
         Raises:
             UserError: it has not come up.
         """
+        self.wait()
+        self._ending = True
         self.push()
         self.wait()
+        self._ending = False
         if self.failure:
             raise UserError(
                 f"run.mirror {self.store.at('')} lacks the end of this run: {self.failure}. All of it is in "
@@ -145,6 +148,8 @@ class Mirror:
 
     def _fail(self, text: str) -> None:
         self.failure = " ".join(text.split())
+        if self._ending:  # told by finish()
+            return
         print(
             f"run.mirror {self.store.at('')}: not up to date: {self.failure}. The run goes on; the next checkpoint "
             "tries again",

@@ -252,8 +252,10 @@ class Store:
 
 
 def reason(error: BaseException) -> str:
-    """What a store said, in one line."""
-    return " ".join(str(error).split())[:240].rstrip(". ")
+    """What a store said, in one line: of pyarrow's errors on S3 what AWS's client says, as the object is named anyway."""
+    text = " ".join(str(error).split())
+    _, mark, said = text.rpartition("AWS Error ")
+    return f"{mark}{said}"[:200].rstrip(". ")
 
 
 @functools.cache

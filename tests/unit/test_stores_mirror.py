@@ -134,11 +134,14 @@ def test_what_a_killed_upload_has_left_is_removed(store: Faulty, run: Path, tmp_
     assert "left@0123456789abcdef" not in objects(tmp_path)
 
 
-def test_the_end_of_a_run_that_cannot_go_up_is_an_error(store: Faulty, run: Path) -> None:
+def test_the_end_of_a_run_that_cannot_go_up_is_an_error(
+    store: Faulty, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = Mirror(run, URL)
     store.on = lambda what, path: OSError("no route (injected)") if what == "write" else None
     with pytest.raises(UserError, match=rf"lacks the end of this run: .*injected.*All of it is in {run}"):
         found.finish()
+    assert capsys.readouterr().err == "", "the error says it"
 
 
 @pytest.mark.parametrize("lost", ["answer", "process"])
