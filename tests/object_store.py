@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ class Bucket:
 
         self.env = {
             "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ENDPOINT_URL_S3": endpoint,
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_DEFAULT_REGION": "us-east-1",
@@ -71,8 +71,3 @@ def s3() -> Iterator[Bucket]:
         yield Bucket(f"http://{host}:{port}")
     finally:
         server.stop()
-
-
-def without_stores() -> dict[str, str]:
-    """The environment without what a developer may have set for stores of his own."""
-    return {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}

@@ -20,6 +20,7 @@ from embsearch_dist.data.formats.clicks import by_name
 from embsearch_dist.data.formats.source_file import source_words
 from embsearch_dist.data.scratch import load_record, save_record
 from embsearch_dist.errors import UserError
+from embsearch_dist.schema import SPLITS
 from embsearch_dist.stores.cache import alone, bring, cache_home, check_room
 from embsearch_dist.stores.urls import Entry, OtherSize, Store, is_url, join, local_folder
 
@@ -39,11 +40,11 @@ def fetch_inputs(format: str, words: Sequence[Path | str], say: Say = lambda tex
         UserError: the store fails, there is nothing, or an object is replaced while it is fetched.
     """
     if format in DESCRIBED:
-        return [_source_file(word, say) for word in words]
+        return [_source_file(word, say, format) for word in words]
     return [path for word in words for path in (_fetch(str(word), say) if is_url(word) else [Path(word)])]
 
 
-def _source_file(word: Path | str, say: Say) -> Path:
+def _source_file(word: Path | str, say: Say, format: str) -> Path:
     """A source file whose data files are all on this machine: the one that was named, or a copy that names others."""
     if is_url(word):
         found = _fetch(str(word), say)
@@ -63,6 +64,8 @@ def _source_file(word: Path | str, say: Say) -> Path:
         return [str(p) for p in _fetch(name if is_url(name) else join(base, name), say)]
 
     body["name"] = body.get("name") or here.stem
+    if format == "ids" and not {"splits", "files"} & set(body):
+        body["splits"] = {split: split for split in SPLITS}
     for key in ("files", "splits"):
         if isinstance(body.get(key), dict):
             body[key] = {split: [p for n in _list(names) for p in bring_here(n)] for split, names in body[key].items()}

@@ -252,7 +252,7 @@ class Store:
 
 
 def reason(error: BaseException) -> str:
-    """What a store said, in one line: of pyarrow's errors on S3 what AWS's client says, as the object is named anyway."""
+    """What a store said, in one line: of pyarrow's errors on S3 what AWS's client says, for the object is named."""
     text = " ".join(str(error).split())
     _, mark, said = text.rpartition("AWS Error ")
     return f"{mark}{said}"[:200].rstrip(". ")

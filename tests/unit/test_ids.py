@@ -11,11 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from embsearch_dist.data.ids import taking
+from embsearch_dist.data.ids.source import IdSource, read_id_source
 from embsearch_dist.data.ids.taking import summary, take_over
 from embsearch_dist.data.manifest import verify
 from embsearch_dist.data.shards import Rows, Shards
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import SPLITS, Schema
+from embsearch_dist.stores.inputs import fetch_inputs
+from tests.faulty_store import faulty_store
 
 ROWS = {"train": 300, "validation": 60, "test": 50}
 INT, FLOAT = pa.int32(), pa.float32()
@@ -214,8 +217,6 @@ def test_what_is_wrong_in_the_source_file_is_named(tmp_path: Path, old: str, new
 
 
 def test_the_shipped_source_file_is_one(repo_root: Path, tmp_path: Path) -> None:
-    from embsearch_dist.data.ids.source import read_id_source
-
     for split in SPLITS:
         (tmp_path / split).mkdir()
         pq.write_table(pa.table({"x": [1]}), tmp_path / split / "part.parquet")
@@ -226,6 +227,39 @@ def test_the_shipped_source_file_is_one(repo_root: Path, tmp_path: Path) -> None
         ("item", "item_id", 50_000),
     ]
     assert source.label == "label" and source.dense == {"price": "price"}
+
+
+def test_killed_work_goes_on_with_the_files_that_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, done = make(tmp_path / "made", **LARGE), []
+    plain = taking._take
+
+    def take_two(directory: Path, source: IdSource, schema: Schema, job: taking.Job, rows: int) -> dict:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(job.file)
+        return plain(directory, source, schema, job, rows)
+
+    monkeypatch.setattr(taking, "_take", take_two)
+    monkeypatch.setattr("embsearch_dist.data.progress.threads", lambda: 1)
+    with pytest.raises(KeyboardInterrupt):
+        take(folder, tmp_path / "out")
+    first = done.copy()
+    done.clear()
+    take(folder, tmp_path / "out")
+    check_rows(tmp_path / "out")
+    assert len(done) == 2 and not set(done) & set(first)
+
+
+@pytest.mark.parametrize("word", ["s3://bucket/made", "s3://bucket/made/ids.yaml", "local"])
+def test_the_files_may_lie_in_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    faulty_store(tmp_path, monkeypatch)
+    make(tmp_path / "bucket" / "made")
+    if word == "local":
+        word = str(tmp_path / "own.yaml")
+        splits = ", ".join(f"{split}: 's3://bucket/made/{split}/*.parquet'" for split in SPLITS)
+        Path(word).write_text(f"{SOURCE}splits: {{{splits}}}\n")
+    take_over(lambda: fetch_inputs("ids", [word]), tmp_path / "out", row_group_rows=100, quiet=True)
+    check_rows(tmp_path / "out")
 
 
 def test_a_model_of_given_ids_answers_rows_with_ids_and_refuses_values(tmp_path: Path) -> None:
