@@ -38,7 +38,7 @@ def parser(document: str | None) -> argparse.ArgumentParser:
         help="raw file or directory, or URL (s3://...) of one, for criteo and avazu also several, in the order of "
         "their rows; for table and ids the YAML source file",
     )
-    p.add_argument("--out", type=Path, help="directory to make")
+    p.add_argument("--out", type=path_or_url, help="directory to make")
     p.add_argument(
         "--verify", type=Path, metavar="PREPARED", help="instead: compare all files with PREPARED/manifest.json"
     )
@@ -93,6 +93,10 @@ def check(args: argparse.Namespace) -> None:
     for name in ("format", "out"):
         if getattr(args, name) is None:
             raise UserError(f"--{name} is missing. See --help")
+    if is_url(args.out):
+        raise UserError(
+            f"--out {args.out}: data are prepared on a disk. Give a folder, and upload it (object_stores.md)"
+        )
     if args.format == IDS and (args.split, args.seed, args.min_count) != ("random", 0, None):
         raise UserError("--format ids takes splits and ids as they are. Leave out --split, --seed and --min-count")
     if args.format in (*MADE, IDS):

@@ -247,8 +247,10 @@ class Store:
             time.sleep(PAUSES[failed - 1])
         if isinstance(error, FileNotFoundError):
             raise Missing(f"{self.at(name)}: there is no such object. Check the URL") from error
-        kind = OtherSize if isinstance(error, _Differs) else StoreError
-        raise kind(f"{self.at(name)}: {reason(error)}; tried {failed} times") from error
+        told = f"{self.at(name)}: {reason(error)}; tried {failed} times"
+        if isinstance(error, _Differs):
+            raise OtherSize(told) from error
+        raise StoreError(f"{told}. Check URL, endpoint and network") from error
 
 
 def reason(error: BaseException) -> str:

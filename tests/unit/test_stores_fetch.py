@@ -197,3 +197,19 @@ def test_a_source_file_may_name_urls_and_may_lie_at_one(store: Faulty, tmp_path:
         out = tmp_path / Path(str(word)).parent.name
         prepare("table", fetch_inputs("table", [word]), out / "out", quiet=True, row_group_rows=500)
         assert (out / "out" / MANIFEST).read_bytes() == (prepared / MANIFEST).read_bytes()
+
+
+def test_nothing_is_written_to_a_url(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from embsearch_dist.config import load_config
+    from launch.prepare import main
+    from tests.factories import CONFIGS
+
+    assert main(["--format", "synthetic", "--out", "s3://bucket/data"]) == 2
+    assert "--out s3://bucket/data: data are prepared on a disk" in capsys.readouterr().err
+    for overrides, says in (
+        (["run.dir=s3://bucket/run"], "a run directory lies on a disk; give a folder, and the URL to run.mirror"),
+        (["run.mirror=runs/copy"], "run.mirror: must be a URL, got 'runs/copy'"),
+        (["data.make=synthetic", "data.path=s3://bucket/data"], "makes data in a folder"),
+    ):
+        with pytest.raises(UserError, match=says):
+            load_config(CONFIGS, None, overrides, method="adass")
