@@ -95,7 +95,7 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} is missing. See --help")
     if is_url(args.out):
         raise UserError(
-            f"--out {args.out}: data are prepared on a disk. Give a folder, and upload it (object_stores.md)"
+            f"--out {args.out}: data are prepared on a disk. Give a folder, and upload it (docs/object_stores.md)"
         )
     if args.format == IDS and (args.split, args.seed, args.min_count) != ("random", 0, None):
         raise UserError("--format ids takes splits and ids as they are. Leave out --split, --seed and --min-count")

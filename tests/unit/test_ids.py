@@ -267,13 +267,17 @@ def test_a_model_of_given_ids_answers_rows_with_ids_and_refuses_values(tmp_path:
     import polars as pl
     import torch
 
+    from embsearch_dist.serving.export import summary as told_of_export
     from embsearch_dist.serving.predict import Job, predict
     from tests.served import exported, run_of, single
 
     take(make(tmp_path / "made"), tmp_path / "out")
     run = run_of(tmp_path / "out")
     found = single(run, {"user": 4, "tags": 2})
-    exported(run, found, tmp_path / "model")
+    body = exported(run, found, tmp_path / "model")
+    assert "rows to predict need the ids of the engine" in told_of_export(body, tmp_path / "model")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "## Rows with ids" in card and "| user | user | id | 0 to 39 |" in card
     rows = pl.DataFrame({k: v for k, v in columns("test").items() if k != "label"})
     rows.write_parquet(tmp_path / "rows.parquet")
     predict(Job(tmp_path / "model", tmp_path / "rows.parquet", tmp_path / "scores.parquet"))
