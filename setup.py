@@ -90,6 +90,8 @@ setup(
             "starlette>=0.46,<2",
             "uvicorn>=0.34,<1",
             "httpx>=0.28,<1",
+            # an S3 on loopback, for the object stores
+            "moto[server]>=5,<6",
         ],
     },
     entry_points={

@@ -17,6 +17,7 @@ from embsearch_dist.errors import UserError
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.ranks.same_data import agree_on_left_out, check_same, seen_in_schema, seen_in_shards
 from embsearch_dist.schema import Schema
+from embsearch_dist.stores.places import bring_data
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,9 @@ class Run:
 
 
 def open_data(config: Config, context: Context) -> Schema:
-    """The schema of the run's data; makes the synthetic data on rank 0 when the config asks for it."""
+    """The schema of the run's data; fetches them where ``data.path`` is a URL, and makes the synthetic data on rank 0
+    when the config asks for it."""
+    bring_data(config, context)
     path = Path(config.data.path)
     if config.data.make == "synthetic":
         from embsearch_dist.data.planted.synthetic import make_synthetic

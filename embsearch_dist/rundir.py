@@ -20,7 +20,7 @@ SEAL = "# sha256 of the lines above: "
 OURS = re.compile(
     r"run\.lock|config\.yaml|schema\.json|truth\.json|unreadable\.json|(metrics|heatmaps)\.jsonl|allocation\.json|"
     r"architecture\.json|groups\.json|(evolution|pareto|latency|prefilter|training|choice)\.json|"
-    r"written\.json|evaluation(-[a-z]+)*\.json|final(-seed\d+)?\.json|allocations|architectures|stages|checkpoints(\.partial)?|widest|"
+    r"written\.json|mirror\.json|evaluation(-[a-z]+)*\.json|final(-seed\d+)?\.json|allocations|architectures|stages|checkpoints(\.partial)?|widest|"
     r"groups|group-\d+|search|tb|report|retrain|.*\.tmp"
 )
 NESTED = ("retrain", "widest")  # folders with directories of the same kind

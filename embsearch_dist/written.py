@@ -50,6 +50,13 @@ def listed(path: Path, checksum: str) -> Iterator[None]:
         _log.append(path)
 
 
+@contextmanager
+def still(home: Path) -> Iterator[None]:
+    """Within, no file of a run directory that is listed is replaced, so that all can be taken as they are together."""
+    with _locked(home):
+        yield
+
+
 def check(path: Path, checksum: str, cure: str) -> None:
     """Compare a file's checksum with the list of its run directory, where there is one that knows the file.
 

@@ -131,6 +131,11 @@ def known_options(plain: dict[str, str], known: Sequence[str]) -> None:
             raise UserError(f"unknown option --{name}{hint}; known: {options}, --section.key")
 
 
+def override(overrides: Sequence[str], key: str) -> str | None:
+    """What the command line says of a key; None where it says nothing."""
+    return next((o.split("=", 1)[1] for o in reversed(overrides) if o.startswith(f"{key}=")), None)
+
+
 def read_config(file: str | Path | None, overrides: Sequence[str]) -> Config:
     return load_config(CONFIGS, file, overrides)
 

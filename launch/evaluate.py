@@ -38,6 +38,7 @@ from embsearch_dist.ranks.context import start
 from embsearch_dist.run import Run, open_data
 from embsearch_dist.rundir import hold
 from embsearch_dist.schema import SPLITS
+from embsearch_dist.stores.mirroring import mirroring
 from launch.common import known_options, read_run_config, run_main
 
 
@@ -54,7 +55,8 @@ def main(argv: Sequence[str]) -> None:
     config = read_run_config(directory, [*kept_network(directory), *overrides])
     method = METHODS[config.method]()
     method.check_evaluation(directory, router, precision)
-    with start(config.run, config.dist) as context:
+    config.run.dir = str(directory)
+    with start(config.run, config.dist) as context, mirroring(config, context):
         run = Run(config, open_data(config, context), context)
         context.first("opening the directory", lambda: hold(directory, "evaluate.py"))
         figures = method.evaluate(run, directory, split, router, precision)

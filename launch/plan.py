@@ -42,6 +42,8 @@ def main(argv: Sequence[str]) -> None:
     from embsearch_dist.sharding.dry_run import Subject, make_plans, read_schema, read_subjects, supernet_subject
     from embsearch_dist.sharding.plan import Topology
     from embsearch_dist.sharding.plan_text import comparison, heading, plan_text, to_json
+    from embsearch_dist.stores.fetch import fetch_schema
+    from embsearch_dist.stores.urls import is_url
 
     argv, allocations = take_words(argv, "--allocation")
     plain, overrides = split_arguments(argv)
@@ -56,7 +58,9 @@ def main(argv: Sequence[str]) -> None:
     gpu = origin(config.dist.planner, card) if device == "cuda" else ""
     local = whole_number(plain, "local-world-size", min(8, world))
     topology = Topology(world, local, device, fill(config.dist.planner, card))
-    schema = read_schema(plain.get("data", config.data.path), plain.get("cardinalities", ""))
+    data = plain.get("data", config.data.path)
+    data = str(fetch_schema(data)) if is_url(data) and "cardinalities" not in plain else data
+    schema = read_schema(data, plain.get("cardinalities", ""))
     subjects: list[Subject] = []
     if "supernet" in plain:
         subjects.append(supernet_subject(schema, config))

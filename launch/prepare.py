@@ -6,12 +6,15 @@
     python launch/prepare.py --format criteo --input train.txt --out PREPARED --split time
     python launch/prepare.py --format criteo --input day_0.gz day_1.gz day_2.gz --out PREPARED
     python launch/prepare.py --format table --input my_source.yaml --out PREPARED
+    python launch/prepare.py --format ids --input my_ids.yaml --out PREPARED
+    python launch/prepare.py --format criteo --input s3://bucket/train.txt --out PREPARED
     python launch/prepare.py --verify PREPARED
     torchrun --standalone --nproc-per-node 2 -- launch/prepare.py --format criteo --input train.txt --out PREPARED
 
 Formats: criteo and avazu read Kaggle's train file (or several: their rows in the order given, those of a
 directory in the order of the names), movielens_1m, movielens_100k and kdd2012 the directory of the archive, table
-your own CSV, TSV or Parquet through a YAML source file (copy configs/sources/example.yaml), synthetic makes
+your own CSV, TSV or Parquet through a YAML source file (copy configs/sources/example.yaml), ids Parquet in which
+another engine has put ids (copy configs/sources/ids.yaml; docs/ids.md), synthetic makes
 a data set whose best embedding widths are known, populations one of two hidden populations whose clicks depend
 on different fields, with the best widths for each (truth.json) and the population of every row (populations/).
 PREPARED gets schema.json, manifest.json, vocabulary/ and the Parquet shards of train/, validation/ and test/
@@ -26,6 +29,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -37,6 +41,8 @@ if "RANK" in os.environ:  # polars counts when it is imported, and would give ev
     cores = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     os.environ.setdefault("POLARS_MAX_THREADS", str(max(1, cores)))
 
+from embsearch_dist.data.ids.taking import summary as ids_summary
+from embsearch_dist.data.ids.taking import take_over
 from embsearch_dist.data.prepare.pipeline import prepare, summary
 from embsearch_dist.data.prepare.progress import Progress
 from embsearch_dist.data.prepare.team import Team, from_environment
@@ -44,7 +50,8 @@ from embsearch_dist.data.store import manifest
 from embsearch_dist.errors import UserError
 from embsearch_dist.pipes import quietly
 from embsearch_dist.schema import Schema
-from launch.prepare_arguments import MADE, OPTIONS, check, parser
+from embsearch_dist.stores.inputs import fetch_inputs
+from launch.prepare_arguments import IDS, MADE, OPTIONS, check, parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"warning: {warning}", file=sys.stderr)
     if first and not args.quiet:
         seconds = time.monotonic() - start
-        print(summary(schema))
+        print(ids_summary(schema) if args.format == IDS else summary(schema))
         print(f"{args.out}: {sum(schema.rows.values()):,} rows in {seconds:.1f} s")
     return 0
 
@@ -78,7 +85,11 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace, team: Team) -> Schema:
     options = {name: getattr(args, name) for name in OPTIONS}
     if args.format not in MADE:
-        return prepare(args.format, args.input, args.out, team=team, **options)
+        fetch = partial(fetch_inputs, args.format, args.input, _silent if args.quiet else _say)
+        if args.format == IDS:
+            more = {name: options[name] for name in ("row_group_rows", "overwrite", "quiet")}
+            return take_over(fetch, args.out, team=team, **more)
+        return prepare(args.format, fetch, args.out, team=team, **options)
     with team.together():  # small: one process makes it while the others wait
         if team.rank == 0:
             make, rows = MADE[args.format]
@@ -93,6 +104,14 @@ def verify(args: argparse.Namespace) -> int:
     if not args.quiet:
         print(f"{args.verify}: {files} files, {size:,} bytes, all as in {manifest.MANIFEST}")
     return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _silent(text: str) -> None:
+    pass
 
 
 def _interrupt(*_: object) -> NoReturn:

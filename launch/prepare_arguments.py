@@ -11,27 +11,34 @@ from embsearch_dist.data.planted import populations, synthetic
 from embsearch_dist.data.prepare.pipeline import HOW_TO_SPLIT, ROW_GROUP_ROWS, ROWS_PER_SHARD
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Schema
+from embsearch_dist.stores.urls import is_url
 
 # Formats that need no input: how each is made, and the rows it has by default.
 MADE: dict[str, tuple[Callable[..., Schema], int]] = {
     "synthetic": (synthetic.make_synthetic, synthetic.ROWS),
     "populations": (populations.make_populations, populations.ROWS),
 }
+IDS = "ids"
 MADE_NAMES = " and ".join(MADE)
 OPTIONS = ("split", "seed", "min_count", "rows_per_shard", "row_group_rows", "overwrite", "quiet", "genres", "numbers")
 
 
+def path_or_url(word: str) -> Path | str:
+    """A path; a URL stays text, whose slashes a path would lose."""
+    return word if is_url(word) else Path(word)
+
+
 def parser(document: str | None) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--format", choices=[*FORMATS, *MADE])
+    p.add_argument("--format", choices=[*FORMATS, IDS, *MADE])
     p.add_argument(
         "--input",
-        type=Path,
+        type=path_or_url,
         nargs="+",
-        help="raw file or directory, for criteo and avazu also several, in the order of their rows; "
-        "for table the YAML source file",
+        help="raw file or directory, or URL (s3://...) of one, for criteo and avazu also several, in the order of "
+        "their rows; for table and ids the YAML source file",
     )
-    p.add_argument("--out", type=Path, help="directory to make")
+    p.add_argument("--out", type=path_or_url, help="directory to make")
     p.add_argument(
         "--verify", type=Path, metavar="PREPARED", help="instead: compare all files with PREPARED/manifest.json"
     )
@@ -86,14 +93,22 @@ def check(args: argparse.Namespace) -> None:
     for name in ("format", "out"):
         if getattr(args, name) is None:
             raise UserError(f"--{name} is missing. See --help")
-    if args.format in MADE:
+    if is_url(args.out):
+        raise UserError(
+            f"--out {args.out}: data are prepared on a disk. Give a folder, and upload it (docs/object_stores.md)"
+        )
+    if args.format == IDS and (args.split, args.seed, args.min_count) != ("random", 0, None):
+        raise UserError("--format ids takes splits and ids as they are. Leave out --split, --seed and --min-count")
+    if args.format in (*MADE, IDS):
         if args.genres != "one":
             raise UserError("--genres is for MovieLens. Leave it out")
         if args.numbers != "bucketed":
             raise UserError("--numbers is for criteo. Leave it out")
-        if args.input is not None:
+        if args.format in MADE and args.input is not None:
             raise UserError(f"--format {args.format} makes its own data. Leave out --input")
-    elif args.rows is not None:
+    if args.format in MADE:
+        return
+    if args.rows is not None:
         raise UserError(f"--rows is for --format {MADE_NAMES}; {args.format} takes all rows. Leave it out")
-    elif args.input is None:
+    if args.input is None:
         raise UserError(f"--format {args.format} needs --input. See --help for what it should be")

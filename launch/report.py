@@ -36,9 +36,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     from embsearch_dist.report import write_report  # matplotlib: not needed for --help
+    from embsearch_dist.stores.mirror import push_once
 
     try:
         print(write_report(args.run_dirs, args.out))
+        if args.out is None:
+            push_once(args.run_dirs[0], print)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

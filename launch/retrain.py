@@ -47,14 +47,17 @@ from embsearch_dist.methods.retraining import Retraining, Wish, read_wish, taken
 from embsearch_dist.ranks.context import start
 from embsearch_dist.run import Run, check_classes, open_data
 from embsearch_dist.rundir import check_text
+from embsearch_dist.stores.states import restore
 from embsearch_dist.train.metrics import shown
-from launch.common import DEFAULT_CONFIG, known_options, read_config, run_main
+from launch.common import DEFAULT_CONFIG, known_options, override, read_config, run_main
 
 
 def main(argv: Sequence[str]) -> None:
     plain, overrides = split_arguments(argv)
     known_options(plain, ["run", "config", "allocation", "name", "or-uniform", "best", "refit"])
     wish = Wish.of(plain, overrides)
+    if "run" in plain and (mirror := override(overrides, "run.mirror")):
+        restore(Path(plain["run"]), mirror)
     if "run" in plain and not (Path(plain["run"]) / "config.yaml").exists():
         raise UserError(f"--run {plain['run']}: no config.yaml there, so it is not a run directory of search.py")
     file = Path(plain["run"]) / "config.yaml" if "run" in plain else plain.get("config", DEFAULT_CONFIG)

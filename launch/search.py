@@ -35,8 +35,10 @@ from embsearch_dist.methods.stages import check_stages, run_stages
 from embsearch_dist.ranks.context import start
 from embsearch_dist.ranks.shared import open_shared
 from embsearch_dist.run import Run, check_classes, open_data
+from embsearch_dist.stores.mirroring import mirroring
+from embsearch_dist.stores.states import restore
 from embsearch_dist.train.directories import open_run_directory
-from launch.common import DEFAULT_CONFIG, known_options, read_config, read_run_config, run_main
+from launch.common import DEFAULT_CONFIG, known_options, override, read_config, read_run_config, run_main
 
 
 def main(argv: Sequence[str]) -> None:
@@ -47,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     if "print-config" in plain:
         print(config.to_yaml(), end="")
         return
-    with start(config.run, config.dist) as context:
+    with start(config.run, config.dist) as context, mirroring(config, context):
         schema = open_data(config, context)
         directory, method, run = Path(config.run.dir), METHODS[config.method](), Run(config, schema, context)
         check_stages(method, run)
@@ -61,8 +63,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def resolve(file: str | None, overrides: Sequence[str]) -> Config:
-    """The config of this run. A run directory that exists brings its own when no file is named."""
-    named = next((o.split("=", 1)[1] for o in overrides if o.startswith("run.dir=")), None)
+    """The config of this run. A run directory that exists brings its own when no file is named; one that does not is
+    fetched from the mirror that is named."""
+    named, mirror = override(overrides, "run.dir"), override(overrides, "run.mirror")
+    if file is None and named is not None and mirror:
+        restore(Path(named), mirror)
     if file is None and named is not None and (Path(named) / "config.yaml").exists():
         return read_run_config(Path(named), overrides)
     return read_config(file or DEFAULT_CONFIG, overrides)

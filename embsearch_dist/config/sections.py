@@ -13,6 +13,14 @@ from embsearch_dist.config.literal import HELD, held
 from embsearch_dist.config.options import check_section, one_of, option, require
 from embsearch_dist.rundir import plain_word, write_text
 
+_fetched: dict[str, str] = {}  # folder of this machine -> the URL whose data were fetched into it
+
+
+def fetched_from(url: str, folder: Path) -> str:
+    """The folder as ``data.path`` of a config that is to be saved with the URL its data were fetched from."""
+    _fetched[str(folder)] = url
+    return str(folder)
+
 
 @dataclass
 class RunConfig:
@@ -24,14 +32,20 @@ class RunConfig:
     threads: int = option(0, "CPU threads of each process; 0 = cores / processes on this machine", low=0)
     tf32: bool = option(False, "GPU: float32 products in TF32 (10 bits of mantissa, faster); no effect on CPU")
     overwrite: bool = option(False, "delete what the run directory holds and start anew")
+    mirror: str = option("", "URL (s3://BUCKET/PREFIX) that keeps a copy of the run, resumable on another machine")
     interpolate: bool = option(False, "command line only: put in ${key} and ${oc.env:NAME} of the config file")
+
+    def check(self) -> None:
+        told = "a run directory lies on a disk; give a folder, and the URL to run.mirror"
+        require("://" not in self.dir, "run.dir", f"{self.dir}: {told}")
+        require(not self.mirror or "://" in self.mirror, "run.mirror", f"must be a URL, got {self.mirror!r}")
 
 
 @dataclass
 class DataConfig:
     """A prepared data set (see launch/prepare.py)."""
 
-    path: str = option("runs/data/synthetic", "directory that launch/prepare.py wrote")
+    path: str = option("runs/data/synthetic", "directory that launch/prepare.py wrote, or URL (s3://...) of its copy")
     make: str = option(
         "", "'synthetic' = make planted click logs at data.path when nothing is there yet", choices=("", "synthetic")
     )
@@ -40,6 +54,9 @@ class DataConfig:
     skip_unreadable: int = option(
         0, "leave out up to so many row groups that cannot be read; 0 = stop at the first", low=0
     )
+
+    def check(self) -> None:
+        require(not (self.make and "://" in self.path), "data.make", "makes data in a folder: data.path must be one")
 
 
 @dataclass
@@ -245,7 +262,10 @@ class Config:
             plain_word(name, "config key search.name")
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """All keys; ``data.path`` as it was given, also where the data were fetched meanwhile."""
+        body = dataclasses.asdict(self)
+        body["data"]["path"] = _fetched.get(body["data"]["path"], body["data"]["path"])
+        return body
 
     def to_yaml(self) -> str:
         return OmegaConf.to_yaml(OmegaConf.create(held(self.to_dict()))).replace(HELD, "${")

@@ -23,6 +23,8 @@ from embsearch_dist.ranks.shared import open_shared
 from embsearch_dist.run import Run
 from embsearch_dist.rundir import plain_word
 from embsearch_dist.schema import Schema
+from embsearch_dist.stores.mirror import below
+from embsearch_dist.stores.mirroring import mirroring
 from embsearch_dist.train.directories import open_retraining
 from embsearch_dist.train.retrain import SubnetTask, evaluate_model, load_best, retrain
 from embsearch_dist.train.served import evaluate_served, rounded_tables
@@ -99,7 +101,8 @@ class Retraining:
     def run_in(self, name: str = "") -> Run:
         """The run of one training, with a config of its own: its directory is ``RUN/retrain/NAME`` and the suffix."""
         config = copy.deepcopy(self.run.config)
-        config.run.dir = str(self.run_dir / "retrain" / ((name or self.name) + self.suffix))
+        directory = self.run_dir / "retrain" / ((name or self.name) + self.suffix)
+        config.run.dir, config.run.mirror = str(directory), below(config.run.mirror, self.run_dir, directory)
         return Run(config, self.run.schema, self.run.context)
 
 
@@ -172,7 +175,8 @@ def retrain_models(job: Retraining) -> Results:
     trained: list[Trained] = []
     for name, allocation in models.items():
         run = job.run_in(name)
-        task, results[run.dir.name] = retrain_one(run, allocation, run.dir, run.dir.name)
+        with mirroring(run.config, run.context):
+            task, results[run.dir.name] = retrain_one(run, allocation, run.dir, run.dir.name)
         if wish.or_uniform:
             one, labels = _as_chosen_from(task, allocation, run)
             trained.append(one)
@@ -199,7 +203,10 @@ def _choose(job: Retraining, trained: list[Trained], labels: Any) -> None:
         final = {"name": trained[0].name, "fallback": False, "reason": "no other uniform width fits its budget"}
     final["model"] = f"retrain/{final['name']}"
     file = job.run_dir / f"final{job.suffix}.json"
-    job.run.context.first("writing final.json", lambda: write_sealed(file, final))
+    whole = copy.deepcopy(job.run.config)
+    whole.run.dir, whole.run.overwrite = str(job.run_dir), False
+    with mirroring(whole, job.run.context):
+        job.run.context.first("writing final.json", lambda: write_sealed(file, final))
     if job.run.context.rank == 0:
         print(f"final model: {final['reason']}")
 

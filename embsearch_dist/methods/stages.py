@@ -18,6 +18,7 @@ from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_sealed, write_sealed
 from embsearch_dist.run import Run
 from embsearch_dist.schema import differs
+from embsearch_dist.stores import mirror
 from embsearch_dist.train.lines import compare_lines, lines_of
 
 
@@ -131,6 +132,7 @@ def _finish(run: Run, stage: Stage, mark: Path, inputs: dict[str, Any], begun: i
     files = sorted(n for n in own if not n.startswith("stages/"))
     body = {"state": "done", "inputs": inputs, "files": files, "lines": lines_of(run.dir, stage.name)}
     write_sealed(mark, body)
+    mirror.changed(run.dir)
 
 
 def _lost(run: Run, stage: Stage, mark: dict[str, Any]) -> bool:

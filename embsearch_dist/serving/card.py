@@ -97,9 +97,9 @@ def _measured(body: Mapping[str, Any]) -> str:
 
 def _inputs(body: Mapping[str, Any], schema: Schema, source: Mapping[str, Any]) -> str:
     columns = {c["name"]: c for c in source["columns"]}
-    used = set(body["fields"])
+    used, given = set(body["fields"]), bool(source.get("given_ids"))
     lines = [
-        f"## Raw rows (format {source['format']})",
+        "## Rows with ids" if given else f"## Raw rows (format {source['format']})",
         "",
         "| column | as | kind | values |",
         "| --- | --- | --- | --- |",
@@ -108,14 +108,22 @@ def _inputs(body: Mapping[str, Any], schema: Schema, source: Mapping[str, Any]) 
         if f.name in used:
             c = columns[f.name]
             names = f"{cell(c.get('column', f.name))} | {cell(f.name)}"
-            lines.append(f"| {names} | {c['kind']} | {f.cardinality - 1:,} known |")
+            kind = ("list of ids" if f.is_list else "id") if given else c["kind"]
+            known = f"0 to {f.cardinality - 1:,}" if given else f"{f.cardinality - 1:,} known"
+            lines.append(f"| {names} | {kind} | {known} |")
     for name in schema.dense:
         c, scale = columns[name], source["dense"][name]
         said = f"mean {scale['mean']:.6g}, deviation {scale['std']:.6g}"
         names = f"{cell(c.get('column', name))} | {cell(name)}"
         lines.append(f"| {names} | dense{', log' if c.get('log') else ''} | {said} |")
     left = [cell(n) for n in schema.names if n not in used]
-    lines += ["", "Values that the training rows did not have often enough, and missing ones, are id 0."]
+    unknown = "Values that the training rows did not have often enough, and missing ones, are id 0."
+    if given:
+        unknown = (
+            "The ids are those of the engine that made the training rows, and only it knows the values behind them: "
+            "rows need ids from there, and numbers scaled as they were there. A missing id is 0."
+        )
+    lines += ["", unknown]
     return "\n".join(lines + ([f"Not looked at: {', '.join(left)}."] if left else []))
 
 

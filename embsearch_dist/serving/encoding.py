@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -71,6 +71,28 @@ class Index:
         return np.where(same, ids, np.int32(0))
 
 
+class GivenIds:
+    """In the place of an :class:`Index` where rows bring ids that another engine has made, written as whole numbers."""
+
+    def __init__(self, field: str, cardinality: int) -> None:
+        self.field, self.cardinality = field, cardinality
+
+    def __call__(self, values: pl.Series) -> np.ndarray:
+        """``[N]`` int32 ids of ``[N]`` texts; null is 0.
+
+        Raises:
+            UserError: a text is no id of the field.
+        """
+        ids = values.cast(pl.Int64, strict=False)
+        bad = values.is_not_null() & ((ids < 0) | (ids >= self.cardinality)).fill_null(True)
+        if bad.any():
+            raise UserError(
+                f"field {self.field!r}: {str(values.filter(bad)[0])[:40]!r} is not in 0 to {self.cardinality - 1:,}: "
+                "this model was trained on ids that another engine has made. Give rows with its ids, not with values"
+            )
+        return ids.fill_null(0).to_numpy().astype(np.int32)
+
+
 @dataclass
 class Encoded:
     """Rows as the model takes them, and how many cells of each field had a value without an id."""
@@ -94,7 +116,12 @@ class RowEncoder:
         columns = {c.name: c for c in directory.source.columns}
         self.fields = [columns[n] for n in directory.fields]
         self.dense, self.scale = list(directory.schema.dense), dict(directory.scale)
-        self.index = {n: Index(directory.vocabulary(n)) for n in directory.fields}
+        self.index: dict[str, Callable[[pl.Series], np.ndarray]]
+        if directory.source.given_ids:
+            counts = {f.name: f.cardinality for f in directory.schema.fields}
+            self.index = {n: GivenIds(n, counts[n]) for n in directory.fields}
+        else:
+            self.index = {n: Index(directory.vocabulary(n)) for n in directory.fields}
 
     def __call__(self, frame: pl.DataFrame) -> Encoded:
         """Raises:

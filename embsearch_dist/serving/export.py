@@ -90,7 +90,8 @@ def export(
         schema.save(partial)
         write_json(partial / SOURCE, source)
         fields = found.fields(schema)
-        _copy_vocabulary(prepared, partial, fields)
+        if not source.get("given_ids"):
+            _copy_vocabulary(prepared, partial, fields)
         for name, file in found.files.items():
             shutil.copyfile(file, partial / name)
         save_arrays(partial / TABLES, _quantised(found, wish.precision))
@@ -103,6 +104,7 @@ def export(
             "precision": wish.precision,
             "fields": fields,
             "batch_rows": stream.global_batch,
+            **({"given_ids": True} if source.get("given_ids") else {}),
             **found.body,
         }
         model = fill(build(body, schema, partial), body, load_arrays(partial / TABLES), load_arrays(partial / DENSE))
@@ -302,5 +304,7 @@ def summary(body: Mapping[str, Any], out: Path) -> str:
     for name in programs.RUNNERS:
         if name in measured:
             lines.append(f"{name}: largest difference of logits {measured[name]['max_difference']:.2g}")
+    if body.get("given_ids"):
+        lines.append("rows to predict need the ids of the engine that made those of the training, not values")
     lines.append(f"{out}: {json.dumps(body['sizes'])}")
     return "\n".join(lines)

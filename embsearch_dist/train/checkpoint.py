@@ -26,6 +26,7 @@ from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_json, read_sealed, write_json, write_sealed
 from embsearch_dist.models.model import CTRModel
 from embsearch_dist.ranks.context import Context
+from embsearch_dist.stores import mirror
 from embsearch_dist.train import manifest
 from embsearch_dist.train.faults import Faults
 from embsearch_dist.train.manifest import verify
@@ -188,6 +189,7 @@ class Checkpointer:
         self._fault("prune")
         if best:
             write_sealed(self.root / "best.json", {"step": self._step})
+        mirror.changed(self.root)
 
     def _fault(self, point: str) -> None:
         if self.faults is not None:

@@ -37,6 +37,7 @@ def read_own_config(directory: Path, like: Config) -> Config | None:
 def lasting(config: Config, same_data: bool = False) -> dict[str, Any]:
     """All that one training must keep from start to start; ``same_data``: known to be, wherever they lie now."""
     found = config.to_dict()
+    del found["run"]["dir"], found["run"]["mirror"]  # where it lies, which may be another machine by now
     if same_data:
         del found["data"]["path"]
     found["train"] = {k: v for k, v in found["train"].items() if k not in SAFETY_KEYS}

@@ -20,6 +20,7 @@ from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.data.load.feeding import with_next
 from embsearch_dist.errors import UserError
 from embsearch_dist.ranks.context import Context
+from embsearch_dist.stores.mirroring import settle
 from embsearch_dist.train import faults, signals
 from embsearch_dist.train.bilevel import BilevelTask, frozen
 from embsearch_dist.train.checkpoint import Checkpointer, SaveError
@@ -185,6 +186,7 @@ class Trainer:
             self._save()
 
     def _leave(self) -> None:
+        settle(self.context)
         name, step = self._asked.name or "a signal to another rank", self.progress.step
         raise signals.StoppedBySignal(
             f"stopped by {name} after step {step}; {self.checkpointer.root}/step-{step} is whole, "

@@ -22,6 +22,7 @@ LAYERS = [  # from the ground up; what stands in one line does not know each oth
     {"kernels"},
     {"data", "width_table"},
     {"ranks"},
+    {"stores"},
     {"run", "sharding"},
     {"networks"},
     {"models"},

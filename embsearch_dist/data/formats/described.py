@@ -31,6 +31,7 @@ class Description:
         spelling: how cells of a table are written.
         text: ``delimiter``, ``encoding`` and ``quoted`` of text files.
         options: of the format: ``genres`` and ``numbers``.
+        given_ids: cells hold ids that were made elsewhere, not values of a vocabulary.
     """
 
     format: str
@@ -39,6 +40,7 @@ class Description:
     spelling: Spelling
     text: dict[str, Any]
     options: dict[str, str]
+    given_ids: bool = False
 
     @classmethod
     def of(cls, body: Mapping[str, Any], where: str) -> Description:
@@ -65,7 +67,8 @@ class Description:
             options = {key: str(body[key]) for key in ("genres", "numbers") if key in body}
             if body["format"] not in FORMATS:
                 raise ValueError(f"format {body['format']!r}")
-            return cls(str(body["format"]), columns, raw, spelling, text, options)
+            given = bool(body.get("given_ids", False))
+            return cls(str(body["format"]), columns, raw, spelling, text, options, given)
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise UserError(f"{where}: does not describe how rows are read ({e!r}). Export the model again") from e
 

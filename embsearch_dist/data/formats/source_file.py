@@ -119,6 +119,15 @@ class _Literal(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def source_words(path: Path) -> dict:
+    """The keys of a YAML source file as they stand there, every plain word as text; unchecked.
+
+    Raises:
+        UserError: it cannot be read, or is no mapping.
+    """
+    return _load(path)
+
+
 def read_source_file(path: Path) -> TableSource:
     """Read and check a YAML source file (not the data it names).
 

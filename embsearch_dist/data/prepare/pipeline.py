@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +83,7 @@ class Options:
 
 def prepare(
     format: str,
-    input: Path | str | Sequence[Path | str],
+    input: Path | str | Sequence[Path | str] | Callable[[], Sequence[Path | str]],
     out: Path | str,
     *,
     team: Team | None = None,
@@ -91,6 +91,7 @@ def prepare(
 ) -> Schema:
     """Prepare raw data of a named format into directory ``out`` (layout: :mod:`embsearch_dist.schema`).
 
+    ``input`` may be a function that gives the paths, for work that comes before them and takes long.
     ``options`` are the attributes of :class:`Options`. The same input and options give the same bytes,
     whatever the number of threads and of processes (every one of a ``team`` calls this). Interrupted or
     killed work is continued by the next call with the same arguments.
@@ -102,7 +103,8 @@ def prepare(
     team = team or Team()
     with team.together():
         checked = Options(**options)  # type: ignore[arg-type]
-        source = open_source(format, input, checked.genres, checked.numbers)
+        paths = input() if callable(input) else input
+        source = open_source(format, paths, checked.genres, checked.numbers)
         inside = [f for f in source.files if f.resolve().is_relative_to(Path(out).resolve())]
         if inside:
             raise UserError(f"{inside[0]} lies in {out}, which would be replaced. Give another --out")

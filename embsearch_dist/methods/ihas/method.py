@@ -18,6 +18,7 @@ from embsearch_dist.methods.retraining import Results, Retraining
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.trial import TRAINING
 from embsearch_dist.run import Run
+from embsearch_dist.stores.mirroring import mirroring
 
 
 class IHAS(Method):
@@ -43,7 +44,8 @@ class IHAS(Method):
             return super().retrain(job)
         run = job.run_in()
         search = open_search(job.run_dir, run.config, run.schema, run.context)
-        by_router = retrain_groups(search, run.config, job.found, run.dir)
+        with mirroring(run.config, run.context):
+            by_router = retrain_groups(search, run.config, job.found, run.dir)
         return {f"{run.dir.name} (router: {kind})": result for kind, result in by_router.items()}
 
     def check_evaluation(self, directory: Path, router: str, precision: str) -> None:

@@ -24,6 +24,8 @@ from embsearch_dist.files import read_sealed, write_sealed
 from embsearch_dist.networks.architecture import read_architecture
 from embsearch_dist.ranks.shared import open_shared
 from embsearch_dist.run import Run
+from embsearch_dist.stores.mirror import below
+from embsearch_dist.stores.mirroring import mirroring
 from embsearch_dist.train.directories import open_retraining
 from embsearch_dist.train.retrain import evaluate_model, load_best, retrain
 
@@ -75,7 +77,9 @@ def train_best(
         own = directory.with_name(_name(directory.name, rank))
         if context.rank == 0:
             print(f"candidate {rank} of {len(files)} -> {own}", flush=True)
-        found.append(_candidate(_run_of(run, file, own), allocation, rank))
+        one = _run_of(run, file, own)
+        with mirroring(one.config, context):
+            found.append(_candidate(one, allocation, rank))
         gc.collect()  # what DDP and TorchRec build refers to itself, and would stay beside the next one
     best = found[chosen([c["logloss"] for c in found])]
     winner = directory.with_name(best["name"])
@@ -92,17 +96,18 @@ def train_best(
     }
     if context.rank == 0:
         print(choice["why"], flush=True)
-    if refit:
-        task = _refit(final, allocation)
-    else:
-        make = partial(open_retraining, final.config, run.schema, allocation, directory)
-        open_shared(context, directory, "opening the winner's directory", make)
-        context.first("copying the winner", lambda: _copy(winner, directory))
-        task = load_best(final.config, allocation, context, directory)
-    context.first("writing the choice", lambda: write_sealed(directory / CHOICE, choice))
-    test = final.stream("test", final.config.train.eval_batch_size, shuffle=False)
-    result = evaluate_model(task, test, "test", context, final.config, directory.name, allocation)
-    context.first("writing evaluation.json", lambda: write_sealed(directory / "evaluation.json", result))
+    with mirroring(final.config, context):
+        if refit:
+            task = _refit(final, allocation)
+        else:
+            make = partial(open_retraining, final.config, run.schema, allocation, directory)
+            open_shared(context, directory, "opening the winner's directory", make)
+            context.first("copying the winner", lambda: _copy(winner, directory))
+            task = load_best(final.config, allocation, context, directory)
+        context.first("writing the choice", lambda: write_sealed(directory / CHOICE, choice))
+        test = final.stream("test", final.config.train.eval_batch_size, shuffle=False)
+        result = evaluate_model(task, test, "test", context, final.config, directory.name, allocation)
+        context.first("writing evaluation.json", lambda: write_sealed(directory / "evaluation.json", result))
     return result
 
 
@@ -129,6 +134,7 @@ def _name(name: str, rank: int) -> str:
 def _run_of(run: Run, file: Path, directory: Path) -> Run:
     config = copy.deepcopy(run.config)
     config.model.architecture, config.run.dir = str(file), str(directory)
+    config.run.mirror = below(config.run.mirror, directory.parents[1], directory)
     return Run(config, run.schema, run.context)
 
 

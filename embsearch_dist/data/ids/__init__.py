@@ -1,0 +1,1 @@
+"""Parquet files with ids that another engine has made: checked, and taken over as they are."""
