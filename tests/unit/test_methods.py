@@ -143,3 +143,11 @@ def test_curves_are_in_tensorboard(case: Case, searched: Run) -> None:
         events = loading.EventAccumulator(str(folders[0]))
         events.Reload()
         assert any(tag.endswith("/loss") for tag in events.Tags()["scalars"])
+
+
+def test_the_page_on_adding_a_method_shows_the_method_that_is_here() -> None:
+    root = Path(__file__).resolve().parents[2]
+    page = (root / "docs" / "adding_a_method.md").read_text()
+    code = (root / "embsearch_dist" / "methods" / "random" / "method.py").read_text()
+    assert f"```python\n{code}```" in page
+    assert len(code.splitlines()) < 120
