@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from embsearch_dist.train import monitor as module
-from embsearch_dist.train.monitor import Monitor, _draw
+from embsearch_dist.train import progress as progress_module
+from embsearch_dist.train.matrix_picture import draw_matrix
+from embsearch_dist.train.monitor import Monitor
 
 
 def read(path: Path) -> list[dict]:
@@ -39,6 +41,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(progress_module, "time", clock)
     return clock
 
 
@@ -222,7 +225,7 @@ def test_pictures_are_some_seconds_apart_and_the_last_one_is_drawn(tmp_path: Pat
 def test_a_heat_map_of_many_fields_names_some_of_them(count: int, shown: int) -> None:
     names = [f"f{i}" for i in range(count)]
     for rows, columns in ((names, ["2", "8"]), (["keep"], names)):
-        axes = _draw(np.zeros((len(rows), len(columns))), rows, columns, "P").axes[0]
+        axes = draw_matrix(np.zeros((len(rows), len(columns))), rows, columns, "P").axes[0]
         axis = axes.yaxis if rows is names else axes.xaxis
         found = {
             int(place): label.get_text()
