@@ -23,6 +23,7 @@ from embsearch_dist.config import SAFETY_KEYS, Config, describe, load_config, ne
 from embsearch_dist.data.manifest import MANIFEST, compare_ends, identity
 from embsearch_dist.dist.context import Context, group_was_opened
 from embsearch_dist.dist.environment import end_restarts
+from embsearch_dist.dist.torchrun import note_error
 from embsearch_dist.errors import UserError
 from embsearch_dist.grouped import GROUPS, GroupedAllocation
 from embsearch_dist.methods import METHODS
@@ -113,11 +114,13 @@ def _run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
         # One voice is enough when all ranks fail alike.
         if os.environ.get("RANK", "0") == "0" or (group_was_opened() and not e.everywhere):
             print(f"error: {e}", file=sys.stderr, flush=True)
+        note_error()
         if e.repeats and (e.everywhere or not group_was_opened()):
             _end_restarts()
         sys.exit(2)
     except (OSError, MemoryError, torch.OutOfMemoryError) as e:
         print(f"error: {_refused(e)}", file=sys.stderr, flush=True)
+        note_error()
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; start the same command again to continue", file=sys.stderr, flush=True)

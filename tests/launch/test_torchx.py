@@ -60,7 +60,7 @@ def plain_machine(monkeypatch: pytest.MonkeyPatch, repo_root: Path) -> None:
     """The repository as current folder, and none of the variables that we would set."""
     for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GLIBC_TUNABLES", "LOGLEVEL"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+    for name in ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", *dist.SUBMITTING):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "executable", "/venv/bin/python")
     monkeypatch.chdir(repo_root)
@@ -76,7 +76,7 @@ def test_single_node_appdef() -> None:
     assert role.args == [
         "-c",
         f'eval "$$({PYTHON} -m embsearch_dist.dist.environment --ranks 4 --nodes 1)"; '
-        f"exec {PYTHON} -m torch.distributed.run "
+        f"exec {PYTHON} -m embsearch_dist.dist.torchrun "
         "--standalone --local-addr localhost --nnodes 1 --nproc-per-node 4 --max-restarts 2 --tee 3 --role '' "
         "-- launch/search.py --config 'a b.yaml' --run.dir runs/x",
     ]
@@ -121,6 +121,14 @@ def test_schedulers_are_asked_for_what_the_options_say_and_no_more() -> None:
     assert not {"cpus-per-task", "mem", "gpus-per-task"} & asked("-j", "1x8").keys()
     told = asked("-j", "1x8", "--cpu", "16", "--gpu", "8", "--memMB", "32000")
     assert (told["cpus-per-task"], told["mem"], told["gpus-per-task"]) == ("16", "32000", "8")
+
+
+@pytest.mark.usefixtures("plain_machine")
+def test_slurm_tells_a_time_limit_before_it_comes_and_keeps_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SBATCH_SIGNAL", raising=False)
+    monkeypatch.setenv("SLURM_OPEN_MODE", "truncate")  # the user's own
+    appdef("-j", "1x2", "search.py")
+    assert (os.environ["SBATCH_SIGNAL"], os.environ["SLURM_OPEN_MODE"]) == ("TERM@120", "truncate")
 
 
 @pytest.mark.usefixtures("plain_machine")

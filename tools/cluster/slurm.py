@@ -207,7 +207,7 @@ def _until(name: str, ready: Callable[[], bool]) -> None:
     """
     deadline = time.monotonic() + READY_S
     while not ready():
-        alive = _is_ours(int((FOLDER / f"{name}.started").read_text()))
+        alive = _is_alive(int((FOLDER / f"{name}.started").read_text()))
         if not alive or time.monotonic() > deadline:
             logs = [p for p in (FOLDER / f"{name}.log", FOLDER / f"{name}.out", FOLDER / "munge" / "log") if p.exists()]
             told = "\n".join(f"{path}:\n{path.read_text(errors='replace')[-2000:]}" for path in logs)
