@@ -251,7 +251,8 @@ class DistConfig:
     tables: dict[str, str] = option(
         {}, "sharding of single fields, e.g. {user_id: row_wise}; the planner also knows table_row_wise, grid_shard"
     )
-    timeout_s: int = option(300, "seconds after which a collective that waits for a rank gives up")
+    timeout_s: int = option(120, "seconds without a sign of life after which a rank counts as lost, and the others end")
+    wait_s: int = option(1800, "seconds that a collective waits for a rank that is alive but busy")
     planner: PlannerConfig = field(default_factory=PlannerConfig)
 
     def check(self) -> None:
@@ -264,6 +265,7 @@ class DistConfig:
             else:
                 one_of(f"dist.tables.{name}", kind, kinds)
         require(self.timeout_s >= 10, "dist.timeout_s", f"must be at least 10, got {self.timeout_s}")
+        require(self.wait_s >= 10, "dist.wait_s", f"must be at least 10, got {self.wait_s}")
         self.planner.check()
 
 

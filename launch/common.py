@@ -21,6 +21,7 @@ from embsearch_dist.architecture.space import Space
 from embsearch_dist.architecture.space import load as load_architecture
 from embsearch_dist.config import SAFETY_KEYS, Config, describe, load_config, nearest, split_arguments
 from embsearch_dist.data.manifest import MANIFEST, compare_ends, identity
+from embsearch_dist.dist import peers
 from embsearch_dist.dist.context import Context, group_was_opened
 from embsearch_dist.dist.environment import end_restarts
 from embsearch_dist.dist.torchrun import note_error
@@ -122,6 +123,12 @@ def _run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
         print(f"error: {_refused(e)}", file=sys.stderr, flush=True)
         note_error()
         sys.exit(2)
+    except RuntimeError as e:
+        with signals.noted():  # a launcher ends the ranks beside a lost one; what was lost is told first
+            ending = peers.explain(e)
+        if ending is None:
+            raise
+        peers.end(ending)
     except KeyboardInterrupt:
         print("interrupted; start the same command again to continue", file=sys.stderr, flush=True)
         sys.exit(130)
@@ -171,6 +178,7 @@ def lasting(config: Config, same_data: bool = False) -> dict[str, Any]:
     if same_data:
         del found["data"]["path"]
     found["train"] = {k: v for k, v in found["train"].items() if k not in SAFETY_KEYS}
+    found["dist"] = {k: v for k, v in found["dist"].items() if k not in ("timeout_s", "wait_s")}
     found["data"] = {k: v for k, v in found["data"].items() if k != "skip_unreadable"}
     if config.model.backbone != "nasrec":
         del found["model"]["layer_norm"]  # nothing reads it

@@ -19,8 +19,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 def arguments(data: Path, config: Path, run: Path, *overrides: str) -> list[str]:
     """Of retrain.py. Each key once: TorchX takes no option twice."""
     chosen = dict(word.split("=", 1) for word in [*OVERRIDES, *overrides])
-    words = ["--config", config, "--allocation", "ues-8"]
-    return list(map(str, [*words, *command_line(data, run, *(f"{k}={v}" for k, v in chosen.items()))]))
+    own = [f"{key}={value}" for key, value in chosen.items()]
+    given = dict(word.split("=", 1) for word in command_line(data, run, *own))
+    return ["--config", str(config), "--allocation", "ues-8", *(f"{key}={value}" for key, value in given.items())]
 
 
 def result(run: Path) -> dict[str, Any]:
