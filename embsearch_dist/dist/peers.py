@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -121,7 +122,7 @@ class Peers:
             before = self._beat
             silent = [r for r, beat in self._heard.items() if before - beat >= limit and not self._ended(r)]
             if self._stuck >= limit or silent:
-                end(self._lost(silent or self._beside_store()))
+                end(self._lost(silent or self._beside_store()), hopeless=True)
 
     def _ended(self, rank: int) -> bool:
         return self._words[rank][0] in (LEFT, FAILED)
@@ -157,7 +158,7 @@ def watch(rank: int, size: int, limit_s: float) -> None:
     import torch.distributed as dist
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    limit = timedelta(seconds=limit_s)
+    limit = timedelta(seconds=2 * limit_s)  # else its warning comes beside our line
     store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=limit)
     _peers = Peers(rank, size, store, limit_s)
     _peers.start()
@@ -187,40 +188,47 @@ def explain(error: BaseException) -> Ending | None:
     return ending
 
 
-def end(ending: Ending) -> None:
-    """Say it and end this process at once, and its launcher where that hangs."""
+def end(ending: Ending, hopeless: bool = False) -> None:
+    """Say it and end this process at once, and its launcher where that hangs.
+
+    Args:
+        hopeless: the lost host was silent for so long that ranks are not to be started again without it.
+    """
     print(ending.text, file=sys.stderr, flush=True)
     sys.stdout.flush()
     if ending.code == AGAIN:
-        _end_launcher_later()
+        _end_launcher(hopeless)
     os._exit(ending.code)
 
 
 _WAIT = """
 import os, sys, time
-pid, born, rank, again = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] == "1"
-def start_of(p):
+launcher, rank, again, seconds = sys.argv[1].split("/"), sys.argv[2].split("/"), sys.argv[3] == "1", float(sys.argv[4])
+def is_there(process):
     try:
-        return open(f"/proc/{p}/stat").read().rpartition(")")[2].split()[19]
+        return open(f"/proc/{process[0]}/stat").read().rpartition(")")[2].split()[19] == process[1]
     except OSError:
-        return ""
-end = time.monotonic() + float(sys.argv[5])
-while start_of(pid) == born and time.monotonic() < end:
+        return False
+end = time.monotonic() + seconds
+while is_there(launcher) and time.monotonic() < end:
     time.sleep(0.2)
-if start_of(pid) == born and (not again or start_of(rank)):
-    os.kill(pid, 9)
+if is_there(launcher) and (is_there(rank) or not again):
+    os.kill(int(launcher[0]), 9)
 """
 
 
-def _end_launcher_later() -> None:
+def _end_launcher(hopeless: bool) -> None:
     """Leave a process that ends torchrun if it hangs: if it has not ended after ``LAUNCHER_S``, or, where it may start
-    ranks again, has not even noticed that this one ended."""
+    ranks again, has not even noticed that this one ended. ``hopeless``: it is told to start none again."""
     parent = os.getppid()
     if os.environ.get("LOCAL_RANK") != "0" or not is_torchrun(parent):
         return
-    again = attempt() < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0)
-    born = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
-    words = [str(parent), born, str(os.getpid()), str(int(again)), str(LAUNCHER_S)]
+    again = not hopeless and attempt() < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0)
+    # A number alone may be another process's by then.
+    words = [
+        f"{pid}/{Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}" for pid in (parent, os.getpid())
+    ]
+    words += [str(int(again)), str(LAUNCHER_S)]
     # Of a session of its own: torchrun ends those of its ranks.
     subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", _WAIT, *words],
@@ -229,3 +237,5 @@ def _end_launcher_later() -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+    if hopeless:
+        os.kill(parent, signal.SIGTERM)

@@ -96,7 +96,7 @@ def test_a_rank_that_waits_ends_when_others_are_silent_for_too_long(
 ) -> None:
     told: list[Ending] = []
     ended = threading.Event()
-    monkeypatch.setattr(peers, "end", lambda ending: (told.append(ending), ended.set()))
+    monkeypatch.setattr(peers, "end", lambda ending, hopeless: (told.append(ending), ended.set()))
     others.words[1] = LEFT  # in order: it is done. Rank 2 is alive, though it calls no collective
     rank0(30 * BEAT_S)
     assert not ended.wait(50 * BEAT_S)
@@ -108,7 +108,7 @@ def test_a_rank_that_waits_ends_when_others_are_silent_for_too_long(
 def test_a_store_that_answers_no_more_was_on_the_host_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = threading.Event()
     told: list[Ending] = []
-    monkeypatch.setattr(peers, "end", lambda ending: (told.append(ending), ended.set()))
+    monkeypatch.setattr(peers, "end", lambda ending, hopeless: (told.append(ending), ended.set()))
 
     class Dying(dist.Store):
         def set(self, key: str, value: str) -> None:
