@@ -124,6 +124,23 @@ def test_schedulers_are_asked_for_what_the_options_say_and_no_more() -> None:
 
 
 @pytest.mark.usefixtures("plain_machine")
+@pytest.mark.parametrize("scheduler", ["slurm", "kubernetes"])
+def test_the_script_of_a_scheduler_ends_with_the_code_of_the_ranks(scheduler: str) -> None:
+    """What Slurm and Kubernetes get; neither is here."""
+    pytest.importorskip("kubernetes" if scheduler == "kubernetes" else "torchx.schedulers.slurm_scheduler")
+    from torchx.schedulers import get_scheduler_factories
+
+    app = appdef("-j", "2x1", "--max_retries", "3", "search.py", "--config", "a.yaml")
+    made = get_scheduler_factories()[scheduler](session_name="tests")
+    cfg = {"queue": "default"} if scheduler == "kubernetes" else {}
+    text = " ".join(str(made.submit_dryrun(app, made.run_opts().resolve(cfg))).split())  # YAML breaks lines
+    assert text.count("-m embsearch_dist.dist.torchrun") == 2  # a node each
+    assert "-m torch.distributed.run" not in text
+    assert "--nnodes 2 --nproc-per-node 1 --max-restarts 0" in text
+    assert ("TORCHX_MAX_RETRIES=3" if scheduler == "slurm" else "maxRetry: 3") in text
+
+
+@pytest.mark.usefixtures("plain_machine")
 def test_slurm_tells_a_time_limit_before_it_comes_and_keeps_logs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SBATCH_SIGNAL", raising=False)
     monkeypatch.setenv("SLURM_OPEN_MODE", "truncate")  # the user's own
