@@ -67,6 +67,7 @@ def test_a_cut_cable_ends_both_sides(hosts: ModuleType, data: Path, config: Path
         assert "gloo" not in told[host]
 
 
+@pytest.mark.slow
 def test_a_host_that_dies_is_named(hosts: ModuleType, data: Path, config: Path, tmp_path: Path) -> None:
     told = lose_one(hosts, data, config, tmp_path / "dead", lambda: hosts.kill("b"))
     (line,) = lines(told["a"])
