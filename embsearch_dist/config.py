@@ -252,7 +252,7 @@ class DistConfig:
         {}, "sharding of single fields, e.g. {user_id: row_wise}; the planner also knows table_row_wise, grid_shard"
     )
     timeout_s: int = option(120, "seconds without a sign of life after which a rank counts as lost, and the others end")
-    wait_s: int = option(1800, "seconds that a collective waits for a rank that is alive but busy")
+    wait_s: int = option(600, "seconds that a collective waits for a rank that is alive but busy")
     planner: PlannerConfig = field(default_factory=PlannerConfig)
 
     def check(self) -> None:
