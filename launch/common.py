@@ -17,8 +17,10 @@ from embsearch_dist.config.settings import describe
 from embsearch_dist.errors import UserError, nearest
 from embsearch_dist.methods import METHODS
 from embsearch_dist.pipes import quietly
+from embsearch_dist.ranks import peers
 from embsearch_dist.ranks.context import group_was_opened
 from embsearch_dist.ranks.environment import end_restarts
+from embsearch_dist.ranks.torchrun import note_error
 from embsearch_dist.rundir import check_text, release
 from embsearch_dist.train import signals
 
@@ -96,12 +98,20 @@ def _run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
         # One voice is enough when all ranks fail alike.
         if os.environ.get("RANK", "0") == "0" or (group_was_opened() and not e.everywhere):
             print(f"error: {e}", file=sys.stderr, flush=True)
+        note_error()
         if e.repeats and (e.everywhere or not group_was_opened()):
             _end_restarts()
         sys.exit(2)
     except (OSError, MemoryError, torch.OutOfMemoryError) as e:
         print(f"error: {_refused(e)}", file=sys.stderr, flush=True)
+        note_error()
         sys.exit(2)
+    except RuntimeError as e:
+        with signals.noted():  # a launcher ends the ranks beside a lost one; what was lost is told first
+            ending = peers.explain(e)
+        if ending is None:
+            raise
+        peers.end(ending)
     except KeyboardInterrupt:
         print("interrupted; start the same command again to continue", file=sys.stderr, flush=True)
         sys.exit(130)

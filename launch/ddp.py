@@ -21,6 +21,13 @@ from torchx.specs.finder import ComponentValidationException
 from embsearch_dist.ranks.environment import GPUS, LAUNCHER_ENVIRONMENT
 
 SCRIPTS = Path(__file__).resolve().parent
+SUBMITTING = {
+    # What sbatch and srun read from the environment, since TorchX has no options for it. A time limit is told to the
+    # ranks two minutes before: they save and end with 75. A job that starts again keeps what it has logged.
+    "SBATCH_SIGNAL": "TERM@120",
+    "SBATCH_OPEN_MODE": "append",
+    "SLURM_OPEN_MODE": "append",
+}
 
 
 def ddp(
@@ -61,7 +68,7 @@ def ddp(
         h: a named resource, instead of cpu, gpu and memMB
         env: environment variables of the ranks, e.g. A=1,B=2
         max_restarts: how often all ranks are started again after one fails; they resume from checkpoints
-        max_retries: how often the scheduler starts the job again (local_cwd never does)
+        max_retries: how often the scheduler starts the job again (local_cwd never does); Slurm: not after an error
         rdzv_port: port on the first node; a single node picks a free one
         image: container image, for schedulers that use one
         mounts: container mounts, e.g. type=bind,src=/host,dst=/job
@@ -99,6 +106,8 @@ def ddp(
         if variable not in os.environ:
             role_env.setdefault(variable, value)
 
+    for variable, value in SUBMITTING.items():
+        os.environ.setdefault(variable, value)
     if nodes == 1:
         # The local address spares a look-up of this host's name, which fails or stalls without DNS.
         where = "--standalone --local-addr localhost"
@@ -112,7 +121,8 @@ def ddp(
     # Threads follow from the cores of the node, which the machine that submits the job does not know.
     cores = f" --cores {cpu}" if cpu else ""
     tuned = f'eval "$$({_python()} -m embsearch_dist.ranks.environment --ranks {ranks} --nodes {nodes}{cores})"'
-    command = f"{tuned}; exec {_python()} -m torch.distributed.run {where} {options} {target}"
+    # torchrun itself would end everything with 1, also what must not be started again.
+    command = f"{tuned}; exec {_python()} -m embsearch_dist.ranks.torchrun {where} {options} {target}"
     role = specs.Role(
         name=Path(script).stem if script else m.rpartition(".")[2],
         image=image,

@@ -228,7 +228,10 @@ class DistConfig:
     tables: dict[str, str] = option(
         {}, "sharding of single fields, e.g. {user_id: row_wise}; the planner also knows table_row_wise, grid_shard"
     )
-    timeout_s: int = option(300, "seconds after which a collective that waits for a rank gives up", low=10)
+    timeout_s: int = option(
+        120, "seconds without a sign of life after which a rank counts as lost, and the others end", low=10
+    )
+    wait_s: int = option(600, "seconds that a collective waits for a rank that is alive but busy", low=10)
     planner: PlannerConfig = field(default_factory=PlannerConfig)
 
     def check(self) -> None:

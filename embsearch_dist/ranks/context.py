@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from embsearch_dist.config.sections import DistConfig, RunConfig
 from embsearch_dist.errors import UserError
+from embsearch_dist.ranks import peers
 from embsearch_dist.ranks.environment import GPUS, available_cores, check_restarts, store_of_attempt
 
 T = TypeVar("T")
@@ -146,7 +147,7 @@ def start(run: RunConfig, config: DistConfig) -> Iterator[Context]:
     problem = check_restarts()
     if problem:
         raise UserError(problem, everywhere=True)
-    timeout = datetime.timedelta(seconds=config.timeout_s)
+    timeout = datetime.timedelta(seconds=config.wait_s)
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     if world_size > 1 or "MASTER_ADDR" in os.environ:
         store = store_of_attempt(timeout)
@@ -159,8 +160,11 @@ def start(run: RunConfig, config: DistConfig) -> Iterator[Context]:
     global _opened
     _opened = True
     try:
+        peers.watch(rank, world_size, config.timeout_s)
         yield Context(rank, world_size, device)
-    except BaseException:
+        peers.leave()
+    except BaseException as e:
+        peers.leave(e)
         # A rank that leaves in error must not wait in the destructor for the others.
         sys.stdout.flush()
         raise

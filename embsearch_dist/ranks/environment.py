@@ -158,7 +158,7 @@ def end_restarts(patience_s: float = 5) -> None:
     stay until torchrun passes the signal on (at most ``patience_s``), or it would answer their end first.
     """
     parent = os.getppid()
-    if attempt() >= int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) or not _is_torchrun(parent):
+    if attempt() >= int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) or not is_torchrun(parent):
         return
     told: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
@@ -170,7 +170,7 @@ def end_restarts(patience_s: float = 5) -> None:
         time.sleep(0.02)
 
 
-def _is_torchrun(pid: int) -> bool:
+def is_torchrun(pid: int) -> bool:
     """Whether it is a process of torchrun's, and not of somebody who uses torch's launcher as a library."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()

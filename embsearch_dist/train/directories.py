@@ -41,6 +41,7 @@ def lasting(config: Config, same_data: bool = False) -> dict[str, Any]:
     if same_data:
         del found["data"]["path"]
     found["train"] = {k: v for k, v in found["train"].items() if k not in SAFETY_KEYS}
+    found["dist"] = {k: v for k, v in found["dist"].items() if k not in ("timeout_s", "wait_s")}
     found["data"] = {k: v for k, v in found["data"].items() if k != "skip_unreadable"}
     if config.model.backbone != "nasrec":
         del found["model"]["layer_norm"]  # nothing reads it

@@ -61,7 +61,7 @@ def plain_machine(monkeypatch: pytest.MonkeyPatch, repo_root: Path) -> None:
     """The repository as current folder, and none of the variables that we would set."""
     for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GLIBC_TUNABLES", "LOGLEVEL"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+    for name in ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", *dist.SUBMITTING):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "executable", "/venv/bin/python")
     monkeypatch.chdir(repo_root)
@@ -77,7 +77,7 @@ def test_single_node_appdef() -> None:
     assert role.args == [
         "-c",
         f'eval "$$({PYTHON} -m embsearch_dist.ranks.environment --ranks 4 --nodes 1)"; '
-        f"exec {PYTHON} -m torch.distributed.run "
+        f"exec {PYTHON} -m embsearch_dist.ranks.torchrun "
         "--standalone --local-addr localhost --nnodes 1 --nproc-per-node 4 --max-restarts 2 --tee 3 --role '' "
         "-- launch/search.py --config 'a b.yaml' --run.dir runs/x",
     ]
@@ -122,6 +122,31 @@ def test_schedulers_are_asked_for_what_the_options_say_and_no_more() -> None:
     assert not {"cpus-per-task", "mem", "gpus-per-task"} & asked("-j", "1x8").keys()
     told = asked("-j", "1x8", "--cpu", "16", "--gpu", "8", "--memMB", "32000")
     assert (told["cpus-per-task"], told["mem"], told["gpus-per-task"]) == ("16", "32000", "8")
+
+
+@pytest.mark.usefixtures("plain_machine")
+@pytest.mark.parametrize("scheduler", ["slurm", "kubernetes"])
+def test_the_script_of_a_scheduler_ends_with_the_code_of_the_ranks(scheduler: str) -> None:
+    """What Slurm and Kubernetes get; neither is here."""
+    pytest.importorskip("kubernetes" if scheduler == "kubernetes" else "torchx.schedulers.slurm_scheduler")
+    from torchx.schedulers import get_scheduler_factories
+
+    app = appdef("-j", "2x1", "--max_retries", "3", "search.py", "--config", "a.yaml")
+    made = get_scheduler_factories()[scheduler](session_name="tests")
+    cfg = {"queue": "default"} if scheduler == "kubernetes" else {}
+    text = " ".join(str(made.submit_dryrun(app, made.run_opts().resolve(cfg))).split())  # YAML breaks lines
+    assert text.count("-m embsearch_dist.ranks.torchrun") == 2  # a node each
+    assert "-m torch.distributed.run" not in text
+    assert "--nnodes 2 --nproc-per-node 1 --max-restarts 0" in text
+    assert ("TORCHX_MAX_RETRIES=3" if scheduler == "slurm" else "maxRetry: 3") in text
+
+
+@pytest.mark.usefixtures("plain_machine")
+def test_slurm_tells_a_time_limit_before_it_comes_and_keeps_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SBATCH_SIGNAL", raising=False)
+    monkeypatch.setenv("SLURM_OPEN_MODE", "truncate")  # the user's own
+    appdef("-j", "1x2", "search.py")
+    assert (os.environ["SBATCH_SIGNAL"], os.environ["SLURM_OPEN_MODE"]) == ("TERM@120", "truncate")
 
 
 @pytest.mark.usefixtures("plain_machine")

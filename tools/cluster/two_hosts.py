@@ -61,11 +61,16 @@ def up() -> None:
 def down() -> None:
     """Take the hosts away, with what still runs on them."""
     for host in HOSTS:
-        pids = subprocess.run(["ip", "netns", "pids", _name(host)], capture_output=True, text=True).stdout.split()
-        if pids:
-            subprocess.run(["kill", "-9", *pids], check=False)
+        kill(host)
         subprocess.run(["ip", "netns", "delete", _name(host)], capture_output=True)
         shutil.rmtree(Path("/etc/netns") / _name(host), ignore_errors=True)
+
+
+def kill(host: str) -> None:
+    """Kill all that runs on a host."""
+    pids = subprocess.run(["ip", "netns", "pids", _name(host)], capture_output=True, text=True).stdout.split()
+    if pids:
+        subprocess.run(["kill", "-9", *pids], check=False)
 
 
 def cut() -> None:
