@@ -27,6 +27,8 @@ setup(
     description="Distributed search of embedding dimensions for recommendation models, on TorchRec",
     long_description=_long_description(),
     long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["embsearch_dist", "embsearch_dist.*", "launch", "launch.*"]),
     # Read with ctypes, so Python's headers are not needed; without a C compiler torch does the same, slower.

@@ -10,11 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_sealed, write_sealed
 from embsearch_dist.precision import MIXED, PRECISIONS, SERVED, row_bytes, served
-from embsearch_dist.schema import Schema, differs
+from embsearch_dist.schema import Field, Schema, differs
+
+if TYPE_CHECKING:
+    from torch.nn import EmbeddingBag
+    from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 FORMAT = 1
 REFERENCE_WIDTH = 32  # P-R and "%" budgets are relative to UES-32
@@ -114,6 +119,36 @@ class Allocation:
         """P-R: share of nominal embedding parameters saved against the uniform reference width."""
         return 1 - self.total("parameters") / ((reference_width + self.extra) * sum(self.schema.cardinalities))
 
+    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
+        """TorchRec's configuration of each kept field's table, at its nominal width, named as the field.
+
+        >>> configs = Allocation.load("allocation.json").embedding_bag_configs()  # doctest: +SKIP
+        >>> EmbeddingBagCollection(tables=configs, device=torch.device("meta"))  # doctest: +SKIP
+        """
+        from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+
+        return [
+            EmbeddingBagConfig(
+                name=f.name,
+                embedding_dim=self.widths[f.name],
+                num_embeddings=f.cardinality,
+                feature_names=[f.name],
+                pooling=PoolingType.MEAN if f.pooling == "mean" else PoolingType.SUM,
+            )
+            for f in self.schema.fields
+            if self.widths[f.name]
+        ]
+
+    def to_torch(self) -> dict[str, EmbeddingBag]:
+        """A plain ``torch.nn.EmbeddingBag`` of each kept field, ``[cardinality, width]``, new and untrained.
+
+        >>> tables = torch.nn.ModuleDict(Allocation.load("allocation.json").to_torch())  # doctest: +SKIP
+        """
+        from torch.nn import EmbeddingBag
+
+        fields = [f for f in self.schema.fields if self.widths[f.name]]
+        return {f.name: EmbeddingBag(f.cardinality, self.widths[f.name], mode=f.pooling or "sum") for f in fields}
+
     def save(self, path: Path) -> None:
         """Write the allocation as JSON, sizes included for the reader's eye."""
         write_sealed(
@@ -123,6 +158,8 @@ class Allocation:
                 "dataset": self.schema.dataset,
                 "schema": self.schema.fingerprint,
                 **({"data": self.schema.data} if self.schema.data else {}),
+                "fields": [f.to_dict() for f in self.schema.fields],
+                "dense": list(self.schema.dense),
                 "widths": {n: self.widths[n] for n in self.schema.names},
                 "extra_columns": self.extra,
                 **({"precisions": self.precisions} if self.precisions else {}),
@@ -132,8 +169,11 @@ class Allocation:
         )
 
     @classmethod
-    def load(cls, path: Path | str, schema: Schema) -> Allocation:
+    def load(cls, path: Path | str, schema: Schema | None = None) -> Allocation:
         """Read an allocation and check that it belongs to ``schema``.
+
+        Args:
+            schema: None: the one that the file itself tells, for use away from the data.
 
         Raises:
             UserError: missing, broken or changed file, or an allocation made for another schema or from other data.
@@ -142,6 +182,7 @@ class Allocation:
         widths = body.get("widths")
         if not isinstance(widths, Mapping):
             raise UserError(f'{path}: not an allocation: key "widths" (field -> width) is missing')
+        schema = schema or _own_schema(Path(path), body)
         if body.get("schema") != schema.fingerprint:
             different = sorted(set(widths) ^ set(schema.names))
             detail = f"field {different[0]!r} is in only one of them" if different else "the cardinalities differ"
@@ -158,6 +199,18 @@ class Allocation:
             raise UserError(f"{path}: {e}") from e
         except (TypeError, ValueError, OverflowError) as e:
             raise UserError(f"{path}: not an allocation ({e}). Run search.py again") from e
+
+
+def _own_schema(path: Path, body: Mapping) -> Schema:
+    """What an allocation file says of the fields it is for."""
+    try:
+        fields = tuple(Field(**f) for f in body["fields"])
+        return Schema(str(body["dataset"]), fields, tuple(body["dense"]), data=str(body.get("data", "")))
+    except (KeyError, TypeError) as e:
+        raise UserError(
+            f"{path} does not say how many values its fields have ({e!r}): an older version wrote it. Give the schema "
+            "beside it: Allocation.load(PATH, Schema.load(RUN))"
+        ) from e
 
 
 def check_data(path: Path, body: Mapping, schema: Schema) -> None:

@@ -41,12 +41,11 @@ if __name__ == "__main__":
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config.read import split_arguments
 from embsearch_dist.errors import UserError
-from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.results import searched_network
-from embsearch_dist.methods.retraining import Retraining, Wish, read_wish, taken
+from embsearch_dist.methods.retraining import Wish
 from embsearch_dist.ranks.context import start
-from embsearch_dist.run import Run, check_classes, open_data
 from embsearch_dist.rundir import check_text
+from embsearch_dist.running import retrain
 from embsearch_dist.stores.states import restore
 from embsearch_dist.train.metrics import shown
 from launch.common import DEFAULT_CONFIG, known_options, override, read_config, run_main
@@ -68,16 +67,9 @@ def main(argv: Sequence[str]) -> None:
     config = read_config(file, [*searched_network(run_dir, overrides), *overrides])
     suffix = f"-seed{config.run.seed}" if config.run.seed != base.run.seed else ""
     with start(config.run, config.dist) as context:
-        schema = open_data(config, context)
-        with context.together("reading the allocation"):
-            name, found = read_wish(wish, config, run_dir, schema)
-        run = Run(config, schema, context)
-        check_classes(run, splits=("validation", "test"))
-        if context.rank == 0:
-            print(taken(wish, config, run_dir, name, found), flush=True)
-        results = METHODS[config.method]().retrain(Retraining(wish, run, run_dir, name, suffix, found))
-        whole = Allocation.uniform(schema, REFERENCE_WIDTH).counted(config.model.extra).total("parameters")
-        for label, result in results.items() if context.rank == 0 else ():
+        done = retrain(config, context, run_dir, wish, suffix)
+        whole = Allocation.uniform(done.schema, REFERENCE_WIDTH).counted(config.model.extra).total("parameters")
+        for label, result in done.results.items() if context.rank == 0 else ():
             size, place = result["embedding_parameters"], run_dir / "retrain" / label.split(" (router")[0]
             print(
                 f"{label}: test auc {shown(result['auc'])}  logloss {shown(result['logloss'])}  embedding parameters "

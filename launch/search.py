@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,15 +28,10 @@ if __name__ == "__main__":
 
 from embsearch_dist.config.read import split_arguments
 from embsearch_dist.config.sections import Config
-from embsearch_dist.methods import METHODS
-from embsearch_dist.methods.results import restore_allocation
-from embsearch_dist.methods.stages import check_stages, run_stages
 from embsearch_dist.ranks.context import start
-from embsearch_dist.ranks.shared import open_shared
-from embsearch_dist.run import Run, check_classes, open_data
+from embsearch_dist.running import search
 from embsearch_dist.stores.mirroring import mirroring
 from embsearch_dist.stores.states import restore
-from embsearch_dist.train.directories import open_run_directory
 from launch.common import DEFAULT_CONFIG, known_options, override, read_config, read_run_config, run_main
 
 
@@ -50,16 +44,7 @@ def main(argv: Sequence[str]) -> None:
         print(config.to_yaml(), end="")
         return
     with start(config.run, config.dist) as context, mirroring(config, context):
-        schema = open_data(config, context)
-        directory, method, run = Path(config.run.dir), METHODS[config.method](), Run(config, schema, context)
-        check_stages(method, run)
-        check_classes(run, method.needs_classes(config))
-        make = partial(open_run_directory, config, schema, directory, "search.py", given)
-        open_shared(context, directory, "opening the run directory", make)
-        if context.rank == 0:
-            print(f"run directory {directory}, {context.world_size} rank(s) on {context.device.type}", flush=True)
-        run_stages(method, run)
-        context.first("restoring the allocation", lambda: restore_allocation(directory))
+        search(config, context, given=given)
 
 
 def resolve(file: str | None, overrides: Sequence[str]) -> Config:

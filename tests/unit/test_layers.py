@@ -28,8 +28,8 @@ LAYERS = [  # from the ground up; what stands in one line does not know each oth
     {"models"},
     {"train"},
     {"methods"},
-    {"serving", "report"},
-    {"serve"},
+    {"serving", "report", "running"},
+    {"serve", "api"},
     {"launch"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
