@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, find_namespace_packages, find_packages, setup
 
 HERE = Path(__file__).resolve().parent
 
@@ -30,7 +30,12 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
-    packages=find_packages(include=["embsearch_dist", "embsearch_dist.*", "launch", "launch.*"]),
+    # The shipped configs lie beside launch/ in an installation, too: scripts look for them there.
+    packages=[
+        *find_packages(include=["embsearch_dist", "embsearch_dist.*", "launch", "launch.*"]),
+        *find_namespace_packages(include=["configs.*"]),
+    ],
+    package_data={"": ["*.yaml"]},
     # Read with ctypes, so Python's headers are not needed; without a C compiler torch does the same, slower.
     ext_modules=[
         Extension(
@@ -97,6 +102,7 @@ setup(
         ],
     },
     entry_points={
+        "console_scripts": ["embsearch = launch.cli:main"],
         # Any entry here replaces all of TorchX's own components in this environment, hence utils.
         "torchx.components": [
             "dist = launch.ddp",
