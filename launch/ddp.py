@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Tuple
 
 import torchx
 import torchx.specs as specs
@@ -75,7 +75,43 @@ def ddp(
         tee: output shown and kept: 0 none, 1 stdout, 2 stderr, 3 both
         debug: turn on the debug checks of torch.distributed (slow)
     """
-    words = list(script_args)
+    script, words = _asked(script, m, list(script_args))
+    try:
+        min_nodes, nodes, ranks, nodes_text = parse_nnodes(j)
+    except ValueError:
+        raise ComponentValidationException(f"-j {j}: expected RANKS or [MIN_NODES:]NODESxRANKS, e.g. 1x8") from None
+    title = StructuredNameArgument.parse_from(name=name, m=m or None, script=script or None)
+    for variable, value in SUBMITTING.items():
+        os.environ.setdefault(variable, value)
+    options = f"--nnodes {nodes_text} --nproc-per-node {ranks} --max-restarts {max_restarts} --tee {tee} --role ''"
+    # Behind `--`, torchrun leaves the script's options alone; else it takes --run or --log for its own.
+    target = shlex.join(["-m", "--", m, *words] if m else ["--", script, *words])
+    # Threads follow from the cores of the node, which the machine that submits the job does not know.
+    cores = f" --cores {cpu}" if cpu else ""
+    tuned = f'eval "$$({_python()} -m embsearch_dist.ranks.environment --ranks {ranks} --nodes {nodes}{cores})"'
+    # torchrun itself would end everything with 1, also what must not be started again.
+    command = (
+        f"{tuned}; exec {_python()} -m embsearch_dist.ranks.torchrun {_meeting(nodes, rdzv_port)} {options} {target}"
+    )
+    role = specs.Role(
+        name=Path(script).stem if script else m.rpartition(".")[2],
+        image=image,
+        min_replicas=min_nodes,
+        num_replicas=nodes,
+        entrypoint="bash",
+        args=["-c", command],
+        env=_environment(env or {}, title.experiment_name, gpu, debug),
+        # What is not asked for stays out of the request: TorchX's own defaults are 2 cores and 1 GB a node.
+        resource=specs.resource(h=h) if h else specs.Resource(cpu=cpu or -1, gpu=gpu or -1, memMB=memMB or -1),
+        port_map={"c10d": rdzv_port},
+        max_retries=max_retries,
+        mounts=specs.parse_mounts(mounts) if mounts else [],
+    )
+    return specs.AppDef(name=title.run_name, roles=[role])
+
+
+def _asked(script: str, m: str, words: List[str]) -> Tuple[str, List[str]]:
+    """The script, empty for a module, and the arguments behind it."""
     if not script and not m:
         if not words:
             # The one exception that TorchX reports without a traceback.
@@ -85,59 +121,34 @@ def ddp(
             words.pop(0)
     if script and m:
         raise ComponentValidationException("give either a script or -m MODULE, not both")
-    if script:
-        script = _find_script(script)
-    try:
-        min_nodes, nodes, ranks, nodes_text = parse_nnodes(j)
-    except ValueError:
-        raise ComponentValidationException(f"-j {j}: expected RANKS or [MIN_NODES:]NODESxRANKS, e.g. 1x8") from None
-    title = StructuredNameArgument.parse_from(name=name, m=m or None, script=script or None)
+    return _find_script(script) if script else "", words
 
-    role_env = dict(env or {})
-    role_env.setdefault("LOGLEVEL", os.environ.get("LOGLEVEL", "WARNING"))
-    role_env["TORCHX_TRACKING_EXPERIMENT_NAME"] = title.experiment_name
-    if debug:
-        role_env.setdefault("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
-        role_env.setdefault("TORCH_SHOW_CPP_STACKTRACES", "1")
-        role_env.setdefault("CUDA_LAUNCH_BLOCKING", "1")
-    if gpu:
-        role_env.setdefault(GPUS, str(gpu))
-    for variable, value in LAUNCHER_ENVIRONMENT.items():
-        if variable not in os.environ:
-            role_env.setdefault(variable, value)
 
-    for variable, value in SUBMITTING.items():
-        os.environ.setdefault(variable, value)
+def _meeting(nodes: int, port: int) -> str:
+    """Options of torchrun that say where nodes meet."""
     if nodes == 1:
         # The local address spares a look-up of this host's name, which fails or stalls without DNS.
-        where = "--standalone --local-addr localhost"
-    else:
-        # Some schedulers tell the first node's address to all nodes but the first.
-        host = f"$${{{specs.macros.rank0_env}:=localhost}}"
-        where = f"--rdzv-backend c10d --rdzv-endpoint {host}:{rdzv_port} --rdzv-id {specs.macros.app_id}"
-    options = f"--nnodes {nodes_text} --nproc-per-node {ranks} --max-restarts {max_restarts} --tee {tee} --role ''"
-    # Behind `--`, torchrun leaves the script's options alone; else it takes --run or --log for its own.
-    target = shlex.join(["-m", "--", m, *words] if m else ["--", script, *words])
-    # Threads follow from the cores of the node, which the machine that submits the job does not know.
-    cores = f" --cores {cpu}" if cpu else ""
-    tuned = f'eval "$$({_python()} -m embsearch_dist.ranks.environment --ranks {ranks} --nodes {nodes}{cores})"'
-    # torchrun itself would end everything with 1, also what must not be started again.
-    command = f"{tuned}; exec {_python()} -m embsearch_dist.ranks.torchrun {where} {options} {target}"
-    role = specs.Role(
-        name=Path(script).stem if script else m.rpartition(".")[2],
-        image=image,
-        min_replicas=min_nodes,
-        num_replicas=nodes,
-        entrypoint="bash",
-        args=["-c", command],
-        env=role_env,
-        # What is not asked for stays out of the request: TorchX's own defaults are 2 cores and 1 GB a node.
-        resource=specs.resource(h=h) if h else specs.Resource(cpu=cpu or -1, gpu=gpu or -1, memMB=memMB or -1),
-        port_map={"c10d": rdzv_port},
-        max_retries=max_retries,
-        mounts=specs.parse_mounts(mounts) if mounts else [],
-    )
-    return specs.AppDef(name=title.run_name, roles=[role])
+        return "--standalone --local-addr localhost"
+    # Some schedulers tell the first node's address to all nodes but the first.
+    host = f"$${{{specs.macros.rank0_env}:=localhost}}"
+    return f"--rdzv-backend c10d --rdzv-endpoint {host}:{port} --rdzv-id {specs.macros.app_id}"
+
+
+def _environment(asked: Dict[str, str], experiment: str, gpu: int, debug: bool) -> Dict[str, str]:
+    """Variables of the ranks: what was asked for, and what they need beside it."""
+    found = dict(asked)
+    found.setdefault("LOGLEVEL", os.environ.get("LOGLEVEL", "WARNING"))
+    found["TORCHX_TRACKING_EXPERIMENT_NAME"] = experiment
+    if debug:
+        found.setdefault("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
+        found.setdefault("TORCH_SHOW_CPP_STACKTRACES", "1")
+        found.setdefault("CUDA_LAUNCH_BLOCKING", "1")
+    if gpu:
+        found.setdefault(GPUS, str(gpu))
+    for variable, value in LAUNCHER_ENVIRONMENT.items():
+        if variable not in os.environ:
+            found.setdefault(variable, value)
+    return found
 
 
 def _find_script(script: str) -> str:

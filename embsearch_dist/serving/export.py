@@ -115,8 +115,7 @@ def export(
         say(f"measuring on the {stream.rows:,} rows of the {stream.shards.split} split")
         with Progress("measure", stream.rows, "rows", tell is None) as bar:
             body["measured"] = measure(found, model, program, files, stream, schema, bar.add)
-        body["sizes"] = sizes(body, schema, partial)
-        body["versions"] = versions()
+        body |= {"sizes": sizes(body, schema, partial), "versions": versions()}
         write_json(partial / MODEL, body)
         (partial / "README.md").write_text(card(body, schema, source, found.files), encoding="utf-8")
     return body

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -286,11 +286,8 @@ def make_populations(
         if empty:
             raise UserError(f"none of {rows} rows is of population {empty[0]}. Give more --rows")
         _save_populations(partial / POPULATIONS, np.concatenate(drawn), checked.seed)
-        fields = {f.name: f for f in clicks.fields}
         truth = {
-            "rank": {n: max(fields[n].ranks) for n in names},
-            "ranks": {str(z): {n: fields[n].ranks[z] for n in names} for z in range(clicks.k)},
-            "uniform_rank": {n: sum(f.ranks) if (f := fields[n]).owner is None else clicks.k - 1 for n in names},
+            **_ranks(clicks, names),
             "bayes_auc": given.auc,
             "bayes_logloss": given.logloss,
             "bayes_of": BAYES_OF,
@@ -306,6 +303,16 @@ def make_populations(
         }
         write_json(partial / TRUTH, truth)
         return prepare_into(partial, open_source("table", source), checked)
+
+
+def _ranks(clicks: Clicks, names: Sequence[str]) -> dict[str, object]:
+    """What ``truth.json`` says of the ranks; see :func:`make_populations`."""
+    fields = {f.name: f for f in clicks.fields}
+    return {
+        "rank": {n: max(fields[n].ranks) for n in names},
+        "ranks": {str(z): {n: fields[n].ranks[z] for n in names} for z in range(clicks.k)},
+        "uniform_rank": {n: clicks.k - 1 if fields[n].owner is not None else sum(fields[n].ranks) for n in names},
+    }
 
 
 def _save_populations(folder: Path, population: np.ndarray, seed: int) -> None:

@@ -67,16 +67,8 @@ def write_group(
         files: dict[str, dict] = {}
         for split, source in shards.items():
             writer = _GroupWriter(partial, schema, source, options)
-            start = 0
             try:
-                for piece in source.groups:
-                    inside = np.flatnonzero(np.asarray(assignment[split][start : start + piece.rows]) == group)
-                    if len(inside):
-                        found = read_groups(schema, [piece]).take(inside)
-                        labels[split] += float(found.label.sum(dtype=np.float64))
-                        writer.write(found)
-                    start += piece.rows
-                    tick(piece.rows)
+                labels[split] = _copy_rows(source, schema, assignment[split], group, writer, tick)
             finally:
                 writer.close()
             rows[split] = writer.rows
@@ -91,6 +83,27 @@ def write_group(
         manifest.write(partial, made, files, options)
         made.save(partial)
     return made
+
+
+def _copy_rows(
+    source: Shards,
+    schema: Schema,
+    assignment: np.ndarray,
+    group: int,
+    writer: _GroupWriter,
+    tick: Callable[[int], object],
+) -> float:
+    """Write the rows of a group of one split; the sum of their labels."""
+    clicks, start = 0.0, 0
+    for piece in source.groups:
+        inside = np.flatnonzero(np.asarray(assignment[start : start + piece.rows]) == group)
+        if len(inside):
+            found = read_groups(schema, [piece]).take(inside)
+            clicks += float(found.label.sum(dtype=np.float64))
+            writer.write(found)
+        start += piece.rows
+        tick(piece.rows)
+    return clicks
 
 
 def is_written(

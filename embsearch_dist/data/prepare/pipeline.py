@@ -155,9 +155,9 @@ def prepare_into(directory: Path, source: Source, options: Options, team: Team |
     parts = stage(source, folder, options.split == "time", team, options.quiet)
     counts = split_parts(parts, options.split, options.seed, team)
     rows = {name: int(n) for name, n in zip(SPLITS, counts.sum(axis=0), strict=True)}
-    for name, n in rows.items():
-        if n == 0:
-            raise UserError(f"{source.dataset}: the {name} split is empty ({sum(rows.values())} rows). Give more rows")
+    if empty := [name for name, n in rows.items() if n == 0]:
+        total = sum(rows.values())
+        raise UserError(f"{source.dataset}: the {empty[0]} split is empty ({total} rows). Give more rows")
     fields = [c.name for c in source.columns if c.kind != "dense"]
     dense = [c.name for c in source.columns if c.kind == "dense"]
     told = _told(source, options)
@@ -189,11 +189,7 @@ def prepare_into(directory: Path, source: Source, options: Options, team: Team |
             "row_group_rows": options.row_group_rows,
             "label_mean": {name: round(clicks[name] / n, 6) for name, n in rows.items()},
             "warnings": told_of,
-            "fields": {
-                name: {key: book[key] for key in ("distinct", "rare_share", "missing_share")}
-                | ({} if name not in bags else _list_provenance(parts, name, bags[name]))
-                for name, book in zip(fields, books, strict=True)
-            },
+            "fields": _field_provenance(parts, fields, books, bags),
             "dense": {n: {"mean": m, "std": s} for n, (m, s) in scale.items()},
         },
     )
@@ -205,6 +201,17 @@ def prepare_into(directory: Path, source: Source, options: Options, team: Team |
         schema.save(directory)
         shutil.rmtree(folder)
     return schema
+
+
+def _field_provenance(
+    parts: list[Part], fields: list[str], books: list[dict], bags: dict[str, Bag]
+) -> dict[str, dict[str, object]]:
+    """What the schema says of how each field was counted."""
+    return {
+        name: {key: book[key] for key in ("distinct", "rare_share", "missing_share")}
+        | ({} if name not in bags else _list_provenance(parts, name, bags[name]))
+        for name, book in zip(fields, books, strict=True)
+    }
 
 
 def _field(name: str, book: dict, bag: Bag | None) -> Field:

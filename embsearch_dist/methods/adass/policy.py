@@ -145,10 +145,9 @@ def search(
         price = price + fields * config.reward_weight * column_price
     closed = torch.zeros(costs.shape, dtype=torch.bool) if allowed is None else ~allowed
     generator = torch.Generator().manual_seed(seed)
-    state_before = torch.random.get_rng_state()
-    torch.manual_seed(seed)
-    policy = Policy(fields, candidates, config)
-    torch.random.set_rng_state(state_before)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        policy = Policy(fields, candidates, config)
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.lr)
     value = AdditiveValue(fields, candidates)
     state = nearest_allowed(torch.randint(candidates, (config.batch, fields), generator=generator), ~closed)
@@ -163,33 +162,40 @@ def search(
         log_p = logits.log_softmax(2).gather(2, action[..., None]).squeeze(2)
         extra = penalty(p, price, 1.0, config.lambda_c)
         objective = -(log_p * advantage).sum(1).mean() + extra
-        expected = torch.zeros(())
-        if absolute_costs is not None:
-            expected = (p * absolute_costs).sum((1, 2)).mean()
-            if budget is not None:
-                over = expected / budget - 1
-                multiplier = max(0.0, multiplier + 0.02 * float(over.detach()))
-                objective = objective + multiplier * over
+        expected = torch.zeros(()) if absolute_costs is None else (p * absolute_costs).sum((1, 2)).mean()
+        if absolute_costs is not None and budget is not None:
+            over = expected / budget - 1
+            multiplier = max(0.0, multiplier + 0.02 * float(over.detach()))
+            objective = objective + multiplier * over
         optimizer.zero_grad(set_to_none=True)
         objective.backward()
         optimizer.step()
         state = action
         if watch is not None:
-            probabilities = p.detach()
-            entropy = float(-(probabilities * logits.detach().log_softmax(2)).sum(2).mean())
-            watch(
-                SearchTrace(
-                    step=step,
-                    reward_mean=float(reward.mean()),
-                    reward_best=float(reward.max()),
-                    entropy=entropy,
-                    penalty=float(extra.detach()),
-                    expected_cost=float(expected.detach()),
-                    p=probabilities.mean(0),
-                )
-            )
+            watch(_trace(step, reward, logits, p, extra, expected))
     with torch.no_grad():
         return policy(state).masked_fill(closed, -FAR).softmax(2).mean(0)
+
+
+def _trace(
+    step: int,
+    reward: torch.Tensor,
+    logits: torch.Tensor,
+    p: torch.Tensor,
+    penalty: torch.Tensor,
+    expected_cost: torch.Tensor,
+) -> SearchTrace:
+    """What one update shows of itself."""
+    probabilities = p.detach()
+    return SearchTrace(
+        step=step,
+        reward_mean=float(reward.mean()),
+        reward_best=float(reward.max()),
+        entropy=float(-(probabilities * logits.detach().log_softmax(2)).sum(2).mean()),
+        penalty=float(penalty.detach()),
+        expected_cost=float(expected_cost.detach()),
+        p=probabilities.mean(0),
+    )
 
 
 def nearest_allowed(choices: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
