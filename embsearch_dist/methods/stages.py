@@ -54,7 +54,7 @@ def check_stages(method: Staged, run: Run) -> None:
 
     Raises:
         UserError: a setting is impossible for this data, or the run directory holds a stage that was made
-            with other settings and is not repeated for the asking.
+            with other settings and is too costly to be repeated without being asked.
     """
     with run.context.together("checking the settings"):
         method.check(run)

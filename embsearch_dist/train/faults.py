@@ -1,4 +1,4 @@
-"""Faults on order, for the tests: a rank that dies, a NaN, a full disk, at a step or inside a save.
+"""Injected faults, for the tests: a rank that dies, a NaN, a full disk, at a step or inside a save.
 
 Off unless the environment variable ``EMBSEARCH_FAULTS`` is set; a training without it holds ``None`` where
 the faults would be. The variable is a list of rules, separated by ``;``::

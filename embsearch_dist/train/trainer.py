@@ -48,7 +48,7 @@ class Progress:
     stopped: str = ""
     seconds: float = 0.0
     skipped: int = 0  # batches without an update, because something was not finite
-    evaluate: bool = False  # an evaluation is due that a signal came before
+    evaluate: bool = False  # a signal came just before an evaluation, which is still due
     loss_sum: float = 0.0  # since the last line of the log
     loss_count: int = 0
 

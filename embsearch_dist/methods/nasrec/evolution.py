@@ -110,7 +110,7 @@ class Evolution:
         return found
 
     def record(self, proposed: Sequence[tuple[Architecture, str]], scores: Sequence[Score]) -> None:
-        """Take the scores of what was proposed: the new ones live, and as many of the oldest as are too many leave."""
+        """Take the scores of what was proposed: the new ones join the population, and the oldest ones leave it."""
         for (architecture, name), score in zip(proposed, scores, strict=True):
             self.population.append(len(self.seen))
             self.seen.append(Candidate(architecture, name, self.generation, score, self.fitness(score)))
