@@ -98,7 +98,9 @@ setup(
             "uvicorn>=0.34,<1",
             "httpx>=0.28,<1",
             # an S3 on loopback, for the object stores
-            "moto[server]>=5,<6",
+            "moto[s3]>=5,<6",
+            "flask>=3,<4",
+            "flask-cors>=5,<7",
         ],
     },
     entry_points={

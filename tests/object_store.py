@@ -60,7 +60,7 @@ class Bucket:
 @contextmanager
 def s3() -> Iterator[Bucket]:
     """A server with an empty bucket; the test is skipped where moto is not installed."""
-    server_of = pytest.importorskip("moto.server", reason="moto[server] is not installed: no S3 to test with")
+    server_of = pytest.importorskip("moto.server", reason="moto with flask is not installed: no S3 to test with")
     import logging
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
