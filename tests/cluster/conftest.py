@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+import fcntl
+import importlib
 import os
 import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from tests.cluster.training import ROOT, TORCHRUN, arguments, result
 from tests.factories import prepared, write_config
+
+
+@contextmanager
+def two_hosts() -> Iterator[ModuleType]:
+    """The tool, its hosts up. There is one pair a machine: who comes later, of another file or checkout, waits."""
+    sys.path.insert(0, str(ROOT))
+    tool = importlib.import_module("tools.cluster.two_hosts")
+    if problem := tool.lacking():
+        pytest.skip(f"no two hosts here: {problem}")
+    with open(Path(tempfile.gettempdir()) / "embsearch-two-hosts.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        tool.up()
+        try:
+            yield tool
+        finally:
+            tool.down()
 
 
 @pytest.fixture(scope="session")

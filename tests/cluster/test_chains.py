@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.cluster.conftest import two_hosts
 from tests.cluster.training import ROOT, TORCHRUN
 from tests.factories import command_line, small_config
 from tests.launch.test_ihas_script import SEARCH
@@ -29,14 +28,8 @@ Start = Callable[[list[str]], None]
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[ModuleType]:
-    """The tool, its hosts up."""
-    sys.path.insert(0, str(ROOT))
-    tool = importlib.import_module("tools.cluster.two_hosts")
-    if problem := tool.lacking():
-        pytest.skip(f"no two hosts here: {problem}")
-    tool.up()
-    yield tool
-    tool.down()
+    with two_hosts() as tool:
+        yield tool
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,10 @@
-"""Two hosts (network namespaces joined by a cable): equal to one host, restarts, and disks that are not shared."""
+"""Two hosts (network namespaces joined by a cable): equal to one host, restarts, unshared disks, lost hosts."""
 
 from __future__ import annotations
 
-import importlib
-import sys
+import re
+import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,22 +14,20 @@ import pytest
 
 from embsearch_dist.ranks.environment import OWN_STORE
 from embsearch_dist.train.faults import VARIABLE
+from tests.cluster.conftest import two_hosts
 from tests.cluster.training import ROOT, TORCHRUN, arguments, result
 
 HOSTS = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "host-a:29517"]
 Told = tuple[dict[str, int], dict[str, str]]
+SILENCE_S = 10
+LONG = ["train.steps=1000000", "train.epochs=1000000", "train.save_every=5", f"dist.timeout_s={SILENCE_S}"]
+ENDS_S = 45  # the silence, and what the launchers need; the machine may be busy
 
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[ModuleType]:
-    """The tool, its hosts up."""
-    sys.path.insert(0, str(ROOT))
-    tool = importlib.import_module("tools.cluster.two_hosts")
-    if problem := tool.lacking():
-        pytest.skip(f"no two hosts here: {problem}")
-    tool.up()
-    yield tool
-    tool.down()
+    with two_hosts() as tool:
+        yield tool
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +74,51 @@ def test_a_disk_of_its_own_on_one_host_is_refused_on_both(train: Callable[..., T
     assert all(codes.values())
     assert "of rank 1 on host-b is not the one of rank 0 on host-a" in told["a"] + told["b"]
     assert not list((tmp_path / "disk").rglob("step-*"))
+
+
+@pytest.fixture
+def anew(hosts: ModuleType) -> ModuleType:
+    """Hosts that a test may break. Such tests are the last of this file."""
+    hosts.up()
+    return hosts
+
+
+def lose_one(hosts: ModuleType, data: Path, config: Path, run: Path, lose: Callable[[], None]) -> dict[str, str]:
+    """Train on both hosts, lose one in the middle -> what they have printed."""
+    words = [str(ROOT / "launch" / "retrain.py"), *arguments(data, config, run, *LONG)]
+    command = [*TORCHRUN, *HOSTS, "--rdzv-id", run.name, "--", *words]
+    both = {h: hosts.started(h, command, "", {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}) for h in hosts.HOSTS}
+    deadline = time.monotonic() + 120
+    while not list(run.rglob("step-*/manifest.json")):
+        assert time.monotonic() < deadline and all(p.poll() is None for p in both.values()), ends(both, 1)
+        time.sleep(0.1)
+    lose()
+    return ends(both, ENDS_S)
+
+
+def ends(both: dict[str, subprocess.Popen[str]], within: float) -> dict[str, str]:
+    try:
+        return {h: p.communicate(timeout=within)[0] for h, p in both.items()}
+    except subprocess.TimeoutExpired:
+        for process in both.values():
+            process.kill()
+        raise
+
+
+def lines(told: str) -> list[str]:
+    return re.findall(r"lost .*", told)
+
+
+def test_a_cut_cable_ends_both_sides(anew: ModuleType, data: Path, config: Path, tmp_path: Path) -> None:
+    told = lose_one(anew, data, config, tmp_path / "cut", anew.cut)
+    for host, lost in (("a", "rank 1 on host-b"), ("b", "rank 0 on host-a")):
+        (line,) = lines(told[host])
+        assert re.fullmatch(rf"lost {lost} after \d+ s; start the same command again to continue", line)
+        assert "gloo" not in told[host]
+
+
+@pytest.mark.slow
+def test_a_host_that_dies_is_named(anew: ModuleType, data: Path, config: Path, tmp_path: Path) -> None:
+    told = lose_one(anew, data, config, tmp_path / "dead", lambda: anew.kill("b"))
+    (line,) = lines(told["a"])
+    assert "rank 1 on host-b" in line and "gloo" not in told["a"]

@@ -122,6 +122,7 @@ def _fill(directory: Path, source: IdSource, row_group_rows: int, team: Team, qu
     on_threads(team, bar, jobs, work)
     records = [r for job in jobs if (r := load_record(stage / job.record)) is not None]
     schema = _schema(source, schema, records, row_group_rows)
+    team.barrier("all is read")  # what follows removes it
     if team.rank == 0:
         files = {name: facts for record in records for name, facts in record["files"].items()}
         told = {"split": "as given", "row_group_rows": schema.provenance["row_group_rows"]}
