@@ -27,10 +27,12 @@ import yaml
 from embsearch_dist.config.read import written
 from embsearch_dist.data.store.manifest import MANIFEST
 from embsearch_dist.files import read_json, read_sealed, write_json, write_sealed
+from tools.studies.budget_tables import hardware
 from tools.studies.jobs import Job, recorded, run_all
 
 EXCHANGED = {"validation": "test", "test": "validation"}
-COLUMNS = ("commit", "seed", "budget", "parameters", "validation_auc", "test_auc", "test_logloss", "widths")
+FIGURES = ("seed", "budget", "parameters", "validation_auc", "test_auc", "test_logloss", "widths")
+COLUMNS = ("commit", "hardware", "command", *FIGURES)
 
 
 def main() -> None:
@@ -64,7 +66,8 @@ def main() -> None:
             job = Job(f"seed{seed}-{name}", "launch/retrain.py", ["--config", str(args.config), *words], result)
             trainings.append([job])
     run_all(trainings, args.out / "logs", args.jobs)
-    write_table(args.out, budgets, args.seeds)
+    told = f"--config {args.config} --data PREPARED --out OUT --budgets {','.join(budgets)} --seeds {args.seeds}"
+    write_table(args.out, budgets, args.seeds, f"python tools/studies/oracle.py {told}")
 
 
 def exchange(data: Path, out: Path) -> Path:
@@ -110,7 +113,7 @@ def trained(home: Path, name: str, seed: int) -> Path:
     return home / "models" / "retrain" / (name if not seed else f"{name}-seed{seed}")
 
 
-def write_table(out: Path, budgets: list[str], seeds: int) -> None:
+def write_table(out: Path, budgets: list[str], seeds: int, command: str) -> None:
     rows = []
     for seed in range(seeds):
         for number, budget in enumerate(budgets):
@@ -123,7 +126,7 @@ def write_table(out: Path, budgets: list[str], seeds: int) -> None:
             commit = recorded(out / "logs").get(f"seed{seed}-{name}", {}).get("commit", "")
             widths = " ".join(f"{n}={w}" for n, w in result["widths"].items())
             figures = (result["embedding_parameters"], f"{validation:.6f}", f"{result['auc']:.6f}")
-            rows.append((commit, seed, budget, *figures, f"{result['logloss']:.6f}", widths))
+            rows.append((commit, hardware(), command, seed, budget, *figures, f"{result['logloss']:.6f}", widths))
     with open(out / "oracle.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
