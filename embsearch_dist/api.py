@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
+import torch.distributed as dist
 
 from embsearch_dist import running
 from embsearch_dist.allocation import Allocation
@@ -27,7 +30,7 @@ from embsearch_dist.grouped import GroupedAllocation
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.results import read_result, searched_network
 from embsearch_dist.methods.retraining import Wish
-from embsearch_dist.ranks.context import start
+from embsearch_dist.ranks.context import Context, start
 from embsearch_dist.run import open_data as open_checked
 from embsearch_dist.rundir import check_text, release
 from embsearch_dist.schema import Schema
@@ -65,7 +68,7 @@ def open_data(path: str | Path) -> Data:
         UserError: nothing was prepared there, or it was changed since.
     """
     config = load_config(_configs(), None, [f"data.path={path}"], method="ues")
-    with start(RunConfig(device="cpu"), DistConfig()) as context:
+    with _alone(RunConfig(device="cpu"), DistConfig()) as context:
         schema = open_checked(config, context)
     return Data(Path(config.data.path), schema)
 
@@ -89,7 +92,7 @@ def search(
     """
     made = load_config(_configs(), config, [*_words(settings), f"run.dir={run_dir}"], method=method)
     try:
-        with start(made.run, made.dist) as context:
+        with _alone(made.run, made.dist) as context:
             run = running.search(made, context, "es.search")
         return read_result("", run.dir, run.schema)[1]
     finally:
@@ -119,7 +122,7 @@ def retrain(
     config: Config = load_config(_configs(), home / "config.yaml", [*searched_network(home, words), *words])
     wish = Wish(str(allocation), name, or_uniform=False, best=0, refit=False)
     try:
-        with start(config.run, config.dist) as context:
+        with _alone(config.run, config.dist) as context:
             return running.retrain(config, context, home, wish).results
     finally:
         release()
@@ -167,6 +170,23 @@ def load_model(directory: str | Path) -> Model:
         UserError: it is no model directory, or damaged.
     """
     return Model(open_directory(Path(directory)))
+
+
+@contextmanager
+def _alone(run: RunConfig, config: DistConfig) -> Iterator[Context]:
+    """The one rank of this process; in its group, if the program that imports us has opened one.
+
+    Raises:
+        UserError: that group has several ranks.
+    """
+    if not dist.is_initialized():
+        with start(run, config) as context:
+            yield context
+        return
+    if dist.get_world_size() > 1:
+        raise UserError("the library is for one process. On several ranks start launch/search.py with torchrun")
+    cuda = run.device == "cuda" or (run.device == "auto" and torch.cuda.is_available())
+    yield Context(0, 1, torch.device("cuda" if cuda else "cpu"))
 
 
 def _frame(table: Any) -> pl.DataFrame:

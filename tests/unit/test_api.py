@@ -18,7 +18,7 @@ from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.trial import merged
 from embsearch_dist.schema import Field, Schema
 from embsearch_dist.serving.predict import Job, predict
-from tests.factories import prepared
+from tests.factories import one_rank, prepared
 from tests.served import exported, run_of, single
 
 SCHEMA = Schema("shop", (Field("user", 50), Field("tags", 9, "mean"), Field("idle", 7)), ("price",))
@@ -100,6 +100,13 @@ def test_a_search_and_a_retraining_in_one_process(data: Path, tmp_path: Path) ->
     results = es.retrain(run) | es.retrain(run, "ues-2", settings={"train.epochs": 1})
     assert set(results) == {"utilities", "ues-2"}
     assert all(0.4 < r["auc"] < 1 and (run / "retrain" / n / "evaluation.json").exists() for n, r in results.items())
+
+
+def test_a_group_that_the_program_has_opened_is_used_and_left_open(data: Path) -> None:
+    one_rank()
+    assert torch.distributed.is_initialized()
+    assert es.open_data(data).schema.rows["test"] > 0
+    assert torch.distributed.is_initialized()
 
 
 def test_what_is_wrong_is_said_as_the_scripts_say_it(data: Path, tmp_path: Path) -> None:

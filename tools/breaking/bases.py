@@ -63,7 +63,7 @@ def states(method: str) -> list[State]:
             (*RETRAIN, "--allocation", f"run/allocations/{small(method)}.json"),
         ]
     found = [State("fresh", (SEARCH,)), State("searched", (SEARCH, *retrain, REPORT, *more))]
-    if method != "ues":
+    if any(not stage.repeatable for stage in methods.METHODS[method]().stages()):  # it trains, so it can be killed
         found.append(State("searching", (SEARCH,)))
     if retrain:
         found.append(State("retraining", (RETRAIN,)))
