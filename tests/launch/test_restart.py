@@ -106,11 +106,16 @@ def test_ranks_that_were_started_again_do_not_see_what_dead_ones_have_left(monke
 
 
 WORKER = """
-import os, sys, time
+import os, pathlib, sys, time
 from embsearch_dist.ranks.environment import attempt, end_restarts
 rank = os.environ["RANK"]
 print(f"attempt {attempt()} of rank {rank}", flush=True)
-time.sleep(0.5 if rank == "0" else 0)  # torchrun must not see the other's end first
+told = pathlib.Path(f"told-{attempt()}")
+if rank == "0":
+    told.touch()
+    time.sleep(0.5 if sys.argv[1] == "end" else 60)  # torchrun sees the other's end first, and then ends this one
+while not told.exists():
+    time.sleep(0.01)
 if sys.argv[1] == "end":
     end_restarts()
 print(f"rank {rank} leaves by itself", flush=True)
