@@ -115,7 +115,7 @@ class Allocation:
             return sum(cost(own[f.name], f.cardinality, self.widths[f.name], self.extra) for f in self.schema.fields)
         return sum(cost(resource, f.cardinality, self.widths[f.name], self.extra) for f in self.schema.fields)
 
-    def reduction(self, reference_width: int = 32) -> float:
+    def reduction(self, reference_width: int = REFERENCE_WIDTH) -> float:
         """P-R: share of nominal embedding parameters saved against the uniform reference width."""
         return 1 - self.total("parameters") / ((reference_width + self.extra) * sum(self.schema.cardinalities))
 

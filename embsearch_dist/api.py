@@ -27,7 +27,7 @@ from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.errors import UserError
 from embsearch_dist.grouped import GroupedAllocation
-from embsearch_dist.methods import METHODS
+from embsearch_dist.methods import CONFIGS
 from embsearch_dist.methods.results import read_result, searched_network
 from embsearch_dist.methods.retraining import Wish
 from embsearch_dist.ranks.context import Context, start
@@ -67,7 +67,7 @@ def open_data(path: str | Path) -> Data:
     Raises:
         UserError: nothing was prepared there, or it was changed since.
     """
-    config = load_config(_configs(), None, [f"data.path={path}"], method="ues")
+    config = load_config(CONFIGS, None, [f"data.path={path}"], method="ues")
     with _alone(RunConfig(device="cpu"), DistConfig()) as context:
         schema = open_checked(config, context)
     return Data(Path(config.data.path), schema)
@@ -90,7 +90,7 @@ def search(
     Raises:
         UserError: names the file, key or field, and the cure.
     """
-    made = load_config(_configs(), config, [*_words(settings), f"run.dir={run_dir}"], method=method)
+    made = load_config(CONFIGS, config, [*_words(settings), f"run.dir={run_dir}"], method=method)
     try:
         with _alone(made.run, made.dist) as context:
             run = running.search(made, context, "es.search")
@@ -119,7 +119,7 @@ def retrain(
     home = Path(run_dir)
     check_text(home / "config.yaml")
     words = _words(settings)
-    config: Config = load_config(_configs(), home / "config.yaml", [*searched_network(home, words), *words])
+    config: Config = load_config(CONFIGS, home / "config.yaml", [*searched_network(home, words), *words])
     wish = Wish(str(allocation), name, or_uniform=False, best=0, refit=False)
     try:
         with _alone(config.run, config.dist) as context:
@@ -218,7 +218,3 @@ def _yaml(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_yaml(v) for v in value) + "]"
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _configs() -> dict[str, type]:
-    return {name: method.config for name, method in METHODS.items()}

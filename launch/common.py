@@ -15,7 +15,7 @@ from embsearch_dist.config.read import load_config, split_arguments, written_met
 from embsearch_dist.config.sections import Config
 from embsearch_dist.config.settings import describe
 from embsearch_dist.errors import UserError, nearest
-from embsearch_dist.methods import METHODS
+from embsearch_dist.methods import CONFIGS
 from embsearch_dist.pipes import quietly
 from embsearch_dist.ranks import peers
 from embsearch_dist.ranks.context import group_was_opened
@@ -26,7 +26,6 @@ from embsearch_dist.train import signals
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = ROOT / "configs" / "synthetic" / "adass_deepfm.yaml"
-CONFIGS = {name: method.config for name, method in METHODS.items()}
 
 
 def run_main(main: Callable[[Sequence[str]], None], document: str | None, searching: bool = True) -> None:

@@ -16,7 +16,7 @@ from embsearch_dist.config.read import load_config
 from embsearch_dist.config.sections import Config
 from embsearch_dist.data.load.batch import Batch, Position
 from embsearch_dist.data.load.dataset import BatchMaker, BatchStream
-from embsearch_dist.methods import METHODS
+from embsearch_dist.methods import CONFIGS
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.run import Run
 from embsearch_dist.schema import Field, Schema
@@ -28,7 +28,6 @@ from tests.ranks import THREADS
 torch.set_num_threads(THREADS)
 
 ROWS = 4000
-CONFIGS = {name: method.config for name, method in METHODS.items()}
 MODEL = ["model.hidden=[8,4]", "model.unified_width=8", "optim.embedding_lr=0.05", "optim.dense_lr=0.01"]
 TRAINING = ["train.batch_size=256", "train.eval_batch_size=200", "train.epochs=2", "train.log_every=1"]
 SEARCH = [

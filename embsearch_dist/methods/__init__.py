@@ -22,3 +22,5 @@ METHODS: dict[str, type[Method]] = {
     "ues": UES,
     "utilities": Utilities,
 }
+CONFIGS: dict[str, type] = {name: method.config for name, method in METHODS.items()}
+"""Method -> dataclass of its ``search`` section, as :func:`embsearch_dist.config.read.load_config` takes them."""

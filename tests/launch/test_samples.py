@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from embsearch_dist.config.read import load_config
-from embsearch_dist.methods import METHODS
+from embsearch_dist.methods import CONFIGS
 from embsearch_dist.methods.adass.supernet_stage import SupernetStage
 from embsearch_dist.methods.stages import flatten
 from embsearch_dist.ranks.context import Context
@@ -85,11 +85,10 @@ def result(run: Path, name: str) -> dict:
 
 def test_resource_first_config_shares_the_supernet(repo_root: Path) -> None:
     """Both modes of the paper search one supernet: same run directory, same inputs of the supernet stage."""
-    sections = {name: method.config for name, method in METHODS.items()}
     folder, schema = repo_root / "configs" / "movielens_1m", Schema("any", (Field("user_id", 3),))
     runs = []
     for name in ("adass_deepfm.yaml", "adass_deepfm_resource.yaml"):
-        runs.append(Run(load_config(sections, folder / name), schema, Context(0, 1, torch.device("cpu"))))
+        runs.append(Run(load_config(CONFIGS, folder / name), schema, Context(0, 1, torch.device("cpu"))))
     effect, resource = runs
     assert flatten(SupernetStage().inputs(effect)) == flatten(SupernetStage().inputs(resource))
     assert effect.dir == resource.dir

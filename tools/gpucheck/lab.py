@@ -14,7 +14,7 @@ import torch
 
 from embsearch_dist.config.read import load_config
 from embsearch_dist.config.sections import Config
-from embsearch_dist.methods import METHODS
+from embsearch_dist.methods import CONFIGS
 from embsearch_dist.ranks.context import Context, start
 from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
@@ -23,7 +23,6 @@ from tools.gpucheck.data import make_prepared, small_schema
 from tools.gpucheck.worker import Wrong
 
 T = TypeVar("T")
-CONFIGS = {name: method.config for name, method in METHODS.items()}
 ROWS = {"train": 3200, "validation": 400, "test": 400}
 
 

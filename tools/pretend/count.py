@@ -28,7 +28,7 @@ from embsearch_dist.allocation import Allocation
 from embsearch_dist.config.read import load_config
 from embsearch_dist.config.sections import TrainConfig
 from embsearch_dist.data.prepare.pipeline import prepare
-from embsearch_dist.methods import METHODS
+from embsearch_dist.methods import CONFIGS
 from embsearch_dist.methods.adafs.method import AdaFSTask
 from embsearch_dist.methods.adass.supernet_stage import SupernetTask
 from embsearch_dist.methods.ihas.gates_stage import GatesTask
@@ -42,7 +42,6 @@ from embsearch_dist.train.retrain import SubnetTask
 from embsearch_dist.train.trainer import Trainer
 from tools.pretend import Counts, install, watching
 
-CONFIGS = {name: method.config for name, method in METHODS.items()}
 SMALL = ["model.hidden=[16,8]", "model.unified_width=8", "run.device=cuda", "run.threads=1", "run.dir=not-written"]
 NASREC_SPACE = ["search.space.blocks=4", "search.space.dense_widths=[16,32,64]", "search.space.sparse_widths=[8,16]"]
 WARM_UP, FIELDS, DENSE = 3, 14, 2

@@ -58,7 +58,7 @@ def main() -> None:
     for seed in range(args.seeds):
         home = args.out / f"seed{seed}"
         for number, budget in enumerate(budgets):
-            name = "oracle" if not number else f"oracle-{budget.replace('%', 'pct')}"
+            name = name_of(number, budget)
             file = without_data(home / "search" / "allocations" / f"{name}.json", home / f"{name}.json")
             words = [f"--data.path={args.data}", f"--run.dir={home / 'models'}", f"--run.seed={seed}"]
             words += ["--allocation", str(file), "--name", name]
@@ -109,6 +109,11 @@ def without_data(found: Path, out: Path) -> Path:
     return out
 
 
+def name_of(number: int, budget: str) -> str:
+    """What the search calls the allocation of its n-th budget."""
+    return f"oracle-{budget.replace('%', 'pct')}" if number else "oracle"
+
+
 def trained(home: Path, name: str, seed: int) -> Path:
     return home / "models" / "retrain" / (name if not seed else f"{name}-seed{seed}")
 
@@ -117,7 +122,7 @@ def write_table(out: Path, budgets: list[str], seeds: int, command: str) -> None
     rows = []
     for seed in range(seeds):
         for number, budget in enumerate(budgets):
-            name = "oracle" if not number else f"oracle-{budget.replace('%', 'pct')}"
+            name = name_of(number, budget)
             place = trained(out / f"seed{seed}", name, seed)
             result = read_json(place / "evaluation.json")
             best = json.loads((place / "checkpoints" / "retrain" / "best.json").read_text())["step"]
