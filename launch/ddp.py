@@ -84,22 +84,14 @@ def ddp(
     for variable, value in SUBMITTING.items():
         os.environ.setdefault(variable, value)
     options = f"--nnodes {nodes_text} --nproc-per-node {ranks} --max-restarts {max_restarts} --tee {tee} --role ''"
-    # Behind `--`, torchrun leaves the script's options alone; else it takes --run or --log for its own.
-    target = shlex.join(["-m", "--", m, *words] if m else ["--", script, *words])
-    # Threads follow from the cores of the node, which the machine that submits the job does not know.
-    cores = f" --cores {cpu}" if cpu else ""
-    tuned = f'eval "$$({_python()} -m embsearch_dist.ranks.environment --ranks {ranks} --nodes {nodes}{cores})"'
-    # torchrun itself would end everything with 1, also what must not be started again.
-    command = (
-        f"{tuned}; exec {_python()} -m embsearch_dist.ranks.torchrun {_meeting(nodes, rdzv_port)} {options} {target}"
-    )
+    torchrun = f"{_meeting(nodes, rdzv_port)} {options} {_target(script, m, words)}"
     role = specs.Role(
         name=Path(script).stem if script else m.rpartition(".")[2],
         image=image,
         min_replicas=min_nodes,
         num_replicas=nodes,
         entrypoint="bash",
-        args=["-c", command],
+        args=["-c", f"{_tuned(ranks, nodes, cpu)}; exec {_python()} -m embsearch_dist.ranks.torchrun {torchrun}"],
         env=_environment(env or {}, title.experiment_name, gpu, debug),
         # What is not asked for stays out of the request: TorchX's own defaults are 2 cores and 1 GB a node.
         resource=specs.resource(h=h) if h else specs.Resource(cpu=cpu or -1, gpu=gpu or -1, memMB=memMB or -1),
@@ -122,6 +114,19 @@ def _asked(script: str, m: str, words: List[str]) -> Tuple[str, List[str]]:
     if script and m:
         raise ComponentValidationException("give either a script or -m MODULE, not both")
     return _find_script(script) if script else "", words
+
+
+def _target(script: str, m: str, words: List[str]) -> str:
+    """What torchrun starts. Behind `--` it leaves the script's options alone; else it takes --run or --log for its
+    own."""
+    return shlex.join(["-m", "--", m, *words] if m else ["--", script, *words])
+
+
+def _tuned(ranks: int, nodes: int, cpu: int) -> str:
+    """Shell words that set the threads: they follow from the cores of the node, which the machine that submits the
+    job does not know."""
+    cores = f" --cores {cpu}" if cpu else ""
+    return f'eval "$$({_python()} -m embsearch_dist.ranks.environment --ranks {ranks} --nodes {nodes}{cores})"'
 
 
 def _meeting(nodes: int, port: int) -> str:

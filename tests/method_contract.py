@@ -18,13 +18,27 @@ from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.results import kept_network, read_result, searched_network
 from embsearch_dist.methods.retraining import Retraining, Wish
 from embsearch_dist.methods.stages import check_stages, run_stages
-from embsearch_dist.methods.trial import overrides
+from embsearch_dist.methods.trial import overrides, words_of
 from embsearch_dist.networks.architecture import RESULT, Architecture
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.run import Run, open_data
 from embsearch_dist.train.directories import open_run_directory
 from tests.factories import small_config
 
+PLANTED = {
+    "model.hidden": "[32]",
+    "model.unified_width": "8",
+    "optim.embedding_lr": "0.01",
+    "optim.dense_lr": "0.003",
+    "optim.embedding_l2": "0.0005",
+    "train.batch_size": "512",
+    "train.eval_batch_size": "6000",
+    "train.epochs": "6",
+    "train.save_every": "0",
+    "search.budget": "12.5%",
+    "search.pareto": "[]",
+}
+"""The recipe under which every method is tried on planted widths of 0 to 8; a method adds what its search needs."""
 TIMES = {"time", "seconds", "sha256", "lines", "memory_mb", "share_of_time"}
 """Keys of records that differ between two runs that are the same, beside those that end in ``_s``."""
 BUDGET = "60%"
@@ -52,6 +66,7 @@ class Case:
         return small_config(self.data, directory, *own, *budget, *self.more, *words, method=self.name)
 
     def run(self, directory: Path | str, context: Context, *words: str) -> Run:
+        """A run under the method's settings and ``words``."""
         config = self.config(directory, *words)
         return Run(config, open_data(config, context), context)
 
@@ -78,6 +93,16 @@ class Case:
         self.method.check_evaluation(trained, "", "")
         run = Run(config, open_data(config, context), context)
         return self.method.evaluate(run, trained, "test", "", "")
+
+
+@dataclass(frozen=True)
+class PlantedCase(Case):
+    """A method under :data:`PLANTED` and what it says under ``planted``, in place of its trial settings."""
+
+    def config(self, directory: Path | str, *words: str) -> Config:
+        own = self.method.planted or {"search": {"candidates": [0, 1, 2, 4, 8]}}
+        recipe = [f"{key}={value}" for key, value in PLANTED.items()]
+        return small_config(self.data, directory, *recipe, *words_of(own), *words, method=self.name)
 
 
 def read_found(run: Run, method: Method) -> Any:

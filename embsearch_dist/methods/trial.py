@@ -27,7 +27,12 @@ def merged(trial: Settings) -> dict[str, dict[str, Any]]:
 
 def overrides(trial: Settings) -> list[str]:
     """The same as ``section.key=value`` words."""
-    return [f"{section}.{key}={_word(v)}" for section, body in merged(trial).items() for key, v in body.items()]
+    return words_of(merged(trial))
+
+
+def words_of(settings: Settings) -> list[str]:
+    """Settings as ``section.key=value`` words."""
+    return [f"{section}.{key}={_word(v)}" for section, body in settings.items() for key, v in body.items()]
 
 
 def _word(value: Any) -> str:

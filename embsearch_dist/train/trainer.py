@@ -8,7 +8,6 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -27,30 +26,11 @@ from embsearch_dist.train.checkpoint import Checkpointer, SaveError
 from embsearch_dist.train.guard import Gate, Verdict, agree
 from embsearch_dist.train.metrics import beside_click_rate, evaluate, shown
 from embsearch_dist.train.monitor import Monitor
+from embsearch_dist.train.position import Progress, schedule
 from embsearch_dist.train.seeding import seed_step
 from embsearch_dist.train.task import Judge, Task
 
 SAVE_FAILURES = 3  # so many checkpoints in a row may fail before training stops: nothing would be left of it
-
-
-@dataclass
-class Progress:
-    """Where training stands: all of it is in every checkpoint."""
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    best: float | None = None
-    best_logloss: float | None = None
-    best_step: int = 0
-    bad_evals: int = 0
-    lr_factor: float = 1.0
-    stopped: str = ""
-    seconds: float = 0.0
-    skipped: int = 0  # batches without an update, because something was not finite
-    evaluate: bool = False  # a signal came just before an evaluation, which is still due
-    loss_sum: float = 0.0  # since the last line of the log
-    loss_count: int = 0
 
 
 class Trainer:
@@ -409,13 +389,3 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         self.task.model.sharded.set_lr(factor)
-
-
-def schedule(config: TrainConfig, step: int, total: int) -> float:
-    """Factor on the learning rates of step ``step`` of ``total``, both counted from 0."""
-    rising = int(config.warmup * total)
-    if step < rising:
-        return (step + 1) / rising
-    if config.schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))

@@ -21,7 +21,8 @@ from embsearch_dist.train.metrics import evaluate
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.retrain import SubnetTask, load_best, retrain
 from embsearch_dist.train.signals import StoppedBySignal
-from embsearch_dist.train.trainer import Progress, Trainer
+from embsearch_dist.train.position import Progress
+from embsearch_dist.train.trainer import Trainer
 from tests.factories import (
     one_rank,
     open_run,

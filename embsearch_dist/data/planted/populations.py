@@ -264,45 +264,54 @@ def make_populations(
     if rows < 100:
         raise UserError(f"--rows must be at least 100, got {rows}. Give more")
     checked = Options(seed=seed, **options)  # type: ignore[arg-type]
-    clicks = Clicks(plan, seed)
-    given, alone, each = Bayes(), Bayes(), [Bayes() for _ in plan.shares]
-    drawn: list[np.ndarray] = []
+    drawn = _Drawn(Clicks(plan, seed))
     with whole_directory(Path(prepared_dir), checked.overwrite) as partial:
-
-        def frames() -> Iterator[pl.DataFrame]:
-            for frame, population, logits in clicks.chunks(rows):
-                own = logits[population, np.arange(len(population))]
-                given.add(own)
-                for z, bayes in enumerate(each):
-                    bayes.add(own[population == z])
-                p = (clicks.telling(frame) / (1 + np.exp(-logits))).sum(axis=0)
-                alone.add(np.log(p / (1 - p)))
-                drawn.append(population)
-                yield frame
-
         source = partial / "raw" / "source.yaml"
-        names = write_raw(source, "populations", frames())
-        empty = [z for z, bayes in enumerate(each) if bayes.rows == 0]
+        names = write_raw(source, "populations", drawn.frames(rows))
+        empty = [z for z, bayes in enumerate(drawn.each) if bayes.rows == 0]
         if empty:
             raise UserError(f"none of {rows} rows is of population {empty[0]}. Give more --rows")
-        _save_populations(partial / POPULATIONS, np.concatenate(drawn), checked.seed)
-        truth = {
-            **_ranks(clicks, names),
-            "bayes_auc": given.auc,
-            "bayes_logloss": given.logloss,
+        _save_populations(partial / POPULATIONS, np.concatenate(drawn.populations), checked.seed)
+        write_json(partial / TRUTH, {**_ranks(drawn.clicks, names), **drawn.truth(rows)})
+        return prepare_into(partial, open_source("table", source), checked)
+
+
+class _Drawn:
+    """Rows as they are drawn, and what is learned of their true probabilities on the way."""
+
+    def __init__(self, clicks: Clicks) -> None:
+        self.clicks = clicks
+        self.given, self.alone = Bayes(), Bayes()
+        self.each = [Bayes() for _ in clicks.plan.shares]
+        self.populations: list[np.ndarray] = []
+
+    def frames(self, rows: int) -> Iterator[pl.DataFrame]:
+        for frame, population, logits in self.clicks.chunks(rows):
+            own = logits[population, np.arange(len(population))]
+            self.given.add(own)
+            for z, bayes in enumerate(self.each):
+                bayes.add(own[population == z])
+            p = (self.clicks.telling(frame) / (1 + np.exp(-logits))).sum(axis=0)
+            self.alone.add(np.log(p / (1 - p)))
+            self.populations.append(population)
+            yield frame
+
+    def truth(self, rows: int) -> dict[str, object]:
+        """What ``truth.json`` says beside the ranks; see :func:`make_populations`."""
+        return {
+            "bayes_auc": self.given.auc,
+            "bayes_logloss": self.given.logloss,
             "bayes_of": BAYES_OF,
-            "from_fields": {"bayes_auc": alone.auc, "bayes_logloss": alone.logloss},
+            "from_fields": {"bayes_auc": self.alone.auc, "bayes_logloss": self.alone.logloss},
             "populations": {
                 str(z): {"share": b.rows / rows, "bayes_auc": b.auc, "bayes_logloss": b.logloss}
-                for z, b in enumerate(each)
+                for z, b in enumerate(self.each)
             },
-            "telling_accuracy": telling_accuracy(plan),
+            "telling_accuracy": telling_accuracy(self.clicks.plan),
             "rows": rows,
-            "seed": seed,
-            "plan": asdict(plan),
+            "seed": self.clicks.seed,
+            "plan": asdict(self.clicks.plan),
         }
-        write_json(partial / TRUTH, truth)
-        return prepare_into(partial, open_source("table", source), checked)
 
 
 def _ranks(clicks: Clicks, names: Sequence[str]) -> dict[str, object]:

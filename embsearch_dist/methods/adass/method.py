@@ -16,6 +16,13 @@ class AdaSS(Method):
     """AdaS&S: a One-Shot Supernet Approach for Automatic Embedding Size Search (Wei et al. 2023)."""
 
     config = AdassConfig
+    planted = {
+        "search": {
+            "candidates": [0, 1, 2, 4, 8],
+            "supernet": {"batch_size": 512, "epochs": 6, "patience": 0},
+            "policy": {"rows": 6000, "steps": 60},
+        }
+    }
     trial = {
         "search": {
             "candidates": [0, 2, 4],

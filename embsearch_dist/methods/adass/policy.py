@@ -159,9 +159,8 @@ def search(
         reward = torch.tensor([sign * m[config.metric] for m in score(action)])
         advantage = config.reward_weight * factored_advantage(reward, action, value.values())
         value.update(action, reward)
-        log_p = logits.log_softmax(2).gather(2, action[..., None]).squeeze(2)
         extra = penalty(p, price, 1.0, config.lambda_c)
-        objective = -(log_p * advantage).sum(1).mean() + extra
+        objective = _surrogate(logits, action, advantage) + extra
         expected = torch.zeros(()) if absolute_costs is None else (p * absolute_costs).sum((1, 2)).mean()
         if absolute_costs is not None and budget is not None:
             over = expected / budget - 1
@@ -175,6 +174,12 @@ def search(
             watch(_trace(step, reward, logits, p, extra, expected))
     with torch.no_grad():
         return policy(state).masked_fill(closed, -FAR).softmax(2).mean(0)
+
+
+def _surrogate(logits: torch.Tensor, action: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
+    """The scalar whose gradient is that of REINFORCE, downwards: ``-mean_k sum_f A_kf log P(a_kf)``."""
+    log_p = logits.log_softmax(2).gather(2, action[..., None]).squeeze(2)
+    return -(log_p * advantage).sum(1).mean()
 
 
 def _trace(

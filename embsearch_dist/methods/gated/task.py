@@ -28,7 +28,8 @@ from embsearch_dist.train.bilevel import HeldOut, frozen
 from embsearch_dist.train.checkpoint import Checkpointer
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.task import Task
-from embsearch_dist.train.trainer import Progress, Trainer
+from embsearch_dist.train.position import Progress
+from embsearch_dist.train.trainer import Trainer
 
 
 @dataclass

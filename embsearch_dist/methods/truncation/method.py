@@ -63,6 +63,7 @@ class Truncation(Method):
     """The baselines of every comparison of widths: FDO and magnitude pruning."""
 
     config = TruncationConfig
+    planted = {"search": {"rule": "magnitude", "width": 8}}
     trial = {"search": {"width": 4, "pareto": ["60%"], "rows": 300}}
 
     def stages(self) -> list[Stage]:

@@ -15,6 +15,7 @@ class Utilities(Method):
     """Widths from one trained model: no supernet, no policy."""
 
     config = UtilitiesConfig
+    planted = {"search": {"candidates": [0, 1, 2, 4, 8], "width": 8, "rows": 6000}}
     trial = {"search": {"candidates": [0, 2, 4], "width": 4, "pareto": ["60%"], "rows": 300, "basis_rows": 300}}
 
     def stages(self) -> list[Stage]:
