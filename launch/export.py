@@ -96,7 +96,7 @@ def trained(
         if source:
             provenance = {**run.schema.provenance, "source": described_by(source, run.schema)}
             run = Run(config, replace(run.schema, provenance=provenance), context)
-        found = collect(run, directory, kind, router)
+        found = collect(run, directory, router)
         size = config.train.eval_batch_size if kind != "gated" else config.search.training.eval_batch_size
         yield run, found, run.stream("test", size, shuffle=False)
 

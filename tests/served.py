@@ -13,6 +13,9 @@ from embsearch_dist.allocation import Allocation
 from embsearch_dist.config.sections import Config
 from embsearch_dist.data.store.manifest import identity
 from embsearch_dist.methods.adafs.method import AdaFSTask
+from embsearch_dist.methods.collected import Collected, of_single
+from embsearch_dist.methods.gated.collected import of_gated
+from embsearch_dist.methods.ihas.collected import of_routed
 from embsearch_dist.methods.ihas.gates_stage import GatesTask
 from embsearch_dist.methods.ihas.kmeans import KMeans
 from embsearch_dist.methods.ihas.routed_model import RoutedModel
@@ -20,7 +23,6 @@ from embsearch_dist.methods.ihas.router_by_centres import CentreRouter
 from embsearch_dist.methods.ihas.router_by_fields import FieldRouter
 from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
-from embsearch_dist.serving.collect import Collected, of_gated, of_routed, of_single
 from embsearch_dist.serving.export import Wish, export
 from embsearch_dist.train.retrain import SubnetTask
 from tests.factories import one_rank, small_config

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from embsearch_dist.config.sections import Config
 from embsearch_dist.errors import UserError
+from embsearch_dist.methods.collected import Collected, collect_single, is_single, nothing_there
 from embsearch_dist.methods.retraining import Results, Retraining, evaluate_single, retrain_models
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.trial import Settings
@@ -72,3 +73,25 @@ class Method(ABC):
             UserError: nothing is trained there, or a file is damaged.
         """
         return evaluate_single(run, directory, split, precision)
+
+    def kind(self, directory: Path) -> str:
+        """What a directory under ``RUN/retrain`` holds: ``single``, or another that :meth:`collect` knows.
+
+        Raises:
+            UserError: nothing that was trained.
+        """
+        if not is_single(directory):
+            raise nothing_there(directory)
+        return "single"
+
+    def collect(self, run: Run, directory: Path, router: str) -> Collected:
+        """The trained model of a directory under ``RUN/retrain``, taken apart for serving.
+
+        Args:
+            router: of models of groups.
+
+        Raises:
+            UserError: nothing is trained there, or a file is damaged.
+        """
+        with run.context.together("reading the trained model"):
+            return collect_single(run, directory)

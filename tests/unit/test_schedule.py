@@ -19,8 +19,8 @@ from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.errors import UserError
 from embsearch_dist.models.pooled import Pooled
 from embsearch_dist.train.monitor import Monitor
-from embsearch_dist.train.retrain import SubnetTask
 from embsearch_dist.train.position import schedule
+from embsearch_dist.train.retrain import SubnetTask
 from embsearch_dist.train.trainer import Trainer
 from tests.factories import one_rank, open_run, prepared, recorded, small_config, streams, whole_tables
 from tests.unit.test_trainer import OPTIMIZERS, WIDTHS, assert_same, assert_same_records, fit

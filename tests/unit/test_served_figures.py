@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
+from embsearch_dist.methods.collected import of_single
 from embsearch_dist.run import Run
-from embsearch_dist.serving.collect import of_single
 from embsearch_dist.serving.directory import open_directory
 from embsearch_dist.train.retrain import SubnetTask
 from embsearch_dist.train.served import evaluate_served, rounded_tables

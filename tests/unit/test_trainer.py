@@ -19,9 +19,9 @@ from embsearch_dist.methods.adass.supernet_stage import SupernetTask
 from embsearch_dist.train.faults import VARIABLE
 from embsearch_dist.train.metrics import evaluate
 from embsearch_dist.train.monitor import Monitor
+from embsearch_dist.train.position import Progress
 from embsearch_dist.train.retrain import SubnetTask, load_best, retrain
 from embsearch_dist.train.signals import StoppedBySignal
-from embsearch_dist.train.position import Progress
 from embsearch_dist.train.trainer import Trainer
 from tests.factories import (
     one_rank,

@@ -23,8 +23,8 @@ from embsearch_dist.ranks.same_data import RECORD
 from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.monitor import Monitor
-from embsearch_dist.train.retrain import SubnetTask
 from embsearch_dist.train.position import Progress
+from embsearch_dist.train.retrain import SubnetTask
 from embsearch_dist.train.trainer import Trainer
 from tests.factories import CONFIGS, one_rank, open_run, prepared_rows, small_config
 

@@ -171,7 +171,7 @@ def sides_of(directory: Path, run: Run, exports: Mapping[str, Path]) -> list[Sid
 
 
 def _trained(run: Run, directory: Path) -> Callable[[Case], torch.Tensor]:
-    found = collect(run, directory, kind_of(directory), ROUTERS[0])
+    found = collect(run, directory, ROUTERS[0])
     return lambda case: found.predict(case.batch)
 
 

@@ -5,6 +5,7 @@ Nothing is retrained: the searched model is the result, and the controller a par
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from embsearch_dist.files import read_sealed
 from embsearch_dist.methods.adafs.config import AdaFSConfig
 from embsearch_dist.methods.adafs.controller import AdaFSModel, keep_top
 from embsearch_dist.methods.base import Method
+from embsearch_dist.methods.collected import Collected
 from embsearch_dist.methods.gated import task as gated
+from embsearch_dist.methods.gated.collected import collect_gated, is_gated
 from embsearch_dist.methods.gated.result import leave_result
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.trial import TRAINING
@@ -36,6 +39,7 @@ class AdaFSTask(gated.GatedTask):
     """
 
     model: AdaFSModel
+    part = "controller"
 
     def __init__(self, run: Run, search: AdaFSConfig, training: bool) -> None:
         model = AdaFSModel(run.config, run.schema, search, run.context)
@@ -44,6 +48,11 @@ class AdaFSTask(gated.GatedTask):
         self.search, self.fields = search, len(run.schema.fields)
         self.k = search.kept(self.fields)
         self._shown: torch.Tensor | None = None
+
+    def selection(self) -> dict[str, Any]:
+        s = self.search
+        told = {"kind": "adafs", "mode": s.mode, "k": self.k, "renormalise": s.renormalise, "scale": s.scale}
+        return told | {"norm": s.norm}
 
     def choose(self, weights: torch.Tensor) -> torch.Tensor:
         """What the controller's ``weights [B, N]`` leave of each field, before ``scale``."""
@@ -169,3 +178,12 @@ class AdaFS(Method):
     def check(self, run: Run) -> None:
         search, fields = run.config.search, len(run.schema.fields)
         require(search.k <= fields, "search.k", f"must be at most {fields}, the number of fields, got {search.k}")
+
+    def kind(self, directory: Path) -> str:
+        return "gated" if is_gated(directory) else super().kind(directory)
+
+    def collect(self, run: Run, directory: Path, router: str) -> Collected:
+        if self.kind(directory) == "single":
+            return super().collect(run, directory, router)
+        with run.context.together("reading the trained model"):
+            return collect_gated(load_searched(run), directory)

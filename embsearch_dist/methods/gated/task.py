@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -27,8 +27,8 @@ from embsearch_dist.run import Run
 from embsearch_dist.train.bilevel import HeldOut, frozen
 from embsearch_dist.train.checkpoint import Checkpointer
 from embsearch_dist.train.monitor import Monitor
-from embsearch_dist.train.task import Task
 from embsearch_dist.train.position import Progress
+from embsearch_dist.train.task import Task
 from embsearch_dist.train.trainer import Trainer
 
 
@@ -54,6 +54,9 @@ class GatedTask(ABC):
         own: the method's settings that the result depends on.
     """
 
+    part: ClassVar[str]
+    """What the selector is called in a model directory."""
+
     def __init__(
         self, run: Run, model: GatedModel, outer: OuterConfig, training: TrainConfig | None, own: dict[str, Any]
     ) -> None:
@@ -72,6 +75,10 @@ class GatedTask(ABC):
             self.total = training.total_steps(self.batches.batches_per_epoch)
             held_out = run.stream("validation", training.batch_size, shuffle=True)
             self._held_out = HeldOut(held_out, run.context.device)
+
+    @abstractmethod
+    def selection(self) -> dict[str, Any]:
+        """What the description of a served model says of how rows are weighed."""
 
     @abstractmethod
     def select(self, u: torch.Tensor, batch: Batch, step: int) -> torch.Tensor:

@@ -34,6 +34,8 @@ PICTURES = 40  # histograms over a whole training
 class GatesTask(gated.GatedTask):
     """Sampled masks while training, thresholded ones at inference."""
 
+    part = "gates"
+
     def __init__(self, run: Run, search: IHASConfig, training: bool) -> None:
         self.gates, fields = search.gates, len(run.schema.fields)
         with seeded(run.config.run.seed):
@@ -43,6 +45,10 @@ class GatesTask(gated.GatedTask):
         super().__init__(run, model, search.outer, search.training if training else None, own)
         self.batch_size = search.training.batch_size
         self._histogram: torch.Tensor | None = None
+
+    def selection(self) -> dict[str, Any]:
+        gates = dataclasses.asdict(self.gates)
+        return {"kind": "gates"} | {key: gates[key] for key in ("shared", "bins", "fallback", "smooth")}
 
     def logits(self, u: torch.Tensor) -> torch.Tensor:
         """Logits of the gates ``[B, C]`` for embeddings ``u [B, F, d]``; the selector without DDP."""

@@ -9,8 +9,11 @@ from embsearch_dist.config.options import one_of
 from embsearch_dist.errors import UserError
 from embsearch_dist.grouped import GROUPS, GroupedAllocation
 from embsearch_dist.methods.base import Method
+from embsearch_dist.methods.collected import Collected
+from embsearch_dist.methods.gated.collected import collect_gated, is_gated
+from embsearch_dist.methods.ihas.collected import collect_routed
 from embsearch_dist.methods.ihas.config import IHASConfig
-from embsearch_dist.methods.ihas.gates_stage import GateStage, MeasureStage
+from embsearch_dist.methods.ihas.gates_stage import GateStage, MeasureStage, load_gates
 from embsearch_dist.methods.ihas.groups_stage import GroupStage
 from embsearch_dist.methods.ihas.retraining import evaluate_groups, load_groups, open_search, retrain_groups
 from embsearch_dist.methods.ihas.routed_model import ROUTERS
@@ -67,6 +70,21 @@ class IHAS(Method):
         search = open_search(directory, config, run.schema, context)
         models = load_groups(config, grouped, context, directory)
         return evaluate_groups(search, config, grouped, directory, models, split, router or ROUTERS[0])
+
+    def kind(self, directory: Path) -> str:
+        if holds_groups(directory):
+            return "routed"
+        return "gated" if is_gated(directory) else super().kind(directory)
+
+    def collect(self, run: Run, directory: Path, router: str) -> Collected:
+        kind = self.kind(directory)
+        if kind == "routed":
+            search = open_search(directory, run.config, run.schema, run.context)
+            return collect_routed(run, search, directory, router)
+        if kind == "single":
+            return super().collect(run, directory, router)
+        with run.context.together("reading the trained model"):
+            return collect_gated(load_gates(run), directory)
 
 
 def holds_groups(directory: Path) -> bool:
