@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic
 
-from embsearch_dist.config.sections import Config
+from embsearch_dist.config.sections import Config, S
 from embsearch_dist.data.load.classes import Classes, count_classes
 from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.data.store.manifest import MANIFEST, compare_ends, identity
@@ -21,10 +22,10 @@ from embsearch_dist.stores.places import bring_data
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Generic[S]):
     """One run: its config, its data and its place among the ranks."""
 
-    config: Config
+    config: Config[S]
     schema: Schema
     context: Context
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from omegaconf import OmegaConf
 
@@ -245,8 +245,12 @@ class DistConfig:
                 one_of(f"dist.tables.{name}", kind, kinds)
 
 
+S = TypeVar("S")
+"""Dataclass of a method's ``search`` section."""
+
+
 @dataclass
-class Config:
+class Config(Generic[S]):
     """Everything a run depends on. ``search`` is the chosen method's own dataclass."""
 
     method: str
@@ -256,7 +260,7 @@ class Config:
     optim: OptimConfig
     train: TrainConfig
     dist: DistConfig
-    search: Any
+    search: S
 
     def check(self) -> None:
         for name in (*SECTIONS, "search"):

@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Generic, Protocol
 
 from embsearch_dist import written
+from embsearch_dist.config.sections import S
 from embsearch_dist.config.settings import changed_settings, tell_changed
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_sealed, write_sealed
@@ -22,21 +23,22 @@ from embsearch_dist.stores import mirror
 from embsearch_dist.train.lines import compare_lines, lines_of
 
 
-class Stage(ABC):
-    """One step of a search. ``repeatable`` stages are cheap: changed inputs just run them again."""
+class Stage(ABC, Generic[S]):
+    """One step of a search of a method whose settings are ``S``. A ``repeatable`` stage is cheap: with changed inputs
+    it just runs again."""
 
     name: ClassVar[str]
     repeatable: ClassVar[bool] = False
 
     @abstractmethod
-    def inputs(self, run: Run) -> dict[str, Any]:
+    def inputs(self, run: Run[S]) -> dict[str, Any]:
         """Everything the result depends on, JSON-able; compared with what an earlier run used."""
 
     @abstractmethod
-    def run(self, run: Run) -> None:
+    def run(self, run: Run[S]) -> None:
         """Do the work, on every rank; continue from checkpoints if there are any."""
 
-    def lacks(self, run: Run) -> str:
+    def lacks(self, run: Run[S]) -> str:
         """What of a finished stage is lost beside the files that its mark lists, in words; rank 0 calls this."""
         return ""
 

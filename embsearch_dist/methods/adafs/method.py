@@ -117,40 +117,40 @@ class AdaFSTask(gated.GatedTask):
             monitor.heatmap(step, "fields kept", [[s / rows for s in shares[self.fields :]]], ["kept"], names)
 
 
-class ControllerStage(Stage):
+class ControllerStage(Stage[AdaFSConfig]):
     """Trains model and controller; their checkpoints are under ``checkpoints/controller``."""
 
     name = STAGE
 
-    def inputs(self, run: Run) -> dict[str, Any]:
+    def inputs(self, run: Run[AdaFSConfig]) -> dict[str, Any]:
         return _inputs(run)
 
-    def run(self, run: Run) -> None:
-        search: AdaFSConfig = run.config.search
+    def run(self, run: Run[AdaFSConfig]) -> None:
+        search = run.config.search
         task = AdaFSTask(run, search, training=True)
         kept = f"{task.k} of {task.fields} fields a row" if search.mode == "hard" else f"{task.fields} fields, weighed"
         line = f"controller: {kept}, width {search.width}, {run.context.world_size} rank(s)"
         gated.train(run, self.name, task, search.training, [line])
 
 
-class MeasureStage(Stage):
+class MeasureStage(Stage[AdaFSConfig]):
     """Evaluates the best checkpoint since the controller set in; leaves ``retrain/NAME/evaluation.json``."""
 
     name = "test"
     repeatable = True
 
-    def inputs(self, run: Run) -> dict[str, Any]:
+    def inputs(self, run: Run[AdaFSConfig]) -> dict[str, Any]:
         best = gated.checkpoint_root(run, STAGE) / "best.json"
         measured = read_sealed(best)["step"] if best.exists() else None
         return {**_inputs(run), "search.name": run.config.search.result_name, "step": measured}
 
-    def run(self, run: Run) -> None:
-        search: AdaFSConfig = run.config.search
+    def run(self, run: Run[AdaFSConfig]) -> None:
+        search = run.config.search
         leave_result(run, load_searched(run), search.result_name, search.training.eval_batch_size)
 
 
-def _inputs(run: Run) -> dict[str, Any]:
-    search: AdaFSConfig = run.config.search
+def _inputs(run: Run[AdaFSConfig]) -> dict[str, Any]:
+    search = run.config.search
     own = {f"search.{k}": getattr(search, k) for k in (*OWN, "width", "outer")}
     return gated.inputs_of(run, search.training, own)
 

@@ -216,13 +216,13 @@ class Searcher:
         return Allocation(self.schema, widths, {"method": "adass", **provenance, **told, **scores}, self.extra)
 
 
-def make_scorer(run: Run, task: SupernetTask | None = None) -> SubnetScorer:
+def make_scorer(run: Run[AdassConfig], task: SupernetTask | None = None) -> SubnetScorer:
     """Load the finished supernet and look up the validation sample: rows drawn at random from the whole split, the
     same ones for any number of ranks.
 
     With several ranks each holds its share of the rows.
     """
-    search_config: AdassConfig = run.config.search
+    search_config = run.config.search
     task = task or load_supernet(run)
     batch = search_config.supernet.eval_batch_size
     shards = run.stream("validation", batch, shuffle=False).shards
@@ -236,20 +236,20 @@ def make_scorer(run: Run, task: SupernetTask | None = None) -> SubnetScorer:
     return SubnetScorer(task.model, batches, context, policy.precision, policy.cache_mb, policy.refit, area)
 
 
-class SearchStage(Stage):
+class SearchStage(Stage[AdassConfig]):
     """Search once for ``allocation.json`` and once more for each Pareto budget."""
 
     name = "search"
     repeatable = True
 
-    def inputs(self, run: Run) -> dict[str, Any]:
-        search_config: AdassConfig = run.config.search
+    def inputs(self, run: Run[AdassConfig]) -> dict[str, Any]:
+        search_config = run.config.search
         keys = {k: getattr(search_config, k) for k in ("name", "policy", "budget", "pareto", "precision")}
         keys["supernet.keep"] = search_config.supernet.keep
         return {"schema": run.schema.fingerprint, "run.seed": run.config.run.seed, "search": keys}
 
-    def run(self, run: Run) -> None:
-        config: AdassConfig = run.config.search
+    def run(self, run: Run[AdassConfig]) -> None:
+        config = run.config.search
         extra = run.config.model.extra
         wanted = budgets_of(config, run.schema, extra)
         searcher = Searcher(run.schema, config, make_scorer(run), distinct_of(run.config, run.schema), extra)

@@ -36,8 +36,8 @@ class SupernetTask:
     al. 2020). Losses are averaged, so that rates, clipping and the log keep the size they have with one subnet.
     """
 
-    def __init__(self, run: Run, total_steps: int = 0) -> None:
-        search: AdassConfig = run.config.search
+    def __init__(self, run: Run[AdassConfig], total_steps: int = 0) -> None:
+        search = run.config.search
         self.run, self.context, self.names = run, run.context, run.schema.names
         self.candidates = search.candidates
         same = search.sampling.same_subnet
@@ -150,12 +150,12 @@ class SupernetTask:
         self._pictured = state["pictured"]
 
 
-class SupernetStage(Stage):
+class SupernetStage(Stage[AdassConfig]):
     """Trains the supernet and leaves its checkpoints under ``checkpoints/supernet``."""
 
     name = "supernet"
 
-    def inputs(self, run: Run) -> dict[str, Any]:
+    def inputs(self, run: Run[AdassConfig]) -> dict[str, Any]:
         c = run.config
         search: AdassConfig = c.search
         return {
@@ -171,8 +171,8 @@ class SupernetStage(Stage):
             "search.supernet": {k: v for k, v in vars(search.supernet).items() if k not in (*SAFETY_KEYS, *READ_LATER)},
         }
 
-    def run(self, run: Run) -> None:
-        search: AdassConfig = run.config.search
+    def run(self, run: Run[AdassConfig]) -> None:
+        search = run.config.search
         training = run.stream("train", search.supernet.batch_size, shuffle=True)
         validation = run.stream("validation", search.supernet.eval_batch_size, shuffle=False)
         task = SupernetTask(run, search.supernet.total_steps(training.batches_per_epoch))

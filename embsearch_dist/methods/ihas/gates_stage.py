@@ -102,18 +102,18 @@ class GatesTask(gated.GatedTask):
             self._histogram = None
 
 
-class GateStage(Stage):
+class GateStage(Stage[IHASConfig]):
     """Trains the gated model and leaves its checkpoint under ``checkpoints/gates``."""
 
     name = STAGE
 
-    def inputs(self, run: Run) -> dict[str, Any]:
-        search: IHASConfig = run.config.search
+    def inputs(self, run: Run[IHASConfig]) -> dict[str, Any]:
+        search = run.config.search
         own = {"search.width": search.width, "search.outer": search.outer, "search.gates": search.gates}
         return gated.inputs_of(run, search.training, own)
 
-    def run(self, run: Run) -> None:
-        search: IHASConfig = run.config.search
+    def run(self, run: Run[IHASConfig]) -> None:
+        search = run.config.search
         task = GatesTask(run, search, training=True)
         fields = len(run.schema.fields)
         kind = "one gate vector for all rows" if search.gates.shared else "gates by row"
@@ -121,18 +121,18 @@ class GateStage(Stage):
         gated.train(run, self.name, task, search.training, [line])
 
 
-class MeasureStage(Stage):
+class MeasureStage(Stage[IHASConfig]):
     """Evaluates the searched model itself, gates by threshold: the ablation iHAS-1. Leaves ``retrain/NAME-1``."""
 
     name = "test"
     repeatable = True
 
-    def inputs(self, run: Run) -> dict[str, Any]:
-        search: IHASConfig = run.config.search
+    def inputs(self, run: Run[IHASConfig]) -> dict[str, Any]:
+        search = run.config.search
         return {**GateStage().inputs(run), "search.name": search.name}
 
-    def run(self, run: Run) -> None:
-        search: IHASConfig = run.config.search
+    def run(self, run: Run[IHASConfig]) -> None:
+        search = run.config.search
         leave_result(run, load_gates(run), f"{search.name}-1", search.training.eval_batch_size)
 
 

@@ -35,18 +35,18 @@ KEPT = "groups/kept.json"  # per group, 1 for each kept dimension of the search'
 STATE = "groups/kmeans.json"  # of a clustering that is under way
 
 
-class GroupStage(Stage):
+class GroupStage(Stage[IHASConfig]):
     """Clusters, assigns, allocates, and writes each group's rows."""
 
     name = "groups"
     repeatable = True  # gates cost hours, groups minutes: another K or share to keep only clusters again
 
-    def inputs(self, run: Run) -> dict[str, Any]:
-        search: IHASConfig = run.config.search
+    def inputs(self, run: Run[IHASConfig]) -> dict[str, Any]:
+        search = run.config.search
         own = {"search.name": search.name, "search.groups": dataclasses.asdict(search.groups)}
         return {"schema": run.schema.fingerprint, "run.seed": run.config.run.seed, **own}
 
-    def lacks(self, run: Run) -> str:
+    def lacks(self, run: Run[IHASConfig]) -> str:
         """A group whose rows are gone or are others: reads what opening them would read."""
         if not (run.dir / GROUPS).exists():
             return ""
@@ -60,8 +60,8 @@ class GroupStage(Stage):
                 return str(e).split(". ")[0]
         return ""
 
-    def run(self, run: Run) -> None:
-        search: IHASConfig = run.config.search
+    def run(self, run: Run[IHASConfig]) -> None:
+        search = run.config.search
         with Monitor(run.dir, self.name, run.context.rank) as monitor:
             monitor.resume_at(-1)
             run.context.first("clearing the groups", lambda: _clear(run.dir))
@@ -89,7 +89,7 @@ class GroupStage(Stage):
 
     def _write(
         self,
-        run: Run,
+        run: Run[IHASConfig],
         monitor: Monitor,
         clustering: Clustering,
         assignment: dict[str, np.ndarray],

@@ -25,20 +25,20 @@ STAGE = "evolution"
 HISTORY = "evolution.json"
 
 
-class EvolutionStage(Stage):
+class EvolutionStage(Stage[NASRecConfig]):
     """Scores candidates, spread over ranks, generation by generation; continues with the one that was under way."""
 
     name = STAGE
     repeatable = True
 
-    def inputs(self, run: Run) -> dict[str, Any]:
-        search: NASRecConfig = run.config.search
+    def inputs(self, run: Run[NASRecConfig]) -> dict[str, Any]:
+        search = run.config.search
         own = {"search.name": search.name, "search.scoring": search.scoring, "search.evolution": search.evolution}
         own |= {"search.prefilter": search.prefilter}
         return {**SupernetStage().inputs(run), **own}
 
-    def run(self, run: Run) -> None:
-        search: NASRecConfig = run.config.search
+    def run(self, run: Run[NASRecConfig]) -> None:
+        search = run.config.search
         evolution = Evolution(search.space.make(), search.evolution, run.config.run.seed)
         path, signature = run.dir / HISTORY, self.signature(run)
         body = run.context.share(run.context.first("reading the search", lambda: _read(path, signature)))
@@ -51,16 +51,18 @@ class EvolutionStage(Stage):
             self._search(run, evolution, monitor, signature)
             self._leave(run, evolution, monitor)
 
-    def signature(self, run: Run) -> dict[str, Any]:
+    def signature(self, run: Run[NASRecConfig]) -> dict[str, Any]:
         """What a search under way depends on."""
-        search: NASRecConfig = run.config.search
+        search = run.config.search
         own = {"scoring": dataclasses.asdict(search.scoring), "evolution": dataclasses.asdict(search.evolution)}
         if search.prefilter.proxies:
             own["prefilter"] = dataclasses.asdict(search.prefilter)
         supernet = json.dumps(flatten(SupernetStage().inputs(run)), sort_keys=True, default=str)
         return {**own, "space": search.space.make().to_json(), "supernet": supernet}
 
-    def _search(self, run: Run, evolution: Evolution, monitor: Monitor, signature: dict[str, Any]) -> None:
+    def _search(
+        self, run: Run[NASRecConfig], evolution: Evolution, monitor: Monitor, signature: dict[str, Any]
+    ) -> None:
         if evolution.over:
             return
         c = evolution.config
@@ -90,7 +92,7 @@ class EvolutionStage(Stage):
                 run.context.first("saving the search", lambda s=state: write_sealed(run.dir / HISTORY, s))  # type: ignore[misc]
                 bar.update(len(proposed), loss=values["best"])
 
-    def _score(self, run: Run, scorer: Scorer, architectures: Sequence[Architecture]) -> list[Score]:
+    def _score(self, run: Run[NASRecConfig], scorer: Scorer, architectures: Sequence[Architecture]) -> list[Score]:
         """Each rank scores its share; all get all scores, in order."""
         context = run.context
         own: dict[int, tuple[Any, ...]] = {}
@@ -100,8 +102,8 @@ class EvolutionStage(Stage):
         found = {place: score for part in context.every(own) for place, score in part.items()}
         return [Score(*found[place]) for place in range(len(architectures))]
 
-    def _leave(self, run: Run, evolution: Evolution, monitor: Monitor) -> None:
-        search: NASRecConfig = run.config.search
+    def _leave(self, run: Run[NASRecConfig], evolution: Evolution, monitor: Monitor) -> None:
+        search = run.config.search
         best, space = evolution.best(search.evolution.keep), evolution.space
 
         def provenance(candidate: Candidate, rank: int) -> dict[str, Any]:

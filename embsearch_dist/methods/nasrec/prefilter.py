@@ -36,13 +36,13 @@ TRIES = 200  # draws in a row that were seen before; then the space has nothing 
 _STREAM = 0x505245
 
 
-def prefilter(run: Run, space: Space, monitor: Monitor) -> list[tuple[Architecture, str]]:
+def prefilter(run: Run[NASRecConfig], space: Space, monitor: Monitor) -> list[tuple[Architecture, str]]:
     """The kept networks with their keys, best mean rank first, on all ranks; leaves ``prefilter.json``.
 
     Raises:
         UserError: a proxy is not finite.
     """
-    search: NASRecConfig = run.config.search
+    search = run.config.search
     c, started = search.prefilter, time.monotonic()
     drawn = draw_distinct(space, c.sample, run.config.run.seed)
     batch = batch_of(run, space.width)

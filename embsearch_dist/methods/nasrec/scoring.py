@@ -91,8 +91,8 @@ class Scorer:
         UserError: the supernet is missing or damaged, or a split has no rows.
     """
 
-    def __init__(self, run: Run, latency: LatencyTable | None = None) -> None:
-        search: NASRecConfig = run.config.search
+    def __init__(self, run: Run[NASRecConfig], latency: LatencyTable | None = None) -> None:
+        search = run.config.search
         self.config, self.context = search.scoring, run.context
         self.latency = latency
         self.task = load_supernet(run)

@@ -31,8 +31,8 @@ class SupernetTask:
         total: steps of the whole training; 0 for a supernet that is only read.
     """
 
-    def __init__(self, run: Run, total: int = 0) -> None:
-        search: NASRecConfig = run.config.search
+    def __init__(self, run: Run[NASRecConfig], total: int = 0) -> None:
+        search = run.config.search
         self.context, self.seed, self.sampling = run.context, run.config.run.seed, search.sampling
         self.space = search.space.make()
         self.model = ArchitectureSupernet(run.config, run.schema, self.space, run.context)
@@ -79,12 +79,12 @@ class SupernetTask:
         self.warmup = int(state["warmup"])
 
 
-class SupernetStage(Stage):
+class SupernetStage(Stage[NASRecConfig]):
     """Trains the supernet and leaves its checkpoint under ``checkpoints/supernet``."""
 
     name = STAGE
 
-    def inputs(self, run: Run) -> dict[str, Any]:
+    def inputs(self, run: Run[NASRecConfig]) -> dict[str, Any]:
         c = run.config
         search: NASRecConfig = c.search
         return {
@@ -98,8 +98,8 @@ class SupernetStage(Stage):
             "search.supernet": {k: v for k, v in vars(search.supernet).items() if k not in SAFETY_KEYS},
         }
 
-    def run(self, run: Run) -> None:
-        search: NASRecConfig = run.config.search
+    def run(self, run: Run[NASRecConfig]) -> None:
+        search = run.config.search
         training = run.stream("train", search.supernet.batch_size, shuffle=True)
         validation = run.stream("validation", search.supernet.eval_batch_size, shuffle=False)
         task = SupernetTask(run, search.supernet.total_steps(training.batches_per_epoch))

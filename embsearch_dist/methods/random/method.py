@@ -35,19 +35,19 @@ class RandomConfig:
         require(bool(self.name) and "/" not in self.name, "search.name", f"must be a plain word, got {self.name!r}")
 
 
-class DrawStage(Stage):
+class DrawStage(Stage[RandomConfig]):
     """Draw an allocation for the budget, and one for each Pareto budget."""
 
     name = "draw"
     repeatable = True
 
-    def inputs(self, run: Run) -> dict[str, Any]:
+    def inputs(self, run: Run[RandomConfig]) -> dict[str, Any]:
         return {"schema": run.schema.fingerprint, "run.seed": run.config.run.seed, "search": run.config.search}
 
-    def run(self, run: Run) -> None:
+    def run(self, run: Run[RandomConfig]) -> None:
         run.context.first("writing the allocations", lambda: self._write(run))
 
-    def _write(self, run: Run) -> None:
+    def _write(self, run: Run[RandomConfig]) -> None:
         wanted = budgets_of(run)
         rng = np.random.default_rng(run.config.run.seed)
         for name, budget in wanted:
@@ -68,12 +68,12 @@ class Random(Method):
         budgets_of(run)
 
 
-def budgets_of(run: Run) -> list[tuple[str, Budget | None]]:
-    search: RandomConfig = run.config.search
+def budgets_of(run: Run[RandomConfig]) -> list[tuple[str, Budget | None]]:
+    search = run.config.search
     return budgets(search, search.name, run.schema, run.config.model.extra)
 
 
-def draw(run: Run, name: str, budget: Budget | None, rng: np.random.Generator) -> Allocation:
+def draw(run: Run[RandomConfig], name: str, budget: Budget | None, rng: np.random.Generator) -> Allocation:
     """The allocation that the knapsack finds for scores from a uniform distribution; without a budget each field's
     best one. At least one field is kept."""
     search, schema, extra = run.config.search, run.schema, run.config.model.extra

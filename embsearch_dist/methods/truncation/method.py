@@ -32,16 +32,16 @@ from embsearch_dist.schema import Schema
 from embsearch_dist.train.monitor import Monitor
 
 
-class TruncateStage(Stage):
+class TruncateStage(Stage[TruncationConfig]):
     """Cut the widest model down, once for ``allocation.json`` and once more for each Pareto budget."""
 
     name = "truncation"
     repeatable = True
 
-    def inputs(self, run: Run) -> dict[str, Any]:
+    def inputs(self, run: Run[TruncationConfig]) -> dict[str, Any]:
         return {"schema": run.schema.fingerprint, "run.seed": run.config.run.seed, "search": run.config.search}
 
-    def run(self, run: Run) -> None:
+    def run(self, run: Run[TruncationConfig]) -> None:
         config, context = run.config.search, run.context
         wanted = budgets_of(config, run.schema, run.config.model.extra)
         model, magnitude = load_widest(run).model, config.rule == "magnitude"
@@ -94,8 +94,8 @@ def _rows(run: Run, model: SubnetModel, split: str) -> Sample:
     return Sample.of(model, first_rows(stream, rows), run.context.device)
 
 
-def _moments(run: Run, model: SubnetModel, tick: Callable[[int], None]) -> Moments:
-    config: TruncationConfig = run.config.search
+def _moments(run: Run[TruncationConfig], model: SubnetModel, tick: Callable[[int], None]) -> Moments:
+    config = run.config.search
     if not config.weighted:
         return table_moments(model, run.schema, run.context, tick)
     found = Moments(len(run.schema.fields), config.width, run.context.device)
@@ -127,9 +127,14 @@ def _cost(schema: Schema, resource: str, extra: int, widths: Sequence[int]) -> f
 
 
 def _point(
-    run: Run, truncated: TruncatedModel, name: str, budget: Budget | None, widths: list[int], kept: float
+    run: Run[TruncationConfig],
+    truncated: TruncatedModel,
+    name: str,
+    budget: Budget | None,
+    widths: list[int],
+    kept: float,
 ) -> Point:
-    config: TruncationConfig = run.config.search
+    config = run.config.search
     metrics = truncated.metrics(widths)
     provenance: dict[str, object] = {
         "method": config.rule,

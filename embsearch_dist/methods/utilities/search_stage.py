@@ -187,9 +187,9 @@ class Searcher:
         return {name: option.precision for name, option in named if option.width}
 
 
-def make_searcher(run: Run) -> Searcher:
+def make_searcher(run: Run[UtilitiesConfig]) -> Searcher:
     """Load the widest model, take the directions of its fields and look the measured rows up."""
-    config: UtilitiesConfig = run.config.search
+    config = run.config.search
     model, context = load_widest(run).model, run.context
     basis = rows_of(run, model, "train", config.basis_rows, config.seed)
     moments = Moments(len(run.schema.fields), config.width, context.device)
@@ -217,16 +217,16 @@ def rows_of(run: Run, model: SubnetModel, split: str, rows: int, seed: int) -> S
     return Sample.of(model, first_rows(stream, rows), run.context.device)
 
 
-class UtilitiesStage(Stage):
+class UtilitiesStage(Stage[UtilitiesConfig]):
     """Search once for ``allocation.json`` and once more for each Pareto budget."""
 
     name = "utilities"
     repeatable = True
 
-    def inputs(self, run: Run) -> dict[str, Any]:
+    def inputs(self, run: Run[UtilitiesConfig]) -> dict[str, Any]:
         return {"schema": run.schema.fingerprint, "run.seed": run.config.run.seed, "search": run.config.search}
 
-    def run(self, run: Run) -> None:
+    def run(self, run: Run[UtilitiesConfig]) -> None:
         config, context = run.config.search, run.context
         wanted = budgets_of(config, run.schema, run.config.model.extra)
         searcher = make_searcher(run)
@@ -249,7 +249,7 @@ class UtilitiesStage(Stage):
             context.first("writing the allocations", lambda: write_points(run.dir, points))
             monitor.say(describe(points[0], run.dir))
 
-    def _point(self, run: Run, searcher: Searcher, name: str, budget: Budget | None) -> Point:
+    def _point(self, run: Run[UtilitiesConfig], searcher: Searcher, name: str, budget: Budget | None) -> Point:
         choice = searcher.find(budget)
         ranks, precisions = searcher.ranks(choice), searcher.precisions_of(choice)
         metrics = searcher.model.metrics(ranks, [precisions.get(n, "") for n in run.schema.names])
