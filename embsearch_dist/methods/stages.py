@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol
 
 from embsearch_dist import written
-from embsearch_dist.config.sections import S
+from embsearch_dist.config.sections import SAFETY_KEYS, S, TrainConfig
 from embsearch_dist.config.settings import changed_settings, tell_changed
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_sealed, write_sealed
@@ -30,9 +30,10 @@ class Stage(ABC, Generic[S]):
     name: ClassVar[str]
     repeatable: ClassVar[bool] = False
 
-    @abstractmethod
     def inputs(self, run: Run[S]) -> dict[str, Any]:
-        """Everything the result depends on, JSON-able; compared with what an earlier run used."""
+        """Everything the result depends on, JSON-able; compared with what an earlier run used. Here: the fields, the
+        seed and the whole ``search`` section, for a stage that trains nothing."""
+        return {"schema": run.schema.fingerprint, "run.seed": run.config.run.seed, "search": run.config.search}
 
     @abstractmethod
     def run(self, run: Run[S]) -> None:
@@ -110,6 +111,23 @@ def read_mark(run: Run, stage: Stage) -> dict[str, Any] | None:
     if not isinstance(body.get("inputs"), dict) or not isinstance(body.get("state"), str):
         raise UserError(f"{path}: not the mark of a stage. {mend}")
     return body
+
+
+def training_inputs(run: Run, key: str, training: TrainConfig, *later: str) -> dict[str, Any]:
+    """What every training inside a search depends on.
+
+    Args:
+        key: of the section ``training``.
+        later: its keys that say what is read of the result later, not what it is.
+    """
+    c = run.config
+    return {
+        "schema": run.schema.fingerprint,
+        "run.seed": c.run.seed,
+        "data.window_rows": c.data.window_rows,
+        "optim": c.optim,
+        key: {k: v for k, v in vars(training).items() if k not in (*SAFETY_KEYS, *later)},
+    }
 
 
 def inputs_of(stage: Stage, run: Run) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from embsearch_dist.config.sections import SAFETY_KEYS
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.methods.adass.ahead import Subnets
 from embsearch_dist.methods.adass.config import AdassConfig
@@ -16,7 +15,7 @@ from embsearch_dist.methods.adass.distinct import describe, distinct_of
 from embsearch_dist.methods.adass.panel import Panel, draw_panel
 from embsearch_dist.methods.adass.sampling import Sampler, candidate_variance, column_variance, own_columns
 from embsearch_dist.methods.gated import task as gated
-from embsearch_dist.methods.stages import Stage
+from embsearch_dist.methods.stages import Stage, training_inputs
 from embsearch_dist.models.model import SupernetModel
 from embsearch_dist.models.pooled import Pooled
 from embsearch_dist.run import Run
@@ -156,20 +155,10 @@ class SupernetStage(Stage[AdassConfig]):
     name = "supernet"
 
     def inputs(self, run: Run[AdassConfig]) -> dict[str, Any]:
-        c = run.config
-        search: AdassConfig = c.search
-        return {
-            "schema": run.schema.fingerprint,
-            "run.seed": c.run.seed,
-            "data.window_rows": c.data.window_rows,
-            "model": c.model,
-            "optim": c.optim,
-            "search.candidates": search.candidates,
-            "search.scheme": search.scheme,
-            "search.distinct": search.distinct,
-            "search.sampling": search.sampling,
-            "search.supernet": {k: v for k, v in vars(search.supernet).items() if k not in (*SAFETY_KEYS, *READ_LATER)},
-        }
+        search = run.config.search
+        own = {f"search.{k}": getattr(search, k) for k in ("candidates", "scheme", "distinct", "sampling")}
+        trained = training_inputs(run, "search.supernet", search.supernet, *READ_LATER)
+        return {**trained, "model": run.config.model, **own}
 
     def run(self, run: Run[AdassConfig]) -> None:
         search = run.config.search

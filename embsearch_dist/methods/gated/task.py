@@ -17,11 +17,12 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from embsearch_dist.config.options import option
-from embsearch_dist.config.sections import SAFETY_KEYS, TrainConfig
+from embsearch_dist.config.sections import TrainConfig
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.gated.model import GatedModel
+from embsearch_dist.methods.stages import training_inputs
 from embsearch_dist.models.rows import fill_rows
 from embsearch_dist.run import Run
 from embsearch_dist.train.bilevel import HeldOut, frozen
@@ -144,16 +145,7 @@ def checkpoint_root(run: Run, stage: str) -> Path:
 
 def inputs_of(run: Run, training: TrainConfig, own: dict[str, Any]) -> dict[str, Any]:
     """All that a search stage's result depends on, for the stage's mark."""
-    c = run.config
-    return {
-        "schema": run.schema.fingerprint,
-        "run.seed": c.run.seed,
-        "data.window_rows": c.data.window_rows,
-        "model": c.model,
-        "optim": c.optim,
-        "search.training": {k: v for k, v in vars(training).items() if k not in SAFETY_KEYS},
-        **own,
-    }
+    return {**training_inputs(run, "search.training", training), "model": run.config.model, **own}
 
 
 def train(run: Run, stage: str, task: GatedTask, training: TrainConfig, lines: Sequence[str]) -> Progress:

@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from embsearch_dist.config.sections import SAFETY_KEYS
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.methods.gated import task as gated
 from embsearch_dist.methods.nasrec.config import NASRecConfig
 from embsearch_dist.methods.nasrec.model import ArchitectureSupernet
-from embsearch_dist.methods.stages import Stage
+from embsearch_dist.methods.stages import Stage, training_inputs
 from embsearch_dist.networks.canonical import prune
 from embsearch_dist.networks.sampling import draw, training_architecture
 from embsearch_dist.run import Run
@@ -85,18 +84,10 @@ class SupernetStage(Stage[NASRecConfig]):
     name = STAGE
 
     def inputs(self, run: Run[NASRecConfig]) -> dict[str, Any]:
-        c = run.config
-        search: NASRecConfig = c.search
-        return {
-            "schema": run.schema.fingerprint,
-            "run.seed": c.run.seed,
-            "data.window_rows": c.data.window_rows,
-            "model.init_std": c.model.init_std,
-            "optim": c.optim,
-            "search.space": search.space.make().to_json(),
-            "search.sampling": search.sampling,
-            "search.supernet": {k: v for k, v in vars(search.supernet).items() if k not in SAFETY_KEYS},
-        }
+        search = run.config.search
+        own = {"search.space": search.space.make().to_json(), "search.sampling": search.sampling}
+        trained = training_inputs(run, "search.supernet", search.supernet)
+        return {**trained, "model.init_std": run.config.model.init_std, **own}
 
     def run(self, run: Run[NASRecConfig]) -> None:
         search = run.config.search

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -40,9 +39,6 @@ class DrawStage(Stage[RandomConfig]):
 
     name = "draw"
     repeatable = True
-
-    def inputs(self, run: Run[RandomConfig]) -> dict[str, Any]:
-        return {"schema": run.schema.fingerprint, "run.seed": run.config.run.seed, "search": run.config.search}
 
     def run(self, run: Run[RandomConfig]) -> None:
         run.context.first("writing the allocations", lambda: self._write(run))

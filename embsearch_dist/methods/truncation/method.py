@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -37,9 +36,6 @@ class TruncateStage(Stage[TruncationConfig]):
 
     name = "truncation"
     repeatable = True
-
-    def inputs(self, run: Run[TruncationConfig]) -> dict[str, Any]:
-        return {"schema": run.schema.fingerprint, "run.seed": run.config.run.seed, "search": run.config.search}
 
     def run(self, run: Run[TruncationConfig]) -> None:
         config, context = run.config.search, run.context

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -222,9 +221,6 @@ class UtilitiesStage(Stage[UtilitiesConfig]):
 
     name = "utilities"
     repeatable = True
-
-    def inputs(self, run: Run[UtilitiesConfig]) -> dict[str, Any]:
-        return {"schema": run.schema.fingerprint, "run.seed": run.config.run.seed, "search": run.config.search}
 
     def run(self, run: Run[UtilitiesConfig]) -> None:
         config, context = run.config.search, run.context
