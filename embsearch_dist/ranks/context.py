@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from embsearch_dist.config.sections import DistConfig, RunConfig
 from embsearch_dist.errors import UserError
-from embsearch_dist.ranks import peers
+from embsearch_dist.ranks import addresses, peers
 from embsearch_dist.ranks.environment import GPUS, available_cores, check_restarts, store_of_attempt
 
 T = TypeVar("T")
@@ -123,7 +123,8 @@ def start(run: RunConfig, config: DistConfig) -> Iterator[Context]:
 
     Raises:
         UserError: ``run.device=cuda``, or a job that asked for GPUs, without one; fewer GPUs than processes on this
-            machine; restarts on several hosts that could not work.
+            machine; restarts on several hosts that could not work; a host whose name leads to itself and that has
+            several network cards.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -147,6 +148,10 @@ def start(run: RunConfig, config: DistConfig) -> Iterator[Context]:
     problem = check_restarts()
     if problem:
         raise UserError(problem, everywhere=True)
+    if world_size > local_size and addresses.VARIABLE not in os.environ:
+        card = addresses.card_for(os.environ.get("MASTER_ADDR", ""))
+        if card:
+            os.environ[addresses.VARIABLE] = card
     timeout = datetime.timedelta(seconds=config.wait_s)
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     if world_size > 1 or "MASTER_ADDR" in os.environ:

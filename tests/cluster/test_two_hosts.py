@@ -51,6 +51,18 @@ def test_two_hosts_train_what_one_trains(train: Callable[..., Told], tmp_path: P
     assert result(tmp_path / "plain") == one_host
 
 
+def test_names_that_lead_to_127_0_1_1_do_not_keep_hosts_apart(
+    hosts: ModuleType, train: Callable[..., Told], tmp_path: Path, one_host: dict[str, Any]
+) -> None:
+    hosts.up(debian=True)
+    try:
+        codes, told = train(tmp_path / "debian")
+    finally:
+        hosts.up()
+    assert codes == {"a": 0, "b": 0}, told
+    assert result(tmp_path / "debian") == one_host
+
+
 def test_a_rank_that_is_killed_is_started_again_on_both_hosts(
     train: Callable[..., Told], tmp_path: Path, one_host: dict[str, Any]
 ) -> None:

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 HOSTS = {"a": "10.77.0.1", "b": "10.77.0.2"}
@@ -39,11 +40,12 @@ def lacking() -> str:
     return "" if tried.returncode == 0 else f"namespaces are not allowed here: {tried.stderr.strip()}"
 
 
-def up() -> None:
-    """Make the hosts; those that are there are replaced."""
+def up(debian: bool = False) -> None:
+    """Make the hosts; those that are there are replaced. ``debian``: each knows its own name as 127.0.1.1."""
     down()
-    names = "".join(f"{address} host-{h}\n" for h, address in HOSTS.items())
     for host in HOSTS:
+        known = {h: "127.0.1.1" if debian and h == host else address for h, address in HOSTS.items()}
+        names = "".join(f"{address} host-{h}\n" for h, address in known.items())
         _ip("netns", "add", _name(host))
         folder = Path("/etc/netns") / _name(host)
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,6 +122,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["up", "run", "cut", "down"])
     parser.add_argument("--on", choices=sorted(HOSTS), help="run: on this host alone")
+    parser.add_argument("--debian", action="store_true", help="up: each host knows its own name as 127.0.1.1")
     parser.add_argument("--private", default="", help="run: a folder that host-b has for itself, empty")
     words = sys.argv[1:]
     own, command = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
@@ -131,7 +134,7 @@ def main() -> int:
         if not command:
             parser.error("run needs a command behind --")
         return run(command, [args.on] if args.on else sorted(HOSTS), args.private)
-    {"up": up, "cut": cut, "down": down}[args.what]()
+    {"up": partial(up, args.debian), "cut": cut, "down": down}[args.what]()
     return 0
 
 
