@@ -278,7 +278,7 @@ def leave_evaluation(
     def write() -> None:
         write_sealed(evaluation_file(directory, split, kind), own)
         if DIFFERENCE in result:
-            body = {k: own[k] for k in ("name", "seed", "split", "rows")} | result[DIFFERENCE]
+            body = {k: own[k] for k in ("name", "seed", "split", "rows")} | {"router": kind} | result[DIFFERENCE]
             write_sealed(difference_file(directory, body["against"], split, kind), body)
 
     context.first("writing the evaluation", write)
