@@ -16,6 +16,7 @@ from embsearch_dist.ranks.shared import open_shared
 from embsearch_dist.run import Run, check_classes, open_data
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.directories import open_run_directory
+from embsearch_dist.train.metrics import check_group
 
 
 def search(config: Config, context: Context, doing: str = "search.py", given: str | None = None) -> Run:
@@ -29,6 +30,7 @@ def search(config: Config, context: Context, doing: str = "search.py", given: st
         UserError: a setting, the data or the run directory does not allow it; on all ranks.
     """
     schema = open_data(config, context)
+    check_group(schema, config.train.group)
     directory, method, run = Path(config.run.dir), METHODS[config.method](), Run(config, schema, context)
     check_stages(method, run)
     check_classes(run, method.needs_classes(config))

@@ -1,16 +1,23 @@
-"""Evaluate a retrained model: exact AUC and logloss over all ranks, parameters, bytes, FLOPs.
+"""Evaluate a retrained model: exact AUC, logloss and calibration over all ranks, parameters, bytes, FLOPs.
 
     python launch/evaluate.py --run runs/synthetic_adass_deepfm/retrain/adass
     python launch/evaluate.py --run runs/synthetic_adass_deepfm/retrain/adass --split validation
     python launch/evaluate.py --run runs/synthetic_adass_deepfm/retrain/adass --precision int8     tables as served
     python launch/evaluate.py --run runs/my/retrain/ihas --router fields       models of groups, the cheap router
+    python launch/evaluate.py --run runs/my/retrain/adass --group user_id      AUC inside each user's rows, too
+    python launch/evaluate.py --run runs/my/retrain/adass --intervals          how far the figures may be off
+    python launch/evaluate.py --run runs/my/retrain/adass --against runs/my/retrain/ues-16    the difference, and
+                                                                               whether the test rows can tell it
     torchrun --standalone --nproc-per-node 2 -- launch/evaluate.py --run runs/synthetic_adass_deepfm/retrain/adass
 
 Options: --run DIR (a directory that retrain.py wrote), --split test|validation|train, --section.key VALUE; --precision
 fp32|fp16|int8|int4|mixed adds figures with tables rounded as an export at it serves them (default: search.precision);
 for models of groups --router centres|fields: the search's own (default) or one that looks at a few raw fields.
+--group FIELD (or train.group): the mean AUC inside the values of a field; --intervals [RESAMPLES]: 95% bootstrap
+intervals, over rows, or with --group over the field's values; --against DIR: the figures of this model minus those of
+another one on the same rows, with intervals. docs/metrics.md says what each figure is.
 Prints the figures as JSON and leaves them in DIR/evaluation.json, -SPLIT and -fields in its name where they are not
-of the test split or the default router.
+of the test split or the default router, and a difference in DIR/difference-to-NAME.json.
 """
 
 from __future__ import annotations
@@ -29,6 +36,7 @@ if __name__ == "__main__":
 
 from embsearch_dist.config.options import one_of
 from embsearch_dist.config.read import split_arguments
+from embsearch_dist.config.sections import Config
 from embsearch_dist.errors import UserError
 from embsearch_dist.grouped import GROUPS
 from embsearch_dist.methods import METHODS
@@ -37,31 +45,59 @@ from embsearch_dist.precision import MIXED, PRECISIONS
 from embsearch_dist.ranks.context import start
 from embsearch_dist.run import Run, open_data
 from embsearch_dist.rundir import hold
-from embsearch_dist.schema import SPLITS
+from embsearch_dist.schema import SPLITS, Schema, differs
 from embsearch_dist.stores.mirroring import mirroring
+from embsearch_dist.train.figures import Other, Wanted, resamples_of
+from embsearch_dist.train.metrics import check_group
+from embsearch_dist.train.retrain import result_name
 from launch.common import known_options, read_run_config, run_main
 
 
 def main(argv: Sequence[str]) -> None:
     plain, overrides = split_arguments(argv)
-    known_options(plain, ["run", "split", "router", "precision"])
+    known_options(plain, ["run", "split", "router", "precision", "group", "intervals", "against"])
     directory, split = Path(plain.get("run", "")), plain.get("split", "test")
     router, precision = plain.get("router", ""), plain.get("precision", "")
     one_of("--split", split, SPLITS)
     one_of("--precision", precision, ("", *PRECISIONS, MIXED))
-    result = any((directory / name).exists() for name in ("allocation.json", GROUPS))
-    if not result or not (directory / "config.yaml").exists():
-        raise UserError(f"--run {directory}: not a directory of retrain.py (allocation.json or config.yaml is missing)")
-    config = read_run_config(directory, [*kept_network(directory), *overrides])
+    overrides += [f"train.group={plain['group']}"] if "group" in plain else []
+    config = _trained_config(directory, "--run", overrides)
     method = METHODS[config.method]()
     method.check_evaluation(directory, router, precision)
-    config.run.dir = str(directory)
+    resamples = resamples_of(plain.get("intervals", "true" if "against" in plain else None))
     with start(config.run, config.dist) as context, mirroring(config, context):
         run = Run(config, open_data(config, context), context)
+        check_group(run.schema, config.train.group)
         context.first("opening the directory", lambda: hold(directory, "evaluate.py"))
-        figures = method.evaluate(run, directory, split, router, precision)
+        other = _answers_of(Path(plain["against"]), run, split) if "against" in plain else None
+        wanted = Wanted(config.train.group, resamples, config.run.seed, other)
+        figures = method.evaluate(run, directory, split, router, precision, wanted)
         if context.rank == 0:
             print(json.dumps(figures, indent=2))
+
+
+def _trained_config(directory: Path, option: str, overrides: Sequence[str]) -> Config:
+    result = any((directory / name).exists() for name in ("allocation.json", GROUPS))
+    if not result or not (directory / "config.yaml").exists():
+        raise UserError(
+            f"{option} {directory}: not a directory of retrain.py (allocation.json or config.yaml is missing)"
+        )
+    config = read_run_config(directory, [*kept_network(directory), *overrides])
+    config.run.dir = str(directory)
+    return config
+
+
+def _answers_of(directory: Path, run: Run, split: str) -> Other:
+    """Another trained model's answers to the rows of ``run``."""
+    config = _trained_config(directory, "--against", [])
+    config.data, config.dist = run.config.data, run.config.dist
+    own = Run(config, run.schema, run.context)
+    with run.context.together("comparing the data"):
+        before = Schema.load(directory)
+        if before.fingerprint != run.schema.fingerprint or differs(before.data, run.schema.data):
+            raise UserError(f"--against {directory}: it was trained on other data, so the rows cannot be compared")
+    found = METHODS[config.method]().predictions(own, directory, split, "")
+    return Other(result_name(directory.resolve().name), config.run.seed, found)
 
 
 if __name__ == "__main__":

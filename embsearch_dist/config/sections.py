@@ -143,9 +143,9 @@ class OptimConfig:
     clip_norm: float = option(0.0, "scale the dense part's gradient down to this norm; 0 = never", low=0)
 
 
-# Keys of TrainConfig that say how a run is kept safe and not what it computes: they may change between two
-# starts of one run.
-SAFETY_KEYS = ("save_every", "keep_checkpoints", "async_save", "on_save_error", "skip_bad_batches")
+# Keys of TrainConfig that say how a run is kept safe or what is told of it, and not what it computes: they may change
+# between two starts of one run.
+SAFETY_KEYS = ("save_every", "keep_checkpoints", "async_save", "on_save_error", "skip_bad_batches", "group")
 
 
 @dataclass
@@ -160,6 +160,7 @@ class TrainConfig:
     metric: str = option(
         "auc", "auc | logloss: what early stopping and the best checkpoint look at", choices=("auc", "logloss")
     )
+    group: str = option("", "a field, such as a user's id, inside whose values AUC is measured too; empty = none")
     patience: int = option(2, "stop after this many evaluations without a better metric; 0 = never")
     lr_cut: float = option(
         1.0, "factor on the learning rates after each evaluation without a better metric", above=0, high=1

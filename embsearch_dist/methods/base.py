@@ -9,10 +9,12 @@ from typing import Any, ClassVar
 from embsearch_dist.config.sections import Config
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.collected import Collected, collect_single, is_single, nothing_there
-from embsearch_dist.methods.retraining import Results, Retraining, evaluate_single, retrain_models
+from embsearch_dist.methods.retraining import Results, Retraining, evaluate_single, predict_single, retrain_models
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.trial import Settings
 from embsearch_dist.run import Run
+from embsearch_dist.train.figures import Wanted
+from embsearch_dist.train.metrics import Predictions
 
 
 class Method(ABC):
@@ -66,13 +68,26 @@ class Method(ABC):
         if router:
             raise UserError(f"--router {router}: {directory} holds one model, not models of groups. Leave it out")
 
-    def evaluate(self, run: Run, directory: Path, split: str, router: str, precision: str) -> dict[str, Any]:
+    def evaluate(
+        self, run: Run, directory: Path, split: str, router: str, precision: str, wanted: Wanted | None = None
+    ) -> dict[str, Any]:
         """Measure a trained model; the figures, which are left in ``directory`` too.
+
+        Args:
+            wanted: what is told beside; by default ``train.group`` is.
 
         Raises:
             UserError: nothing is trained there, or a file is damaged.
         """
-        return evaluate_single(run, directory, split, precision)
+        return evaluate_single(run, directory, split, precision, wanted)
+
+    def predictions(self, run: Run, directory: Path, split: str, router: str) -> Predictions:
+        """A trained model's answers to the rows of a split, in stored order; all ranks call it.
+
+        Raises:
+            UserError: nothing is trained there, or a file is damaged.
+        """
+        return predict_single(run, directory, split)
 
     def kind(self, directory: Path) -> str:
         """What a directory under ``RUN/retrain`` holds: ``single``, or another that :meth:`collect` knows.

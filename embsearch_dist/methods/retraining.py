@@ -19,6 +19,7 @@ from embsearch_dist.grouped import GroupedAllocation
 from embsearch_dist.methods.fallback import Trained, bracket, choose, predictions, uniform_like, widest_within
 from embsearch_dist.methods.results import read_result
 from embsearch_dist.precision import MIXED, served
+from embsearch_dist.ranks.context import Context
 from embsearch_dist.ranks.shared import open_shared
 from embsearch_dist.run import Run
 from embsearch_dist.rundir import plain_word
@@ -26,6 +27,9 @@ from embsearch_dist.schema import Schema
 from embsearch_dist.stores.mirror import below
 from embsearch_dist.stores.mirroring import mirroring
 from embsearch_dist.train.directories import open_retraining
+from embsearch_dist.train.figures import DIFFERENCE, Wanted
+from embsearch_dist.train.metrics import Predictions
+from embsearch_dist.train.metrics import predictions as all_predictions
 from embsearch_dist.train.retrain import SubnetTask, evaluate_model, load_best, retrain
 from embsearch_dist.train.served import evaluate_served, rounded_tables
 
@@ -236,22 +240,54 @@ def as_served(
     return {"served": evaluate_served(task, allocation, precision, stream, split, run.context)}
 
 
-def evaluate_single(run: Run, directory: Path, split: str, precision: str = "") -> dict[str, Any]:
+def evaluate_single(
+    run: Run, directory: Path, split: str, precision: str = "", wanted: Wanted | None = None
+) -> dict[str, Any]:
     """Measure the model of one allocation in ``directory``, and leave the figures in :func:`evaluation_file`.
 
     Raises:
         UserError: nothing is trained there, or a file is damaged.
     """
+    task, allocation, stream = _open_single(run, directory, split)
+    result = evaluate_model(task, stream, split, run.context, run.config, directory.name, allocation, wanted)
+    result |= as_served(task, allocation, stream, split, run, precision)
+    return leave_evaluation(run.context, directory, split, result)
+
+
+def predict_single(run: Run, directory: Path, split: str) -> Predictions:
+    """Answers of the model of one allocation in ``directory``, in stored order."""
+    task, _, stream = _open_single(run, directory, split)
+    task.model.eval()
+    return all_predictions(task.predict, stream.epoch(0), run.context).in_stored_order(run.context)
+
+
+def _open_single(run: Run, directory: Path, split: str) -> tuple[SubnetTask, Allocation, BatchStream]:
     config, context = run.config, run.context
     with context.together("reading the allocation"):
         allocation = Allocation.load(directory / "allocation.json", run.schema)
     stream = run.stream(split, config.train.eval_batch_size, shuffle=False)
-    task = load_best(config, allocation, context, directory)
-    result = evaluate_model(task, stream, split, context, config, directory.name, allocation)
-    result |= as_served(task, allocation, stream, split, run, precision)
-    target = evaluation_file(directory, split)
-    context.first("writing the evaluation", lambda: write_sealed(target, result))
+    return load_best(config, allocation, context, directory), allocation, stream
+
+
+def leave_evaluation(
+    context: Context, directory: Path, split: str, result: dict[str, Any], kind: str = ""
+) -> dict[str, Any]:
+    """Write the figures to :func:`evaluation_file`, and a difference to another model to :func:`difference_file`."""
+    own = {k: v for k, v in result.items() if k != DIFFERENCE}
+
+    def write() -> None:
+        write_sealed(evaluation_file(directory, split, kind), own)
+        if DIFFERENCE in result:
+            body = {k: own[k] for k in ("name", "seed", "split", "rows")} | {"router": kind} | result[DIFFERENCE]
+            write_sealed(difference_file(directory, body["against"], split, kind), body)
+
+    context.first("writing the evaluation", write)
     return result
+
+
+def difference_file(directory: Path, against: str, split: str, kind: str = "") -> Path:
+    """Beside the evaluation: ``difference-to-ues-16.json``, with the split and ``kind`` in its name as there."""
+    return directory / evaluation_file(directory, split, kind).name.replace("evaluation", f"difference-to-{against}", 1)
 
 
 def evaluation_file(directory: Path, split: str, kind: str = "") -> Path:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from embsearch_dist.report import following, groups, history, served, verdict
+from embsearch_dist.report import calibration, following, groups, history, served, verdict
 from embsearch_dist.report import networks as architectures
 from embsearch_dist.report import widths as sections
 from embsearch_dist.report.page import page
@@ -39,6 +39,7 @@ def write_report(run_dirs: Sequence[Path | str], out: Path | str | None = None) 
         sections.verdict(comparison, directory),
         sections.results(comparison),
         served.section(comparison, directory),
+        calibration.section(comparison, directory),
         sections.allocation(runs, directory),
         groups.found(runs, directory),
         architectures.found(runs, directory),
@@ -51,7 +52,7 @@ def write_report(run_dirs: Sequence[Path | str], out: Path | str | None = None) 
         architectures.search(runs, directory),
         groups.gates(runs, directory),
         history.heatmaps(runs, directory),
-        following.section(runs),
+        following.section(runs, comparison),
         sections.origin(runs),
     ]
     title = f"embsearch_dist report: {', '.join(r.label for r in runs)}"

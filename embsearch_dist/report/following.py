@@ -5,9 +5,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from embsearch_dist.report import page
+from embsearch_dist.report import page, verdict
 from embsearch_dist.report.page import Section
 from embsearch_dist.report.runs import Run
+from embsearch_dist.report.summary import Comparison
 
 
 def commands(run: Run) -> list[tuple[str, str]]:
@@ -30,7 +31,11 @@ def commands(run: Run) -> list[tuple[str, str]]:
     return found
 
 
-def section(runs: Sequence[Run]) -> Section | None:
+def section(runs: Sequence[Run], comparison: Comparison | None = None) -> Section | None:
     """The commands of all runs; None where there is nothing to do."""
     lines = [f"# {what}\n{command}" for run in runs for what, command in commands(run)]
+    if not any(run.by_network or run.groups for run in runs):
+        for found, against in verdict.untold(comparison):
+            command = f"python launch/evaluate.py --run {shlex.quote(str(found))} --against {shlex.quote(str(against))}"
+            lines.append(f"# How far the difference may be luck of the rows\n{command}")
     return Section("next", "Next", page.code("\n".join(dict.fromkeys(lines)))) if lines else None

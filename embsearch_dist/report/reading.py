@@ -1,4 +1,4 @@
-"""Files of a run directory that are no sealed JSON: the config and lines of records."""
+"""Parts of a run directory that a report reads in its own way: config, lines of records, figures of newer versions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from typing import Any
 
 from embsearch_dist import written
 from embsearch_dist.errors import UserError
+from embsearch_dist.files import read_sealed
 from embsearch_dist.rundir import HEAD, check_text
+
+PARTS = {"reliability": ("rows", "predicted", "clicked"), "by_group": ("field", "auc", "groups", "rows")}
+DIFFERENCE = "difference-to-"
 
 
 def there(path: Path) -> bool:
@@ -49,3 +53,37 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}). Delete it: the report does without") from e
     return lines, bad
+
+
+def told_beside(body: dict[str, Any], path: Path) -> dict[str, dict[str, Any]]:
+    """The parts of an evaluation that older versions did not write, those that are there.
+
+    Raises:
+        UserError: one lacks a key.
+    """
+    found = {}
+    for part, keys in PARTS.items():
+        told = body.get(part)
+        if told is None:
+            continue
+        if not isinstance(told, dict) or not set(keys) <= told.keys():
+            raise UserError(f"{path}: key {part!r} needs {', '.join(keys)}; evaluate that model again")
+        found[part] = told
+    return found
+
+
+def differences_beside(path: Path, split: str) -> list[dict[str, Any]]:
+    """What ``evaluate.py --against`` has left beside an evaluation: differences on the rows of its split.
+
+    Raises:
+        UserError: a file is damaged or lacks a key.
+    """
+    kind = path.stem.removeprefix("evaluation")
+    found = []
+    for file in sorted(path.parent.glob(f"{DIFFERENCE}*{kind}.json")):
+        body = read_sealed(file, "Compare again with evaluate.py --against, or delete it")
+        if not {"against", "against_seed", "split", "drawn", "router"} <= body.keys():
+            raise UserError(f"{file}: not a difference between two models. Compare again, or delete it")
+        if body["split"] == split and f"-{body['router']}" * bool(body["router"]) == kind:
+            found.append(body)
+    return found

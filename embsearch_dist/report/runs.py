@@ -17,7 +17,7 @@ from embsearch_dist.networks.architecture import FORMAT, KIND, Architecture, rea
 from embsearch_dist.networks.canonical import key
 from embsearch_dist.networks.space import Space
 from embsearch_dist.networks.space import load as load_architecture
-from embsearch_dist.report.reading import config_text, read_lines, there
+from embsearch_dist.report.reading import config_text, differences_beside, read_lines, there, told_beside
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.lines import compare_lines
 from embsearch_dist.written import knows
@@ -46,6 +46,8 @@ class Result:
 
     ``groups`` and ``router`` are those of a routed result: a model per group, and what sends a row to one.
     ``served``: ``auc``, ``logloss``, ``bytes`` and ``ues32_bytes`` of tables at ``precision``, where it was measured.
+    ``told``: what newer evaluations tell beside (``reliability``, ``by_group``); ``differences``: to other models on
+    the same rows.
     ``network`` is the key of the architecture behind the tables, where one was; ``rank`` its place in its search.
     """
 
@@ -62,6 +64,8 @@ class Result:
     rank: int | None = None
     precision: str = ""
     served: dict[str, float] = field(default_factory=dict)
+    told: dict[str, dict[str, Any]] = field(default_factory=dict)
+    differences: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -349,6 +353,7 @@ def _load_result(run: Run, directory: Path, file: str = "evaluation.json") -> Re
     widths = _whole(body.get("widths") or {})
     result = Result(named, str(body.get("split", "test")), seed, numbers, widths, path, groups, router)
     result.backbone = str(body.get("backbone") or "")
+    result.told, result.differences = told_beside(body, path), differences_beside(path, result.split)
     if isinstance(body.get("served"), dict):
         result.precision = str(body["served"].get("precision"))
         told = {k: math.nan if v is None else v for k, v in body["served"].items()}

@@ -8,11 +8,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from embsearch_dist.allocation import REFERENCE_WIDTH
+from embsearch_dist.report.runs import Result
 from embsearch_dist.report.style import Theme, figure, label_points, short, size_axis
 from embsearch_dist.report.summary import Comparison, Row, display_name, percent
 
@@ -56,6 +59,7 @@ class Verdict:
         share: its size against UES-32.
         gain: mean difference of AUC.
         error: standard error of that over seeds, paired; NaN for one seed.
+        interval: of the gain of one seed by resampling the rows, where it was measured.
     """
 
     found: Model
@@ -65,6 +69,7 @@ class Verdict:
     gain: float
     error: float
     seeds: int
+    interval: tuple[float, float] | None = None
 
     @property
     def word(self) -> str:
@@ -82,6 +87,9 @@ class Verdict:
         0.0006: better``; ``why`` says what the other model is."""
         role = f", {why}" if why else ""
         trust = self.word if self.seeds == 1 else f"{self.seeds} seeds, s.e. {self.error:.4f}: {self.word}"
+        if self.seeds == 1 and self.interval is not None:
+            low, high = self.interval
+            trust += f", by the luck of the rows alone between {low:+.4f} and {high:+.4f} (95%)"
         return (
             f"at {percent(self.share)} of UES-{REFERENCE_WIDTH}: {self.gain:+.4f} AUC over {self.against.name}{role} "
             f"({percent(self.against_share)}), {trust}"
@@ -147,7 +155,7 @@ def sentences(comparison: Comparison | None, directory: str) -> list[str]:
     add = f"python launch/retrain.py --run {directory} --allocation bracket"
     texts = []
     for model in found:
-        verdict = judge(model, models, reference)
+        verdict = _with_interval(judge(model, models, reference), comparison)
         who = f"{model.name}, " if len(found) > 1 else ""
         if verdict is not None:
             text = verdict.sentence()
@@ -160,6 +168,43 @@ def sentences(comparison: Comparison | None, directory: str) -> list[str]:
                 f"retrained. This adds it and the one below: {add}"
             )
     return texts
+
+
+def difference_of(verdict: Verdict, comparison: Comparison) -> tuple[Result, Result, dict[str, Any] | None] | None:
+    """The two results behind a verdict of one seed, and what ``evaluate.py --against`` has measured between them; None
+    for several seeds."""
+    if verdict.seeds != 1:
+        return None
+    (seed,) = (s for s in verdict.found.auc if s in verdict.against.auc)
+    rows = {display_name(row): row for row in comparison.rows}
+    pair = [[r for r in rows[m.name].results if r.seed == seed] for m in (verdict.found, verdict.against)]
+    if not all(len(own) == 1 for own in pair):
+        return None
+    found, against = pair[0][0], pair[1][0]
+    fits = (d for d in found.differences if (d["against"], d["against_seed"]) == (against.name, against.seed))
+    # One that an evaluation since then has made untrue does not count.
+    same = (d for d in fits if math.isclose(d.get("auc", {}).get("value", math.nan), verdict.gain, abs_tol=1e-9))
+    return found, against, next(same, None)
+
+
+def _with_interval(verdict: Verdict | None, comparison: Comparison) -> Verdict | None:
+    known = difference_of(verdict, comparison) if verdict is not None else None
+    if verdict is None or known is None or known[2] is None:
+        return verdict
+    return replace(verdict, interval=(float(known[2]["auc"]["low"]), float(known[2]["auc"]["high"])))
+
+
+def untold(comparison: Comparison | None) -> list[tuple[Path, Path]]:
+    """Directories of the models of one seed whose difference on the rows nobody has measured, found before uniform."""
+    if comparison is None or not comparison.ues32_parameters:
+        return []
+    models, found = models_of(comparison), []
+    for model in (m for m in models if m.name in comparison.found):
+        verdict = judge(model, models, comparison.ues32_parameters)
+        known = difference_of(verdict, comparison) if verdict is not None else None
+        if known is not None and known[2] is None:
+            found.append((known[0].source.parent, known[1].source.parent))
+    return found
 
 
 def draw(

@@ -1,18 +1,22 @@
-"""Exact AUC and logloss over all rows of all ranks."""
+"""Exact figures over all rows of all ranks: AUC and logloss, and on request what :mod:`.measures` adds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 
+from embsearch_dist.config.options import one_of
 from embsearch_dist.data.load.batch import Batch
+from embsearch_dist.errors import UserError
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.schema import Schema
+from embsearch_dist.train.measures import areas_by_group, normalised_entropy, pack, reliability
 
 METRICS = ("auc", "logloss", "accuracy")
 BINS = 1 << 16  # of :func:`binned_auc`: 1024 to a unit of the logit, which is clamped to 32 on both sides
@@ -30,10 +34,13 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
     Returns:
         The area; NaN when only one class is present.
     """
-    # One sort of (score, label) packed into integers: several times faster than an argsort and a gather.
-    bits = (scores.astype(np.float32) + np.float32(0)).view(np.int32)
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)
-    packed = np.sort((ordered << 1) | (labels > 0.5))
+    packed = pack(scores, labels)
+    packed.sort()
+    return _area(packed)
+
+
+def _area(packed: np.ndarray) -> float:
+    """:func:`auc` of rows that are packed and sorted."""
     positive = (packed & 1).astype(bool)
     places = np.flatnonzero(positive)
     positives, negatives = len(places), len(packed) - len(places)
@@ -124,17 +131,109 @@ def _score_some(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.stack([area, *means], 1)
 
 
-@torch.no_grad()
-def evaluate(predict: Callable[[Batch], torch.Tensor], batches: Iterable[Batch], context: Context) -> dict[str, float]:
+def evaluate(
+    predict: Callable[[Batch], torch.Tensor], batches: Iterable[Batch], context: Context, group: str = ""
+) -> dict[str, float]:
     """Run ``predict`` (batch -> logits ``[B]``) over the batches; metrics over all ranks, on every rank.
 
     Returns:
-        ``auc``, ``logloss``, ``accuracy`` and ``rows``.
+        ``auc``, ``logloss``, ``accuracy``, ``rows``, ``ne``, ``calibration`` and ``ece``; with ``group``, the name of a
+        field, ``group_auc`` and its ``group_count`` and ``group_share`` too (:func:`figures`). NaN where undefined.
     """
-    logits, labels = _predictions(predict, batches, context.device)
+    return figures(predictions(predict, batches, context, group))
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """One pass over a split: all rows of all ranks, on every rank.
+
+    Attributes:
+        logits, labels: ``[N]`` float32 on the CPU.
+        groups: ``[N]`` int32 ids of a field; None where no field was asked for.
+        sizes: rows of each of this rank's batches, while the rows stand rank by rank; None once they are in stored
+            order.
+    """
+
+    logits: torch.Tensor
+    labels: torch.Tensor
+    groups: torch.Tensor | None
+    sizes: Sequence[int] | None
+
+    def in_stored_order(self, context: Context) -> Predictions:
+        """The rows as they are stored, whatever the number of ranks and the batch size; all ranks call it."""
+        if self.sizes is None:
+            return self
+        places = torch.from_numpy(stored_places(context.every(list(self.sizes))))
+        logits, labels, groups = (
+            None if x is None else torch.empty_like(x).index_copy_(0, places, x)
+            for x in (self.logits, self.labels, self.groups)
+        )
+        assert logits is not None and labels is not None
+        return replace(self, logits=logits, labels=labels, groups=groups, sizes=None)
+
+
+def stored_places(sizes: Sequence[Sequence[int]]) -> np.ndarray:
+    """Where rows gathered rank by rank stand in the stored order, in which every batch holds rank after rank.
+
+    Args:
+        sizes: of the batches, ``[ranks][batches]``.
+    """
+    counts = np.asarray(sizes, np.int64)
+    ends = counts.T.reshape(-1).cumsum().reshape(counts.T.shape).T
+    starts = (ends - counts).reshape(-1)
+    return np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts.reshape(-1))] or [np.zeros(0, np.int64)])
+
+
+@torch.no_grad()
+def predictions(
+    predict: Callable[[Batch], torch.Tensor], batches: Iterable[Batch], context: Context, group: str = ""
+) -> Predictions:
+    """Predict the batches of all ranks.
+
+    ``group``: a field with one id a row (:func:`check_group`) whose ids are kept beside; empty: none.
+    """
+    logits, labels, groups, sizes = _own_predictions(predict, batches, context.device, group)
     if context.world_size > 1:
         logits, labels = (context.gather(own.to(context.device)).cpu() for own in (logits, labels))
-    return score(logits, labels)
+        groups = None if groups is None else context.gather(groups.to(context.device)).cpu()
+    return Predictions(logits, labels, groups, sizes)
+
+
+def figures(found: Predictions) -> dict[str, float]:
+    """:func:`score` and, of one sort, what :mod:`embsearch_dist.train.measures` says of the probabilities; by group too
+    where groups are known: ``group_auc`` (mean weighed by rows), ``group_count`` (groups with both classes) and
+    ``group_share`` (of all rows, theirs). NaN where undefined."""
+    packed = pack(found.logits.numpy(), found.labels.numpy())
+    packed.sort()
+    told = score(found.logits, found.labels, lambda *_: _area(packed))
+    curve = reliability(packed)
+    rate = float((packed & 1).sum()) / len(packed) if len(packed) else math.nan
+    told |= {
+        "ne": normalised_entropy(told["logloss"], rate),
+        "calibration": curve.calibration,
+        "ece": curve.error,
+    }
+    if found.groups is not None:
+        del packed
+        areas = areas_by_group(found.logits.numpy(), found.labels.numpy(), found.groups.numpy())
+        told |= {"group_auc": areas.mean, "group_count": float(len(areas.rows)), "group_share": areas.share}
+    return told
+
+
+def check_group(schema: Schema, group: str) -> None:
+    """Raises:
+    UserError: ``group`` is named and is no field with one id a row.
+    """
+    if not group:
+        return
+    if group in schema.dense:
+        raise UserError(f"config key train.group: {group!r} is a dense column. AUC by group needs a categorical field")
+    one_of("train.group", group, schema.names)
+    if schema.fields[schema.names.index(group)].is_list:
+        raise UserError(
+            f"config key train.group: {group!r} is a list, so a row would be in several groups. Name a field with one "
+            "value a row"
+        )
 
 
 def shown(value: float | None, digits: int = 5) -> str:
@@ -149,24 +248,30 @@ def area_of(metrics: dict[str, float], split: str) -> dict[str, Any]:
     return {"auc": None, "auc_undefined": f"the {split} split has rows of one class only"}
 
 
-def _predictions(
-    predict: Callable[[Batch], torch.Tensor], batches: Iterable[Batch], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and labels ``[N]`` of this rank's rows, on CPU. They are collected on the device and brought in large
-    pieces: a copy per batch would make the device wait for the host in each."""
+def _own_predictions(
+    predict: Callable[[Batch], torch.Tensor], batches: Iterable[Batch], device: torch.device, group: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, list[int]]:
+    """Logits, labels and groups ``[N]`` of this rank's rows, on CPU, and the batches' sizes. They are collected on the
+    device and brought in large pieces: a copy per batch would make the device wait for the host in each."""
     there: list[torch.Tensor] = []
-    pieces, rows = [torch.zeros(2, 0)], 0
+    pieces, rows = [torch.zeros(3 if group else 2, 0)], 0
+    sizes: list[int] = []
     for batch in batches:
         batch = batch.to(device)
-        there.append(torch.stack([predict(batch).float(), batch.label]))  # a view would keep the whole batch there
+        columns = [predict(batch).float(), batch.label]
+        if group:
+            # The bits of the ids, so that one copy brings all: they are never computed with as floats.
+            columns.append(batch.sparse[group].values().int().view(torch.float32))
+        there.append(torch.stack(columns))  # a view would keep the whole batch there
         rows += batch.size
+        sizes.append(batch.size)
         if rows >= PIECE_ROWS:
             pieces.append(torch.cat(there, 1).cpu())
             there, rows = [], 0
     if there:
         pieces.append(torch.cat(there, 1).cpu())
-    logits, labels = torch.cat(pieces, 1)
-    return logits, labels
+    logits, labels, *groups = torch.cat(pieces, 1)
+    return logits, labels, groups[0].view(torch.int32) if groups else None, sizes
 
 
 def score(

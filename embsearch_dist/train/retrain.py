@@ -22,8 +22,9 @@ from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.networks.network import ArchitectureNetwork
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.train.checkpoint import Checkpointer
+from embsearch_dist.train.figures import Wanted, told
 from embsearch_dist.train.lines import lines_of
-from embsearch_dist.train.metrics import area_of, evaluate
+from embsearch_dist.train.metrics import area_of, figures, predictions
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.trainer import Trainer
 
@@ -130,15 +131,18 @@ def evaluate_model(
     config: Config,
     name: str,
     allocation: Allocation,
+    wanted: Wanted | None = None,
 ) -> dict[str, Any]:
-    """Exact AUC and logloss over all ranks, with every size and cost beside them.
+    """Exact figures over all ranks, with every size and cost beside them.
 
-    ``name`` is that of the sub-run's directory.
+    ``name`` is that of the sub-run's directory; ``wanted``: what is told beside, by default ``train.group`` is.
     """
+    wanted = wanted or Wanted(config.train.group)
     task.model.eval()
     started = time.monotonic()
-    metrics = evaluate(task.predict, stream.epoch(0), context)
+    found = predictions(task.predict, stream.epoch(0), context, wanted.group)
     seconds = time.monotonic() - started
+    metrics = figures(found)
     return {
         "name": result_name(name),
         "seed": config.run.seed,
@@ -155,6 +159,7 @@ def evaluate_model(
         "backbone": config.model.backbone,
         **({"data": allocation.schema.data} if allocation.schema.data else {}),
         **rows_left_out(stream),
+        **told(metrics, found, wanted, context),
     }
 
 

@@ -24,7 +24,7 @@ from embsearch_dist.train import faults, signals
 from embsearch_dist.train.bilevel import BilevelTask, frozen
 from embsearch_dist.train.checkpoint import Checkpointer, SaveError
 from embsearch_dist.train.guard import Gate, Verdict, agree
-from embsearch_dist.train.metrics import beside_click_rate, evaluate, shown
+from embsearch_dist.train.metrics import beside_click_rate, check_group, evaluate, shown
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.position import Progress, schedule
 from embsearch_dist.train.seeding import seed_step
@@ -56,6 +56,7 @@ class Trainer:
         monitor: Monitor,
         root: Path,
     ) -> None:
+        check_group(training.schema, config.group)
         self.task, self.config, self.training, self.validation = task, config, training, validation
         self.context, self.monitor = context, monitor
         self.faults = faults.from_environment(context.rank, monitor.stage)
@@ -295,7 +296,7 @@ class Trainer:
         if self.validation is not None:
             self.task.model.eval()
             own = self.task.judge() if isinstance(self.task, Judge) else None
-            metrics = own or evaluate(self.task.predict, self.validation.epoch(0), self.context)
+            metrics = own or evaluate(self.task.predict, self.validation.epoch(0), self.context, self.config.group)
             self.monitor.scalars(p.step, metrics, split="validation", epoch=self._epochs())
             metric = self._metric(metrics)
             value = (1 if metric == "auc" else -1) * metrics[metric]

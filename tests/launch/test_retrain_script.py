@@ -49,8 +49,22 @@ def test_retrain_evaluate_report(run: Path, run_script: Callable) -> None:
     assert uniform["embedding_parameters"] == 9 * sum(schema.cardinalities)  # each value has a weight of its own
     assert "(27.3% of UES-32)" in done.stdout  # 9 of 33 columns
 
-    shown = run_script("evaluate.py", "--run", own)
-    assert json.loads(shown.stdout)["auc"] == result["auc"]
+    assert len(recorded(own, "retrain", "ne", "validation")) == len(
+        recorded(own, "retrain", "calibration", "validation")
+    )
+    shown = run_script("evaluate.py", "--run", own, "--group", "left", "--against", run / "retrain" / "ues-8")
+    again = json.loads(shown.stdout)
+    assert {k: again[k] for k in ("auc", "ne", "ece", "reliability")} == {
+        k: result[k] for k in ("auc", "ne", "ece", "reliability")
+    }
+    assert again["by_group"]["field"] == "left" and again["by_group"]["groups"] > 5
+    assert again["intervals"]["auc"]["low"] < result["auc"] < again["intervals"]["auc"]["high"]
+    difference = json.loads((own / "difference-to-ues-8.json").read_text())
+    assert difference["auc"]["value"] == pytest.approx(result["auc"] - uniform["auc"], abs=1e-12)
+    assert difference["logloss"]["value"] == pytest.approx(result["logloss"] - uniform["logloss"], abs=1e-6)
+    assert difference["drawn"] == "left" and difference["resamples"] == 200 and difference["against"] == "ues-8"
+    refused = run_script("evaluate.py", "--run", own, "--group", "x", check=False)
+    assert refused.returncode == 2 and "'x' is a dense column" in refused.stderr
     run_script("evaluate.py", "--run", own, "--split", "validation")
     validation = json.loads((own / "evaluation-validation.json").read_text())
     assert validation["auc"] == max(recorded(own, "retrain", "auc", "validation"))
@@ -59,6 +73,7 @@ def test_retrain_evaluate_report(run: Path, run_script: Callable) -> None:
     html = Path(page.stdout.strip()).read_text()
     assert "ues-8" in html
     assert "adass" in html
+    assert "Calibration" in html and "by left" in html
 
 
 def test_the_same_training_continues_and_another_one_is_refused(run: Path, run_script: Callable) -> None:

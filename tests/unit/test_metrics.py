@@ -132,7 +132,7 @@ def test_evaluation_joins_batches_of_different_sizes() -> None:
     batches = [random_batch(schema, rows, rows) for rows in (7, 20, 3)]
     found = evaluate(lambda b: b.dense[:, 0], iter(batches), one_rank())
     logits = torch.cat([b.dense[:, 0] for b in batches])
-    assert found == score(logits, torch.cat([b.label for b in batches]))
+    assert score(logits, torch.cat([b.label for b in batches])).items() <= found.items()
     assert found["rows"] == 30
 
 

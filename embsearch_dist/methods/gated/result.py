@@ -16,7 +16,8 @@ from embsearch_dist.files import write_sealed
 from embsearch_dist.methods.gated.task import GatedTask
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.run import Run
-from embsearch_dist.train.metrics import area_of, evaluate, shown
+from embsearch_dist.train.figures import Wanted, told
+from embsearch_dist.train.metrics import area_of, figures, predictions, shown
 
 
 def seeded_name(name: str, seed: int) -> str:
@@ -40,8 +41,10 @@ def evaluate_gated(
     model = task.model
     model.eval()
     started = time.monotonic()
-    metrics = evaluate(task.predict, stream.epoch(0), context)
+    wanted = Wanted(config.train.group)
+    found = predictions(task.predict, stream.epoch(0), context, wanted.group)
     seconds = time.monotonic() - started
+    metrics = figures(found)
     allocation = Allocation.uniform(task.run.schema, model.width)
     dense = model.dense_count() + sum(p.numel() for p in model.outer_parameters if p.requires_grad)
     layers = [m for m in model.replicated.modules() if isinstance(m, nn.Linear)]
@@ -62,6 +65,7 @@ def evaluate_gated(
         "backbone": config.model.backbone,
         **({"data": task.run.schema.data} if task.run.schema.data else {}),
         **left_out,
+        **told(metrics, found, wanted, context),
     }
 
 

@@ -15,13 +15,22 @@ from embsearch_dist.methods.ihas.collected import collect_routed
 from embsearch_dist.methods.ihas.config import IHASConfig
 from embsearch_dist.methods.ihas.gates_stage import GateStage, MeasureStage, load_gates
 from embsearch_dist.methods.ihas.groups_stage import GroupStage
-from embsearch_dist.methods.ihas.retraining import evaluate_groups, load_groups, open_search, retrain_groups
-from embsearch_dist.methods.ihas.routed_model import ROUTERS
+from embsearch_dist.methods.ihas.retraining import (
+    evaluate_groups,
+    load_groups,
+    open_routed,
+    open_search,
+    retrain_groups,
+)
+from embsearch_dist.methods.ihas.routed_model import ROUTERS, measure
 from embsearch_dist.methods.retraining import Results, Retraining
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.trial import TRAINING
+from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.run import Run
 from embsearch_dist.stores.mirroring import mirroring
+from embsearch_dist.train.figures import Wanted
+from embsearch_dist.train.metrics import Predictions
 
 
 class IHAS(Method):
@@ -61,15 +70,30 @@ class IHAS(Method):
                 f"--precision {precision}: {directory} holds models of groups: export them, the card has figures"
             )
 
-    def evaluate(self, run: Run, directory: Path, split: str, router: str, precision: str) -> dict[str, Any]:
+    def evaluate(
+        self, run: Run, directory: Path, split: str, router: str, precision: str, wanted: Wanted | None = None
+    ) -> dict[str, Any]:
         if not holds_groups(directory):
-            return super().evaluate(run, directory, split, router, precision)
-        config, context = run.config, run.context
-        with context.together("reading the groups"):
-            grouped = GroupedAllocation.load(directory / GROUPS, run.schema)
-        search = open_search(directory, config, run.schema, context)
-        models = load_groups(config, grouped, context, directory)
-        return evaluate_groups(search, config, grouped, directory, models, split, router or ROUTERS[0])
+            return super().evaluate(run, directory, split, router, precision, wanted)
+        search, grouped, models = _open_groups(run, directory)
+        kind = router or ROUTERS[0]
+        return evaluate_groups(search, run.config, grouped, directory, models, split, kind, wanted)
+
+    def predictions(self, run: Run, directory: Path, split: str, router: str) -> Predictions:
+        if not holds_groups(directory):
+            return super().predictions(run, directory, split, router)
+        search, grouped, models = _open_groups(run, directory)
+        model = open_routed(search, grouped, directory, models, router or ROUTERS[0])
+        stream = run.stream(split, run.config.train.eval_batch_size, shuffle=False)
+        return measure(model, stream.epoch(0), run.context).predictions
+
+
+def _open_groups(run: Run, directory: Path) -> tuple[Run, GroupedAllocation, list[SubnetModel]]:
+    """The search that a directory of groups belongs to, their widths and their models."""
+    with run.context.together("reading the groups"):
+        grouped = GroupedAllocation.load(directory / GROUPS, run.schema)
+    search = open_search(directory, run.config, run.schema, run.context)
+    return search, grouped, load_groups(run.config, grouped, run.context, directory)
 
     def kind(self, directory: Path) -> str:
         if holds_groups(directory):

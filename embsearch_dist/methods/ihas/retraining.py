@@ -20,7 +20,7 @@ import torch
 from embsearch_dist.config.read import load_config
 from embsearch_dist.config.sections import Config
 from embsearch_dist.errors import UserError
-from embsearch_dist.files import read_sealed, write_sealed
+from embsearch_dist.files import read_sealed
 from embsearch_dist.grouped import GROUPS, GroupedAllocation, group_dir
 from embsearch_dist.methods.ihas.config import IHASConfig
 from embsearch_dist.methods.ihas.gates_stage import load_gates
@@ -28,7 +28,7 @@ from embsearch_dist.methods.ihas.groups_stage import KEPT
 from embsearch_dist.methods.ihas.routed_model import ROUTERS, RoutedModel, evaluate_routed, is_data_of, open_router
 from embsearch_dist.methods.ihas.router_by_centres import ROUTER
 from embsearch_dist.methods.ihas.router_by_fields import can_route, fit_field_router
-from embsearch_dist.methods.retraining import evaluation_file
+from embsearch_dist.methods.retraining import leave_evaluation
 from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.ranks.shared import open_shared
@@ -37,6 +37,7 @@ from embsearch_dist.rundir import check_text
 from embsearch_dist.schema import Schema, differs
 from embsearch_dist.sharding.sharded_tables import LocalShard, ShardedTables
 from embsearch_dist.train.directories import open_retraining
+from embsearch_dist.train.figures import Wanted
 from embsearch_dist.train.retrain import SubnetTask, load_best, retrain
 
 BLOCK_ROWS = 1 << 16
@@ -115,8 +116,23 @@ def evaluate_groups(
     models: Sequence[SubnetModel],
     split: str,
     kind: str,
+    wanted: Wanted | None = None,
 ) -> dict[str, Any]:
     """Measure trained groups as one model and leave the figures in :func:`evaluation_file`.
+
+    Raises:
+        UserError: the search has grouped the rows anew since; a router is missing or damaged.
+    """
+    model, context = open_routed(search, grouped, directory, models, kind), search.context
+    stream = Run(config, search.schema, context).stream(split, config.train.eval_batch_size, shuffle=False)
+    result = evaluate_routed(model, search, grouped, stream, config, directory.name, kind, wanted)
+    return leave_evaluation(context, directory, split, result, "" if kind == ROUTERS[0] else kind)
+
+
+def open_routed(
+    search: Run, grouped: GroupedAllocation, directory: Path, models: Sequence[SubnetModel], kind: str
+) -> RoutedModel:
+    """Trained groups as one model behind a router of the search.
 
     Raises:
         UserError: the search has grouped the rows anew since; a router is missing or damaged.
@@ -129,12 +145,7 @@ def evaluate_groups(
                 f"{search.dir} has other groups than those that {directory} was trained on; nothing can route rows to "
                 "these any more. Train the new ones: retrain.py with another --name"
             )
-    model = RoutedModel(open_router(search, kind, len(models)), models, search.schema, context)
-    stream = Run(config, search.schema, context).stream(split, config.train.eval_batch_size, shuffle=False)
-    result = evaluate_routed(model, search, grouped, stream, config, directory.name, kind)
-    target = evaluation_file(directory, split, "" if kind == ROUTERS[0] else kind)
-    context.first("writing the evaluation", lambda: write_sealed(target, result))
-    return result
+    return RoutedModel(open_router(search, kind, len(models)), models, search.schema, context)
 
 
 def load_groups(config: Config, grouped: GroupedAllocation, context: Context, directory: Path) -> list[SubnetModel]:

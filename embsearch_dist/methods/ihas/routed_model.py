@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -29,7 +28,8 @@ from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema, differs
-from embsearch_dist.train.metrics import area_of, score
+from embsearch_dist.train.figures import Wanted, told
+from embsearch_dist.train.metrics import Predictions, area_of, figures, score, stored_places
 from embsearch_dist.train.retrain import result_name, rows_left_out
 
 ROUTERS = ("centres", "fields")
@@ -120,6 +120,7 @@ class Measured:
         logits, labels: ``[N]`` float32 on CPU.
         groups: ``[N]`` where the router sent each row.
         seconds: of the pass on this rank, reading included; ``routing`` of these for the router.
+        ids: ``[N]`` int32 of the field that was asked for; None without one.
     """
 
     logits: torch.Tensor
@@ -127,13 +128,20 @@ class Measured:
     groups: torch.Tensor
     seconds: float
     routing: float
+    ids: torch.Tensor | None = None
+
+    @property
+    def predictions(self) -> Predictions:
+        """The same without the router's part."""
+        return Predictions(self.logits, self.labels, self.ids, None)
 
 
 @torch.no_grad()
-def measure(model: RoutedModel, batches: Iterable[Batch], context: Context) -> Measured:
-    """Predict an epoch of a stream that is not shuffled."""
+def measure(model: RoutedModel, batches: Iterable[Batch], context: Context, group: str = "") -> Measured:
+    """Predict an epoch of a stream that is not shuffled; ``group``: a field whose ids are kept beside."""
     model.eval()
     logits, labels, groups = [torch.zeros(0)], [torch.zeros(0)], [torch.zeros(0, dtype=torch.int64)]
+    ids = [torch.zeros(0, dtype=torch.int32)]
     sizes: list[int] = []
     started, routing = time.monotonic(), 0.0
     for batch in batches:
@@ -146,30 +154,27 @@ def measure(model: RoutedModel, batches: Iterable[Batch], context: Context) -> M
         logits.append(model.predict(batch, said).float().cpu())
         labels.append(batch.label.cpu())
         groups.append(said.cpu())
+        if group:
+            ids.append(batch.sparse[group].values().int().cpu())
         sizes.append(batch.size)
     seconds = time.monotonic() - started
     places = torch.from_numpy(stored_places(context.every(sizes)))
     found = []
-    for parts in (logits, labels, groups):
+    for parts in (logits, labels, groups, *([ids] if group else [])):
         every = context.gather(torch.cat(parts).to(context.device)).cpu()
         found.append(torch.empty_like(every).index_copy_(0, places, every))
-    return Measured(found[0], found[1], found[2], seconds, routing)
-
-
-def stored_places(sizes: Sequence[Sequence[int]]) -> np.ndarray:
-    """Where rows gathered rank by rank stand in the stored order, in which every batch holds rank after rank.
-
-    Args:
-        sizes: of the batches, ``[ranks][batches]``.
-    """
-    counts = np.asarray(sizes, np.int64)
-    ends = counts.T.reshape(-1).cumsum().reshape(counts.T.shape).T
-    starts = (ends - counts).reshape(-1)
-    return np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts.reshape(-1))] or [np.zeros(0, np.int64)])
+    return Measured(found[0], found[1], found[2], seconds, routing, found[3] if group else None)
 
 
 def evaluate_routed(
-    model: RoutedModel, run: Run, grouped: GroupedAllocation, stream: BatchStream, config: Config, name: str, kind: str
+    model: RoutedModel,
+    run: Run,
+    grouped: GroupedAllocation,
+    stream: BatchStream,
+    config: Config,
+    name: str,
+    kind: str,
+    wanted: Wanted | None = None,
 ) -> dict[str, Any]:
     """Exact AUC and logloss over all ranks, all sizes and costs, each group's part, and the router's.
 
@@ -183,9 +188,11 @@ def evaluate_routed(
         config: of the group models.
         name: of the sub-run's directory.
         kind: of the router.
+        wanted: what is told beside; by default ``train.group`` is.
     """
-    found = measure(model, stream.epoch(0), run.context)
-    total = score(found.logits, found.labels)
+    wanted = wanted or Wanted(config.train.group)
+    found = measure(model, stream.epoch(0), run.context, wanted.group)
+    total = figures(found.predictions)
     parts = [_group(found, k, grouped) for k in range(len(model.subnets))]
     tables = router_tables(model.router)
     flops = [p["rows"] / total["rows"] * m.flops_per_sample() for p, m in zip(parts, model.subnets, strict=True)]
@@ -211,6 +218,7 @@ def evaluate_routed(
             "share_of_time": found.routing / found.seconds,
         },
         **rows_left_out(stream),
+        **told(total, found.predictions, wanted, run.context),
     }
 
 
@@ -244,11 +252,11 @@ def is_data_of(run: Run) -> bool:
 def _group(found: Measured, group: int, grouped: GroupedAllocation) -> dict[str, Any]:
     inside = found.groups == group
     rows = int(inside.sum())
-    figures = score(found.logits[inside], found.labels[inside]) if rows else {"auc": math.nan, "logloss": math.nan}
+    own_figures = score(found.logits[inside], found.labels[inside]) if rows else {"auc": math.nan, "logloss": math.nan}
     own = grouped.allocations[group]
     return {
         "rows": rows,
-        **{key: None if math.isnan(figures[key]) else figures[key] for key in ("auc", "logloss")},
+        **{key: None if math.isnan(own_figures[key]) else own_figures[key] for key in ("auc", "logloss")},
         "widths": {n: own.widths[n] for n in own.schema.names},
         "embedding_parameters": own.total("parameters"),
     }
