@@ -3,7 +3,6 @@ Systems")."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,8 +11,11 @@ from torch import nn
 
 from embsearch_dist.config.backbones import register_backbone
 from embsearch_dist.config.options import option, require
-from embsearch_dist.kernels.linear import Linear
+from embsearch_dist.kernels.linear import Linear, linear
 from embsearch_dist.models.backbones.layers import hidden_layers, joined
+from embsearch_dist.models.rows import BLOCK
+
+PAIR_BYTES = 64 << 20  # products of a map and a field that are in hand at a time, where nothing is learned
 
 
 @dataclass
@@ -74,10 +76,17 @@ class XDeepFM(nn.Module):
 
     def interactions(self, u: torch.Tensor) -> torch.Tensor:
         """p^k_h of all layers: ``u [B, F, d]`` -> ``[B, sum of maps]``."""
-        columns = u.transpose(1, 2)  # [B, d, F]
+        if torch.is_grad_enabled() or torch.compiler.is_exporting():
+            return self._interactions(u)
+        of_row = max(w.shape[0] * w.shape[1] for w in self.weights) * u.shape[2] * 4
+        rows = max(BLOCK, PAIR_BYTES // of_row // BLOCK * BLOCK)
+        return torch.cat([self._interactions(part) for part in u.split(rows)])
+
+    def _interactions(self, u: torch.Tensor) -> torch.Tensor:
+        columns = u.transpose(1, 2).flatten(0, 1)  # [B d, F]
         x, found = columns, []
         for weight in self.weights:
-            # Field by field: all pairs of a map and a field at once would be [B, H F, d].
-            x = functools.reduce(torch.add, ((x @ w) * columns[:, :, j : j + 1] for j, w in enumerate(weight)))
-            found.append(x.sum(1))
+            pairs = (columns[:, :, None] * x[:, None]).flatten(1)  # [B d, F H_{k-1}]
+            x = linear(pairs, weight.flatten(0, 1).T, weight.new_zeros(weight.shape[2]))
+            found.append(x.unflatten(0, (-1, u.shape[2])).sum(1))
         return torch.cat(found, 1)
