@@ -23,6 +23,7 @@ from embsearch_dist.config.sections import SECTIONS, Config
 from embsearch_dist.errors import UserError, nearest
 
 TABLES = "dist.tables."
+OPEN = ("dist.tables", "model.options")  # mappings whose keys the sections do not list
 
 
 def load_config(
@@ -53,9 +54,11 @@ def load_config(
         was = {k: _before(cls) for k, cls in {**SECTIONS, "search": methods[name]}.items()}
         base.merge_with(was)
     where = f"{file}: " if file is not None else ""
-    for layer, source in [*layers, *((_dotted(k, v, base, literal), "") for k, v in given)]:
+    told = _another_backbone(given)
+    for layer, source in [*layers, *((x, "") for x in told), *((_dotted(k, v, base, literal), "") for k, v in given)]:
         try:
             _reject_unknown(layer, base, "")
+            _drop_options(layer, base)
             base.merge_with(layer)  # in place: OmegaConf.merge would copy the whole config once per override
         except UserError as e:
             raise UserError(f"{source}{e}") from e
@@ -192,6 +195,19 @@ def _dotted(key: str, value: str, base: Any, literal: bool) -> DictConfig:
         raise UserError(f"override {key}={value}: {' '.join(str(e).split())}") from e
 
 
+def _another_backbone(given: Sequence[tuple[str, str]]) -> list[DictConfig]:
+    """The backbone that the command line names, as a layer before all its others: options may stand on either side."""
+    named = [value for key, value in given if key == "model.backbone"]
+    return [OmegaConf.create({"model": {"backbone": named[-1]}})] if named else []
+
+
+def _drop_options(layer: DictConfig, base: DictConfig) -> None:
+    """Options belong to a backbone: a layer that names another one begins with none."""
+    named = OmegaConf.select(layer, "model.backbone", default=None)
+    if named is not None and named != base.model.backbone:
+        base.model.options = {}
+
+
 def _reject_unknown(layer: DictConfig, base: Any, prefix: str) -> None:
     for key in layer:
         full = f"{prefix}{key!s}"
@@ -202,7 +218,7 @@ def _reject_unknown(layer: DictConfig, base: Any, prefix: str) -> None:
         target = base._get_node(str(key))
         if isinstance(target, DictConfig) and not isinstance(inner, DictConfig):
             raise UserError(f"config key {full}: is a section, not a value; set one of its keys")
-        if isinstance(inner, DictConfig) and isinstance(target, DictConfig) and full != "dist.tables":
+        if isinstance(inner, DictConfig) and isinstance(target, DictConfig) and full not in OPEN:
             _reject_unknown(inner, target, full + ".")
 
 

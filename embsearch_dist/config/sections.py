@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from omegaconf import OmegaConf
 
+from embsearch_dist.config.backbones import ADDITIVE, check_backbone, load_module
 from embsearch_dist.config.literal import HELD, held
 from embsearch_dist.config.options import check_section, one_of, option, require
 from embsearch_dist.rundir import plain_word, write_text
@@ -65,8 +66,16 @@ class ModelConfig:
 
     backbone: str = option(
         "deepfm",
-        "wide_deep | deepfm | fm | mlp; for retraining also dlrm | nasrec",
-        choices=("wide_deep", "deepfm", "fm", "mlp", "dlrm", "nasrec"),
+        "wide_deep | deepfm | fm | mlp | dlrm | dcnv2 | autoint | xdeepfm | masknet | finalmlp, or a name that "
+        "model.module registers; for retraining also nasrec",
+    )
+    options: dict[str, Any] = option(
+        {}, "of the backbone, e.g. {layers: 3}: see below; another model.backbone leaves those of the one before"
+    )
+    module: str = option(
+        "",
+        "FILE.py or installed module that registers a backbone of your own (docs/library.md). Its code is run by every "
+        "script that reads this config: take no run directory or config from people whose code you would not run",
     )
     architecture: str = option("", "architecture.json of a NASRec search, for the backbone nasrec")
     layer_norm: str = option(
@@ -112,9 +121,13 @@ class ModelConfig:
     init_std: float = option(0.01, "standard deviation of the initial embedding values")
 
     def check(self) -> None:
+        load_module(self.module)
+        check_backbone(self.backbone, self.module, self.options)
         given = (self.backbone == "nasrec") == bool(self.architecture)
         require(given, "model.architecture", "belongs to model.backbone nasrec, and that needs it: a file of a search")
         require(self.backbone != "mlp" or bool(self.hidden), "model.hidden", "an mlp needs at least one hidden layer")
+        rounded = self.precision == "float32" or self.backbone in (*ADDITIVE, "dlrm", "nasrec")
+        require(rounded, "model.precision", f"{self.backbone} has products in float32 alone, got {self.precision}")
         for key in ("hidden", "bottom"):
             widths = getattr(self, key)
             require(all(h > 0 for h in widths), f"model.{key}", f"every width must be above 0, got {widths}")

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from embsearch_dist.config.backbones import registered, registered_names
 from embsearch_dist.config.sections import SECTIONS, TrainConfig
 
 
@@ -54,7 +55,19 @@ def describe(methods: Mapping[str, type]) -> str:
     for name, cls in {**SECTIONS, **{f"search (method: {m})": c for m, c in methods.items()}}.items():
         lines.append(f"\n{name}: {(cls.__doc__ or '').strip().splitlines()[0]}")
         lines += _describe_fields(cls, "  " + ("search" if name.startswith("search") else name))
+        lines += _describe_backbones() if name == "model" else []
     return "\n".join(lines)
+
+
+def _describe_backbones() -> list[str]:
+    """The options of every backbone that has some."""
+    lines = []
+    for name in registered_names():
+        options = registered(name).options
+        if options is not None:
+            lines.append(f"  of backbone {name}:")
+            lines += _describe_fields(options, "    model.options")
+    return lines
 
 
 def _describe_fields(cls: type, prefix: str) -> list[str]:

@@ -185,7 +185,8 @@ class TruncatedModel:
         loss = torch.zeros(1, dtype=torch.float64, device=device)
         more = torch.zeros(fields, count, dtype=torch.float64, device=device)
         second = torch.zeros(fields, count, count, dtype=torch.float64, device=device)
-        numbers = fields * count * max(self.sample.x.shape[2], self.head.backbone.width)
+        depth = unified(self.head, self.sample.x[:, :1]).shape[2]
+        numbers = fields * count * max(self.sample.x.shape[2], depth)
         for piece in self.sample.pieces(_rows_of_piece(numbers)):
             options = self._unified(piece, candidates, precisions)
             current = options[picked, :, everywhere].transpose(0, 1)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from embsearch_dist.config.backbones import ADDITIVE
 from embsearch_dist.config.sections import ModelConfig
-from embsearch_dist.models.backbones.additive import Backbone, make_backbone
-from embsearch_dist.models.backbones.dlrm import DLRM
+from embsearch_dist.models.backbones.additive import Backbone
+from embsearch_dist.models.backbones.making import backbone_of
 from embsearch_dist.models.pooled import Pooled
 from embsearch_dist.models.room import check_room
 from embsearch_dist.models.unify import MixedIdentity, MixedUnify, NoUnify, SupernetUnify
@@ -20,7 +21,8 @@ from embsearch_dist.networks.network import read_network
 class Head(nn.Module):
     """Unify + backbone: everything that is replicated."""
 
-    def __init__(self, unify: nn.Module, backbone: Backbone) -> None:
+    def __init__(self, unify: nn.Module, backbone: Any) -> None:
+        """``backbone``: see :func:`embsearch_dist.config.backbones.register_backbone`."""
         super().__init__()
         self.unify, self.backbone = unify, backbone
 
@@ -29,6 +31,11 @@ class Head(nn.Module):
         if not (isinstance(self.backbone, Backbone) and self.backbone.values):
             return self.backbone(u, dense)
         return self.backbone(u, dense, self._first_order(*embeddings))
+
+    @property
+    def additive(self) -> bool:
+        """Whether the backbone is a sum over fields up to its first non-linearity."""
+        return isinstance(self.backbone, Backbone)
 
     def _first_order(
         self, pooled: Pooled, choice: torch.Tensor | None = None, keep: torch.Tensor | None = None
@@ -50,24 +57,16 @@ def make_head(model: ModelConfig, widths: Sequence[int], dense: int, synchronise
         synchronise: statistics of a BatchNorm are those of all ranks.
 
     Raises:
-        UserError: the architecture file of a NASRec network is missing, wrong, or of another width; layers
-            are larger than the memory that is free.
+        UserError: the architecture file of a NASRec network is missing, wrong, or of another width; what
+            :func:`backbone_of` raises.
     """
     check_room("model.unified_width", max(widths), [model.unified_width] * (model.transform != "identity"))
-    unify = make_unify(model, widths, synchronise, model.backbone not in ("nasrec", "dlrm"))
+    unify = make_unify(model, widths, synchronise, model.backbone in ADDITIVE)
     fields, width = len(widths), common_width(model, widths)
-    backbone: Any
     if model.backbone == "nasrec":
-        backbone = read_network(model.architecture, fields, width, dense, model.layer_norm)
-    elif model.backbone == "dlrm":
-        check_room("model.bottom", dense, model.bottom)
-        check_room("model.hidden", fields * (fields + 1) // 2 + width, model.hidden)
-        backbone = DLRM(fields, width, dense, model.bottom, model.hidden, model.dropout)
-    else:
-        own = list(widths) if isinstance(unify, MixedIdentity) else []
-        sizes = (fields, width, dense, model.hidden, model.dropout, model.precision, bool(model.extra), own)
-        backbone = make_backbone(model.backbone, *sizes)
-    return Head(unify, backbone)
+        return Head(unify, read_network(model.architecture, fields, width, dense, model.layer_norm))
+    own = list(widths) if isinstance(unify, MixedIdentity) else []
+    return Head(unify, backbone_of(model, fields, width, dense, bool(model.extra), own))
 
 
 def common_width(model: ModelConfig, widths: Sequence[int]) -> int:

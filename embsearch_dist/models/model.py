@@ -13,8 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config.sections import Config, OptimConfig
 from embsearch_dist.data.load.batch import Batch
-from embsearch_dist.models.backbones.additive import make_backbone
-from embsearch_dist.models.backbones.dlrm import DLRM
+from embsearch_dist.models.backbones.making import backbone_of
 from embsearch_dist.models.folded import FoldedMLP, can_fold
 from embsearch_dist.models.head import Head, common_width, make_head, make_unify
 from embsearch_dist.models.pooled import Pooled
@@ -22,7 +21,6 @@ from embsearch_dist.models.room import check_room
 from embsearch_dist.models.rows import fill_rows
 from embsearch_dist.models.tables import MaxTables, MixedTables
 from embsearch_dist.models.unify import MixedUnify, SupernetUnify
-from embsearch_dist.networks.network import ArchitectureNetwork
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.schema import Schema
 from embsearch_dist.sharding.sharded_tables import ShardedTables
@@ -122,8 +120,7 @@ class SubnetModel(CTRModel):
         backbone: Any = head.backbone
         layers = sum(m.in_features * m.out_features for m in head.modules() if isinstance(m, nn.Linear))
         unify = head.unify.products if isinstance(head.unify, MixedUnify) else 0
-        own = backbone.flops if isinstance(backbone, ArchitectureNetwork | DLRM) else 0
-        return 2.0 * (layers + unify) + own
+        return 2.0 * (layers + unify) + getattr(backbone, "flops", 0)
 
 
 class SupernetModel(CTRModel):
@@ -151,8 +148,7 @@ class SupernetModel(CTRModel):
             width = max(candidates) if m.transform == "identity" else m.unified_width
             check_room("model.unified_width", max(candidates), [width] * (m.transform != "identity"))
             unify = SupernetUnify(fields, tables.mask.cpu(), width, m.norm, m.gain, synchronise, m.transform)
-            sizes = (fields, width, n_dense, m.hidden, m.dropout, m.precision, bool(m.extra))
-            backbone = make_backbone(m.backbone, *sizes)
+            backbone = backbone_of(m, fields, width, n_dense, bool(m.extra))
         self.head = self._wrap(Head(unify, backbone), context)
 
     def forward(self, batch: Batch, choice: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, Pooled]:

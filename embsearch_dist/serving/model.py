@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from embsearch_dist.config.sections import ModelConfig
-from embsearch_dist.models.backbones.additive import make_backbone
+from embsearch_dist.models.backbones.making import backbone_of
 from embsearch_dist.models.folded import FoldedMLP, can_fold
 from embsearch_dist.models.head import Head, make_head
 from embsearch_dist.models.pooled import Pooled
@@ -90,8 +90,7 @@ class Gated(ServedModel):
         count, n_dense = len(schema.fields), len(schema.dense)
         self.tables = PlainTables([TableSpec(f, width, width, precision) for f in schema.fields])
         self.selector: Selector = make_selector(selection, count, width)
-        kind = (model.backbone, count, width, n_dense, model.hidden, model.dropout, model.precision)
-        self.head = Head(nn.Identity(), make_backbone(*kind))
+        self.head = Head(nn.Identity(), backbone_of(model, count, width, n_dense))
 
     def fill(self, tables: Tensors, dense: Tensors, prefix: str) -> None:
         self.tables.fill(tables, prefix)

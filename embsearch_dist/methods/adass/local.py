@@ -28,7 +28,7 @@ class Problem:
     """What is maximised and what has to be obeyed; ``[F, T]`` arrays by field and candidate.
 
     Attributes:
-        score_near: metrics of subnets near another one, see :meth:`SubnetScorer.score_near`.
+        score_near: metrics of subnets near another one, see :meth:`Scoring.score_near`.
         reward: the part of a subnet's value that its metrics give.
         price: what each candidate takes from the value.
         costs: in the budget's unit, whole numbers.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from embsearch_dist.config.backbones import ADDITIVE
+from embsearch_dist.config.options import require
 from embsearch_dist.config.sections import Config
 from embsearch_dist.methods.adass.config import AdassConfig
 from embsearch_dist.methods.adass.search_stage import SearchStage, budgets_of
@@ -41,4 +43,7 @@ class AdaSS(Method):
         return f"{key} auc ranks by it; --{key} logloss does not" if config.search.policy.metric == "auc" else ""
 
     def check(self, run: Run) -> None:
+        policy, backbone = run.config.search.policy, run.config.model.backbone
+        told = f"fits the last layer behind sums over fields ({', '.join(ADDITIVE)}), got model.backbone {backbone}"
+        require(policy.refit == "none" or backbone in ADDITIVE, "search.policy.refit", f"{policy.refit} {told}")
         budgets_of(run.config.search, run.schema, run.config.model.extra)

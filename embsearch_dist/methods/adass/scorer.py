@@ -18,12 +18,12 @@ import copy
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.distributed as dist
 
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.adass import layout as layouts
-from embsearch_dist.methods.adass.passes import Output, compare, look_up
+from embsearch_dist.methods.adass.passes import Output, look_up
+from embsearch_dist.methods.adass.scoring import CANDIDATES_TOGETHER, Scoring
 from embsearch_dist.methods.adass.terms import (
     STATES,
     Sums,
@@ -35,21 +35,17 @@ from embsearch_dist.methods.adass.terms import (
     slices,
     term_bytes,
 )
+from embsearch_dist.models.backbones.additive import Backbone
 from embsearch_dist.models.model import SupernetModel
-from embsearch_dist.models.unify import SupernetUnify
 from embsearch_dist.ranks.context import Context
-from embsearch_dist.train.metrics import METRICS, binned_auc, score, score_many
 
-CANDIDATES_PER_PASS = 256  # that share the terms of a slab, where they are made anew in each pass
-CANDIDATES_TOGETHER = 64  # of these whose activations are held at a time
 NEAR_FIELDS = 64  # fields whose terms a slab of :meth:`SubnetScorer.score_near` holds, about
 
 
-class SubnetScorer:
-    """Inherited-weight metrics of subnets on a fixed sample of validation rows, spread over the ranks.
+class SubnetScorer(Scoring):
+    """Scores subnets of a backbone that is a sum over fields, from the sums of their terms."""
 
-    Every result is kept: a candidate is never scored twice (``archive``).
-    """
+    backbone: Backbone
 
     def __init__(
         self,
@@ -70,17 +66,10 @@ class SubnetScorer:
             refit: ``linear`` fits the head of every candidate on the first half of the rows (of each rank), and
                 scores it on the others; see :class:`embsearch_dist.methods.adass.refit.HeadFit`.
         """
-        self.context, self.dtype = context, getattr(torch, precision)
-        head = model.bare_head
-        assert isinstance(head.unify, SupernetUnify)
-        self.unify: SupernetUnify = head.unify
-        self.backbone = head.backbone
-        self.fields, self.candidates = len(model.tables.names), len(self.unify.mask)
+        super().__init__(model, context)
+        self.dtype = getattr(torch, precision)
         self.values = model.tables.weights  # column of each field's first-order weight; empty: there are none
-        self.archive: dict[tuple[int, ...], dict[str, float]] = {}
         self._states: dict[tuple[int, ...], Sums] = {}
-        self._near_archive: dict[tuple[tuple[int, ...], tuple[int, ...]], dict[str, float]] = {}
-        model.eval()
         with torch.no_grad():
             self.pooled, self.dense = look_up(model, batches, context)
             self.rows = self.pooled.shape[1]
@@ -90,7 +79,7 @@ class SubnetScorer:
             )
             self.own_labels = torch.cat([b.label.to(context.device) for b in batches])
             self._share_labels(refit != "none")
-            self.moments = self._moments(self.unify, self.pooled) if self.unify.norm.kind == "field" else None
+            self.moments = self._moments(self.pooled)
             self.linear, weight = self.backbone.field_weights()
             self.weight = weight.to(self.dtype).contiguous()
             layers = self.backbone.later_layers
@@ -100,11 +89,7 @@ class SubnetScorer:
             self._keep_terms(self.cache_bytes)
             if self.terms is not None:
                 del self.pooled
-        if area and self.labels.sum() in (0, len(self.labels)):
-            raise UserError(
-                f"the validation sample of {len(self.labels)} rows has one class only: AUC is undefined. Raise "
-                "search.policy.rows, or set --search.policy.metric logloss"
-            )
+        self._check_classes(area)
 
     def part(self, rows: int) -> SubnetScorer:
         """A scorer of the first ``rows`` rows over all ranks, or a few more (whole chunks); they are shared with this
@@ -116,7 +101,8 @@ class SubnetScorer:
         few.rows = chunks * self.layout.chunk_rows
         few.own_labels = self.own_labels[: few.rows]
         few._share_labels(self.fit_chunks > 0)
-        few.archive, few._states, few._near_archive = {}, {}, {}
+        few._forget()
+        few._states = {}
         if self.terms is not None:
             few.terms = self.terms.part(chunks)
         else:
@@ -143,11 +129,8 @@ class SubnetScorer:
         if refit and min(self.context.every(self.fit_chunks)) == 0:
             raise UserError("config key search.policy.refit: too few validation rows to hold half of them apart")
         fitted = self.fit_chunks * size
-        self.fit_labels, scored = self.own_labels[:fitted].view(-1, size), self.own_labels[fitted:]
-        self.scored = len(scored)
-        self.rows_of = self.context.every(self.scored)
-        labels = self.context.gather(scored)
-        self.labels = labels if self.layout.together else labels.cpu()
+        self.fit_labels = self.own_labels[:fitted].view(-1, size)
+        self._share(self.own_labels[fitted:])
 
     def _make_terms(self, chunks: slice, fields: Sequence[int], out: Terms | None = None) -> Terms:
         """The terms of some fields, in this order, for some chunks of rows; missing rows of the last are zeros.
@@ -165,7 +148,7 @@ class SubnetScorer:
             stop = min(start + slab, count)
             part = slice((chunks.start + start) * size, (chunks.start + stop) * size)
             pooled = self.pooled[:, part] if every else self.pooled[list(fields), part]
-            u = self._unified(self.unify, pooled, self.moments, fields)
+            u = self._unified(pooled, fields)
             number = (u.view(len(u), len(fields), self.candidates, depth) @ linear[:, :, None]).view(len(u), -1)
             if self.backbone.fm:
                 number -= 0.5 * u.square().sum(2)
@@ -199,13 +182,7 @@ class SubnetScorer:
         terms.u[:, -1] = 0
         return terms
 
-    def _unified(
-        self,
-        unify: SupernetUnify,
-        x: torch.Tensor,
-        moments: tuple[torch.Tensor, torch.Tensor] | None,
-        fields: Sequence[int],
-    ) -> torch.Tensor:
+    def _unified(self, x: torch.Tensor, fields: Sequence[int]) -> torch.Tensor:
         """Unified embeddings ``[n, F' * T, d]`` of every (field, candidate), zero for a dropped field.
 
         Args:
@@ -213,27 +190,9 @@ class SubnetScorer:
         """
         out = x.new_zeros(x.shape[1], len(fields), self.candidates, self.backbone.width)
         for j in range(self.candidates):
-            if unify.present[j]:
-                choice = torch.full((len(fields),), j, device=x.device)
-                u = unify.mapped(x, choice, fields)
-                if moments is None:
-                    u = unify.norm(u, choice)
-                else:
-                    u = unify.norm.apply_statistics(u, choice, *(m[j, list(fields)] for m in moments))
-                out[:, :, j] = unify.filled(u, choice)
+            if self.unify.present[j]:
+                out[:, :, j] = self._chosen(x, torch.full((len(fields),), j, device=x.device), fields)
         return out.flatten(1, 2)
-
-    def _moments(self, unify: SupernetUnify, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and variance ``[T, F, d]`` over the whole sample. A pair that was drawn rarely has running
-        statistics of an older supernet; those of the sample are exact and use no label."""
-        count = self.context.sum(torch.tensor(float(x.shape[1]), device=x.device))
-        means, variances = [], []
-        for j in range(self.candidates):
-            u = unify.mapped(x, torch.full((self.fields,), j, device=x.device))
-            means.append(self.context.sum(u.sum(1)) / count)
-            square = torch.stack([(v - m).square_().sum(0) for v, m in zip(u, means[-1], strict=True)])
-            variances.append(self.context.sum(square) / count)
-        return torch.stack(means), torch.stack(variances)
 
     def _slabs(self, fields: Sequence[int] | None = None) -> Iterator[tuple[int, Terms, dict[int, int]]]:
         """First chunk and terms of each slab of rows, and at which place among them each field is."""
@@ -315,82 +274,3 @@ class SubnetScorer:
             del self._states[next(iter(self._states))]
         self._states[base] = state
         return state
-
-    def score(self, choices: torch.Tensor) -> list[dict[str, float]]:
-        """Metrics (auc, logloss, accuracy) of subnets ``[K, F]``, on every rank, from the archive if known."""
-        keys = [tuple(row) for row in choices.tolist()]
-        new = list(dict.fromkeys(k for k in keys if k not in self.archive))
-        for part in slices(len(new), CANDIDATES_PER_PASS):
-            some = new[part]
-            for key, metrics in zip(some, self._measured(self.logits(torch.tensor(some))), strict=True):
-                self.archive[key] = {n: metrics[n] for n in (*METRICS, "rows")}
-        return [self.archive[k] for k in keys]
-
-    def score_near(self, base: Sequence[int], choices: torch.Tensor) -> list[dict[str, float]]:
-        """Metrics of subnets ``[K, F]`` that differ from ``base [F]`` in few fields, and how they compare with it.
-
-        Returns:
-            As :meth:`score`, with ``gain`` (the mean over the scored rows of the base's loss less the subnet's, in
-            nats) and ``gain_se`` (the standard error of this mean of paired differences).
-        """
-        own = tuple(int(j) for j in base)
-        keys = [tuple(row) for row in choices.tolist()]
-        known = self._near_archive
-        new = sorted(
-            {k for k in keys if (own, k) not in known},
-            # Subnets that change the same fields share their terms.
-            key=lambda k: [(f, j) for f, (j, b) in enumerate(zip(k, own, strict=True)) if j != b],
-        )
-        reference = self.context.gather(self.logits_near(own, torch.tensor([own]))[0]) if new else None
-        for key_part in slices(len(new), CANDIDATES_TOGETHER):
-            some = new[key_part]
-            found = self._measured(self.logits_near(own, torch.tensor(some)), reference)
-            for key, metrics in zip(some, found, strict=True):
-                known[own, key] = metrics
-                self.archive.setdefault(key, {n: metrics[n] for n in (*METRICS, "rows")})
-        found = [known[own, k] for k in keys]
-        if len(known) > 4 * len(keys) + 20_000:
-            known.clear()
-        return found
-
-    def _measured(self, local: torch.Tensor, reference: torch.Tensor | None = None) -> list[dict[str, float]]:
-        """Metrics of the candidates of a pass from this rank's logits ``[K, rows]``, on every rank. One copy comes
-        back from the device.
-
-        Args:
-            reference: logits ``[all rows]`` that the losses are compared with.
-        """
-        world, rank = self.context.world_size, self.context.rank
-        shares = [len(range(r, len(local), world)) for r in range(world)]
-        own = self._exchange(local, shares)
-        names = METRICS if reference is None else (*METRICS, "gain", "gain_se")
-        table = torch.zeros(len(local), len(names), dtype=torch.float64, device=self.context.device)
-        share = table.split(shares)[rank]
-        share[:, : len(METRICS)].copy_(self._measure(own))
-        if reference is not None:
-            share[:, len(METRICS) :].copy_(compare(own, reference, self.labels))
-        rows = float(len(self.labels))
-        return [{**dict(zip(names, values, strict=True)), "rows": rows} for values in self.context.sum(table).tolist()]
-
-    def _exchange(self, local: torch.Tensor, shares: list[int]) -> torch.Tensor:
-        """Logits of this rank's rows and all candidates ``[K, rows]`` -> of all rows and this rank's candidates.
-
-        Rank r works out the metrics of the ``shares[r]`` candidates behind those of the ranks before it. So each
-        logit travels once; summing counts per bin over the ranks would move :data:`BINS` numbers of each class for
-        each candidate, which is more until the sample has hundreds of thousands of rows.
-        """
-        world, rank = self.context.world_size, self.context.rank
-        if world == 1:
-            return local
-        sent, received = [k * self.scored for k in shares], [shares[rank] * n for n in self.rows_of]
-        out = local.new_empty(sum(received))
-        dist.all_to_all_single(out, local.flatten(), received, sent)
-        parts = zip(out.split(received), self.rows_of, strict=True)
-        return torch.cat([x.view(shares[rank], n) for x, n in parts], 1)
-
-    def _measure(self, logits: torch.Tensor) -> torch.Tensor:
-        """:data:`METRICS` of the candidates ``[K, all rows]`` -> ``[K, 3]`` float64."""
-        if self.layout.together:
-            return score_many(logits, self.labels)
-        found = [score(row, self.labels, binned_auc) for row in logits]
-        return torch.tensor([[m[n] for n in METRICS] for m in found], dtype=torch.float64).view(-1, len(METRICS))

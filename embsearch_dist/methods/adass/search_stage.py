@@ -17,8 +17,10 @@ from embsearch_dist.methods.adass.distinct import distinct_of
 from embsearch_dist.methods.adass.local import ROUNDS, SWEEPS, Problem, Tick, prune, refine, sweep, within_budget
 from embsearch_dist.methods.adass.policy import SearchTrace, argmax_choice, nearest_allowed, search
 from embsearch_dist.methods.adass.scorer import SubnetScorer
+from embsearch_dist.methods.adass.scoring import Scoring
 from embsearch_dist.methods.adass.supernet_stage import SupernetTask, load_supernet
 from embsearch_dist.methods.adass.terms import sample_rows
+from embsearch_dist.methods.adass.whole_scorer import WholeScorer
 from embsearch_dist.methods.budget import (
     Budget,
     cost_table,
@@ -60,7 +62,7 @@ class Searcher:
         self,
         schema: Schema,
         config: AdassConfig,
-        scorer: SubnetScorer,
+        scorer: Scoring,
         distinct: torch.Tensor | None = None,
         extra: int = 0,
     ) -> None:
@@ -216,7 +218,7 @@ class Searcher:
         return Allocation(self.schema, widths, {"method": "adass", **provenance, **told, **scores}, self.extra)
 
 
-def make_scorer(run: Run[AdassConfig], task: SupernetTask | None = None) -> SubnetScorer:
+def make_scorer(run: Run[AdassConfig], task: SupernetTask | None = None) -> Scoring:
     """Load the finished supernet and look up the validation sample: rows drawn at random from the whole split, the
     same ones for any number of ranks.
 
@@ -233,6 +235,8 @@ def make_scorer(run: Run[AdassConfig], task: SupernetTask | None = None) -> Subn
     with context.together("drawing the scored validation rows"):
         batches = random_batches(shards, rows, batch, seed, context.rank, context.world_size)
     area = policy.metric == "auc"
+    if not task.model.bare_head.additive:
+        return WholeScorer(task.model, batches, context, area)
     return SubnetScorer(task.model, batches, context, policy.precision, policy.cache_mb, policy.refit, area)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from embsearch_dist.models.backbones.additive import Backbone
@@ -85,9 +86,11 @@ def term_bytes(fields: int, candidates: int, backbone: Backbone, precision: str)
     return (fields * candidates + 1) * of_block
 
 
-def sample_rows(rows: int, wanted: int, fields: int, table_width: int, backbone: Backbone, cache_mb: int) -> int:
-    """Rows of the sample: as wanted, unless pooled rows and the sums of :data:`STATES` subnets would take more than
-    ``cache_mb`` MiB."""
-    sums = 4 * (1 + backbone.width * backbone.fm + backbone.first_width)
+def sample_rows(rows: int, wanted: int, fields: int, table_width: int, backbone: nn.Module, cache_mb: int) -> int:
+    """Rows of the sample: as wanted, unless pooled rows and, of additive backbones, the sums of :data:`STATES` subnets
+    would take more than ``cache_mb`` MiB."""
+    sums = 0
+    if isinstance(backbone, Backbone):
+        sums = 4 * (1 + backbone.width * backbone.fm + backbone.first_width)
     row = 4 * (fields * table_width + 1) + STATES * sums
     return max(1, min(rows, wanted, (cache_mb << 20) // row))

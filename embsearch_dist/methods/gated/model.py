@@ -8,7 +8,7 @@ from torch import nn
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config.sections import Config
 from embsearch_dist.data.load.batch import Batch
-from embsearch_dist.models.backbones.additive import make_backbone
+from embsearch_dist.models.backbones.making import backbone_of
 from embsearch_dist.models.model import CTRModel, Head, bare, seeded
 from embsearch_dist.models.tables import MixedTables
 from embsearch_dist.ranks.context import Context
@@ -32,8 +32,7 @@ class GatedModel(CTRModel):
         uniform = Allocation.uniform(schema, width)
         self.tables = MixedTables(uniform, context, config.dist, config.optim, seed, m.init_std, partial=True)
         with seeded(seed):
-            n_dense = len(schema.dense)
-            backbone = make_backbone(m.backbone, fields, width, n_dense, m.hidden, m.dropout, m.precision)
+            backbone = backbone_of(m, fields, width, len(schema.dense))
         self.head = self._wrap(Head(nn.Identity(), backbone), context)
         self.selector = self._wrap(selector, context)
         # In a tuple: a registered module would stand in the state a second time.

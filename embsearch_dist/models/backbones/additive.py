@@ -21,7 +21,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from embsearch_dist.errors import UserError
 from embsearch_dist.kernels.linear import Linear, fm, linear
 from embsearch_dist.models.pooled import Move, moved
 from embsearch_dist.models.room import check_room
@@ -168,8 +167,6 @@ def make_backbone(
     The wide part is linear in the unified embeddings, or with ``values`` the sum of a weight per value as published.
     That weight is a column of the field's table, so that a dropped field leaves no path either way. An mlp has none.
     """
-    if kind in ("dlrm", "nasrec"):
-        raise UserError(f"config key model.backbone: {kind} is for the model of an allocation (retrain.py) alone")
     check_room("model.hidden", sum(widths) or fields * width, [] if kind == "fm" else hidden)
     fm = kind in ("deepfm", "fm")
     values = values and kind != "mlp"

@@ -9,6 +9,7 @@ from torch import nn
 
 from embsearch_dist.errors import UserError
 from embsearch_dist.kernels.linear import Linear
+from embsearch_dist.models.backbones.layers import hidden_layers
 
 
 class DLRM(nn.Module):
@@ -37,7 +38,7 @@ class DLRM(nn.Module):
     ) -> None:
         super().__init__()
         self.fields, self.width = fields, width
-        self.bottom = nn.Sequential(*_layers([dense, *bottom, width], 0.0)) if dense else None
+        self.bottom = nn.Sequential(*hidden_layers([dense, *bottom, width], 0.0)) if dense else None
         vectors = fields + (1 if dense else 0)
         if vectors < 2:
             raise UserError("config key model.backbone: dlrm needs two vectors for a pair, and the data have one field")
@@ -45,7 +46,7 @@ class DLRM(nn.Module):
         self.register_buffer("pairs", torch.tril_indices(vectors, vectors, -1), persistent=False)
         self.pairs: torch.Tensor
         inputs = self.pairs.shape[1] + (width if dense else 0)
-        self.top = nn.Sequential(*_layers([inputs, *hidden], dropout), Linear([inputs, *hidden][-1], 1))
+        self.top = nn.Sequential(*hidden_layers([inputs, *hidden], dropout), Linear([inputs, *hidden][-1], 1))
 
     def forward(self, u: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
         """``u [B, F, d]``, ``dense [B, n_dense]`` -> logits ``[B]``."""
@@ -53,10 +54,3 @@ class DLRM(nn.Module):
         z = u if x is None else torch.cat([x[:, None], u], 1)
         products = torch.bmm(z, z.transpose(1, 2))[:, self.pairs[0], self.pairs[1]]
         return self.top(products if x is None else torch.cat([x, products], 1)).squeeze(1)  # type: ignore[no-any-return]
-
-
-def _layers(widths: Sequence[int], dropout: float) -> list[nn.Module]:
-    found: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
-        found += [Linear(a, b), nn.ReLU(), nn.Dropout(dropout)]
-    return found

@@ -1,0 +1,204 @@
+"""The names that ``model.backbone`` knows: built-in ones, and those that a user's own module registers.
+
+They are kept below the models, because a config is checked before any model is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from embsearch_dist.config.options import check_section, require
+from embsearch_dist.errors import UserError, nearest
+
+ADDITIVE = ("wide_deep", "deepfm", "fm", "mlp")
+"""Sums over fields up to the first non-linearity: ``models/backbones/additive.py``."""
+FIXED = (*ADDITIVE, "dlrm", "nasrec")
+"""Names that no class can take; all others are registered."""
+ARGUMENTS = ("fields", "width", "dense", "hidden", "dropout")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A class that stands behind a name.
+
+    Attributes:
+        make: the class; called with :data:`ARGUMENTS`, and with ``options`` where it has some.
+        options: its dataclass of options, or None.
+        source: the file that registered it; classes typed into a notebook have their module's name.
+    """
+
+    make: Callable[..., Any]
+    options: type | None
+    source: str
+
+
+_known: dict[str, Registered] = {}
+
+
+def register_backbone(name: str) -> Callable[[type[T]], type[T]]:
+    """Make a ``torch.nn.Module`` class usable as ``model.backbone: NAME``.
+
+    A backbone is what stands behind the embeddings. What is asked of the class:
+
+    * ``__init__`` takes these named arguments: ``fields`` (F, int; of a found model the fields that are kept),
+      ``width`` (d, int: the common width of the embeddings), ``dense`` (n, int: dense columns, may be 0), ``hidden``
+      (list of int: ``model.hidden``) and ``dropout`` (float: ``model.dropout``).
+    * ``forward(u, dense)`` gives logits ``[B]`` of ``u [B, F, d]`` and ``dense [B, n]``. Fields come in the order of
+      the schema and at one width: a transform or zeros have seen to it. In a supernet a dropped field is zeros.
+    * Every parameter has a gradient in every step, because DDP waits for all. A row's logit depends on that row
+      alone: LayerNorm is fine; BatchNorm would have other statistics on each rank.
+    * ``Options``, if the class has it, is a dataclass with defaults: the keys of ``model.options``. The constructor
+      then takes ``options``, an instance that has been checked. Fields made with
+      :func:`embsearch_dist.config.options.option` have a help text and bounds.
+    * ``flops``, if it has it, is the number of floating-point operations of one row (multiply and add are two) beside
+      those of the ``nn.Linear`` layers, which are counted as one call a row.
+
+    Raises:
+        UserError: the name is taken, or the constructor lacks an argument.
+    """
+
+    def registered(cls: type[T]) -> type[T]:
+        where = f"register_backbone({name!r})"
+        if not name or not name.replace("_", "").replace("-", "").isalnum():
+            raise UserError(f"{where}: a name has letters, digits, _ and -. Give another")
+        source = getattr(sys.modules.get(cls.__module__), "__file__", None) or cls.__module__
+        old = _known.get(name)
+        if name in FIXED or (old is not None and old.source != source):
+            raise UserError(f"{where} in {source}: the name is taken{f' by {old.source}' if old else ''}. Give another")
+        options = getattr(cls, "Options", None)
+        if options is not None and not dataclasses.is_dataclass(options):
+            raise UserError(f"{where}: Options must be a dataclass. Write @dataclass above it")
+        arguments = (*ARGUMENTS, *(["options"] if options is not None else []))
+        try:
+            inspect.signature(cls).bind(**dict.fromkeys(arguments))
+        except TypeError as e:
+            raise UserError(
+                f"{where}: __init__ is called with the named arguments {', '.join(arguments)} ({e}). Let it take them"
+            ) from e
+        _known[name] = Registered(cls, options, source)  # type: ignore[arg-type]
+        return cls
+
+    return registered
+
+
+def registered_names() -> list[str]:
+    """All registered names, built-in ones first."""
+    return list(_known)
+
+
+def registered(name: str) -> Registered:
+    """What stands behind a registered name.
+
+    Raises:
+        UserError: nothing does.
+    """
+    if name not in _known:
+        raise UserError(_unknown(name, ""))
+    return _known[name]
+
+
+def load_module(module: str, key: str = "config key model.module") -> None:
+    """Import a user's own module, which runs its code; nothing for an empty name. Twice in a process is once.
+
+    Args:
+        module: a file that ends in ``.py``, seen from the current folder, or the dotted name of an installed module.
+        key: what named it, for messages.
+
+    Raises:
+        UserError: it is missing, or its code fails.
+    """
+    if not module:
+        return
+    try:
+        _load_file(Path(module), key) if module.endswith(".py") else importlib.import_module(module)
+    except UserError:
+        raise
+    except ModuleNotFoundError as e:
+        more = "" if e.name and module.startswith(e.name) else f" (it imports {e.name})"
+        raise UserError(
+            f"{key}: {module} cannot be imported{more}: no module of that name is installed or on PYTHONPATH. Give the "
+            "path of a file that ends in .py, or install it"
+        ) from e
+    except Exception as e:  # whatever the user's code raises
+        raise UserError(f"{key}: {module} fails when it is imported ({type(e).__name__}: {e}). Mend it") from e
+
+
+def _load_file(path: Path, key: str) -> None:
+    try:
+        body = path.read_bytes()
+    except OSError as e:
+        raise UserError(
+            f"{key}: {path} cannot be read ({e.strerror}); it is looked for from the current folder, {Path.cwd()}"
+        ) from e
+    # Named by its content too: a notebook that writes the file anew gets the new class.
+    digest = hashlib.sha256(str(path.resolve()).encode() + b"\0" + body).hexdigest()[:12]
+    name = f"embsearch_dist_own_{digest}"
+    if name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    sys.modules[name] = made
+    try:
+        spec.loader.exec_module(made)
+    except BaseException:
+        del sys.modules[name]
+        raise
+
+
+def check_backbone(name: str, module: str, options: Mapping[str, Any]) -> None:
+    """Check ``model.backbone`` and ``model.options``; ``module`` was loaded before.
+
+    Raises:
+        UserError: nothing of that name is known, or an option is none of its own.
+    """
+    if name not in FIXED and name not in _known:
+        raise UserError(f"config key model.backbone: {_unknown(name, module)}")
+    if name in FIXED:
+        require(not options, "model.options", f"the backbone {name} has none, got {', '.join(options)}")
+    else:
+        read_options(name, options)
+
+
+def read_options(name: str, given: Mapping[str, Any]) -> Any:
+    """The options of a registered backbone with the given ones put in, typed and checked; None where it has none.
+
+    Raises:
+        UserError: an unknown key, a wrong type, or a value out of range.
+    """
+    kind = registered(name)
+    if kind.options is None:
+        require(not given, "model.options", f"the backbone {name} has none, got {', '.join(map(str, given))}")
+        return None
+    known = [f.name for f in dataclasses.fields(kind.options)]
+    for key in given:
+        told = f"unknown config key 'model.options.{key}'{nearest(str(key), known)}; {name} has {', '.join(known)}"
+        if key not in known:
+            raise UserError(told)
+    try:
+        made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind.options), dict(given)))
+    except OmegaConfBaseException as e:
+        where = getattr(e, "full_key", "") or "?"
+        raise UserError(f"config key model.options.{where}: {str(e).splitlines()[0]}") from e
+    check_section(made, "model.options")
+    return made
+
+
+def _unknown(name: str, module: str) -> str:
+    known = [*FIXED, *_known]
+    own = f"{module} registers no class of that name" if module else "model.module loads a class of your own"
+    return f"{name!r} is none of {', '.join(known)}{nearest(name, known)}; {own} (@es.register_backbone({name!r}))"
