@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         Field,
         Model,
         Schema,
+        Supernet,
         UserError,
         evaluate,
         load_model,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         register_source,
         retrain,
         search,
+        search_widths,
     )
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "Field",
     "Model",
     "Schema",
+    "Supernet",
     "UserError",
     "evaluate",
     "load_model",
@@ -50,6 +53,7 @@ __all__ = [
     "register_source",
     "retrain",
     "search",
+    "search_widths",
 ]
 
 

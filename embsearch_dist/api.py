@@ -32,6 +32,8 @@ from embsearch_dist.data.sources.split import SourceSplit
 from embsearch_dist.data.sources.tables import frame_of
 from embsearch_dist.errors import UserError
 from embsearch_dist.grouped import GroupedAllocation
+from embsearch_dist.library.supernet import Supernet
+from embsearch_dist.library.widths import search_widths
 from embsearch_dist.methods import CONFIGS, METHODS
 from embsearch_dist.methods.results import kept_network, read_result, searched_network
 from embsearch_dist.methods.retraining import Wish
@@ -51,6 +53,7 @@ __all__ = [
     "Field",
     "Model",
     "Schema",
+    "Supernet",
     "UserError",
     "evaluate",
     "load_model",
@@ -58,6 +61,7 @@ __all__ = [
     "register_source",
     "retrain",
     "search",
+    "search_widths",
 ]
 
 Settings = Mapping[str, Any]
