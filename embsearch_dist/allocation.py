@@ -128,8 +128,9 @@ class Allocation:
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """TorchRec's configuration of each kept field's table, at its nominal width, named as the field.
 
-        >>> configs = Allocation.load("allocation.json").embedding_bag_configs()  # doctest: +SKIP
-        >>> EmbeddingBagCollection(tables=configs, device=torch.device("meta"))  # doctest: +SKIP
+        >>> from torchrec import EmbeddingBagCollection
+        >>> configs = Allocation.load("runs/my/allocation.json").embedding_bag_configs()
+        >>> tables = EmbeddingBagCollection(tables=configs)
         """
         from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 
@@ -148,7 +149,8 @@ class Allocation:
     def to_torch(self) -> dict[str, EmbeddingBag]:
         """A plain ``torch.nn.EmbeddingBag`` of each kept field, ``[cardinality, width]``, new and untrained.
 
-        >>> tables = torch.nn.ModuleDict(Allocation.load("allocation.json").to_torch())  # doctest: +SKIP
+        >>> from torch.nn import ModuleDict
+        >>> tables = ModuleDict(Allocation.load("runs/my/allocation.json").to_torch())
         """
         from torch.nn import EmbeddingBag
 

@@ -91,6 +91,10 @@ class Data:
 def open_data(data: str | Path | DataSource) -> Data:
     """Open what ``launch/prepare.py`` wrote, or a data source.
 
+    >>> batch = next(open_data("runs/data/my").batches("train", batch_size=100))
+    >>> batch.label.shape
+    torch.Size([100])
+
     Raises:
         UserError: nothing was prepared there, or it was changed since; or the source is none.
     """
@@ -237,6 +241,9 @@ class Model:
 
 def load_model(directory: str | Path) -> Model:
     """Open a model directory that ``launch/export.py`` wrote; all of its files are compared with their checksums.
+
+    >>> load_model("exported/my").predict({"left": [3], "big": [17], "right": [None], "idle": [5], "x": [0.5]}).shape
+    (1,)
 
     Raises:
         UserError: it is no model directory, or damaged.

@@ -27,13 +27,16 @@ from embsearch_dist.methods.adass.sampling import Sampler, candidate_variance, c
 class Supernet(nn.Module):
     """Tables of one's own at any of their widths; what comes out has the keys and widths of the whole tables.
 
-    >>> net = es.Supernet(configs, candidates=[0, 4, 8, 16])  # doctest: +SKIP
-    >>> for step, (features, label) in enumerate(batches):  # doctest: +SKIP
-    ...     widths = net.sample(step)
-    ...     loss = criterion(model(net(features, widths)), label)
+    >>> net = Supernet([EmbeddingBagConfig(name="user", embedding_dim=8, num_embeddings=5)], candidates=[0, 4, 8])
+    >>> optimizer = torch.optim.Adagrad(net.parameters())
+    >>> features = KeyedJaggedTensor(keys=["user"], values=torch.tensor([3, 1]), lengths=torch.tensor([1, 1]))
+    >>> for step in range(3):
+    ...     loss = net(features, net.sample(step)).values().square().sum()  # in the place of the user's model and loss
     ...     loss.backward()
     ...     optimizer.step()
     ...     net.adapt(step)
+    >>> net(features, {"user": 4})["user"].shape
+    torch.Size([2, 8])
 
     Attributes:
         tables: TorchRec's collection, with the user's weights.

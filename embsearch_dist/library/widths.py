@@ -39,8 +39,12 @@ def search_widths(
     By default sweeps over single changes of width from the best uniform one, a knapsack over their gains, and a local
     search; with ``policy={"finder": "policy"}`` the policy of AdaS&S. Nothing is asked for twice.
 
-    >>> found = es.search_widths(lambda widths: auc_of(model, net, widths), net, budget="25%")  # doctest: +SKIP
-    >>> found.embedding_bag_configs()  # doctest: +SKIP
+    >>> tables = [EmbeddingBagConfig(name=name, embedding_dim=8, num_embeddings=10) for name in ("user", "item")]
+    >>> found = search_widths(lambda widths: 3 * widths["user"] + widths["item"], tables, budget="60%")
+    >>> found.widths
+    {'user': 8, 'item': 0}
+    >>> [config.embedding_dim for config in found.embedding_bag_configs()]
+    [8]
 
     Args:
         score: table -> width, to a number, higher is better; or, where ``labels`` are given, to the logits ``[N]`` of

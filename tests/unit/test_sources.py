@@ -21,6 +21,7 @@ from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.trial import merged
 from embsearch_dist.schema import Field, Schema
 from embsearch_dist.train.faults import VARIABLE
+from launch.export import main as export_script
 from tests.method_contract import records, weights
 
 ROWS = {"train": 900, "validation": 200, "test": 200}
@@ -212,16 +213,25 @@ es.register_source("clicks")(Clicks)
 """
 
 
-def test_scripts_find_a_source_by_its_name(tmp_path: Path) -> None:
+def test_scripts_find_a_source_by_its_name_and_export_what_was_trained_on_it(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(SCRIPT)
     own = settings("random") | {"data.source": "clicks", "data.module": tmp_path / "mine.py"}
     found = es.search(run_dir=tmp_path / "run", method="random", settings=own)
     assert isinstance(found, es.Allocation) and found.schema.data == schema_of(Clicks()).data
-    with pytest.raises(UserError, match="'click' is not registered .did you mean 'clicks'"):
-        es.search(run_dir=tmp_path / "other", method="random", settings=own | {"data.source": "click"})
-    with pytest.raises(UserError, match="there is no file"):
-        es.search(
-            run_dir=tmp_path / "other",
-            method="random",
-            settings=own | {"data.module": "nowhere.py", "data.source": "new"},
-        )
+    es.retrain(tmp_path / "run", "ues-4", settings={"train.epochs": 1})
+    export_script(["--run", str(tmp_path / "run/retrain/ues-4"), "--out", str(tmp_path / "exported")])
+    rows = Clicks().read("test", 0, 50)
+    probabilities = es.load_model(tmp_path / "exported").predict({k: rows[k] for k in ("user", "item", "price")})
+    assert probabilities.shape == (50,) and 0 < probabilities.min() < probabilities.max() < 1
+
+
+def test_a_source_that_is_not_there(tmp_path: Path) -> None:
+    es.register_source("clicks")(Clicks)
+    for body, says in (
+        ({"data.source": "click"}, "'click' is not registered .did you mean 'clicks'"),
+        ({"data.source": "new", "data.module": "nowhere.py"}, "there is no file nowhere.py"),
+        ({"data.source": "new", "data.module": "no_such_module"}, "'no_such_module' cannot be imported"),
+        ({"data.source": "clicks", "data.skip_unreadable": 1}, "is for files, not for data.source"),
+    ):
+        with pytest.raises(UserError, match=says):
+            es.search(run_dir=tmp_path / "run", method="random", settings=body | {"run.device": "cpu"})

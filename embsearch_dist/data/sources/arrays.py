@@ -23,9 +23,10 @@ class ArraySource:
     An iterator (a generator, a cursor) is read once, here, into memory; that is how rows that cannot be read again by
     number become a source.
 
-    >>> rng = np.random.default_rng(0)  # doctest: +SKIP
-    >>> rows = {"user": rng.integers(0, 50, 1000), "item": rng.integers(0, 9, 1000), "label": rng.integers(0, 2, 1000)}
-    >>> source = es.ArraySource(["user", "item"], {"train": rows, "validation": rows, "test": rows})
+    >>> rows = {"user": ["u1", "u2", "u1"], "price": [1.0, 2.0, None], "label": [0, 1, 1]}
+    >>> splits = {"train": rows, "validation": rows, "test": rows}
+    >>> ArraySource(["user"], splits, dense=["price"], raw=True).read("train", 0, 3)["user"].to_list()
+    [1, 2, 1]
 
     Attributes:
         schema: fields in the given order; a field has as many ids as the largest one says, or as its vocabulary has.

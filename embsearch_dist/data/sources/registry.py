@@ -32,10 +32,11 @@ _opened: dict[str, DataSource] = {}
 def register_source(name: str) -> Callable[[Make], Make]:
     """Give a source a name that configs know it by: ``data: {source: NAME, module: my_source.py}``.
 
-    What is decorated (a class or a function without arguments) is called once a process, on every rank::
+    What is decorated (a class, or a function without arguments that makes a source) is called once a process, on every
+    rank.
 
-        @es.register_source("clicks")
-        class Clicks: ...
+    >>> @register_source("clicks")
+    ... class Clicks: ...
 
     Raises:
         UserError: the name is taken for what programs hand over.
