@@ -20,17 +20,41 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from embsearch_dist.api import (
         Allocation,
+        ArraySource,
         Data,
+        DataSource,
+        Field,
         Model,
         Schema,
+        Supernet,
         UserError,
+        evaluate,
         load_model,
         open_data,
+        register_source,
         retrain,
         search,
+        search_widths,
     )
 
-__all__ = ["Allocation", "Data", "Model", "Schema", "UserError", "load_model", "open_data", "retrain", "search"]
+__all__ = [
+    "Allocation",
+    "ArraySource",
+    "Data",
+    "DataSource",
+    "Field",
+    "Model",
+    "Schema",
+    "Supernet",
+    "UserError",
+    "evaluate",
+    "load_model",
+    "open_data",
+    "register_source",
+    "retrain",
+    "search",
+    "search_widths",
+]
 
 
 def __getattr__(name: str) -> Any:

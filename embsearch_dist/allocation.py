@@ -61,6 +61,8 @@ class Allocation:
         extra: columns that each kept field's table has beside its width; the config that a model is built with says
             how many (``ModelConfig.extra``), see :meth:`counted`.
         precisions: field -> the precision that its table is to be served at, where the search has chosen one.
+        features: table -> the features that look up in it, where they are not called as the table (tables of a user's
+            own model, see :func:`embsearch_dist.library.widths.search_widths`).
     """
 
     schema: Schema
@@ -68,6 +70,7 @@ class Allocation:
     provenance: dict[str, object] = field(default_factory=dict)
     extra: int = 0
     precisions: dict[str, str] = field(default_factory=dict)
+    features: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         known = set(self.schema.names)
@@ -75,6 +78,9 @@ class Allocation:
             if name not in known or precision not in PRECISIONS:
                 options = ", ".join(PRECISIONS)
                 raise UserError(f"allocation, field {name!r}: precision must be one of {options}, got {precision!r}")
+        for name in self.features:
+            if name not in known:
+                raise UserError(f"allocation: features of {name!r}, which is no field of it")
         for name, width in self.widths.items():
             if name not in known:
                 raise UserError(f"allocation names field {name!r}, which data set {self.schema.dataset!r} lacks")
@@ -122,8 +128,9 @@ class Allocation:
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """TorchRec's configuration of each kept field's table, at its nominal width, named as the field.
 
-        >>> configs = Allocation.load("allocation.json").embedding_bag_configs()  # doctest: +SKIP
-        >>> EmbeddingBagCollection(tables=configs, device=torch.device("meta"))  # doctest: +SKIP
+        >>> from torchrec import EmbeddingBagCollection
+        >>> configs = Allocation.load("runs/my/allocation.json").embedding_bag_configs()
+        >>> tables = EmbeddingBagCollection(tables=configs)
         """
         from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 
@@ -132,7 +139,7 @@ class Allocation:
                 name=f.name,
                 embedding_dim=self.widths[f.name],
                 num_embeddings=f.cardinality,
-                feature_names=[f.name],
+                feature_names=list(self.features.get(f.name, [f.name])),
                 pooling=PoolingType.MEAN if f.pooling == "mean" else PoolingType.SUM,
             )
             for f in self.schema.fields
@@ -142,7 +149,8 @@ class Allocation:
     def to_torch(self) -> dict[str, EmbeddingBag]:
         """A plain ``torch.nn.EmbeddingBag`` of each kept field, ``[cardinality, width]``, new and untrained.
 
-        >>> tables = torch.nn.ModuleDict(Allocation.load("allocation.json").to_torch())  # doctest: +SKIP
+        >>> from torch.nn import ModuleDict
+        >>> tables = ModuleDict(Allocation.load("runs/my/allocation.json").to_torch())
         """
         from torch.nn import EmbeddingBag
 
@@ -163,6 +171,7 @@ class Allocation:
                 "widths": {n: self.widths[n] for n in self.schema.names},
                 "extra_columns": self.extra,
                 **({"precisions": self.precisions} if self.precisions else {}),
+                **({"features": self.features} if self.features else {}),
                 "sizes": {r: self.total(r) for r in RESOURCES} | {"P-R": round(self.reduction(), 4)},
                 "provenance": self.provenance,
             },
@@ -194,7 +203,8 @@ class Allocation:
         check_data(Path(path), body, schema)
         try:
             extra, precisions = int(body.get("extra_columns", 0)), dict(body.get("precisions", {}))
-            return cls(schema, dict(widths), dict(body.get("provenance", {})), extra, precisions)
+            features = {str(name): [str(f) for f in own] for name, own in dict(body.get("features", {})).items()}
+            return cls(schema, dict(widths), dict(body.get("provenance", {})), extra, precisions, features)
         except UserError as e:
             raise UserError(f"{path}: {e}") from e
         except (TypeError, ValueError, OverflowError) as e:

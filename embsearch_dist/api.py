@@ -9,45 +9,71 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import torch
 import torch.distributed as dist
 
 from embsearch_dist import running
 from embsearch_dist.allocation import Allocation
+from embsearch_dist.config.options import one_of
 from embsearch_dist.config.read import load_config
 from embsearch_dist.config.sections import Config, DistConfig, RunConfig
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.data.load.dataset import BatchStream
+from embsearch_dist.data.sources.arrays import ArraySource
+from embsearch_dist.data.sources.registry import GIVEN, handed_over, register_source, schema_of
+from embsearch_dist.data.sources.source import DataSource
+from embsearch_dist.data.sources.split import SourceSplit
+from embsearch_dist.data.sources.tables import frame_of
 from embsearch_dist.errors import UserError
 from embsearch_dist.grouped import GroupedAllocation
-from embsearch_dist.methods import CONFIGS
-from embsearch_dist.methods.results import read_result, searched_network
+from embsearch_dist.library.supernet import Supernet
+from embsearch_dist.library.widths import search_widths
+from embsearch_dist.methods import CONFIGS, METHODS
+from embsearch_dist.methods.results import kept_network, read_result, searched_network
 from embsearch_dist.methods.retraining import Wish
 from embsearch_dist.ranks.context import Context, start
+from embsearch_dist.run import Run
 from embsearch_dist.run import open_data as open_checked
-from embsearch_dist.rundir import check_text, release
-from embsearch_dist.schema import Schema
+from embsearch_dist.rundir import check_text, hold, release
+from embsearch_dist.schema import SPLITS, Field, Schema
 from embsearch_dist.serving.directory import ModelDirectory, open_directory
 from embsearch_dist.serving.predict import LOGIT, PROBABILITY, Job, Scorer
 
-__all__ = ["Allocation", "Data", "Model", "Schema", "UserError", "load_model", "open_data", "retrain", "search"]
+__all__ = [
+    "Allocation",
+    "ArraySource",
+    "Data",
+    "DataSource",
+    "Field",
+    "Model",
+    "Schema",
+    "Supernet",
+    "UserError",
+    "evaluate",
+    "load_model",
+    "open_data",
+    "register_source",
+    "retrain",
+    "search",
+    "search_widths",
+]
 
 Settings = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Data:
-    """A prepared data set: its schema, and batches as models see them."""
+    """A prepared data set, or a data source: its schema, and batches as models see them."""
 
     path: Path
     schema: Schema
+    source: DataSource | None = None
 
     def batches(self, split: str, batch_size: int = 8192, shuffle: bool = False, seed: int = 0) -> Iterator[Batch]:
         """One epoch of ``train``, ``validation`` or ``test``: ids of each field, dense columns, labels.
@@ -55,32 +81,45 @@ class Data:
         Raises:
             UserError: a file is missing or damaged.
         """
+        rows_of = self.path if self.source is None else SourceSplit(self.source, self.schema, split)
         stream = BatchStream(
-            self.path, self.schema, split, global_batch=batch_size, rank=0, world_size=1, shuffle=shuffle, seed=seed
+            rows_of, self.schema, split, global_batch=batch_size, rank=0, world_size=1, shuffle=shuffle, seed=seed
         )
         yield from stream.epoch(0)
 
 
-def open_data(path: str | Path) -> Data:
-    """Open what ``launch/prepare.py`` wrote.
+def open_data(data: str | Path | DataSource) -> Data:
+    """Open what ``launch/prepare.py`` wrote, or a data source.
+
+    >>> batch = next(open_data("runs/data/my").batches("train", batch_size=100))
+    >>> batch.label.shape
+    torch.Size([100])
 
     Raises:
-        UserError: nothing was prepared there, or it was changed since.
+        UserError: nothing was prepared there, or it was changed since; or the source is none.
     """
-    config = load_config(CONFIGS, None, [f"data.path={path}"], method="ues")
+    if not isinstance(data, str | Path):
+        return Data(Path(), schema_of(data), data)
+    config = load_config(CONFIGS, None, [f"data.path={data}"], method="ues")
     with _alone(RunConfig(device="cpu"), DistConfig()) as context:
         schema = open_checked(config, context)
     return Data(Path(config.data.path), schema)
 
 
 def search(
-    config: str | Path | None = None, *, run_dir: str | Path, settings: Settings | None = None, method: str = ""
+    config: str | Path | None = None,
+    *,
+    run_dir: str | Path,
+    data: str | Path | DataSource | None = None,
+    settings: Settings | None = None,
+    method: str = "",
 ) -> Allocation | GroupedAllocation:
     """Search as ``launch/search.py`` does, in this process. A run that was stopped goes on, one that is done is read.
 
     Args:
         config: YAML file; None: the defaults of ``method``.
         run_dir: where the run's files go.
+        data: a prepared data set, or a data source; None: what config and settings name.
         settings: keys on top of the config: ``{"data.path": "runs/data/my", "search.budget": "25%"}``.
         method: name of a method, if the config names none.
 
@@ -90,9 +129,10 @@ def search(
     Raises:
         UserError: names the file, key or field, and the cure.
     """
-    made = load_config(CONFIGS, config, [*_words(settings), f"run.dir={run_dir}"], method=method)
+    words = [*_words(settings), *_data_words(data), f"run.dir={run_dir}"]
+    made = load_config(CONFIGS, config, words, method=method)
     try:
-        with _alone(made.run, made.dist) as context:
+        with _handed_over(data), _alone(made.run, made.dist) as context:
             run = running.search(made, context, "es.search")
         return read_result("", run.dir, run.schema)[1]
     finally:
@@ -100,13 +140,19 @@ def search(
 
 
 def retrain(
-    run_dir: str | Path, allocation: str | Path = "", *, name: str = "", settings: Settings | None = None
+    run_dir: str | Path,
+    allocation: str | Path = "",
+    *,
+    data: str | Path | DataSource | None = None,
+    name: str = "",
+    settings: Settings | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Train what a search found as ``launch/retrain.py`` does, in this process, and measure it on the test split.
 
     Args:
         run_dir: of the search.
         allocation: a file, ``ues-32`` for a uniform width, or empty for what was found.
+        data: a prepared data set, or a data source; None: that of the search, unless a program handed it over.
         name: of the result under ``run_dir/retrain``; empty: from the allocation.
         settings: ``train``, ``optim`` and ``model`` keys that are to be other ones.
 
@@ -118,12 +164,42 @@ def retrain(
     """
     home = Path(run_dir)
     check_text(home / "config.yaml")
-    words = _words(settings)
+    words = [*_words(settings), *_data_words(data)]
     config: Config = load_config(CONFIGS, home / "config.yaml", [*searched_network(home, words), *words])
     wish = Wish(str(allocation), name, or_uniform=False, best=0, refit=False)
     try:
-        with _alone(config.run, config.dist) as context:
+        with _handed_over(data), _alone(config.run, config.dist) as context:
             return running.retrain(config, context, home, wish).results
+    finally:
+        release()
+
+
+def evaluate(
+    directory: str | Path, split: str = "test", *, data: str | Path | DataSource | None = None
+) -> dict[str, Any]:
+    """Measure a trained model once more as ``launch/evaluate.py`` does, in this process.
+
+    Args:
+        directory: ``RUN/retrain/NAME``.
+        split: ``train``, ``validation`` or ``test``.
+        data: a prepared data set, or a data source; None: that of the training, unless a program handed it over.
+
+    Returns:
+        auc, logloss, embedding_parameters, ...
+
+    Raises:
+        UserError: nothing is trained there, or the data do not fit.
+    """
+    home = Path(directory)
+    one_of("split", split, SPLITS)
+    check_text(home / "config.yaml")
+    words = [*kept_network(home), *_data_words(data), f"run.dir={home}"]
+    config: Config = load_config(CONFIGS, home / "config.yaml", words)
+    try:
+        with _handed_over(data), _alone(config.run, config.dist) as context:
+            run = Run(config, open_checked(config, context), context)
+            hold(home, "es.evaluate")
+            return METHODS[config.method]().evaluate(run, home, split, "", "")
     finally:
         release()
 
@@ -151,7 +227,7 @@ class Model:
         return self._scores(table, LOGIT)
 
     def _scores(self, table: Any, column: str) -> np.ndarray:
-        frame = _frame(table)
+        frame = frame_of(table)
         if not frame.height:
             return np.zeros(0, np.float32)
         # By way of a file, because that is how types, missing values and formats are read alike everywhere.
@@ -165,6 +241,9 @@ class Model:
 
 def load_model(directory: str | Path) -> Model:
     """Open a model directory that ``launch/export.py`` wrote; all of its files are compared with their checksums.
+
+    >>> load_model("exported/my").predict({"left": [3], "big": [17], "right": [None], "idle": [5], "x": [0.5]}).shape
+    (1,)
 
     Raises:
         UserError: it is no model directory, or damaged.
@@ -189,20 +268,17 @@ def _alone(run: RunConfig, config: DistConfig) -> Iterator[Context]:
     yield Context(0, 1, torch.device("cuda" if cuda else "cpu"))
 
 
-def _frame(table: Any) -> pl.DataFrame:
-    if isinstance(table, pl.DataFrame):
-        return table
-    if isinstance(table, Mapping):
-        return pl.DataFrame(dict(table))
-    if type(table).__module__.partition(".")[0] == "pandas":
-        return pl.from_pandas(table)
-    try:
-        found = pl.from_arrow(table)
-    except (TypeError, ValueError) as e:
-        raise UserError(f"{type(table).__name__} is no table: give a pandas or polars frame or a pyarrow table") from e
-    if isinstance(found, pl.Series):
-        raise UserError("one column is no table: give a pandas or polars frame or a pyarrow table")
-    return found
+def _data_words(data: str | Path | DataSource | None) -> list[str]:
+    """``data`` of a call as overrides."""
+    if data is None:
+        return []
+    if isinstance(data, str | Path):
+        return [f"data.path={data}", "data.source="]
+    return [f"data.source={GIVEN}", "data.module="]
+
+
+def _handed_over(data: str | Path | DataSource | None) -> AbstractContextManager[None]:
+    return nullcontext() if data is None or isinstance(data, str | Path) else handed_over(data)
 
 
 def _words(settings: Settings | None) -> list[str]:

@@ -13,6 +13,7 @@ from embsearch_dist.config.sections import Config, S
 from embsearch_dist.data.load.classes import Classes, count_classes
 from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.data.store.manifest import MANIFEST, compare_ends, identity
+from embsearch_dist.data.store.shards import LeftOut, SplitRows
 from embsearch_dist.data.store.unreadable import refuse_others
 from embsearch_dist.errors import UserError
 from embsearch_dist.ranks.context import Context
@@ -41,34 +42,59 @@ class Run(Generic[S]):
                 different data.
         """
         data, context = self.config.data, self.context
-        check_same(context, data.path, seen_in_schema(self.schema))
+        check_same(context, data.place, seen_in_schema(self.schema))
+        if data.source:
+            from embsearch_dist.data.sources.registry import open_split
+
+            with context.together(f"opening the {split} split"):
+                return self._batches(open_split(data, self.schema, split), split, batch_size, shuffle, seed)
         left_out = agree_on_left_out(
             context, data.path, self.schema, split, data.skip_unreadable, self.dir, training=shuffle
         )
         with context.together(f"opening the {split} split"):
-            stream = BatchStream(
-                data.path,
-                self.schema,
-                split,
-                global_batch=batch_size,
-                rank=context.rank,
-                world_size=context.world_size,
-                shuffle=shuffle,
-                seed=self.config.run.seed if seed is None else seed,
-                window_rows=data.window_rows,
-                left_out=left_out,
-                device=context.device,
-            )
+            stream = self._batches(data.path, split, batch_size, shuffle, seed, left_out)
         check_same(context, data.path, seen_in_shards(stream.shards))
         if not data.skip_unreadable:  # else their SHA-256 were compared, and what differs was named
             with context.together(f"comparing the {split} split with its manifest"):
                 refuse_others(data.path, self.schema, split)
         return stream
 
+    def _batches(
+        self,
+        rows_of: str | SplitRows,
+        split: str,
+        batch_size: int,
+        shuffle: bool,
+        seed: int | None,
+        left_out: Sequence[LeftOut] = (),
+    ) -> BatchStream:
+        return BatchStream(
+            rows_of,
+            self.schema,
+            split,
+            global_batch=batch_size,
+            rank=self.context.rank,
+            world_size=self.context.world_size,
+            shuffle=shuffle,
+            seed=self.config.run.seed if seed is None else seed,
+            window_rows=self.config.data.window_rows,
+            left_out=left_out,
+            device=self.context.device,
+        )
+
 
 def open_data(config: Config, context: Context) -> Schema:
     """The schema of the run's data; fetches them where ``data.path`` is a URL, and makes the synthetic data on rank 0
-    when the config asks for it."""
+    when the config asks for it. Of a data source it has the source's rows and identity.
+
+    Raises:
+        UserError: there is no such data set or source, or it is not whole; on all ranks.
+    """
+    if config.data.source:
+        from embsearch_dist.data.sources.registry import open_source, schema_of
+
+        with context.together("opening the data source"):
+            return schema_of(open_source(config.data))
     bring_data(config, context)
     path = Path(config.data.path)
     if config.data.make == "synthetic":
@@ -102,7 +128,7 @@ def check_classes(run: Run, needed: str = "", splits: Sequence[str] = ("validati
     found: list[Classes] = []
     with run.context.together("counting the clicks"):
         if run.context.rank == 0:
-            found = [count_classes(run.config.data.path, split) for split in splits]
+            found = [_classes(run, split) for split in splits]
     for classes in (c for c in run.context.share(found) if c.one and c.rows):
         if classes.split == "validation" and needed:
             raise UserError(
@@ -113,3 +139,12 @@ def check_classes(run: Run, needed: str = "", splits: Sequence[str] = ("validati
         then = "logloss selects the best checkpoint" if classes.split == "validation" else "it is written as null"
         if run.context.rank == 0:
             print(f"{classes.said}: AUC is undefined; {then}", flush=True)
+
+
+def _classes(run: Run, split: str) -> Classes:
+    data = run.config.data
+    if not data.source:
+        return count_classes(data.path, split)
+    from embsearch_dist.data.sources.registry import open_split
+
+    return open_split(data, run.schema, split).classes()

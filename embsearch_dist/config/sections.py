@@ -50,6 +50,8 @@ class DataConfig:
     make: str = option(
         "", "'synthetic' = make planted click logs at data.path when nothing is there yet", choices=("", "synthetic")
     )
+    source: str = option("", "registered data source whose rows are read in place of data.path (docs/library.md)")
+    module: str = option("", "Python file or module that registers data.source; it is imported, so trust it")
     rows: int = option(200_000, "rows of the synthetic click logs")
     window_rows: int = option(1 << 20, "rows that are shuffled together in memory", above=0)
     skip_unreadable: int = option(
@@ -58,6 +60,12 @@ class DataConfig:
 
     def check(self) -> None:
         require(not (self.make and "://" in self.path), "data.make", "makes data in a folder: data.path must be one")
+        require(not (self.source and self.skip_unreadable), "data.skip_unreadable", "is for files, not for data.source")
+
+    @property
+    def place(self) -> str:
+        """Where the rows come from, for messages."""
+        return f"data source {self.source!r}" if self.source else self.path
 
 
 @dataclass

@@ -193,8 +193,8 @@ def flatten(body: Any, prefix: str = "") -> dict[str, Any]:
 
 def _other_data(run: Run, stage: str, before: str) -> str:
     return (
-        f"run directory {run.dir} holds stage {stage!r} that was made from data {before}, {run.config.data.path} is "
-        f"{run.schema.data}: the same fields, but other rows or ids. Set --data.path to the data it was made from, use "
+        f"run directory {run.dir} holds stage {stage!r} that was made from data {before}, {run.config.data.place} is "
+        f"{run.schema.data}: the same fields, but other rows or ids. Give the data it was made from (--data.path), use "
         "another --run.dir, or start anew with --run.overwrite true"
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from embsearch_dist.config.settings import fingerprint
 from embsearch_dist.data.store.manifest import shards_of
-from embsearch_dist.data.store.shards import LeftOut, Shards
+from embsearch_dist.data.store.shards import LeftOut, Shards, SplitRows
 from embsearch_dist.data.store.unreadable import counted, describe, find, merge, names_of, size_of, total
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_sealed, write_sealed
@@ -57,8 +57,11 @@ def seen_in_schema(schema: Schema) -> dict[str, str]:
     return {"data set": schema.dataset} | fields | rows | order | {"identity": schema.data}
 
 
-def seen_in_shards(shards: Shards) -> dict[str, str]:
-    """What ranks must agree on of the shards of a split: their row groups, and their checksums or sizes."""
+def seen_in_shards(shards: SplitRows) -> dict[str, str]:
+    """What ranks must agree on of the shards of a split: their row groups, and their checksums or sizes. The rows of a
+    data source are in the schema's identity."""
+    if not isinstance(shards, Shards):
+        return {}
     known, _ = shards_of(shards.directory.parent, shards.split)
     sizes: dict[Path, list[int]] = {}
     for group in shards.groups:

@@ -39,7 +39,7 @@ def lasting(config: Config, same_data: bool = False) -> dict[str, Any]:
     found = config.to_dict()
     del found["run"]["dir"], found["run"]["mirror"]  # where it lies, which may be another machine by now
     if same_data:
-        del found["data"]["path"]
+        del found["data"]["path"], found["data"]["source"], found["data"]["module"]
     found["train"] = {k: v for k, v in found["train"].items() if k not in SAFETY_KEYS}
     found["dist"] = {k: v for k, v in found["dist"].items() if k not in ("timeout_s", "wait_s")}
     found["data"] = {k: v for k, v in found["data"].items() if k != "skip_unreadable"}
@@ -73,7 +73,7 @@ def open_run_directory(
     config.save(directory)
     schema.save(directory)
     truth = Path(config.data.path) / "truth.json"
-    if truth.exists():
+    if truth.exists() and not config.data.source:
         copy_sealed(truth, directory / "truth.json")
 
 
@@ -90,8 +90,8 @@ def open_retraining(config: Config, schema: Schema, found: Allocation | GroupedA
         same_data = bool(schema.data) and before.data == schema.data
         if differs(before.data, schema.data):
             raise UserError(
-                f"{directory} was trained on data {before.data}, {config.data.path} is {schema.data}: the same fields, "
-                "but other rows or ids. Give --name, the --data.path it was trained on, or --run.overwrite true"
+                f"{directory} was trained on data {before.data}, {config.data.place} is {schema.data}: the same "
+                "fields, but other rows or ids. Give --name, the --data.path it was trained on, or --run.overwrite true"
             )
     kinds: dict[str, type[Allocation | GroupedAllocation]] = {"allocation.json": Allocation, GROUPS: GroupedAllocation}
     for file, kind in kinds.items():

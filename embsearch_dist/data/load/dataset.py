@@ -19,7 +19,7 @@ import torch
 from embsearch_dist.data.load.batch import Batch, Position
 from embsearch_dist.data.load.feeding import Feeder, Lane, one_ahead
 from embsearch_dist.data.load.making import BatchMaker
-from embsearch_dist.data.store.shards import LeftOut, RowGroup, Rows, Shards
+from embsearch_dist.data.store.shards import LeftOut, RowGroup, Rows, Shards, SplitRows
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Schema
 
@@ -59,7 +59,7 @@ class BatchStream:
     same number of batches and none is empty.
 
     Args:
-        prepared_dir: a prepared data set.
+        rows_of: a prepared data set, or the split of a data source.
         schema: its schema (or one that fits it).
         split: ``train``, ``validation`` or ``test``.
         global_batch: samples of a batch over all ranks.
@@ -78,7 +78,7 @@ class BatchStream:
 
     def __init__(
         self,
-        prepared_dir: Path | str,
+        rows_of: Path | str | SplitRows,
         schema: Schema,
         split: str,
         global_batch: int,
@@ -98,7 +98,8 @@ class BatchStream:
             raise UserError(f"a global batch of {global_batch} is too small for {world_size} ranks. Raise it")
         if window_rows < 1 or prefetch < 0 or seed < 0:
             raise UserError(f"window_rows {window_rows}, prefetch {prefetch}, seed {seed}: too small. Raise them")
-        self.shards = Shards(prepared_dir, schema, split, left_out)
+        self.shards: SplitRows
+        self.shards = Shards(rows_of, schema, split, left_out) if isinstance(rows_of, str | Path) else rows_of
         self.splits = [split]
         if self.shards.rows < world_size:
             raise UserError(

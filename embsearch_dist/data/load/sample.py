@@ -6,12 +6,12 @@ import numpy as np
 
 from embsearch_dist.data.load.batch import Batch, Position
 from embsearch_dist.data.load.making import BatchMaker
-from embsearch_dist.data.store.shards import Rows, Shards
+from embsearch_dist.data.store.shards import Rows, SplitRows
 from embsearch_dist.errors import UserError
 
 
 def random_batches(
-    shards: Shards, count: int, batch_rows: int, seed: int, rank: int = 0, world_size: int = 1
+    shards: SplitRows, count: int, batch_rows: int, seed: int, rank: int = 0, world_size: int = 1
 ) -> list[Batch]:
     """This rank's share of ``count`` rows drawn without repetition from all rows of a split.
 
@@ -28,7 +28,7 @@ def random_batches(
         Equally many batches on every rank, none empty.
 
     Raises:
-        UserError: fewer rows than ranks, and what :meth:`Shards.read` finds.
+        UserError: fewer rows than ranks, and what reading finds.
     """
     count = min(count, shards.rows)
     if count < world_size:
@@ -44,7 +44,7 @@ def random_batches(
     return [make(rows.take(part), Position(0, k + 1)) for k, part in enumerate(parts)]
 
 
-def _read(shards: Shards, wanted: np.ndarray) -> Rows:
+def _read(shards: SplitRows, wanted: np.ndarray) -> Rows:
     """The rows with these ascending numbers in stored order; one row group is in memory beside them."""
     parts, start = [], 0
     for group in shards.groups:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -145,6 +146,20 @@ class LeftOut:
     rows: int | None
     count: int
     why: str
+
+
+class SplitRows(Protocol):
+    """One split in pieces that can be read in any order: :class:`Shards`, or of a data source."""
+
+    schema: Schema
+    split: str
+    directory: Path
+    groups: list[RowGroup]
+    rows: int
+
+    def read(self, groups: list[RowGroup], limit: int | None = None) -> Rows:
+        """Rows of the given pieces in the given order, at most ``limit``; checked."""
+        ...
 
 
 class Shards:

@@ -51,6 +51,14 @@ class IHAS(Method):
     def stages(self) -> list[Stage]:
         return [GateStage(), MeasureStage(), GroupStage()]
 
+    def check(self, run: Run) -> None:
+        if run.config.data.source:
+            raise UserError(
+                "iHAS writes the rows of each group into files of their own, for which it needs prepared data: write "
+                "yours with launch/prepare.py, and give --data.path in place of data.source",
+                everywhere=True,
+            )
+
     def retrain(self, job: Retraining) -> Results:
         if not isinstance(job.found, GroupedAllocation):  # a uniform width, or the user's own allocation
             return super().retrain(job)

@@ -22,7 +22,7 @@ import torch
 
 from embsearch_dist import written
 from embsearch_dist.data.load.batch import Batch
-from embsearch_dist.data.store.shards import Shards
+from embsearch_dist.data.store.shards import SplitRows
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import digest, is_whole, read_sealed, temporary, write_sealed
 from embsearch_dist.run import Run
@@ -202,12 +202,12 @@ def _choose(run: Run, prior: torch.Tensor, tables: dict[str, torch.Tensor], fiel
     return chosen, best, rows
 
 
-def _open(run: Run, split: str) -> Shards:
+def _open(run: Run, split: str) -> SplitRows:
     return run.stream(split, run.config.train.eval_batch_size, shuffle=False).shards
 
 
 def _parts(
-    run: Run, shards: Shards, split: str, groups: int, step: int = 1
+    run: Run, shards: SplitRows, split: str, groups: int, step: int = 1
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """This rank's row groups, of every ``step``-th: ids ``[fields without lists, n]`` int32, groups ``[n]`` int64."""
     said = read_assignment(run.dir, split)

@@ -1,0 +1,190 @@
+"""Tables in memory as a data source: ids as they are, or raw values with a vocabulary of the training rows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import polars as pl
+
+from embsearch_dist.data.prepare.encode import standardised
+from embsearch_dist.data.sources.tables import frame_of
+from embsearch_dist.errors import UserError
+from embsearch_dist.schema import SPLITS, Field, Schema
+
+LABEL = "label"  # what the loader calls it
+
+
+class ArraySource:
+    """Rows in memory: pandas or polars frames, pyarrow tables, mappings of numpy arrays, or iterators of any of them.
+
+    An iterator (a generator, a cursor) is read once, here, into memory; that is how rows that cannot be read again by
+    number become a source.
+
+    >>> rows = {"user": ["u1", "u2", "u1"], "price": [1.0, 2.0, None], "label": [0, 1, 1]}
+    >>> splits = {"train": rows, "validation": rows, "test": rows}
+    >>> ArraySource(["user"], splits, dense=["price"], raw=True).read("train", 0, 3)["user"].to_list()
+    [1, 2, 1]
+
+    Attributes:
+        schema: fields in the given order; a field has as many ids as the largest one says, or as its vocabulary has.
+        fingerprint: hash of all ids, numbers and labels, and of the vocabulary.
+        vocabulary: of raw values: field -> its values; the id of ``vocabulary[field][k]`` is k + 1, any other has 0.
+    """
+
+    def __init__(
+        self,
+        fields: Sequence[str] | Schema,
+        splits: Mapping[str, Any],
+        *,
+        dense: Sequence[str] = (),
+        label: str = LABEL,
+        raw: bool = False,
+        min_count: int = 1,
+        name: str = "arrays",
+    ) -> None:
+        """
+        Args:
+            fields: names of the categorical columns (one of lists is pooled by its mean), or a schema, which says dense
+                columns, numbers of ids and pooling too.
+            splits: ``train``, ``validation`` and ``test``: a table each, or an iterator of tables.
+            dense: names of the float columns.
+            label: column of clicks, 0 or 1.
+            raw: the fields hold any values, which get ids by their count in the training rows; dense columns are
+                standardised on the training rows, and a gap is their mean. False: ids and numbers are used as they are.
+            min_count: raw values seen less often in training share id 0.
+            name: of the data set, for people.
+
+        Raises:
+            UserError: a split or column is missing, or a column holds what it cannot.
+        """
+        given, names = (fields, fields.names) if isinstance(fields, Schema) else (None, list(fields))
+        self._dense = list(given.dense if given is not None else dense)
+        self._fields, self._label, self._min_count = names, label, min_count
+        weights = [f.weights_column for f in given.fields if f.weighted] if given is not None else []
+        frames = {split: self._frame(splits, split, [*names, *weights, *self._dense, label]) for split in SPLITS}
+        self.vocabulary: dict[str, pl.Series] = {}
+        self._scale: dict[str, tuple[float, float]] = {}
+        if raw:
+            self._learn(frames["train"])
+        self._frames = {split: self._encoded(frame, raw).rename({label: LABEL}) for split, frame in frames.items()}
+        self.schema = given or Schema(name, tuple(map(self._field, names)), tuple(self._dense))
+        if raw:
+            known = {n: len(v) + 1 for n, v in self.vocabulary.items()}
+            own = tuple(replace(f, cardinality=known[f.name]) for f in self.schema.fields)
+            self.schema = replace(self.schema, fields=own)
+        self.fingerprint = self._hash()
+
+    def rows(self, split: str) -> int:
+        return self._frames[split].height
+
+    def read(self, split: str, start: int, stop: int) -> pl.DataFrame:
+        return self._frames[split].slice(start, stop - start)
+
+    def encode(self, table: Any) -> pl.DataFrame:
+        """Other raw rows as this source has them, for a model that was trained on it: ids and standardised numbers."""
+        frame = _with_lists(frame_of(table))
+        missing = [n for n in [*self.vocabulary, *self._scale] if n not in frame.columns]
+        if missing:
+            raise UserError(f"data source: column {missing[0]!r} is missing")
+        ids = [self._ids(n, isinstance(frame[n].dtype, pl.List)) for n in self.vocabulary]
+        return frame.with_columns(*ids, *(self._standard(frame, n) for n in self._scale))
+
+    def _frame(self, splits: Mapping[str, Any], split: str, columns: Sequence[str]) -> pl.DataFrame:
+        if split not in splits:
+            raise UserError(f"data source: the split {split!r} is missing; give {', '.join(SPLITS)}")
+        table = splits[split]
+        if isinstance(table, Iterator | list | tuple):
+            parts = [frame_of(part) for part in table]
+            if not parts:
+                raise UserError(f"data source: the split {split!r} has no rows")
+            table = pl.concat(parts, how="vertical_relaxed")
+        try:
+            frame = frame_of(table)
+        except UserError as e:
+            raise UserError(f"data source, split {split!r}: {e}, or an iterator of them") from e
+        missing = [c for c in columns if c not in frame.columns]
+        if missing:
+            raise UserError(f"data source, split {split!r}: column {missing[0]!r} is missing")
+        if LABEL in columns and self._label != LABEL:
+            raise UserError(f"data source: a column called {LABEL!r} beside the label {self._label!r}. Rename it")
+        return _with_lists(frame.select(list(dict.fromkeys(columns))))
+
+    def _learn(self, train: pl.DataFrame) -> None:
+        """Vocabularies and scales of the training rows; the most frequent value first, of equals the lesser."""
+        for name in self._fields:
+            column = train[name]
+            values = _flat(column).drop_nulls()
+            counts = values.value_counts(name="rows of it").filter(pl.col("rows of it") >= self._min_count)
+            order = counts.sort(["rows of it", name], descending=[True, False])
+            self.vocabulary[name] = order[name]
+        for name in self._dense:
+            try:
+                numbers = train[name].cast(pl.Float64).fill_nan(None).drop_nulls().to_numpy()
+            except pl.exceptions.PolarsError as e:
+                raise UserError(f"data source: dense column {name!r} does not hold numbers ({e})") from e
+            self._scale[name] = (float(numbers.mean()), float(numbers.std())) if len(numbers) else (0.0, 0.0)
+
+    def _encoded(self, frame: pl.DataFrame, raw: bool) -> pl.DataFrame:
+        if raw:
+            frame = self.encode(frame)
+        try:
+            numbers = [pl.col(n).cast(pl.Float32) for n in dict.fromkeys([*self._dense, self._label])]
+            return frame.with_columns(numbers).rechunk()
+        except pl.exceptions.PolarsError as e:
+            raise UserError(f"data source: a dense column or the label does not hold numbers ({e})") from e
+
+    def _ids(self, name: str, lists: bool) -> pl.Expr:
+        known = self.vocabulary[name]
+        new = pl.int_range(1, len(known) + 1, dtype=pl.Int32, eager=True)
+
+        def of(values: pl.Expr) -> pl.Expr:
+            values = values.cast(known.dtype, strict=False)
+            return values.replace_strict(known, new, default=0, return_dtype=pl.Int32).fill_null(0)
+
+        return pl.col(name).fill_null([]).list.eval(of(pl.element())) if lists else of(pl.col(name))
+
+    def _standard(self, frame: pl.DataFrame, name: str) -> pl.Series:
+        return pl.Series(name, standardised(frame[name].cast(pl.Float64).to_numpy(), *self._scale[name]))
+
+    def _field(self, name: str) -> Field:
+        columns = [frame[name] for frame in self._frames.values()]
+        kinds = {str(c.dtype) for c in columns if not (c.dtype.is_integer() or isinstance(c.dtype, pl.List))}
+        if kinds:
+            raise UserError(
+                f"data source: field {name!r} must hold ids, whole numbers, got {sorted(kinds)[0]}. "
+                "Give raw=True for values that are to get ids"
+            )
+        pooling = "mean" if isinstance(columns[0].dtype, pl.List) else ""
+        largest = max((int(_flat(c).max() or 0) for c in columns if len(c)), default=0)  # type: ignore[arg-type, call-overload]
+        return Field(name, largest + 1, pooling)
+
+    def _hash(self) -> str:
+        found = hashlib.sha256()
+        for split, frame in self._frames.items():
+            for name in frame.columns:
+                column = frame[name]
+                found.update(f"{split} {name} {len(column)} ".encode())
+                if isinstance(column.dtype, pl.List):
+                    found.update(column.list.len().fill_null(0).to_numpy().tobytes())
+                flat = _flat(column)
+                found.update(str(flat.dtype).encode() + flat.to_numpy().tobytes())
+        for name, values in self.vocabulary.items():
+            found.update(name.encode() + "\0".join(map(str, values.to_list())).encode())
+        return found.hexdigest()[:16]
+
+
+def _flat(column: pl.Series) -> pl.Series:
+    """The elements of a column of lists one after the other; any other column as it is."""
+    if not isinstance(column.dtype, pl.List):
+        return column
+    column = column.fill_null([])
+    return column.filter(column.list.len() > 0).explode()
+
+
+def _with_lists(frame: pl.DataFrame) -> pl.DataFrame:
+    """Arrays of one length a row (two-dimensional ones of numpy) are lists, too."""
+    arrays = [n for n, kind in frame.schema.items() if isinstance(kind, pl.Array)]
+    return frame.with_columns(pl.col(arrays).arr.to_list()) if arrays else frame
