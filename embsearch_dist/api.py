@@ -100,7 +100,13 @@ def search(
 
 
 def retrain(
-    run_dir: str | Path, allocation: str | Path = "", *, name: str = "", settings: Settings | None = None
+    run_dir: str | Path,
+    allocation: str | Path = "",
+    *,
+    name: str = "",
+    settings: Settings | None = None,
+    start: str | Path = "",
+    start_optimizer: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Train what a search found as ``launch/retrain.py`` does, in this process, and measure it on the test split.
 
@@ -109,6 +115,8 @@ def retrain(
         allocation: a file, ``ues-32`` for a uniform width, or empty for what was found.
         name: of the result under ``run_dir/retrain``; empty: from the allocation.
         settings: ``train``, ``optim`` and ``model`` keys that are to be other ones.
+        start: directory of an earlier training (``run_dir/retrain/NAME``) to begin with; empty: fresh weights.
+        start_optimizer: take the state of its optimizers along.
 
     Returns:
         Directory name under ``run_dir/retrain`` -> figures (auc, logloss, embedding_parameters, ...).
@@ -120,7 +128,7 @@ def retrain(
     check_text(home / "config.yaml")
     words = _words(settings)
     config: Config = load_config(CONFIGS, home / "config.yaml", [*searched_network(home, words), *words])
-    wish = Wish(str(allocation), name, or_uniform=False, best=0, refit=False)
+    wish = Wish(str(allocation), name, False, 0, False, str(start), start_optimizer)
     try:
         with _alone(config.run, config.dist) as context:
             return running.retrain(config, context, home, wish).results

@@ -28,6 +28,7 @@ from embsearch_dist.stores.mirroring import mirroring
 from embsearch_dist.train.directories import open_retraining
 from embsearch_dist.train.retrain import SubnetTask, evaluate_model, load_best, retrain
 from embsearch_dist.train.served import evaluate_served, rounded_tables
+from embsearch_dist.warm.start import Start, read_record
 
 BRACKET = "bracket"
 Found = Allocation | GroupedAllocation
@@ -44,6 +45,8 @@ class Wish:
         or_uniform: the uniform width of the budget beside it, and a choice.
         best: so many networks of the search; 0: none but the first.
         refit: the winner of them once more, on training and validation rows.
+        start: directory of an earlier training to begin with; empty: fresh weights.
+        start_optimizer: take the state of its optimizers along.
     """
 
     allocation: str
@@ -51,6 +54,8 @@ class Wish:
     or_uniform: bool
     best: int
     refit: bool
+    start: str = ""
+    start_optimizer: bool = False
 
     @classmethod
     def of(cls, plain: Mapping[str, str], overrides: Sequence[str]) -> Wish:
@@ -63,7 +68,13 @@ class Wish:
             "or-uniform" in plain,
             _best_of(plain, overrides),
             "refit" in plain,
+            plain.get("from", ""),
+            "from-optimizer" in plain,
         )
+        if wish.start == "true" or (wish.start_optimizer and not wish.start):
+            raise UserError("--from wants the directory of an earlier training, RUN/retrain/NAME. Write it behind")
+        if wish.start and wish.best:
+            raise UserError("--best compares networks trained anew. Leave --from out, or give it for the winner alone")
         around = wish.allocation == BRACKET
         if wish.or_uniform and around:
             raise UserError(
@@ -89,6 +100,7 @@ class Retraining:
         name: of the result.
         suffix: behind the name of every result, for a seed that is not the run's.
         found: what is trained, unless the wish says otherwise.
+        start: the earlier training that it begins with.
     """
 
     wish: Wish
@@ -97,6 +109,7 @@ class Retraining:
     name: str
     suffix: str
     found: Found
+    start: Start | None = None
 
     def run_in(self, name: str = "") -> Run:
         """The run of one training, with a config of its own: its directory is ``RUN/retrain/NAME`` and the suffix."""
@@ -125,8 +138,13 @@ def read_wish(wish: Wish, config: Config, run_dir: Path, schema: Schema) -> tupl
         UserError: nothing was found yet, or groups of models where the wish is for one.
     """
     text = wish.allocation or config.model.allocation
-    name, found = read_result("" if wish.allocation == BRACKET else text, run_dir, schema)
+    text = "" if wish.allocation == BRACKET else text
+    name, found = read_result(text, run_dir, schema, carried=bool(wish.start))
     if isinstance(found, GroupedAllocation):
+        if wish.start:
+            raise UserError(
+                "--from begins one model; this run has found groups. Give --allocation, or leave --from out"
+            )
         if wish.best:
             raise UserError("--best: groups of rows have widths of their own, and no network. Leave it out")
         if wish.or_uniform or wish.allocation == BRACKET:
@@ -176,7 +194,7 @@ def retrain_models(job: Retraining) -> Results:
     for name, allocation in models.items():
         run = job.run_in(name)
         with mirroring(run.config, run.context):
-            task, results[run.dir.name] = retrain_one(run, allocation, run.dir, run.dir.name)
+            task, results[run.dir.name] = retrain_one(run, allocation, run.dir, run.dir.name, job.start)
         if wish.or_uniform:
             one, labels = _as_chosen_from(task, allocation, run)
             trained.append(one)
@@ -211,17 +229,20 @@ def _choose(job: Retraining, trained: list[Trained], labels: Any) -> None:
         print(f"final model: {final['reason']}")
 
 
-def retrain_one(run: Run, allocation: Allocation, directory: Path, name: str) -> tuple[SubnetTask, dict[str, Any]]:
-    """Train one allocation and evaluate its best weights on the test split."""
+def retrain_one(
+    run: Run, allocation: Allocation, directory: Path, name: str, start: Start | None = None
+) -> tuple[SubnetTask, dict[str, Any]]:
+    """Train one allocation, from fresh weights or a ``start``, and evaluate its best weights on the test split."""
     config, context = run.config, run.context
-    make = partial(open_retraining, config, run.schema, allocation, directory)
+    make = partial(open_retraining, config, run.schema, allocation, directory, start)
     open_shared(context, directory, "opening the run directory", make)
     training = run.stream("train", config.train.batch_size, shuffle=True)
     validation = run.stream("validation", config.train.eval_batch_size, shuffle=False)
     test = run.stream("test", config.train.eval_batch_size, shuffle=False)
-    task = retrain(config, allocation, training, validation, context, directory)
+    task = retrain(config, allocation, training, validation, context, directory, start=start)
     result = evaluate_model(task, test, "test", context, config, name, allocation)
     result |= as_served(task, allocation, test, "test", run)
+    result |= {} if start is None else {"start": start.facts()}
     context.first("writing evaluation.json", lambda: write_sealed(directory / "evaluation.json", result))
     return task, result
 
@@ -249,6 +270,8 @@ def evaluate_single(run: Run, directory: Path, split: str, precision: str = "") 
     task = load_best(config, allocation, context, directory)
     result = evaluate_model(task, stream, split, context, config, directory.name, allocation)
     result |= as_served(task, allocation, stream, split, run, precision)
+    if begun := read_record(directory):
+        result["start"] = {key: begun[key] for key in begun if key not in ("fields", "dense", "validation")}
     target = evaluation_file(directory, split)
     context.first("writing the evaluation", lambda: write_sealed(target, result))
     return result
