@@ -146,6 +146,8 @@ def retrain(
     data: str | Path | DataSource | None = None,
     name: str = "",
     settings: Settings | None = None,
+    start: str | Path = "",
+    start_optimizer: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Train what a search found as ``launch/retrain.py`` does, in this process, and measure it on the test split.
 
@@ -155,6 +157,8 @@ def retrain(
         data: a prepared data set, or a data source; None: that of the search, unless a program handed it over.
         name: of the result under ``run_dir/retrain``; empty: from the allocation.
         settings: ``train``, ``optim`` and ``model`` keys that are to be other ones.
+        start: directory of an earlier training (``run_dir/retrain/NAME``) to begin with; empty: fresh weights.
+        start_optimizer: take the state of its optimizers along.
 
     Returns:
         Directory name under ``run_dir/retrain`` -> figures (auc, logloss, embedding_parameters, ...).
@@ -166,7 +170,7 @@ def retrain(
     check_text(home / "config.yaml")
     words = [*_words(settings), *_data_words(data)]
     config: Config = load_config(CONFIGS, home / "config.yaml", [*searched_network(home, words), *words])
-    wish = Wish(str(allocation), name, or_uniform=False, best=0, refit=False)
+    wish = Wish(str(allocation), name, False, 0, False, str(start), start_optimizer)
     try:
         with _handed_over(data), _alone(config.run, config.dist) as context:
             return running.retrain(config, context, home, wish).results

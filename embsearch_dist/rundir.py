@@ -19,7 +19,7 @@ SEAL = "# sha256 of the lines above: "
 # Everything that a search, a retraining, an evaluation or a report leaves at the top of a directory.
 OURS = re.compile(
     r"run\.lock|config\.yaml|schema\.json|truth\.json|unreadable\.json|(metrics|heatmaps)\.jsonl|allocation\.json|"
-    r"architecture\.json|groups\.json|(evolution|pareto|latency|prefilter|training|choice)\.json|"
+    r"architecture\.json|groups\.json|(evolution|pareto|latency|prefilter|training|start|choice)\.json|"
     r"written\.json|mirror\.json|evaluation(-[a-z]+)*\.json|final(-seed\d+)?\.json|allocations|architectures|stages|checkpoints(\.partial)?|widest|"
     r"groups|group-\d+|search|tb|report|retrain|.*\.tmp"
 )

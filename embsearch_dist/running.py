@@ -17,6 +17,7 @@ from embsearch_dist.run import Run, check_classes, open_data
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.directories import open_run_directory
 from embsearch_dist.train.metrics import check_group
+from embsearch_dist.warm.start import Start
 
 
 def search(config: Config, context: Context, doing: str = "search.py", given: str | None = None) -> Run:
@@ -63,10 +64,11 @@ def retrain(config: Config, context: Context, run_dir: Path, wish: Wish, suffix:
     """
     schema = open_data(config, context)
     with context.together("reading the allocation"):
+        start = Start.open(wish.start, wish.start_optimizer) if wish.start else None
         name, found = read_wish(wish, config, run_dir, schema)
     run = Run(config, schema, context)
     check_classes(run, splits=("validation", "test"))
     if context.rank == 0:
         print(taken(wish, config, run_dir, name, found), flush=True)
-    job = Retraining(wish, run, run_dir, name, suffix, found)
+    job = Retraining(wish, run, run_dir, name, suffix, found, start)
     return Retrained(schema, found, METHODS[config.method]().retrain(job))

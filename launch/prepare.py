@@ -6,6 +6,7 @@
     python launch/prepare.py --format criteo --input train.txt --out PREPARED --split time
     python launch/prepare.py --format criteo --input day_0.gz day_1.gz day_2.gz --out PREPARED
     python launch/prepare.py --format table --input my_source.yaml --out PREPARED
+    python launch/prepare.py --format table --input today.yaml --out TODAY --vocabulary YESTERDAY
     python launch/prepare.py --format ids --input my_ids.yaml --out PREPARED
     python launch/prepare.py --format criteo --input s3://bucket/train.txt --out PREPARED
     python launch/prepare.py --verify PREPARED
@@ -51,7 +52,7 @@ from embsearch_dist.errors import UserError
 from embsearch_dist.pipes import quietly
 from embsearch_dist.schema import Schema
 from embsearch_dist.stores.inputs import fetch_inputs
-from launch.prepare_arguments import IDS, MADE, OPTIONS, check, parser
+from launch.prepare_arguments import EARLIER, IDS, MADE, OPTIONS, check, parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,7 +90,8 @@ def run(args: argparse.Namespace, team: Team) -> Schema:
         if args.format == IDS:
             more = {name: options[name] for name in ("row_group_rows", "overwrite", "quiet")}
             return take_over(fetch, args.out, team=team, **more)
-        return prepare(args.format, fetch, args.out, team=team, **options)
+        earlier = {name: getattr(args, name) for name in EARLIER}
+        return prepare(args.format, fetch, args.out, team=team, **options, **earlier)
     with team.together():  # small: one process makes it while the others wait
         if team.rank == 0:
             make, rows = MADE[args.format]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from embsearch_dist.data.formats import FORMATS, GENRES, NUMBERS
 from embsearch_dist.data.planted import populations, synthetic
+from embsearch_dist.data.prepare.earlier import HOW_NEW
 from embsearch_dist.data.prepare.pipeline import HOW_TO_SPLIT, ROW_GROUP_ROWS, ROWS_PER_SHARD
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Schema
@@ -21,6 +22,7 @@ MADE: dict[str, tuple[Callable[..., Schema], int]] = {
 IDS = "ids"
 MADE_NAMES = " and ".join(MADE)
 OPTIONS = ("split", "seed", "min_count", "rows_per_shard", "row_group_rows", "overwrite", "quiet", "genres", "numbers")
+EARLIER = ("vocabulary", "vocabulary_new")  # for raw data alone
 
 
 def path_or_url(word: str) -> Path | str:
@@ -71,6 +73,19 @@ def parser(document: str | None) -> argparse.ArgumentParser:
         help="criteo only: I1 to I13 as 13 more fields, or as dense columns beside 26 fields, as DLRM and NASRec have "
         "them (default bucketed)",
     )
+    p.add_argument(
+        "--vocabulary",
+        type=path_or_url,
+        metavar="OLD",
+        help="prepared data of an earlier day: ids, and means and deviations of dense columns, are kept",
+    )
+    p.add_argument(
+        "--vocabulary-new",
+        choices=HOW_NEW,
+        default="extend",
+        help="values that OLD lacks: those that reach --min-count get the ids behind OLD's (extend), or all share id 0 "
+        "(freeze; default extend)",
+    )
     p.add_argument("--rows-per-shard", type=int, default=ROWS_PER_SHARD, metavar="N", help="default %(default)s")
     p.add_argument(
         "--row-group-rows",
@@ -99,7 +114,11 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.format == IDS and (args.split, args.seed, args.min_count) != ("random", 0, None):
         raise UserError("--format ids takes splits and ids as they are. Leave out --split, --seed and --min-count")
+    if args.vocabulary is None and args.vocabulary_new != "extend":
+        raise UserError("--vocabulary-new says what becomes of values that --vocabulary lacks. Give both")
     if args.format in (*MADE, IDS):
+        if args.vocabulary is not None:
+            raise UserError(f"--vocabulary is for raw data; --format {args.format} has its own ids. Leave it out")
         if args.genres != "one":
             raise UserError("--genres is for MovieLens. Leave it out")
         if args.numbers != "bucketed":

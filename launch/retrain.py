@@ -1,4 +1,5 @@
-"""Train the model of an allocation from scratch, sharded by TorchRec, and evaluate it on the test split.
+"""Train the model of an allocation from scratch or from an earlier one, sharded by TorchRec, and evaluate it on the
+test split.
 
     python launch/retrain.py --run runs/my                              what the search found
     python launch/retrain.py --run runs/my --allocation ues-32        the uniform baseline
@@ -9,12 +10,15 @@
     python launch/retrain.py --run runs/my --model.architecture runs/my/architectures/rank-2.json --name second
     python launch/retrain.py --config configs/movielens_1m/adass_deepfm.yaml --allocation ues-32
     python launch/retrain.py --run runs/my --best 5 --refit    the five best networks, and the winner of them
+    python launch/retrain.py --from runs/my/retrain/adass --data.path TODAY --name today    begin with that model
     torchx run dist.ddp -j 1x2 retrain.py --run runs/my       two processes
 
 Options: --run DIR or --config FILE, --allocation FILE, ues-WIDTH or bracket (default: model.allocation, or the run's
 allocation.json or groups.json), --name NAME of the result under RUN/retrain (default: from the allocation; -seedN is
 added for a seed other than the run's), --or-uniform, --best K to train the K best networks that a search kept and keep
 the one of least validation logloss, --refit to train that one again on training and validation rows,
+--from OLD to begin with the tables and the dense part of an earlier training (without --run or --config its config and
+widths are taken too), --from-optimizer to take the state of its optimizers along,
 --section.key VALUE (train, optim and model keys may be new ones).
 Leaves RUN/retrain/NAME/{allocation.json, evaluation.json, metrics.jsonl, checkpoints}; of a search that found
 groups, one such training per group in RUN/retrain/NAME/group-K, and in RUN/retrain/NAME the evaluation of all as
@@ -28,6 +32,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,7 +46,7 @@ if __name__ == "__main__":
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config.read import split_arguments
 from embsearch_dist.errors import UserError
-from embsearch_dist.methods.results import searched_network
+from embsearch_dist.methods.results import kept_network, searched_network
 from embsearch_dist.methods.retraining import Wish
 from embsearch_dist.ranks.context import start
 from embsearch_dist.rundir import check_text
@@ -51,10 +56,30 @@ from embsearch_dist.train.metrics import shown
 from launch.common import DEFAULT_CONFIG, known_options, override, read_config, run_main
 
 
+def continuing(wish: Wish, plain: dict[str, str], overrides: list[str]) -> tuple[Wish, dict[str, str], list[str]]:
+    """The command line with what ``--from`` alone leaves open: run, config and widths of the earlier model."""
+    old = Path(wish.start)
+    if old.absolute().parent.name != "retrain":
+        raise UserError(f"--from {old}: it does not lie in a run's folder retrain/. Give --run or --config beside it")
+    if not (old / "config.yaml").exists():
+        raise UserError(f"--from {old} holds no trained model (config.yaml is missing). Give RUN/retrain/NAME")
+    run_dir = old.absolute().parents[1] if len(old.parts) < 3 else old.parents[1]
+    check_text(old / "config.yaml")
+    mirror = read_config(old / "config.yaml", []).run.mirror.removesuffix(f"/retrain/{old.name}")
+    overrides = [f"run.dir={run_dir}", f"run.mirror={mirror}", *kept_network(old), *overrides]
+    allocation = wish.allocation or str(old / "allocation.json")
+    return replace(wish, allocation=allocation), plain | {"config": str(old / "config.yaml")}, overrides
+
+
 def main(argv: Sequence[str]) -> None:
     plain, overrides = split_arguments(argv)
-    known_options(plain, ["run", "config", "allocation", "name", "or-uniform", "best", "refit"])
+    known_options(
+        plain, ["run", "config", "allocation", "name", "or-uniform", "best", "refit", "from", "from-optimizer"]
+    )
     wish = Wish.of(plain, overrides)
+    goes_on = bool(wish.start) and "run" not in plain and "config" not in plain
+    if goes_on:
+        wish, plain, overrides = continuing(wish, plain, overrides)
     if "run" in plain and (mirror := override(overrides, "run.mirror")):
         restore(Path(plain["run"]), mirror)
     if "run" in plain and not (Path(plain["run"]) / "config.yaml").exists():
@@ -64,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
         check_text(Path(file))
     base = read_config(file, [o for o in overrides if o.startswith("run.dir=")])
     run_dir = Path(plain.get("run", base.run.dir))
-    config = read_config(file, [*searched_network(run_dir, overrides), *overrides])
+    config = read_config(file, [*([] if goes_on else searched_network(run_dir, overrides)), *overrides])
     suffix = f"-seed{config.run.seed}" if config.run.seed != base.run.seed else ""
     with start(config.run, config.dist) as context:
         done = retrain(config, context, run_dir, wish, suffix)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from embsearch_dist.allocation import Allocation
@@ -15,8 +16,13 @@ from embsearch_dist.networks.space import load as load_architecture
 from embsearch_dist.schema import Schema
 
 
-def read_result(text: str, run_dir: Path, schema: Schema) -> tuple[str, Allocation | GroupedAllocation]:
-    """(default name, result) from ``ues-WIDTH``, a file, or the run's own result, which may be groups."""
+def read_result(
+    text: str, run_dir: Path, schema: Schema, carried: bool = False
+) -> tuple[str, Allocation | GroupedAllocation]:
+    """(default name, result) from ``ues-WIDTH``, a file, or the run's own result, which may be groups.
+
+    ``carried``: widths that were found on other data of the same fields are taken over.
+    """
     uniform = re.fullmatch(r"ues-(\d+)", text)
     if uniform:
         return text, Allocation.uniform(schema, int(uniform.group(1)))
@@ -32,8 +38,21 @@ def read_result(text: str, run_dir: Path, schema: Schema) -> tuple[str, Allocati
         path = chosen_allocation(run_dir) or path
     if not path.exists():
         raise UserError(f"no allocation at {path}; search first, or give --allocation FILE or --allocation ues-32")
-    allocation = Allocation.load(path, schema)
+    allocation = carried_over(path, schema) if carried else Allocation.load(path, schema)
     return str(allocation.provenance.get("name", path.stem if text else "found")), allocation
+
+
+def carried_over(path: Path, schema: Schema) -> Allocation:
+    """The widths of a file for other data of the same fields.
+
+    Raises:
+        UserError: a field is in only one of them (named), or the file is no allocation.
+    """
+    found = Allocation.load(path)
+    try:
+        return replace(found, schema=schema)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from e
 
 
 def searched_network(directory: Path, overrides: Sequence[str]) -> list[str]:

@@ -32,6 +32,7 @@ from embsearch_dist.train.metrics import Predictions
 from embsearch_dist.train.metrics import predictions as all_predictions
 from embsearch_dist.train.retrain import SubnetTask, evaluate_model, load_best, retrain
 from embsearch_dist.train.served import evaluate_served, rounded_tables
+from embsearch_dist.warm.start import Start, read_record
 
 BRACKET = "bracket"
 Found = Allocation | GroupedAllocation
@@ -48,6 +49,8 @@ class Wish:
         or_uniform: the uniform width of the budget beside it, and a choice.
         best: so many networks of the search; 0: none but the first.
         refit: the winner of them once more, on training and validation rows.
+        start: directory of an earlier training to begin with; empty: fresh weights.
+        start_optimizer: take the state of its optimizers along.
     """
 
     allocation: str
@@ -55,6 +58,8 @@ class Wish:
     or_uniform: bool
     best: int
     refit: bool
+    start: str = ""
+    start_optimizer: bool = False
 
     @classmethod
     def of(cls, plain: Mapping[str, str], overrides: Sequence[str]) -> Wish:
@@ -67,7 +72,13 @@ class Wish:
             "or-uniform" in plain,
             _best_of(plain, overrides),
             "refit" in plain,
+            plain.get("from", ""),
+            "from-optimizer" in plain,
         )
+        if wish.start == "true" or (wish.start_optimizer and not wish.start):
+            raise UserError("--from wants the directory of an earlier training, RUN/retrain/NAME. Write it behind")
+        if wish.start and wish.best:
+            raise UserError("--best compares networks trained anew. Leave --from out, or give it for the winner alone")
         around = wish.allocation == BRACKET
         if wish.or_uniform and around:
             raise UserError(
@@ -93,6 +104,7 @@ class Retraining:
         name: of the result.
         suffix: behind the name of every result, for a seed that is not the run's.
         found: what is trained, unless the wish says otherwise.
+        start: the earlier training that it begins with.
     """
 
     wish: Wish
@@ -101,6 +113,7 @@ class Retraining:
     name: str
     suffix: str
     found: Found
+    start: Start | None = None
 
     def run_in(self, name: str = "") -> Run:
         """The run of one training, with a config of its own: its directory is ``RUN/retrain/NAME`` and the suffix."""
@@ -129,8 +142,13 @@ def read_wish(wish: Wish, config: Config, run_dir: Path, schema: Schema) -> tupl
         UserError: nothing was found yet, or groups of models where the wish is for one.
     """
     text = wish.allocation or config.model.allocation
-    name, found = read_result("" if wish.allocation == BRACKET else text, run_dir, schema)
+    text = "" if wish.allocation == BRACKET else text
+    name, found = read_result(text, run_dir, schema, carried=bool(wish.start))
     if isinstance(found, GroupedAllocation):
+        if wish.start:
+            raise UserError(
+                "--from begins one model; this run has found groups. Give --allocation, or leave --from out"
+            )
         if wish.best:
             raise UserError("--best: groups of rows have widths of their own, and no network. Leave it out")
         if wish.or_uniform or wish.allocation == BRACKET:
@@ -180,7 +198,7 @@ def retrain_models(job: Retraining) -> Results:
     for name, allocation in models.items():
         run = job.run_in(name)
         with mirroring(run.config, run.context):
-            task, results[run.dir.name] = retrain_one(run, allocation, run.dir, run.dir.name)
+            task, results[run.dir.name] = retrain_one(run, allocation, run.dir, run.dir.name, job.start)
         if wish.or_uniform:
             one, labels = _as_chosen_from(task, allocation, run)
             trained.append(one)
@@ -215,17 +233,20 @@ def _choose(job: Retraining, trained: list[Trained], labels: Any) -> None:
         print(f"final model: {final['reason']}")
 
 
-def retrain_one(run: Run, allocation: Allocation, directory: Path, name: str) -> tuple[SubnetTask, dict[str, Any]]:
-    """Train one allocation and evaluate its best weights on the test split."""
+def retrain_one(
+    run: Run, allocation: Allocation, directory: Path, name: str, start: Start | None = None
+) -> tuple[SubnetTask, dict[str, Any]]:
+    """Train one allocation, from fresh weights or a ``start``, and evaluate its best weights on the test split."""
     config, context = run.config, run.context
-    make = partial(open_retraining, config, run.schema, allocation, directory)
+    make = partial(open_retraining, config, run.schema, allocation, directory, start)
     open_shared(context, directory, "opening the run directory", make)
     training = run.stream("train", config.train.batch_size, shuffle=True)
     validation = run.stream("validation", config.train.eval_batch_size, shuffle=False)
     test = run.stream("test", config.train.eval_batch_size, shuffle=False)
-    task = retrain(config, allocation, training, validation, context, directory)
+    task = retrain(config, allocation, training, validation, context, directory, start=start)
     result = evaluate_model(task, test, "test", context, config, name, allocation)
     result |= as_served(task, allocation, test, "test", run)
+    result |= {} if start is None else {"start": start.facts()}
     context.first("writing evaluation.json", lambda: write_sealed(directory / "evaluation.json", result))
     return task, result
 
@@ -251,6 +272,8 @@ def evaluate_single(
     task, allocation, stream = _open_single(run, directory, split)
     result = evaluate_model(task, stream, split, run.context, run.config, directory.name, allocation, wanted)
     result |= as_served(task, allocation, stream, split, run, precision)
+    if begun := read_record(directory):
+        result["start"] = {key: begun[key] for key in begun if key not in ("fields", "dense", "validation")}
     return leave_evaluation(run.context, directory, split, result)
 
 

@@ -19,6 +19,7 @@ from embsearch_dist.networks.space import Space
 from embsearch_dist.networks.space import load as load_architecture
 from embsearch_dist.rundir import check_text, clear, hold, is_ours
 from embsearch_dist.schema import Schema, differs
+from embsearch_dist.warm.start import RECORD, Start, check_same_start, write_record
 
 
 def read_own_config(directory: Path, like: Config) -> Config | None:
@@ -77,8 +78,17 @@ def open_run_directory(
         copy_sealed(truth, directory / "truth.json")
 
 
-def open_retraining(config: Config, schema: Schema, found: Allocation | GroupedAllocation, directory: Path) -> None:
-    """The sub-run's directory; a training of another allocation or config under that name is an error."""
+def open_retraining(
+    config: Config,
+    schema: Schema,
+    found: Allocation | GroupedAllocation,
+    directory: Path,
+    start: Start | None = None,
+) -> None:
+    """The sub-run's directory; a training of another allocation or config, or with another start, under that name is an
+    error."""
+    if start is not None and start.directory.resolve() == directory.resolve():
+        raise UserError(f"--from {start.directory} is where the new training would be kept. Give --name")
     network = None
     if config.model.architecture:
         network, space = _network(config.model.architecture)
@@ -105,10 +115,13 @@ def open_retraining(config: Config, schema: Schema, found: Allocation | GroupedA
                 raise UserError(
                     f"{directory} holds another training; give --name, or --run.overwrite true to replace it"
                 )
+            check_same_start(directory, start)
     # Read now: it may lie in the directory that is about to be emptied.
     network_body = read_architecture(config.model.architecture) if network else {}
     open_run_directory(config, schema, directory)
     found.save(directory / ("allocation.json" if isinstance(found, Allocation) else GROUPS))
+    if start is not None and not (directory / RECORD).exists():
+        write_record(directory, start.facts())
     if network and not (directory / RESULT).exists():
         write_sealed(directory / RESULT, network_body)
 

@@ -1,4 +1,4 @@
-"""Train the model of an allocation from scratch (AdaS&S section 3.3), and evaluate it."""
+"""Train the model of an allocation from scratch (AdaS&S section 3.3) or from an earlier one, and evaluate it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,12 @@ from embsearch_dist.ranks.context import Context
 from embsearch_dist.train.checkpoint import Checkpointer
 from embsearch_dist.train.figures import Wanted, told
 from embsearch_dist.train.lines import lines_of
-from embsearch_dist.train.metrics import area_of, figures, predictions
+from embsearch_dist.train.metrics import area_of, evaluate, figures, predictions, shown
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.trainer import Trainer
+from embsearch_dist.warm.ids import Data
+from embsearch_dist.warm.start import Start, write_record
+from embsearch_dist.warm.start import begin as begin_with
 
 STAGE = "retrain"
 
@@ -78,12 +81,14 @@ def retrain(
     directory: Path,
     quiet: bool = False,
     begin: Callable[[SubnetTask], None] = lambda task: None,
+    start: Start | None = None,
 ) -> SubnetTask:
     """Train to the early stop and return the task with its best weights; continues if it was stopped.
 
     Without ``validation`` nothing is evaluated, and the last weights count.
 
-    ``begin`` may set initial values; a checkpoint that is there replaces them.
+    ``begin`` may set initial values, or they come from an earlier training, ``start``; a checkpoint that is there
+    replaces them.
     """
     torch.manual_seed(config.run.seed)  # dropout
     task = SubnetTask(config, allocation, context)
@@ -96,6 +101,8 @@ def retrain(
         trainer = Trainer(
             task, config.train, config.optim, training, validation, context, monitor, directory / "checkpoints" / STAGE
         )
+        if start is not None and context.share(trainer.checkpointer.newest()) is None:
+            _start(start, trainer, allocation, directory)
         progress = trainer.fit()
         trainer.restore_best()
         write: dict[str, Any] = {"seconds": progress.seconds, "steps": progress.step, "best_step": progress.best_step}
@@ -103,6 +110,22 @@ def retrain(
         write |= rows_left_out(training) | ({"data": training.schema.data} if training.schema.data else {})
         context.first("writing training.json", lambda: write_sealed(directory / "training.json", write))
     return task
+
+
+def _start(start: Start, trainer: Trainer, allocation: Allocation, directory: Path) -> None:
+    """Begin with an earlier model, and measure it on the validation split before the first step."""
+    task, context, training = trainer.task, trainer.context, trainer.training
+    new = Data(training.shards.directory.parent, training.schema)
+    done = begin_with(start, task, trainer.optimizer, trainer.checkpointer.settings, new, allocation, context)
+    if trainer.validation is not None:
+        task.model.eval()
+        metrics = evaluate(task.predict, trainer.validation.epoch(0), context)
+        done["validation"] = {key: metrics[key] for key in ("auc", "logloss")}
+        trainer.monitor.say(
+            f"begins with {start.directory}, step {start.step}: validation auc {shown(metrics['auc'])}  "
+            f"logloss {metrics['logloss']:.5f}"
+        )
+    context.first("writing the start", lambda: write_record(directory, start.facts() | done))
 
 
 def load_best(config: Config, allocation: Allocation, context: Context, directory: Path) -> SubnetTask:

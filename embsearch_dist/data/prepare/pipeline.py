@@ -25,13 +25,14 @@ import pyarrow.parquet as pq
 from embsearch_dist.data.formats import Source, blocks, open_source
 from embsearch_dist.data.formats.columns import Bag
 from embsearch_dist.data.prepare import advice
+from embsearch_dist.data.prepare.earlier import HOW_NEW, Earlier
 from embsearch_dist.data.prepare.encode import Encoder, Shard, cut, encode, scales
 from embsearch_dist.data.prepare.partial import whole_directory
 from embsearch_dist.data.prepare.progress import Progress
 from embsearch_dist.data.prepare.splits import HOW_TO_SPLIT, split_parts
 from embsearch_dist.data.prepare.staging import Part, stage
 from embsearch_dist.data.prepare.team import Team
-from embsearch_dist.data.prepare.vocabulary import VOCABULARY, Ids, build_all, file_name, load_values
+from embsearch_dist.data.prepare.vocabulary import NOTHING_KEPT, VOCABULARY, Ids, build_all, file_name, load_values
 from embsearch_dist.data.store import manifest
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import SPLITS, Field, Schema
@@ -58,6 +59,8 @@ class Options:
         quiet: no progress.
         genres: of MovieLens: ``one`` value for the combination of a movie's genres, or a ``list`` of them.
         numbers: of Criteo: I1 to I13 as ``bucketed`` fields, or as ``dense`` columns.
+        vocabulary: earlier prepared data whose ids, means and deviations are kept, see :class:`Earlier`.
+        vocabulary_new: ``extend`` gives new values that reach ``min_count`` the next ids, ``freeze`` none.
     """
 
     split: str = "random"
@@ -69,10 +72,17 @@ class Options:
     quiet: bool = False
     genres: str = "one"
     numbers: str = "bucketed"
+    vocabulary: Path | str | None = None
+    vocabulary_new: str = "extend"
 
     def __post_init__(self) -> None:
         if self.split not in HOW_TO_SPLIT:
             raise UserError(f"--split {self.split!r} is none of {', '.join(HOW_TO_SPLIT)}. Write one of them")
+        if self.vocabulary_new not in HOW_NEW:
+            known = ", ".join(HOW_NEW)
+            raise UserError(f"--vocabulary-new {self.vocabulary_new!r} is none of {known}. Write one of them")
+        if self.vocabulary is None and self.vocabulary_new != "extend":
+            raise UserError("--vocabulary-new says what becomes of values that --vocabulary lacks. Give both")
         if self.seed < 0:
             raise UserError(f"--seed must be at least 0, got {self.seed}. Give another")
         for name in ("min_count", "rows_per_shard", "row_group_rows"):
@@ -108,6 +118,8 @@ def prepare(
         inside = [f for f in source.files if f.resolve().is_relative_to(Path(out).resolve())]
         if inside:
             raise UserError(f"{inside[0]} lies in {out}, which would be replaced. Give another --out")
+        if checked.vocabulary is not None and Path(checked.vocabulary).resolve() == Path(out).resolve():
+            raise UserError(f"--vocabulary {checked.vocabulary} would be replaced. Give another --out")
         job = describe(source, checked)
         with whole_directory(Path(out), checked.overwrite, job, team, checked.quiet) as partial:
             schema = prepare_into(partial, source, checked, team)
@@ -138,7 +150,20 @@ def _told(source: Source, options: Options) -> dict[str, object]:
         "min_count": options.min_count or source.min_count,
         "rows_per_shard": options.rows_per_shard,
         "row_group_rows": options.row_group_rows,
+        **_told_of_earlier(source, options),
     }
+
+
+def _told_of_earlier(source: Source, options: Options) -> dict[str, object]:
+    """By what they are and not where they lie, so that a copy of them will do."""
+    earlier = _earlier(source, options)
+    return {} if earlier is None else {"vocabulary": earlier.data, "vocabulary_new": earlier.new}
+
+
+def _earlier(source: Source, options: Options) -> Earlier | None:
+    if options.vocabulary is None:
+        return None
+    return Earlier.open(options.vocabulary, options.vocabulary_new, source.columns)
 
 
 def prepare_into(directory: Path, source: Source, options: Options, team: Team | None = None) -> Schema:
@@ -160,12 +185,13 @@ def prepare_into(directory: Path, source: Source, options: Options, team: Team |
         raise UserError(f"{source.dataset}: the {empty[0]} split is empty ({total} rows). Give more rows")
     fields = [c.name for c in source.columns if c.kind != "dense"]
     dense = [c.name for c in source.columns if c.kind == "dense"]
-    told = _told(source, options)
+    told, earlier = _told(source, options), _earlier(source, options)
     min_count = options.min_count or source.min_count
-    books = build_all(parts, fields, directory / VOCABULARY, folder, min_count, team, options.quiet)
+    before = earlier.kept if earlier is not None else lambda name: NOTHING_KEPT
+    books = build_all(parts, fields, directory / VOCABULARY, folder, min_count, team, options.quiet, before)
     bags = {c.name: c.bag for c in source.columns if c.bag is not None}
     known = tuple(_field(name, book, bags.get(name)) for name, book in zip(fields, books, strict=True))
-    scale = team.share("scales", lambda: scales(parts, dense))
+    scale = earlier.scale() if earlier is not None else team.share("scales", lambda: scales(parts, dense))
     ids = Ids(parts, fields, folder)
     encoder = Encoder(parts, counts, ids, known, scale)
     shards = cut(rows, options.rows_per_shard, options.row_group_rows)
@@ -189,8 +215,9 @@ def prepare_into(directory: Path, source: Source, options: Options, team: Team |
             "row_group_rows": options.row_group_rows,
             "label_mean": {name: round(clicks[name] / n, 6) for name, n in rows.items()},
             "warnings": told_of,
-            "fields": _field_provenance(parts, fields, books, bags),
+            "fields": _field_provenance(parts, fields, books, bags, earlier),
             "dense": {n: {"mean": m, "std": s} for n, (m, s) in scale.items()},
+            **({"vocabulary": earlier.provenance()} if earlier is not None else {}),
         },
     )
     team.barrier("all is read")  # what follows removes it
@@ -204,12 +231,12 @@ def prepare_into(directory: Path, source: Source, options: Options, team: Team |
 
 
 def _field_provenance(
-    parts: list[Part], fields: list[str], books: list[dict], bags: dict[str, Bag]
+    parts: list[Part], fields: list[str], books: list[dict], bags: dict[str, Bag], earlier: Earlier | None
 ) -> dict[str, dict[str, object]]:
     """What the schema says of how each field was counted."""
+    keys = ("distinct", "rare_share", "missing_share", *(("new",) if earlier is not None else ()))
     return {
-        name: {key: book[key] for key in ("distinct", "rare_share", "missing_share")}
-        | ({} if name not in bags else _list_provenance(parts, name, bags[name]))
+        name: {key: book[key] for key in keys} | ({} if name not in bags else _list_provenance(parts, name, bags[name]))
         for name, book in zip(fields, books, strict=True)
     }
 
@@ -302,6 +329,9 @@ def summary(schema: Schema) -> str:
     assert isinstance(means, dict)
     lines.append(f"{'split':<{width}} {'rows':>12} {'label mean':>12}")
     lines += [f"{n:<{width}} {schema.rows[n]:>12,} {means[n]:>12.4f}" for n in SPLITS]
+    if earlier := schema.provenance.get("vocabulary"):
+        new = sum(s["new"] for s in seen.values())
+        lines.append(f"ids of {earlier['keeps'][0]} kept, {new:,} values got new ids ({earlier['new']})")  # type: ignore[index]
     files, notes = schema.provenance["files"], schema.provenance["notes"]
     assert isinstance(files, list) and isinstance(notes, list)
     read, total = schema.provenance["rows_read"], sum(schema.rows.values())

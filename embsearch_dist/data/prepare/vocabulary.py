@@ -90,12 +90,32 @@ class Vocabulary:
         temporary(path).rename(path)
 
 
-def build(parts: Sequence[Part], name: str, min_count: int, tick: Callable[[int], None]) -> Vocabulary:
+@dataclass(frozen=True)
+class Kept:
+    """Values that had ids in earlier data and keep them.
+
+    Attributes:
+        values: the id of ``values[k]`` is ``k + 1``.
+        extend: other values that reach the minimum count get the ids behind; else none does.
+    """
+
+    values: pl.Series
+    extend: bool
+
+
+NOTHING_KEPT = Kept(pl.Series("value", [], pl.String), True)
+
+
+def build(
+    parts: Sequence[Part], name: str, min_count: int, tick: Callable[[int], None], before: Kept = NOTHING_KEPT
+) -> Vocabulary:
     """Count the values of one field over the training rows of all parts and number them.
 
-    Ids go by falling count, equal counts by value, so they depend on nothing but the rows.
-    ``tick`` is called now and then with the number of values that were dealt with.
+    Values that had ids ``before`` keep them. Further ids go by falling count, equal counts by value, so they depend on
+    nothing but the rows and the ids before. ``tick`` is called now and then with the number of values that were dealt
+    with.
     """
+    place = pl.DataFrame({"value": before.values, "place": pl.int_range(len(before.values), eager=True)})
     passes = -(-sum(part.n_values(name) for part in parts) // PASS_VALUES) or 1
     kept: list[pl.DataFrame] = []
     rows = missing = seen = distinct = 0
@@ -116,9 +136,17 @@ def build(parts: Sequence[Part], name: str, min_count: int, tick: Callable[[int]
             tick(part.n_values(name) if k == 0 else 0)
         counted = pl.concat(frames).group_by("value").agg(pl.col("count").sum())
         distinct += counted.height
-        kept.append(counted.filter(pl.col("count") >= min_count))
-    book = pl.concat(kept).sort(["count", "value"], descending=[True, False])
-    return Vocabulary(name, book["value"].rechunk(), book["count"].rechunk(), rows, missing, seen, distinct)
+        counted = counted.join(place, on="value", how="left")
+        enough = pl.lit(before.extend) & (pl.col("count") >= min_count)
+        kept.append(counted.filter(enough | pl.col("place").is_not_null()))
+    book = pl.concat(kept)
+    old = book.drop_nulls("place")
+    new = book.filter(pl.col("place").is_null()).sort(["count", "value"], descending=[True, False])
+    counts = np.zeros(len(before.values), np.int64)
+    counts[old["place"].to_numpy()] = old["count"].to_numpy()
+    values = pl.concat([before.values.rename("value"), new["value"]]).rechunk()
+    all_counts = pl.concat([pl.Series("count", counts), new["count"].cast(pl.Int64)]).rechunk()
+    return Vocabulary(name, values, all_counts, rows, missing, seen, distinct)
 
 
 def _ids(parts: Sequence[Part], book: Vocabulary, tick: Callable[[int], None]) -> np.ndarray:
@@ -144,12 +172,19 @@ def _ids(parts: Sequence[Part], book: Vocabulary, tick: Callable[[int], None]) -
 
 
 def build_all(
-    parts: Sequence[Part], fields: Sequence[str], directory: Path, stage: Path, min_count: int, team: Team, quiet: bool
+    parts: Sequence[Part],
+    fields: Sequence[str],
+    directory: Path,
+    stage: Path,
+    min_count: int,
+    team: Team,
+    quiet: bool,
+    before: Callable[[str], Kept] = lambda name: NOTHING_KEPT,
 ) -> list[dict]:
     """Vocabularies of all fields in ``directory``, ids of the parts' values in ``stage``; a record of each field.
 
-    What an earlier start finished is kept. The fields with the most values come first, so that none
-    begins when all others are done.
+    ``before`` gives the ids of earlier data that a field keeps. What an earlier start finished is kept. The fields with
+    the most values come first, so that none begins when all others are done.
     """
     if team.rank == 0:
         directory.mkdir(exist_ok=True)
@@ -163,11 +198,13 @@ def build_all(
         if record is not None and is_whole(target, record["file"]) and is_whole(ids, record["ids"]):
             bar.add(sizes[name], found=True)
             return
-        book = build(parts, name, min_count, bar.add)
+        earlier = before(name)
+        book = build(parts, name, min_count, bar.add, earlier)
         book.save(target)
         body = {
             "cardinality": book.cardinality,
             "distinct": book.distinct,
+            "new": book.cardinality - 1 - len(earlier.values),
             "rare_share": round(book.rare_share, 6),
             "missing_share": round(book.missing_share, 6),
             "mean_length": round(book.seen / max(book.rows, 1), 4),
