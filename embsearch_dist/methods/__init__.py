@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from embsearch_dist.methods.adafs.method import AdaFS
 from embsearch_dist.methods.adass.method import AdaSS
+from embsearch_dist.methods.autodim.method import AutoDim
+from embsearch_dist.methods.autofield.method import AutoField
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.ihas.method import IHAS
 from embsearch_dist.methods.mde.method import MDE
@@ -17,6 +19,8 @@ from embsearch_dist.methods.utilities.method import Utilities
 METHODS: dict[str, type[Method]] = {
     "adafs": AdaFS,
     "adass": AdaSS,
+    "autodim": AutoDim,
+    "autofield": AutoField,
     "ihas": IHAS,
     "mde": MDE,
     "nasrec": NASRec,

@@ -72,6 +72,10 @@ class GatedTask(ABC):
             held_out = run.stream("validation", training.batch_size, shuffle=True)
             self._held_out = HeldOut(held_out, run.context.device)
 
+    def select_none(self, u: torch.Tensor) -> torch.Tensor:
+        """``u`` as it is used while nothing is selected yet."""
+        return u
+
     @abstractmethod
     def select(self, u: torch.Tensor, batch: Batch, step: int) -> torch.Tensor:
         """``u [B, F, d]`` weighed for an ordinary step; the selector's parameters get no gradient here."""
@@ -86,10 +90,8 @@ class GatedTask(ABC):
 
     def loss(self, batch: Batch, step: int) -> torch.Tensor:
         u = self.model.embed(batch)
-        weighed = u
-        if step >= self.warmup:
-            with frozen(self.model.outer_parameters):
-                weighed = self.select(u, batch, step)
+        with frozen(self.model.outer_parameters):
+            weighed = self.select(u, batch, step) if step >= self.warmup else self.select_none(u)
         loss = binary_cross_entropy_with_logits(self.model.head(batch.dense, weighed), batch.label)
         return loss + self.l2 * u.square().sum() / batch.size if self.l2 else loss
 
@@ -98,10 +100,17 @@ class GatedTask(ABC):
         if since <= 0 or since % self.outer.every or self._held_out is None:
             return None
         batch = self._held_out.batch(since // self.outer.every - 1)
-        with torch.no_grad():
-            u = self.model.embed(batch)
-        weighed, extra = self.select_outer(u, step)
-        logits = self.model.bare_head(batch.dense, weighed)
+        # Held-out rows are normalised as at inference: they must not move the model's statistics.
+        for module in self.model.normed:
+            module.eval()
+        try:
+            with torch.no_grad():
+                u = self.model.embed(batch)
+            weighed, extra = self.select_outer(u, step)
+            logits = self.model.bare_head(batch.dense, weighed)
+        finally:
+            for module in self.model.normed:
+                module.train()
         loss = binary_cross_entropy_with_logits(logits, batch.label)
         return loss if extra is None else loss + extra
 
@@ -109,7 +118,7 @@ class GatedTask(ABC):
         """Logits as at inference; while nothing is selected yet, with everything open."""
         with torch.no_grad():
             u, dense = fill_rows(self.model.embed(batch)), fill_rows(batch.dense)
-            u = u if self.steps <= self.warmup else self.select_final(u)
+            u = self.select_none(u) if self.steps <= self.warmup else self.select_final(u)
             return self.model.bare_head(dense, u)[: batch.size]
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
 """SSEDS (Qu et al. 2022): columns of one trained model by the gradient of a mask on them, in a single shot.
 
-*Single-shot Embedding Dimension Search in Recommender System*, SIGIR 2022 (arXiv 2204.03281), section 3. A model of one
+*Single-shot Embedding Dimension Search in Recommender System*, SIGIR 2022 (arXiv 2204.03281). A model of one
 width d is trained, its embeddings ``e_m`` (of field m, d columns) are multiplied by a mask ``alpha_m = 1``, and the
 saliency of a column is what the loss of a batch would change by, were it closed, to first order::
 

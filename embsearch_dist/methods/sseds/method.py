@@ -70,8 +70,10 @@ def saliencies(model: SubnetModel, samples: Iterable[Sample], context: Context) 
     return (total / count).cpu()
 
 
-class SalienceStage(AllocateStage):
+class SaliencyStage(AllocateStage):
     """Take the gradients, order the columns, and cut for each budget."""
+
+    name = "saliency"
 
     def finder(self, run: Run, monitor: Monitor) -> Finder:
         search: SSEDSConfig = run.config.search
@@ -107,7 +109,7 @@ class SSEDS(Method):
     trial = {"search": {"width": 4, "pareto": ["60%"], "rows": 300, "batches": 4, "batch_size": 128}}
 
     def stages(self) -> list[Stage]:
-        return [WidestStage(), SalienceStage()]
+        return [WidestStage(), SaliencyStage()]
 
     def check(self, run: Run) -> None:
         check_one_column(budgets_of(run), run.schema, run.config.model.extra)
