@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from embsearch_dist.methods.adafs.method import AdaFS
 from embsearch_dist.methods.adass.method import AdaSS
+from embsearch_dist.methods.autodim.method import AutoDim
+from embsearch_dist.methods.autofield.method import AutoField
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.ihas.method import IHAS
+from embsearch_dist.methods.mde.method import MDE
 from embsearch_dist.methods.nasrec.method import NASRec
 from embsearch_dist.methods.random.method import Random
+from embsearch_dist.methods.sseds.method import SSEDS
 from embsearch_dist.methods.truncation.method import Truncation
 from embsearch_dist.methods.ues import UES
 from embsearch_dist.methods.utilities.method import Utilities
@@ -15,9 +19,13 @@ from embsearch_dist.methods.utilities.method import Utilities
 METHODS: dict[str, type[Method]] = {
     "adafs": AdaFS,
     "adass": AdaSS,
+    "autodim": AutoDim,
+    "autofield": AutoField,
     "ihas": IHAS,
+    "mde": MDE,
     "nasrec": NASRec,
     "random": Random,
+    "sseds": SSEDS,
     "truncation": Truncation,
     "ues": UES,
     "utilities": Utilities,

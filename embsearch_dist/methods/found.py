@@ -23,7 +23,7 @@ class Point:
     """One found allocation with the metrics that the search saw for it.
 
     Attributes:
-        metrics: ``auc`` and ``logloss`` on the search's rows.
+        metrics: ``auc`` and ``logloss`` on the search's rows; empty where the search measures nothing.
         budget: limit it was found under, None without one.
         scored: (parameters, AUC) of everything that was measured on the way.
     """
@@ -81,20 +81,25 @@ def budget_of(found: Allocation) -> Budget:
     return parse_budget(text, found.schema, "budget of the allocation", found.extra, known)
 
 
+def write_allocations(directory: Path, points: Sequence[Point]) -> None:
+    """``allocations/NAME.json`` of each, and ``allocation.json`` of the first. Rank 0 calls this."""
+    for point in points:
+        point.allocation.save(directory / "allocations" / f"{point.name}.json")
+    copy_sealed(directory / "allocations" / f"{points[0].name}.json", directory / "allocation.json")
+
+
 def write_points(directory: Path, points: Sequence[Point]) -> None:
-    """``allocations/NAME.json`` of each, ``search/pareto.json``, and ``allocation.json`` of the first.
+    """What :func:`write_allocations` writes, and ``search/pareto.json``.
 
     Rank 0 calls this. Points of earlier searches in this directory stay in the picture.
     """
-    for point in points:
-        point.allocation.save(directory / "allocations" / f"{point.name}.json")
     path = directory / "search" / "pareto.json"
     bodies = [_body(point, chosen=k == 0) for k, point in enumerate(points)]
     bodies += earlier_points(path, {point.name for point in points})
     scored = list(dict.fromkeys((size, round(auc, 6)) for point in points for size, auc in point.scored))
     every = [list(pair) for pair in scored[:: max(1, len(scored) // SCORED_POINTS)]]
     write_sealed(path, {"resource": "parameters", "points": bodies, "scored": every})
-    copy_sealed(directory / "allocations" / f"{points[0].name}.json", directory / "allocation.json")
+    write_allocations(directory, points)
 
 
 def earlier_points(path: Path, names: Set[str]) -> list[dict[str, Any]]:
@@ -131,9 +136,9 @@ def describe(point: Point, directory: Path) -> str:
     widths = "  ".join(f"{n}={w}" for n, w in allocation.widths.items())
     size = allocation.total("parameters")
     reference = (REFERENCE_WIDTH + allocation.extra) * sum(allocation.schema.cardinalities)
+    measured = f", auc {shown(point.metrics['auc'])} with the weights of the search" if point.metrics else ""
     return (
         f"found: {widths}\n"
-        f"embedding parameters {size:,} ({size / reference:.1%} of UES-{REFERENCE_WIDTH}), "
-        f"auc {shown(point.metrics['auc'])} with the weights of the widest model, cut down\n"
+        f"embedding parameters {size:,} ({size / reference:.1%} of UES-{REFERENCE_WIDTH}){measured}\n"
         f"next: python launch/retrain.py --run {directory}"
     )

@@ -86,10 +86,14 @@ def sensitive(moments: Moments, gram: torch.Tensor) -> Bases:
 
 def by_columns(moments: Moments) -> Bases:
     """The embedding's own columns, largest mean square first."""
-    square = moments.second.diagonal(dim1=1, dim2=2) / moments.count[:, None]
-    order = square.argsort(stable=True, dim=1, descending=True)
-    chosen = torch.eye(square.shape[1], dtype=square.dtype, device=square.device)[order]
-    return Bases.of(moments.mean, chosen.transpose(1, 2), chosen)
+    return columns_by(moments.second.diagonal(dim1=1, dim2=2) / moments.count[:, None], moments.mean)
+
+
+def columns_by(scores: torch.Tensor, mean: torch.Tensor) -> Bases:
+    """The embedding's own columns, highest score first; ``scores`` and ``mean`` are ``[F, w]``."""
+    order = scores.argsort(stable=True, dim=1, descending=True)
+    chosen = torch.eye(scores.shape[1], dtype=scores.dtype, device=scores.device)[order]
+    return Bases.of(mean, chosen.transpose(1, 2), chosen)
 
 
 def logit_gram(model: SubnetModel, sample: Sample, context: Context) -> torch.Tensor:

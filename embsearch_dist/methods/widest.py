@@ -72,11 +72,14 @@ def load_widest(run: Run) -> SubnetTask:
     return task
 
 
-def random_rows(run: Run, split: str, rows: int, seed: int) -> BatchStream:
-    """A stream whose first epoch is in random order, whatever the order of storage; see :func:`first_rows`."""
+def random_rows(run: Run, split: str, rows: int, seed: int, batch_size: int = 0) -> BatchStream:
+    """A stream whose first epoch is in random order, whatever the order of storage; see :func:`first_rows`.
+
+    ``batch_size``: rows of a batch at most; 0: ``train.eval_batch_size``.
+    """
     total = min(rows, run.schema.rows.get(split, rows))
     # Batches of one size, as a rest would be left out.
-    batch = total // -(-total // run.config.train.eval_batch_size)
+    batch = total // -(-total // (batch_size or run.config.train.eval_batch_size))
     return run.stream(split, max(batch, run.context.world_size), shuffle=True, seed=seed)
 
 
@@ -202,6 +205,12 @@ def single_ids(schema: Schema, ids: torch.Tensor) -> KeyedJaggedTensor:
         return sparse
     values = sparse.values()
     return KeyedJaggedTensor(sparse.keys(), values, torch.ones(len(values), device=ids.device), sparse.lengths())
+
+
+def sample_of(run: Run, model: SubnetModel, split: str, rows: int, seed: int = 0) -> Sample:
+    """About ``rows`` random rows of a split, looked up: this rank's share. ``seed`` is beside ``run.seed``."""
+    stream = random_rows(run, split, rows, run.config.run.seed * 7919 + seed)
+    return Sample.of(model, first_rows(stream, rows), run.context.device)
 
 
 def head_gradients(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from embsearch_dist.config.read import load_config
-from embsearch_dist.methods.ihas import gates
+from embsearch_dist.methods import noise
 from embsearch_dist.methods.ihas import gates_stage as gating
 from embsearch_dist.ranks.context import start
 from embsearch_dist.run import Run
@@ -42,7 +42,7 @@ def host_noise(seed: int, step: int, first: int, shape: tuple[int, int], device:
     return uniform_noise(seed, step, first, shape, torch.device("cpu")).to(device)
 
 
-uniform_noise = gates.uniform_noise
+uniform_noise = noise.uniform_noise
 
 
 def losses(chain: Chain, data: Path, folder: Path, device: str) -> list[float]:

@@ -73,6 +73,30 @@ def test_a_dry_run_lists_every_command_and_starts_none(
         assert config.search.width == 32
 
 
+def test_every_method_with_budgets_can_be_compared_under_one_recipe(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Search sections are those of the configs in the folder, or the methods' defaults."""
+    monkeypatch.setattr(sys.modules[__name__], "CONFIG", ROOT / "configs" / "movielens_1m_time" / "ues_deepfm.yaml")
+    methods = [m for m in tool.known() if m != "adass"]
+    assert {"utilities", "fdo", "magnitude", "random", "mde", "sseds", "autofield", "autodim"} <= set(methods)
+    call(tool, monkeypatch, tmp_path, "--dry-run", "--methods", ",".join(methods))
+    lines = {line.split(":")[0]: line for line in capsys.readouterr().out.splitlines()}
+    recipe = yaml.safe_load(CONFIG.read_text())
+    for method in methods:
+        config = load_config(CONFIGS, tmp_path / "configs" / f"{method}.yaml")
+        assert (config.train.epochs, config.optim.embedding_l2) == (8, recipe["optim"]["embedding_l2"])
+        if hasattr(config.search, "training"):
+            assert (config.search.training.batch_size, config.search.training.epochs) == (512, 8)
+        folder = "widest" if method in ("utilities", "fdo", "magnitude", "sseds") else method
+        command = lines[f"seed0-search-{method}"]
+        assert f"seed0/{folder} " in command and f"--search.name={method} " in command
+        assert hasattr(config.search, "width") is False or config.search.width in (16, 32)
+    assert load_config(CONFIGS, tmp_path / "configs" / "autofield.yaml").search.width == 16  # its own config says so
+    with pytest.raises(SystemExit, match="--methods adass: .* is a config of ues"):
+        call(tool, monkeypatch, tmp_path, "--dry-run", "--methods", "adass")
+
+
 def test_widths_that_are_the_same_are_trained_once(
     tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,7 +166,7 @@ def test_a_comparison_of_nothing_and_wrong_arguments_are_told(
 ) -> None:
     with pytest.raises(SystemExit, match="no training is finished yet"):
         call(tool, monkeypatch, tmp_path, "--only-tables")
-    with pytest.raises(SystemExit, match="--methods pep: none of adass"):
-        call(tool, monkeypatch, tmp_path, "--methods", "pep")
+    with pytest.raises(SystemExit, match="--methods truncation: none of adass"):
+        call(tool, monkeypatch, tmp_path, "--methods", "truncation")
     with pytest.raises(SystemExit, match="--variants plain: write NAME:section.key=value"):
         call(tool, monkeypatch, tmp_path, "--variants", "plain")

@@ -13,8 +13,8 @@ from embsearch_dist.methods.ihas.gates import (
     sampled,
     straight_through,
     thresholds,
-    uniform_noise,
 )
+from embsearch_dist.methods.noise import uniform_noise
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,9 @@ import torch
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods import METHODS
+from embsearch_dist.methods.columns import best_columns, best_columns_under
 from embsearch_dist.methods.stages import check_stages, run_stages
-from embsearch_dist.methods.truncation.rules import fdo_under, fdo_widths, magnitude_under, magnitude_widths
+from embsearch_dist.methods.truncation.rules import fdo_under, fdo_widths
 from tests.factories import one_rank, open_run, prepared, small_config
 
 VARIANCES = torch.tensor([[6.0, 3.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
@@ -45,12 +46,15 @@ def test_fdo_under_a_budget_keeps_the_largest_share_that_fits() -> None:
 
 
 def test_magnitude_keeps_the_largest_columns_of_all_tables() -> None:
-    assert magnitude_widths(SQUARES, 9 / 15.9) == [1, 0]
-    assert magnitude_widths(SQUARES, 14 / 15.9) == [1, 2]
-    assert magnitude_widths(SQUARES, 1.0) == [3, 3]
-    assert magnitude_under(SQUARES, cost, 10)[0] == [1, 0]
-    assert magnitude_under(SQUARES, cost, 209)[0] == [1, 1]  # the cheap columns behind the second are not taken instead
-    widths, kept = magnitude_under(SQUARES, cost, 210)
+    assert best_columns(SQUARES, 9 / 15.9) == [1, 0]
+    assert best_columns(SQUARES, 14 / 15.9) == [1, 2]
+    assert best_columns(SQUARES, 1.0) == [3, 3]
+    assert best_columns_under(SQUARES, cost, 10)[0] == [1, 0]
+    assert best_columns_under(SQUARES, cost, 209)[0] == [
+        1,
+        1,
+    ]  # the cheap columns behind the second are not taken instead
+    widths, kept = best_columns_under(SQUARES, cost, 210)
     assert widths == [1, 2]
     assert kept == pytest.approx(14 / 15.9)
 

@@ -12,8 +12,6 @@ import pytest
 import torch
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.data.load.batch import Batch, Position
-from embsearch_dist.data.load.making import BatchMaker
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.budget import parse_budget, total_cost
@@ -22,45 +20,16 @@ from embsearch_dist.methods.truncated import Changes, TruncatedModel, as_stored,
 from embsearch_dist.methods.utilities.config import UtilitiesConfig
 from embsearch_dist.methods.utilities.search_stage import Searcher, choose, supported
 from embsearch_dist.methods.widest import Moments, Sample
-from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.report import write_report
-from tests.factories import one_rank, open_run, prepared, set_tables, small_config, small_schema, whole_tables
+from tests.factories import one_rank, open_run, prepared, small_config
+from tests.planted import PLANTED, SCHEMA, planted_model
 
-# Three pairs of fields, (rank, first column of that pair), and two idle fields.
-PAIRS = [(1, 0), (2, 1), (4, 3)]
-PLANTED = [1, 1, 2, 2, 4, 4, 0, 0]
-SCHEMA = small_schema(*[30] * 8, dense=0)
 WIDTHS = [0, 1, 2, 4, 8]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepared(tmp_path_factory)
-
-
-def planted_model() -> tuple[SubnetModel, list[Batch]]:
-    """A factorisation machine of width 8 in which each pair of fields meets in columns of its own, all tables turned by
-    one rotation (which changes no inner product), and rows whose labels it makes."""
-    config = small_config("no-data", "no-run", "model.backbone=fm", "model.unify=mixed", method="ues")
-    model = SubnetModel(config, Allocation.uniform(SCHEMA, 8), one_rank())
-    generator = torch.Generator().manual_seed(3)
-    rotation = torch.linalg.qr(torch.randn(8, 8, generator=generator))[0]
-    values = {name: torch.zeros_like(table) for name, table in whole_tables(model.sharded).items()}
-    for (rank, column), fields in zip(PAIRS, ((0, 1), (2, 3), (4, 5)), strict=True):
-        for f in fields:
-            values[f"f{f}"][:, column : column + rank] = torch.randn(30, rank, generator=generator)
-    set_tables(model.sharded, {name: table @ rotation for name, table in values.items()})
-    with torch.no_grad():
-        for parameter in model.head.parameters():
-            parameter.zero_()
-    batches = []
-    for _ in range(4):
-        ids = torch.randint(30, (8, 2000), generator=generator).int()
-        batch = Batch(torch.zeros(2000, 0), BatchMaker(SCHEMA).sparse(ids), torch.zeros(2000), Position(0, 1))
-        with torch.no_grad():
-            label = (torch.rand(2000, generator=generator) < model.eval()(batch)[0].sigmoid()).float()
-        batches.append(Batch(batch.dense, batch.sparse, label, batch.position))
-    return model, batches
 
 
 @pytest.fixture(scope="module")

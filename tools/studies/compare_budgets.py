@@ -1,15 +1,18 @@
-"""Compare searches with uniform widths, FDO and magnitude pruning at equal budgets: one recipe, seeds, a verdict.
+"""Compare searches of any method with budgets, and uniform widths, at equal budgets: one recipe, seeds, a verdict.
 
     python tools/studies/compare_budgets.py --config configs/movielens_1m/adass_deepfm.yaml --data PREPARED \
         --out runs/compare --budgets 10%,25%,50%,80% --seeds 5 --jobs 2
     python tools/studies/compare_budgets.py ... --dry-run                                    list the commands
+    python tools/studies/compare_budgets.py ... --methods utilities,mde,sseds,autofield,autodim
     python tools/studies/compare_budgets.py ... --variants plain:model.unify=mixed       uniform widths in this way too
     python tools/studies/compare_budgets.py ... --settings utilities:search.evidence=2   keys of one method's search
     python tools/studies/compare_budgets.py ... --precision int8 --budgets ues-12,ues-28 --widths 12,28
                                                               judge by bytes and AUC of tables as served at int8
 
 For each seed: the searches of --methods under every budget, a training of each found allocation and of each uniform
-width, all with the config's own recipe (its train, optim and model sections; stopped on the validation split). Every
+width, all with the config's own recipe (its train, optim and model sections; stopped on the validation split). The
+`search` section of a method is that of the config METHOD_*.yaml beside --config (of the same backbone, if there are
+several), or the method's defaults; `fdo` and `magnitude` are the two rules of `truncation`. Every
 run is an ordinary run directory under OUT; what is finished is skipped, so a stopped comparison continues and one that
 is given more seeds, budgets or methods keeps what it has. Widths that two searches of a seed have in common are trained
 once. Validation figures are those of the best epoch, test figures those of its weights.
@@ -20,6 +23,7 @@ Leaves OUT/comparison.csv (a line per seed and model), comparison.md (verdicts a
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from dataclasses import dataclass
@@ -31,10 +35,13 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from embsearch_dist.config.read import written
+from embsearch_dist.methods import METHODS
+from embsearch_dist.methods.widest import WidestStage
 from tools.studies.budget_tables import Trained, write_all
 from tools.studies.jobs import Job, run_all, shown
 
-METHODS = ("adass", "utilities", "fdo", "magnitude")
+USUAL = ("adass", "utilities", "fdo", "magnitude")
+RULES = ("fdo", "magnitude")  # of the method truncation
 WIDEST = 32  # of the model that utilities and baselines cut down, unless a candidate is wider
 
 
@@ -59,7 +66,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--budgets", default="10%,25%,50%,80%", help="as search.budget takes them")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--methods", default=",".join(METHODS), help=f"some of {', '.join(METHODS)}; empty = none")
+    parser.add_argument("--methods", default=",".join(USUAL), help=f"some of {', '.join(known())}; empty = none")
     parser.add_argument("--widths", default="2,4,8,16,32", help="uniform widths")
     parser.add_argument("--variants", nargs="*", default=[], help="NAME:key=value,... further sets of uniform widths")
     parser.add_argument("--settings", nargs="*", default=[], help="METHOD:search.key=value,... of one search")
@@ -93,8 +100,8 @@ class Plan:
         self.budgets = words(args.budgets)
         self.methods, self.widths = words(args.methods), [int(w) for w in words(args.widths)]
         for method in self.methods:
-            if method not in METHODS:
-                raise SystemExit(f"--methods {method}: none of {', '.join(METHODS)}")
+            if method not in known():
+                raise SystemExit(f"--methods {method}: none of {', '.join(known())}")
         self.variants = {"": [], **named("--variants", args.variants)}
         self.settings = named("--settings", args.settings)
         for method in self.settings:
@@ -108,19 +115,38 @@ class Plan:
         """A file with the config's recipe and the search section of another method."""
         if method == "adass":
             return self.args.config
-        candidates = self.body.get("search", {}).get("candidates", [0, 2, 4, 8, 16, 32])
-        width = max(WIDEST, *candidates)
-        if method == "utilities":
-            search: dict[str, Any] = {"candidates": candidates, "width": width}
-        else:
-            # A row of a table counts as often as it is looked up where that makes the stronger baseline.
-            search = {"rule": method, "width": width, "weighted": method == "magnitude"}
-        named_method = "utilities" if method == "utilities" else "truncation"
-        body = {**self.body, "method": named_method, "search": search}
+        named_method = "truncation" if method in RULES else method
+        body = {**self.body, "method": named_method, "search": self.section(method)}
         path = self.out / "configs" / f"{method}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(body, sort_keys=False))
         return path
+
+    def section(self, method: str) -> dict[str, Any]:
+        """Keys of a method's ``search`` section that are not its defaults."""
+        candidates = self.body.get("search", {}).get("candidates", [0, 2, 4, 8, 16, 32])
+        width = max(WIDEST, *candidates)
+        if method == "utilities":
+            return {"candidates": candidates, "width": width}
+        if method in RULES:
+            # A row of a table counts as often as it is looked up where that makes the stronger baseline.
+            return {"rule": method, "width": width, "weighted": method == "magnitude"}
+        search = dict(self.neighbour(method).get("search", {}))
+        options = {f.name for f in dataclasses.fields(METHODS[method].config)}
+        if "training" in options:
+            # As long as the training of what is found, unless the method's own config says otherwise.
+            recipe = self.body.get("train", {})
+            usual = {k: recipe[k] for k in ("batch_size", "epochs") if k in recipe}
+            search["training"] = {**usual, "patience": 0, **search.get("training", {})}
+        return search | ({"width": width} if cuts_widest(method) else {})
+
+    def neighbour(self, method: str) -> dict[str, Any]:
+        """What the config of a method in the folder of ``--config`` says; nothing where there is none."""
+        bodies = [written(p) for p in sorted(self.args.config.parent.glob(f"{method}_*.yaml"))]
+        bodies = [b for b in bodies if b.get("method") == method]
+        backbone = self.body.get("model", {}).get("backbone")
+        alike = [b for b in bodies if b.get("model", {}).get("backbone") == backbone]
+        return (alike or bodies or [{}])[0]
 
     def found(self, seed: int) -> list[Found]:
         places = []
@@ -133,7 +159,7 @@ class Plan:
 
     def search_dir(self, method: str, seed: int) -> Path:
         """Methods that cut the widest model down share one run directory, and so the model."""
-        return self.out / f"seed{seed}" / ("adass" if method == "adass" else "widest")
+        return self.out / f"seed{seed}" / ("widest" if cuts_widest(method) else method)
 
     def searches(self) -> list[list[Job]]:
         """A chain per seed and run directory. A search whose results are there is not started."""
@@ -208,6 +234,18 @@ class Plan:
                 place = self.place(seed, name)
                 models.append(Trained(found.method, found.budget, seed, place, f"seed{seed}-{name}", search, 0))
         return models
+
+
+def known() -> list[str]:
+    """What may be compared: methods that find allocations for budgets, truncation by its rules."""
+    fields = {n: {f.name for f in dataclasses.fields(m.config)} for n, m in METHODS.items()}
+    found = [n for n, own in fields.items() if {"name", "budget", "pareto"} <= own and n != "truncation"]
+    return [*USUAL, *(n for n in found if n not in USUAL)]
+
+
+def cuts_widest(method: str) -> bool:
+    """Whether its search begins with the widest model, which such searches can share."""
+    return any(isinstance(s, WidestStage) for s in METHODS["truncation" if method in RULES else method]().stages())
 
 
 def uniform_name(width: int, variant: str) -> str:

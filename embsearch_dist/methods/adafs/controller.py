@@ -103,6 +103,10 @@ class AdaFSModel(GatedModel):
         """BatchNorm of the embeddings."""
         return self._norm[0]
 
+    @property
+    def normed(self) -> list[nn.Module]:
+        return [self.norm]
+
     def raw(self, batch: Batch) -> torch.Tensor:
         """Pooled embeddings ``[F, B, d]`` as the tables hold them."""
         return self.tables(batch.sparse).stack()

@@ -75,14 +75,6 @@ class AdaFSTask(gated.GatedTask):
     def select(self, u: torch.Tensor, batch: Batch, step: int) -> torch.Tensor:
         return self._weigh(u, self.model.bare_selector(u))
 
-    def outer_loss(self, step: int) -> torch.Tensor | None:
-        # Held-out rows are normalised as at inference: they must not move the model's statistics.
-        self.model.norm.eval()
-        try:
-            return super().outer_loss(step)
-        finally:
-            self.model.norm.train()
-
     def select_outer(self, u: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         if (step - self.warmup) % self._every == 0:
             self._shown = self._look(u)

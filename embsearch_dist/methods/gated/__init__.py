@@ -1,1 +1,1 @@
-"""Methods that weigh embedding columns row by row: iHAS's gates, AdaFS's controller."""
+"""Methods whose gates or choices held-out rows train: those of iHAS, AdaFS, AutoField and AutoDim."""

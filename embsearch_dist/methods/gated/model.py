@@ -51,6 +51,11 @@ class GatedModel(CTRModel):
     def outer_parameters(self) -> list[nn.Parameter]:
         return list(self.bare_selector.parameters())
 
+    @property
+    def normed(self) -> list[nn.Module]:
+        """Modules with running statistics that ordinary batches move and held-out ones only read."""
+        return []
+
     def embed(self, batch: Batch) -> torch.Tensor:
         """Pooled embeddings ``[B, F, d]``, fields in schema order, nothing weighed yet."""
         return self.tables(batch.sparse).stack().transpose(0, 1)

@@ -55,8 +55,8 @@ class GatedTask(ABC):
         own: the method's settings that the result depends on.
     """
 
-    part: ClassVar[str]
-    """What the selector is called in a model directory."""
+    part: ClassVar[str] = ""
+    """What the selector is called in a model directory; empty: the searched model is not served."""
 
     def __init__(
         self, run: Run, model: GatedModel, outer: OuterConfig, training: TrainConfig | None, own: dict[str, Any]
@@ -77,9 +77,13 @@ class GatedTask(ABC):
             held_out = run.stream("validation", training.batch_size, shuffle=True)
             self._held_out = HeldOut(held_out, run.context.device)
 
-    @abstractmethod
+    def select_none(self, u: torch.Tensor) -> torch.Tensor:
+        """``u`` as it is used while nothing is selected yet."""
+        return u
+
     def selection(self) -> dict[str, Any]:
-        """What the description of a served model says of how rows are weighed."""
+        """What the description of a served model says of how rows are weighed; only asked where it is served."""
+        raise NotImplementedError
 
     @abstractmethod
     def select(self, u: torch.Tensor, batch: Batch, step: int) -> torch.Tensor:
@@ -95,10 +99,8 @@ class GatedTask(ABC):
 
     def loss(self, batch: Batch, step: int) -> torch.Tensor:
         u = self.model.embed(batch)
-        weighed = u
-        if step >= self.warmup:
-            with frozen(self.model.outer_parameters):
-                weighed = self.select(u, batch, step)
+        with frozen(self.model.outer_parameters):
+            weighed = self.select(u, batch, step) if step >= self.warmup else self.select_none(u)
         loss = binary_cross_entropy_with_logits(self.model.head(batch.dense, weighed), batch.label)
         return loss + self.l2 * u.square().sum() / batch.size if self.l2 else loss
 
@@ -107,10 +109,17 @@ class GatedTask(ABC):
         if since <= 0 or since % self.outer.every or self._held_out is None:
             return None
         batch = self._held_out.batch(since // self.outer.every - 1)
-        with torch.no_grad():
-            u = self.model.embed(batch)
-        weighed, extra = self.select_outer(u, step)
-        logits = self.model.bare_head(batch.dense, weighed)
+        # Held-out rows are normalised as at inference: they must not move the model's statistics.
+        for module in self.model.normed:
+            module.eval()
+        try:
+            with torch.no_grad():
+                u = self.model.embed(batch)
+            weighed, extra = self.select_outer(u, step)
+            logits = self.model.bare_head(batch.dense, weighed)
+        finally:
+            for module in self.model.normed:
+                module.train()
         loss = binary_cross_entropy_with_logits(logits, batch.label)
         return loss if extra is None else loss + extra
 
@@ -118,7 +127,7 @@ class GatedTask(ABC):
         """Logits as at inference; while nothing is selected yet, with everything open."""
         with torch.no_grad():
             u, dense = fill_rows(self.model.embed(batch)), fill_rows(batch.dense)
-            u = u if self.steps <= self.warmup else self.select_final(u)
+            u = self.select_none(u) if self.steps <= self.warmup else self.select_final(u)
             return self.model.bare_head(dense, u)[: batch.size]
 
     def close(self) -> None:

@@ -18,8 +18,8 @@ from embsearch_dist.methods.ihas.gates import (
     regulariser,
     sampled,
     straight_through,
-    uniform_noise,
 )
+from embsearch_dist.methods.noise import uniform_noise
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.models.model import seeded
 from embsearch_dist.models.rows import fill_rows

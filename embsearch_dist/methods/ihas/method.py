@@ -95,14 +95,6 @@ class IHAS(Method):
         stream = run.stream(split, run.config.train.eval_batch_size, shuffle=False)
         return measure(model, stream.epoch(0), run.context).predictions
 
-
-def _open_groups(run: Run, directory: Path) -> tuple[Run, GroupedAllocation, list[SubnetModel]]:
-    """The search that a directory of groups belongs to, their widths and their models."""
-    with run.context.together("reading the groups"):
-        grouped = GroupedAllocation.load(directory / GROUPS, run.schema)
-    search = open_search(directory, run.config, run.schema, run.context)
-    return search, grouped, load_groups(run.config, grouped, run.context, directory)
-
     def kind(self, directory: Path) -> str:
         if holds_groups(directory):
             return "routed"
@@ -117,6 +109,14 @@ def _open_groups(run: Run, directory: Path) -> tuple[Run, GroupedAllocation, lis
             return super().collect(run, directory, router)
         with run.context.together("reading the trained model"):
             return collect_gated(load_gates(run), directory)
+
+
+def _open_groups(run: Run, directory: Path) -> tuple[Run, GroupedAllocation, list[SubnetModel]]:
+    """The search that a directory of groups belongs to, their widths and their models."""
+    with run.context.together("reading the groups"):
+        grouped = GroupedAllocation.load(directory / GROUPS, run.schema)
+    search = open_search(directory, run.config, run.schema, run.context)
+    return search, grouped, load_groups(run.config, grouped, run.context, directory)
 
 
 def holds_groups(directory: Path) -> bool:

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 
 import torch
 
-from embsearch_dist.allocation import Allocation, cost
-from embsearch_dist.errors import UserError
+from embsearch_dist.allocation import Allocation
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.budget import Budget
+from embsearch_dist.methods.columns import best_columns, best_columns_under, check_one_column, cost_of
 from embsearch_dist.methods.found import Point, budget_told, budgets, describe, write_points
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.truncated import TruncatedModel, by_columns, principal
 from embsearch_dist.methods.truncation.config import TruncationConfig
-from embsearch_dist.methods.truncation.rules import fdo_under, fdo_widths, magnitude_under, magnitude_widths
+from embsearch_dist.methods.truncation.rules import fdo_under, fdo_widths
 from embsearch_dist.methods.widest import (
     Moments,
-    Sample,
     WidestStage,
-    first_rows,
     load_widest,
-    random_rows,
+    sample_of,
     table_moments,
 )
 from embsearch_dist.models.model import SubnetModel
@@ -45,7 +42,7 @@ class TruncateStage(Stage[TruncationConfig]):
             with monitor.progress(max(run.schema.cardinalities), "rows of the longest table") as bar:
                 moments = _moments(run, model, bar.update)
             bases = by_columns(moments) if magnitude else principal(moments)
-            truncated = TruncatedModel(model, _rows(run, model, "validation"), bases, context)
+            truncated = TruncatedModel(model, sample_of(run, model, "validation", config.rows), bases, context)
             scores = _scores(moments, magnitude).cpu()
             points = []
             for name, budget in wanted:
@@ -73,21 +70,8 @@ def budgets_of(config: TruncationConfig, schema: Schema, extra: int) -> list[tup
     """The searches of this stage. Raises ``UserError`` for a budget below the rule's smallest allocation."""
     found = budgets(config, config.result, schema, extra)
     if config.rule == "magnitude":
-        for _, budget in found:
-            # The largest column may be any field's; below this the one that comes first may not fit.
-            dearest = max(schema.cardinalities)
-            if budget and cost(budget.resource, dearest, 1, extra) > budget.limit:
-                raise UserError(
-                    f"config key search.budget: {budget.text!r} does not hold one column of the largest field "
-                    f"({dearest:,} values), so magnitude pruning may find nothing. Raise it"
-                )
+        check_one_column(found, schema, extra)
     return found
-
-
-def _rows(run: Run, model: SubnetModel, split: str) -> Sample:
-    rows = run.config.search.rows
-    stream = random_rows(run, split, rows, run.config.run.seed * 7919)
-    return Sample.of(model, first_rows(stream, rows), run.context.device)
 
 
 def _moments(run: Run[TruncationConfig], model: SubnetModel, tick: Callable[[int], None]) -> Moments:
@@ -95,7 +79,7 @@ def _moments(run: Run[TruncationConfig], model: SubnetModel, tick: Callable[[int
     if not config.weighted:
         return table_moments(model, run.schema, run.context, tick)
     found = Moments(len(run.schema.fields), config.width, run.context.device)
-    for piece in _rows(run, model, "train").pieces(8192):
+    for piece in sample_of(run, model, "train", config.rows).pieces(8192):
         found.add(piece.x)
     tick(max(run.schema.cardinalities))
     return found.sum(run.context)
@@ -112,14 +96,10 @@ def _widths(
     config: TruncationConfig, scores: torch.Tensor, schema: Schema, budget: Budget | None, extra: int
 ) -> tuple[list[int], float]:
     if budget is None:
-        rule = magnitude_widths if config.rule == "magnitude" else fdo_widths
+        rule = best_columns if config.rule == "magnitude" else fdo_widths
         return rule(scores, config.keep), config.keep
-    under = magnitude_under if config.rule == "magnitude" else fdo_under
-    return under(scores, partial(_cost, schema, budget.resource, extra), budget.limit)
-
-
-def _cost(schema: Schema, resource: str, extra: int, widths: Sequence[int]) -> float:
-    return float(sum(cost(resource, f.cardinality, w, extra) for f, w in zip(schema.fields, widths, strict=True)))
+    under = best_columns_under if config.rule == "magnitude" else fdo_under
+    return under(scores, cost_of(schema, budget.resource, extra), budget.limit)
 
 
 def _point(

@@ -13,8 +13,7 @@ from embsearch_dist.methods.found import Point, budget_told, budgets, describe, 
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.truncated import Changes, TruncatedModel, logit_gram, principal, sensitive
 from embsearch_dist.methods.utilities.config import UtilitiesConfig
-from embsearch_dist.methods.widest import Moments, Sample, first_rows, load_widest, random_rows
-from embsearch_dist.models.model import SubnetModel
+from embsearch_dist.methods.widest import Moments, load_widest, sample_of
 from embsearch_dist.precision import MIXED, row_bytes, served
 from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
@@ -190,13 +189,13 @@ def make_searcher(run: Run[UtilitiesConfig]) -> Searcher:
     """Load the widest model, take the directions of its fields and look the measured rows up."""
     config = run.config.search
     model, context = load_widest(run).model, run.context
-    basis = rows_of(run, model, "train", config.basis_rows, config.seed)
+    basis = sample_of(run, model, "train", config.basis_rows, config.seed)
     moments = Moments(len(run.schema.fields), config.width, context.device)
     for piece in basis.pieces(8192):
         moments.add(piece.x)
     moments.sum(context)
     bases = principal(moments) if config.basis == "variance" else sensitive(moments, logit_gram(model, basis, context))
-    truncated = TruncatedModel(model, rows_of(run, model, "validation", config.rows, config.seed), bases, context)
+    truncated = TruncatedModel(model, sample_of(run, model, "validation", config.rows, config.seed), bases, context)
     if config.utility == "saliency":
         return Searcher(run.schema, config, truncated, truncated.saliency(model), extra=run.config.model.extra)
     held = held_by_training(TruncatedModel(model, basis, bases, context), config) if not config.candidates[0] else None
@@ -208,12 +207,6 @@ def held_by_training(model: TruncatedModel, config: UtilitiesConfig) -> torch.Te
     narrow = [*[o.width for o in options_of(config, 0)[:2]], config.width]
     changes = model.changes([2] * model.sample.x.shape[0], narrow)
     return changes.more[:, 0] - changes.more[:, 1]
-
-
-def rows_of(run: Run, model: SubnetModel, split: str, rows: int, seed: int) -> Sample:
-    """About ``rows`` random rows of a split, looked up: this rank's share."""
-    stream = random_rows(run, split, rows, run.config.run.seed * 7919 + seed)
-    return Sample.of(model, first_rows(stream, rows), run.context.device)
 
 
 class UtilitiesStage(Stage[UtilitiesConfig]):

@@ -1,0 +1,92 @@
+"""What searches that end with widths have in common: the options of their budgets, and the stage that spends them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from embsearch_dist.allocation import Allocation
+from embsearch_dist.config.options import option, require
+from embsearch_dist.methods.budget import BUDGET_HELP, PRECISION_HELP, Budget, check_precision
+from embsearch_dist.methods.found import Point, budget_told, budgets, describe, write_allocations, write_points
+from embsearch_dist.methods.stages import Stage
+from embsearch_dist.run import Run
+from embsearch_dist.train.monitor import Monitor
+
+
+@dataclass
+class BudgetOptions:
+    """A result's name and the budgets it is found under; base of a method's ``search`` section.
+
+    The section has ``candidates`` too, an option or a property: the widths that a field may get.
+    """
+
+    name: str = option("", "name of the result among the allocations of the run directory; empty = the method's")
+    budget: str = option("", BUDGET_HELP)
+    precision: str = option("", PRECISION_HELP)
+    pareto: list[str] = option([], "further budgets to derive allocations for, e.g. [20%, 40%, 80%]")
+
+    def check(self) -> None:
+        check_precision(self.precision)
+        require("/" not in self.name, "search.name", f"must be a plain word, got {self.name!r}")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a method has found for one budget.
+
+    Attributes:
+        widths: per field, in schema order.
+        told: what the allocation's provenance says beside method, name, seed and budget.
+        metrics: ``auc`` and ``logloss`` that the search has measured for these widths; none where it measures nothing.
+    """
+
+    widths: Sequence[int]
+    told: dict[str, object] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+Finder = Callable[[Budget | None], Chosen]
+"""Widths for a budget, or without one."""
+
+
+class AllocateStage(Stage):
+    """Widths for ``search.budget`` and each of ``search.pareto``: ``allocations/NAME.json`` and ``allocation.json``."""
+
+    name = "allocate"
+    repeatable = True
+
+    @abstractmethod
+    def finder(self, run: Run, monitor: Monitor) -> Finder:
+        """Read what the stages before have left. Called, as what it returns, on every rank."""
+
+    def run(self, run: Run) -> None:
+        with Monitor(run.dir, self.name, run.context.rank) as monitor:
+            monitor.resume_at(-1)
+            find = self.finder(run, monitor)
+            points = [_point(run, name, budget, find(budget)) for name, budget in budgets_of(run)]
+            write = write_points if points[0].metrics else write_allocations
+            run.context.first("writing the allocations", lambda: write(run.dir, points))
+            monitor.say(describe(points[0], run.dir))
+
+
+def budgets_of(run: Run) -> list[tuple[str, Budget | None]]:
+    """(allocation name, budget) of every search of a run whose section is :class:`BudgetOptions`.
+
+    Raises:
+        UserError: a budget that no allocation of the candidates can obey.
+    """
+    search = run.config.search
+    return budgets(search, search.name or run.config.method, run.schema, run.config.model.extra)
+
+
+def _point(run: Run, name: str, budget: Budget | None, chosen: Chosen) -> Point:
+    told: dict[str, object] = {"method": run.config.method, "name": name, "seed": run.config.run.seed, **chosen.told}
+    told |= budget_told(budget, run.config.search.precision)
+    told |= {f"searched_{k}": chosen.metrics[k] for k in ("auc", "logloss") if k in chosen.metrics}
+    # Ranks may round equal sums otherwise: rank 0 decides.
+    widths = dict(zip(run.schema.names, run.context.share(list(chosen.widths)), strict=True))
+    allocation = Allocation(run.schema, widths, told, run.config.model.extra)
+    scored = [(allocation.total("parameters"), chosen.metrics["auc"])] if chosen.metrics else []
+    return Point(name, allocation, chosen.metrics, budget.limit if budget else None, scored)

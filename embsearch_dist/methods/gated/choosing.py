@@ -1,0 +1,113 @@
+"""Searches that learn a relaxed choice per field on held-out rows: their options, task and stage."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
+
+import torch
+
+from embsearch_dist.config.sections import TrainConfig
+from embsearch_dist.data.load.batch import Batch
+from embsearch_dist.methods.allocating import BudgetOptions
+from embsearch_dist.methods.gated import task as gated
+from embsearch_dist.methods.gated.model import GatedModel
+from embsearch_dist.methods.gated.relaxed import Choice, RelaxConfig, step_noise
+from embsearch_dist.methods.gated.task import OuterConfig
+from embsearch_dist.methods.stages import Stage
+from embsearch_dist.run import Run
+from embsearch_dist.train.monitor import Monitor
+
+STAGE = "choice"
+PICTURES = 40  # of the probabilities over a whole training
+
+
+@dataclass
+class ChoiceOptions(BudgetOptions):
+    """Budgets, the training of the search, when held-out rows train the choice, and how it is relaxed."""
+
+    training: TrainConfig = field(default_factory=lambda: TrainConfig(batch_size=2048, epochs=8, patience=0))
+    outer: OuterConfig = field(default_factory=lambda: OuterConfig(pretrain_epochs=0.0, every=10))
+    relax: RelaxConfig = field(default_factory=RelaxConfig)
+
+
+class ChoiceTask(gated.GatedTask):
+    """A gated task whose selector is a :class:`embsearch_dist.methods.gated.relaxed.Choice` of T candidates a field.
+
+    Ordinary batches train tables and head under the relaxed choice, noise included; held-out ones its logits. At
+    inference there is no noise, and the temperature is that of the last ordinary step.
+
+    Args:
+        names: of the candidates, for pictures.
+        own: the method's settings that the result depends on.
+    """
+
+    def __init__(self, run: Run, model: GatedModel, names: list[str], own: dict[str, Any], training: bool) -> None:
+        search: ChoiceOptions = run.config.search
+        own = own | {f"search.relax.{k}": v for k, v in dataclasses.asdict(search.relax).items()}
+        super().__init__(run, model, search.outer, search.training if training else None, own)
+        self.relax, self.names = search.relax, names
+
+    @abstractmethod
+    def weigh(self, u: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """``u [B, F, d]`` under the candidates' ``weights [F, T]``: ``[B, F, d]``."""
+
+    def select(self, u: torch.Tensor, batch: Batch, step: int) -> torch.Tensor:
+        return self.weigh(u, self.model.bare_selector(*self._arguments(step, 0)))
+
+    def select_outer(self, u: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.weigh(u, self.model.selector(*self._arguments(step, 1))), None
+
+    def select_final(self, u: torch.Tensor) -> torch.Tensor:
+        return self.weigh(u, self.model.bare_selector(self.relax.temperature(self.steps - self.warmup)))
+
+    @property
+    def _choice(self) -> Choice:
+        return cast(Choice, self.model.bare_selector)
+
+    def _arguments(self, step: int, stream: int) -> tuple[float, torch.Tensor | None]:
+        noise = step_noise(self.relax, self._choice.logits, self.run.config.run.seed, step, stream)
+        return self.relax.temperature(step - self.warmup), noise
+
+    def log_probabilities(self) -> torch.Tensor:
+        """``[F, T]`` float64 on the CPU."""
+        return torch.log_softmax(self._choice.logits.detach().double(), 1).cpu()
+
+    def after_step(self, step: int, monitor: Monitor) -> None:
+        super().after_step(step, monitor)
+        outer = self.outer.every
+        every = outer * max(1, (self.total - self.warmup) // (outer * PICTURES))
+        if step > self.warmup and (step - self.warmup) % every == 0:
+            shown = self.log_probabilities().exp()
+            monitor.heatmap(step, "probabilities", shown.numpy(), self.run.schema.names, self.names)
+
+
+class ChoiceStage(Stage):
+    """Trains model and choice; the checkpoints are under ``checkpoints/choice``, and the last one is the result."""
+
+    name = STAGE
+    own: ClassVar[tuple[str, ...]] = ()
+    """Keys of the ``search`` section that the result depends on, beside those of :class:`ChoiceOptions`."""
+
+    @abstractmethod
+    def task(self, run: Run, training: bool) -> ChoiceTask:
+        """``training``: False for a model that is only read."""
+
+    def inputs(self, run: Run) -> dict[str, Any]:
+        search = run.config.search
+        own = {f"search.{k}": getattr(search, k) for k in (*self.own, "outer", "relax")}
+        return gated.inputs_of(run, search.training, own)
+
+    def run(self, run: Run) -> None:
+        task = self.task(run, training=True)
+        search: ChoiceOptions = run.config.search
+        line = f"choice: {len(run.schema.fields)} fields x {', '.join(task.names)}, {run.context.world_size} rank(s)"
+        gated.train(run, self.name, task, search.training, [line])
+
+    def learned(self, run: Run) -> torch.Tensor:
+        """Log-probabilities ``[F, T]`` of the finished stage."""
+        task = self.task(run, training=False)
+        gated.load(run, self.name, task, best=False)
+        return task.log_probabilities()

@@ -1,0 +1,115 @@
+"""Saliency of the columns of the widest model, the widths that a budget buys of them, and both as a method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from embsearch_dist.config.options import option
+from embsearch_dist.methods.allocating import AllocateStage, BudgetOptions, Chosen, Finder, budgets_of
+from embsearch_dist.methods.base import Method
+from embsearch_dist.methods.budget import Budget
+from embsearch_dist.methods.columns import best_columns, best_columns_under, check_one_column, cost_of
+from embsearch_dist.methods.stages import Stage
+from embsearch_dist.methods.truncated import TruncatedModel, columns_by
+from embsearch_dist.methods.widest import (
+    Moments,
+    Sample,
+    WidestStage,
+    first_rows,
+    head_gradients,
+    load_widest,
+    random_rows,
+    sample_of,
+)
+from embsearch_dist.models.model import SubnetModel
+from embsearch_dist.ranks.context import Context
+from embsearch_dist.run import Run
+from embsearch_dist.train.monitor import Monitor
+
+ORDERS = ("saliency", "density")
+
+
+@dataclass
+class SSEDSConfig(BudgetOptions):
+    """SSEDS: the columns of a trained model whose closing would change the loss most, by one backward pass a batch."""
+
+    width: int = option(32, "width of every field of the model that is trained and cut down", low=1)
+    batch_size: int = option(2048, "rows of a batch of which the gradient is taken, at most", low=1)
+    batches: int = option(16, "batches whose saliencies are averaged; 1 as published", low=1)
+    order: str = option(
+        "saliency",
+        "columns by saliency, as published | by saliency over values of the field (density)",
+        choices=ORDERS,
+    )
+    keep: float = option(0.9, "without a budget: share of the summed saliency that is kept", above=0, high=1)
+    rows: int = option(50_000, "validation rows drawn for the figures shown", low=1)
+
+    @property
+    def candidates(self) -> list[int]:
+        """All widths that a choice of columns can give."""
+        return list(range(self.width + 1))
+
+
+def saliencies(model: SubnetModel, samples: Iterable[Sample], context: Context) -> torch.Tensor:
+    """``[F, w]`` float64: mean over batches of ``|dL_b / d alpha|``, L_b the mean loss of a batch's rows on all ranks.
+
+    Args:
+        samples: this rank's share of each batch; the same number of batches on every rank.
+    """
+    total, count = torch.zeros(1), 0
+    for sample in samples:
+        g = head_gradients(model, sample, lambda z, y: binary_cross_entropy_with_logits(z, y, reduction="sum"))
+        of_mask = (g * sample.x).sum(1, dtype=torch.float64)
+        rows = torch.full((1, 1), float(len(sample.label)), dtype=torch.float64, device=of_mask.device)
+        total = total.to(of_mask) + (context.sum(of_mask) / context.sum(rows)).abs()
+        count += 1
+    return (total / count).cpu()
+
+
+class SaliencyStage(AllocateStage):
+    """Take the gradients, order the columns, and cut for each budget."""
+
+    name = "saliency"
+
+    def finder(self, run: Run, monitor: Monitor) -> Finder:
+        search: SSEDSConfig = run.config.search
+        model, context, extra = load_widest(run).model, run.context, run.config.model.extra
+        count = search.batch_size * search.batches
+        stream = random_rows(run, "train", count, run.config.run.seed * 7919, search.batch_size)
+        samples = (Sample.of(model, iter([batch]), context.device) for batch in first_rows(stream, count))
+        scores = saliencies(model, samples, context)
+        columns = [str(k) for k in range(search.width)]
+        monitor.heatmap(0, "saliency", (scores / scores.max().clamp(min=1e-300)).numpy(), run.schema.names, columns)
+        if search.order == "density":
+            scores = scores / torch.tensor(run.schema.cardinalities, dtype=scores.dtype)[:, None]
+        shown = sample_of(run, model, "validation", search.rows)
+        moments = Moments(len(scores), search.width, context.device)
+        moments.add(shown.x)
+        bases = columns_by(scores.to(context.device), moments.sum(context).mean)
+        truncated = TruncatedModel(model, shown, bases, context)
+
+        def find(budget: Budget | None) -> Chosen:
+            if budget:
+                widths, kept = best_columns_under(scores, cost_of(run.schema, budget.resource, extra), budget.limit)
+            else:
+                widths, kept = best_columns(scores, search.keep), search.keep
+            return Chosen(widths, {"order": search.order, "kept": round(kept, 6)}, truncated.metrics(widths))
+
+        return find
+
+
+class SSEDS(Method):
+    """Single-shot embedding dimension search (Qu et al. 2022)."""
+
+    config = SSEDSConfig
+    trial = {"search": {"width": 4, "pareto": ["60%"], "rows": 300, "batches": 4, "batch_size": 128}}
+
+    def stages(self) -> list[Stage]:
+        return [WidestStage(), SaliencyStage()]
+
+    def check(self, run: Run) -> None:
+        check_one_column(budgets_of(run), run.schema, run.config.model.extra)
