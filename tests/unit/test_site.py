@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -63,6 +64,14 @@ def test_links_of_the_site_lead_to_files_of_the_site(site: Path) -> None:
 def test_a_script_in_percent_cells_becomes_a_page() -> None:
     page = stage.percent_to_markdown(SCRIPT)
     assert page == "# A title\n\nProse with `code`.\n\n```python\nimport math\n\nprint(math.pi)\n```\n\nThe end.\n"
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / stage.TUTORIALS).glob("*.py")), ids=lambda path: path.stem)
+def test_a_tutorials_page_has_all_of_its_code(script: Path, site: Path) -> None:
+    page = (site / stage.TUTORIALS / f"{script.stem}.md").read_text()
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
+    assert page.startswith("# ") and "\n## " in page
+    assert ast.unparse(ast.parse(code).body) == ast.unparse(ast.parse(script.read_text()).body[1:])  # but the docstring
 
 
 def test_the_api_page_names_what_the_package_offers(site: Path) -> None:
