@@ -23,7 +23,7 @@ from tools.site.links import ROOT, links, pages
 TUTORIALS = "examples"
 # What a newcomer needs first comes first. A page of docs/ that stands nowhere here is put under MORE.
 ORDER: dict[str, list[str]] = {
-    "Start": ["README.md", "docs/running.md", "docs/config.md"],
+    "Start": ["README.md", "docs/searches.md", "docs/running.md", "docs/config.md"],
     "Tutorials": [],
     "Data": ["docs/your_data.md", "docs/data.md", "docs/ids.md", "docs/object_stores.md"],
     "Methods": ["docs/adass.md", "docs/utilities.md", "docs/width_table.md", "docs/ihas.md", "docs/nasrec.md"],
