@@ -17,7 +17,7 @@ import pytest
 from embsearch_dist import doctor
 
 TIERS = {"unit", "distributed", "launch", "pretend", "cluster", "gpu", "slow"}
-SCRIPTS = ("tools/setup.sh", "tools/test.sh", "tools/demo.sh", ".ci/run")
+SCRIPTS = ("tools/setup.sh", "tools/test.sh", "tools/demo.sh", "tools/site.sh", ".ci/run")
 PIP_NAME = {"yaml": "pyyaml", "sklearn": "scikit-learn", "fbgemm_gpu": "fbgemm-gpu"}
 
 
@@ -86,6 +86,12 @@ def test_pins_are_within_the_ranges_of_setup(repo_root: Path, setup_call: dict, 
             assert requirement.specifier.contains(found[normal(requirement.name)]), line
     # pip would follow torchrec to the CUDA build
     assert not any(line.startswith("torchrec") for line in extras["cpu" + suffix])
+
+
+def test_a_package_has_one_version_in_all_files(repo_root: Path) -> None:
+    ours = {name: pins(repo_root / "requirements" / f"{name}.txt") for name in ("common", "test", "docs")}
+    for name, version in ours["docs"].items():
+        assert {ours[other].get(name, version) for other in ("common", "test")} == {version}, name
 
 
 def test_setup_admits_only_what_is_tested(setup_call: dict) -> None:
