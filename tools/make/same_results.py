@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import yaml
 
+from embsearch_dist.grouped import GROUPS
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.trial import merged
 from tools.breaking.bases import RUN, prepare_words, write_clicks
@@ -33,6 +34,7 @@ from tools.breaking.bases import RUN, prepare_words, write_clicks
 ROOT = Path(__file__).resolve().parents[2]
 TIMED = re.compile(r"seconds|_per_s$|time|memory_mb|sha256|^lines$|^ms$|_ms_|_ms$|created")
 """Keys of records whose values two equal runs do not share."""
+SHOWN = 40
 
 
 def main() -> int:
@@ -68,7 +70,8 @@ def chain_of(method: str, tree: Path, folder: Path) -> None:
     if METHODS[method].result:
         start(tree, folder, "retrain.py", "--run", "run")
         start(tree, folder, "retrain.py", "--run", "run", "--allocation", "ues-4")
-        for result in sorted((folder / "run" / "retrain").iterdir()):
+        trained = {p.parent for name in ("allocation.json", GROUPS) for p in folder.glob(f"run/retrain/*/{name}")}
+        for result in sorted(trained):
             start(tree, folder, "evaluate.py", "--run", f"run/retrain/{result.name}", "--split", "validation")
     print(f"{method}: done", flush=True)
 
@@ -96,13 +99,18 @@ def start(tree: Path, folder: Path, script: str, *words: str) -> None:
 
 def compare(before: Path, after: Path) -> list[str]:
     """Names of the files that differ or that one side lacks; they are printed, with how many are equal."""
+    for folder in (before, after):
+        if not folder.is_dir():
+            raise SystemExit(f"{folder}: there is no such folder. Make it with the command write")
     old, new = _files(before), _files(after)
     differing = [f"only in {before}: {n}" for n in sorted(old.keys() - new.keys())]
     differing += [f"only in {after}: {n}" for n in sorted(new.keys() - old.keys())]
     shared = sorted(old.keys() & new.keys())
     differing += [f"differs: {n}" for n in shared if not same(old[n], new[n])]
-    for line in differing:
+    for line in differing[:SHOWN]:
         print(line)
+    if len(differing) > SHOWN:
+        print(f"and {len(differing) - SHOWN} more")
     print(f"{len(shared) - sum(d.startswith('differs') for d in differing)} of {len(shared)} files are equal")
     return differing
 
