@@ -18,7 +18,7 @@ from embsearch_dist.methods.budget import parse_budget, total_cost
 from embsearch_dist.methods.stages import check_stages, run_stages
 from embsearch_dist.methods.truncated import Changes, TruncatedModel, as_stored, principal
 from embsearch_dist.methods.utilities.config import UtilitiesConfig
-from embsearch_dist.methods.utilities.search_stage import Searcher, choose, supported
+from embsearch_dist.methods.utilities.search_stage import Searcher, choose, spend, supported
 from embsearch_dist.methods.widest import Moments, Sample
 from embsearch_dist.report import write_report
 from tests.factories import one_rank, open_run, prepared, small_config
@@ -136,6 +136,36 @@ def test_the_best_affordable_choice_is_taken_and_of_equals_the_cheapest() -> Non
 def test_not_every_field_is_dropped_even_where_nothing_helps() -> None:
     costs = torch.tensor([[0, 5], [0, 2]], dtype=torch.float64)
     assert choose(torch.zeros(2, 2, dtype=torch.float64), costs, 3) == [0, 1]
+
+
+def test_what_a_budget_leaves_goes_to_kept_fields_by_what_training_saves() -> None:
+    costs = torch.tensor([[0, 10, 20, 40]] * 4, dtype=torch.float64)
+    more = torch.tensor(
+        [
+            [0.5, 0.0, -0.02, -0.03],  # kept at its narrowest: training saves most by the first step
+            [0.5, 0.1, 0.0, -0.01],
+            [0.0, -0.5, -0.6, -0.7],  # dropped: it stays so, whatever training would save
+            [0.5, 0.0, 0.01, 0.02],  # wider is worse in training, too: nothing is paid for it
+        ],
+        dtype=torch.float64,
+    )
+    around = Changes(0.6, 100, more, torch.zeros(4, 4, 4, dtype=torch.float64))
+    chosen, widths = [1, 2, 0, 1], [0, 2, 4, 8]
+    assert spend(chosen, around, widths, costs, 40) == chosen
+    assert spend(chosen, around, widths, costs, 59) == [2, 2, 0, 1]
+    assert spend(chosen, around, widths, costs, 90) == [3, 3, 0, 1]
+    for limit in range(40, 110):
+        found = spend(chosen, around, widths, costs, limit)
+        assert total_cost(found, costs) <= limit and all(a >= b for a, b in zip(found, chosen, strict=True))
+
+
+def test_a_search_with_a_budget_spends_more_of_it_than_evidence_asks_for(planted: Searcher) -> None:
+    budget = parse_budget(str(sum(30 * w for w in PLANTED) + 400), SCHEMA)
+    assert planted.ranks(planted.find(budget)) == PLANTED
+    spending = replace(planted, trained=planted.model)
+    found = spending.ranks(spending.find(budget))
+    assert all(a >= b for a, b in zip(found, PLANTED, strict=True)) and 30 * sum(found) <= budget.limit
+    assert spending.ranks(spending.find(None)) == PLANTED
 
 
 def search(data: Path, folder: Path, *overrides: str) -> Allocation:

@@ -29,6 +29,10 @@ class UtilitiesConfig:
     evidence: float = option(1.0, "a wider candidate counts if it gains more than this many standard errors", low=0)
     rows: int = option(100_000, "validation rows that are measured, drawn from the whole split", low=1)
     basis_rows: int = option(50_000, "training rows that the directions are taken from", low=1)
+    spend: bool = option(
+        True,
+        "what a budget leaves goes to kept fields, by what wider candidates save on training rows; false = it is left",
+    )
     rounds: int = option(3, "allocations that are measured for a budget, each found from the ones before", low=1)
     seed: int = option(0, "seed of the drawn rows, beside run.seed, which the training shares", low=0)
     budget: str = option("", BUDGET_HELP)

@@ -76,6 +76,36 @@ def choose(worth: torch.Tensor, costs: torch.Tensor, limit: float | None) -> lis
     return choice
 
 
+def spend(
+    choice: Sequence[int], changes: Changes, widths: Sequence[int], costs: torch.Tensor, limit: float
+) -> list[int]:
+    """What ``choice`` leaves of a budget, spent on wider candidates of kept fields by what they save on training rows.
+
+    Validation rows cannot speak for everything: where most of them are of users that training never met, no width of
+    the users' table shows there. Who names a budget is ready to pay it, so what no evidence asks for goes to what
+    training itself could use. Dropped fields stay dropped.
+
+    Args:
+        choice: candidates that evidence asks for.
+        changes: around ``choice``, on training rows.
+        widths: of the candidates.
+        costs: ``[F, T]``, rising along T.
+    """
+    worth = torch.full(costs.shape, -torch.inf, dtype=torch.float64)
+    for f, j in enumerate(choice):
+        stop = len(widths) if widths[j] else j + 1
+        worth[f, j:stop] = (-changes.more[f, j:stop]).cummax(0).values
+    top = float(worth.max())
+    if top <= LEAST_GAIN:
+        return list(choice)
+    found = knapsack(worth * (SCALE / top), costs, limit)
+    for f, j in enumerate(found):
+        while j > choice[f] and worth[f, j - 1] >= worth[f, j]:
+            j -= 1
+        found[f] = j
+    return found
+
+
 @dataclass(frozen=True)
 class Option:
     """What a field's table may be: its width, and the precision it is served at; "" where that is not searched."""
@@ -101,6 +131,7 @@ class Searcher:
     """Searches of one widest model; budgets share what was measured.
 
     ``salient``: see :meth:`TruncatedModel.saliency`, None to measure losses; ``held``: see :func:`supported`;
+    ``trained``: the model on training rows, None where nothing is spent by them;
     ``extra``: columns of a kept field's table beside its width (``ModelConfig.extra``); ``tick``: see
     :meth:`TruncatedModel.changes`.
     """
@@ -110,6 +141,7 @@ class Searcher:
     model: TruncatedModel
     salient: torch.Tensor | None = None
     held: torch.Tensor | None = None
+    trained: TruncatedModel | None = None
     extra: int = 0
     measured: dict[tuple[int, ...], Changes] = field(default_factory=dict)
     tick: Callable[[int], None] = lambda rows: None
@@ -154,7 +186,16 @@ class Searcher:
             if len(tried) == self.config.rounds:
                 break
             choice = self._choose(worths, costs, limit)
-        return min(tried, key=lambda c: (self.around(c).loss, total_cost(c, costs)))
+        best = min(tried, key=lambda c: (self.around(c).loss, total_cost(c, costs)))
+        return best if limit is None else self._spent(best, costs, limit)
+
+    def _spent(self, choice: list[int], costs: torch.Tensor, limit: float) -> list[int]:
+        """With what the budget leaves; see :func:`spend`."""
+        if self.trained is None:
+            return choice
+        changes = self.trained.changes(choice, self.widths, self.precisions)
+        context = self.model.context
+        return context.share(spend(choice, changes, self.widths, costs, limit) if context.rank == 0 else [])
 
     def _choose(self, worths: list[torch.Tensor], costs: torch.Tensor, limit: float | None) -> list[int]:
         # One rank decides: all have the same figures, but perhaps not the same solver, and must measure the same.
@@ -198,8 +239,10 @@ def make_searcher(run: Run[UtilitiesConfig]) -> Searcher:
     truncated = TruncatedModel(model, sample_of(run, model, "validation", config.rows, config.seed), bases, context)
     if config.utility == "saliency":
         return Searcher(run.schema, config, truncated, truncated.saliency(model), extra=run.config.model.extra)
-    held = held_by_training(TruncatedModel(model, basis, bases, context), config) if not config.candidates[0] else None
-    return Searcher(run.schema, config, truncated, None, held, run.config.model.extra)
+    trained = TruncatedModel(model, basis, bases, context)
+    held = None if config.candidates[0] else held_by_training(trained, config)
+    spending = trained if config.spend else None
+    return Searcher(run.schema, config, truncated, None, held, spending, run.config.model.extra)
 
 
 def held_by_training(model: TruncatedModel, config: UtilitiesConfig) -> torch.Tensor:
