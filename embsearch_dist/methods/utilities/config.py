@@ -32,6 +32,7 @@ class UtilitiesConfig:
     spend: bool = option(
         True,
         "what a budget leaves goes to kept fields, by what wider candidates save on training rows; false = it is left",
+        before=False,
     )
     rounds: int = option(3, "allocations that are measured for a budget, each found from the ones before", low=1)
     seed: int = option(0, "seed of the drawn rows, beside run.seed, which the training shares", low=0)
