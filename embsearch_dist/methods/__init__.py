@@ -14,11 +14,13 @@ from embsearch_dist.methods.random.method import Random
 from embsearch_dist.methods.sseds.method import SSEDS
 from embsearch_dist.methods.truncation.method import Truncation
 from embsearch_dist.methods.ues import UES
+from embsearch_dist.methods.utilities.auto import Auto
 from embsearch_dist.methods.utilities.method import Utilities
 
 METHODS: dict[str, type[Method]] = {
     "adafs": AdaFS,
     "adass": AdaSS,
+    "auto": Auto,
     "autodim": AutoDim,
     "autofield": AutoField,
     "ihas": IHAS,

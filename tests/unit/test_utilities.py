@@ -13,8 +13,10 @@ import torch
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
+from embsearch_dist.files import read_sealed
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.budget import parse_budget, total_cost
+from embsearch_dist.methods.fallback import widest_within
 from embsearch_dist.methods.stages import check_stages, run_stages
 from embsearch_dist.methods.truncated import Changes, TruncatedModel, as_stored, principal
 from embsearch_dist.methods.utilities.config import UtilitiesConfig
@@ -22,6 +24,7 @@ from embsearch_dist.methods.utilities.search_stage import Searcher, choose, spen
 from embsearch_dist.methods.widest import Moments, Sample
 from embsearch_dist.report import write_report
 from tests.factories import one_rank, open_run, prepared, small_config
+from tests.method_contract import Case
 from tests.planted import PLANTED, SCHEMA, planted_model
 
 WIDTHS = [0, 1, 2, 4, 8]
@@ -198,6 +201,16 @@ def test_a_search_trains_once_and_leaves_what_reports_read(
     for override, key in (("search.width=16", "search.width was 8, now 16"), ("optim.dense_lr=0.5", "optim.dense_lr")):
         with pytest.raises(UserError, match=f"stage 'widest' made with other settings: {key}"):
             search(data, tmp_path, override)
+
+
+def test_auto_trains_the_uniform_width_of_the_budget_too_and_says_which_one_to_use(data: Path, tmp_path: Path) -> None:
+    case = Case("auto", str(data))
+    run = case.search(tmp_path, one_rank())
+    figures = case.retrain(run.dir, one_rank())
+    final = read_sealed(run.dir / "final.json")
+    assert sorted(figures) == ["auto", f"ues-{widest_within(Allocation.load(run.dir / 'allocation.json', run.schema))}"]
+    assert final["name"] in figures and "validation" in final["reason"]
+    assert list(case.retrain(run.dir, one_rank(), allocation="ues-2")) == ["ues-2"]
 
 
 def test_candidates_beyond_the_trained_width_are_refused() -> None:

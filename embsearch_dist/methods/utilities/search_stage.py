@@ -286,7 +286,7 @@ class UtilitiesStage(Stage[UtilitiesConfig]):
         ranks, precisions = searcher.ranks(choice), searcher.precisions_of(choice)
         metrics = searcher.model.metrics(ranks, [precisions.get(n, "") for n in run.schema.names])
         provenance: dict[str, object] = {
-            "method": "utilities",
+            "method": run.config.method,
             "name": name,
             "seed": run.config.run.seed,
             "search_seed": searcher.config.seed,

@@ -1,0 +1,35 @@
+"""The method to begin with: width utilities under a budget, and the uniform width in their place where it is better.
+
+A search can lose: on data that it has not been tried on, with a model it was not made for. So ``retrain.py`` trains the
+widest uniform width that fits the same budget beside what was found, compares both on the validation split, and says in
+``final.json`` which one is to be used and why: the better one by more than a standard error, of two that are level the
+smaller one (:func:`embsearch_dist.methods.fallback.choose`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from embsearch_dist.config.options import option
+from embsearch_dist.methods.retraining import Results, Retraining
+from embsearch_dist.methods.utilities.config import UtilitiesConfig
+from embsearch_dist.methods.utilities.method import Utilities
+
+
+@dataclass
+class AutoConfig(UtilitiesConfig):
+    """Width utilities, trained beside the uniform width of the same budget; the better of both is the result."""
+
+    name: str = option("auto", "name of this search's result among the allocations of the run directory")
+
+
+class Auto(Utilities):
+    """Width utilities that fall back to a uniform width."""
+
+    config = AutoConfig
+
+    def retrain(self, job: Retraining) -> Results:
+        wish = job.wish
+        if not (wish.allocation or job.run.config.model.allocation or wish.best):
+            job = replace(job, wish=replace(wish, or_uniform=True))
+        return super().retrain(job)
