@@ -20,7 +20,6 @@ import torch.distributed as dist
 
 from embsearch_dist import running
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config.options import one_of
 from embsearch_dist.config.read import load_config
 from embsearch_dist.config.sections import Config, DistConfig, RunConfig
 from embsearch_dist.data.load.batch import Batch
@@ -195,7 +194,8 @@ def evaluate(
         UserError: nothing is trained there, or the data do not fit.
     """
     home = Path(directory)
-    one_of("split", split, SPLITS)
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}. Use one of {', '.join(SPLITS)}")
     check_text(home / "config.yaml")
     words = [*kept_network(home), *_data_words(data), f"run.dir={home}"]
     config: Config = load_config(CONFIGS, home / "config.yaml", words)

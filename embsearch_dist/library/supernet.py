@@ -91,9 +91,9 @@ class Supernet(nn.Module):
         A table that may be dropped is, by the sampler's keep probability, or where candidate 0 is drawn.
 
         Args:
-            rank: of ranks that are to draw each for themselves; without it all draw alike.
+            rank: of this process, where each is to draw for itself (``sampling={"same_subnet": False}``).
         """
-        choice, keep = self.sampler.draw(step, rank if not self.sampler.config.same_subnet else 0)
+        choice, keep = self.sampler.draw(step, rank)
         widths = torch.tensor(self.own.candidates)[choice]
         if self.own.candidates[0] == 0:
             widths = widths * (keep | ~self.own.allowed[:, 0])

@@ -69,7 +69,7 @@ def search_widths(
     config = AdassConfig(candidates=own.candidates, policy=_policy(policy or {}, labels is not None))
     limit = _budget(budget, own)
     asked = Asked(score, own, labels)
-    searcher = Searcher(own.schema, config, asked, own.allowed)  # type: ignore[arg-type]
+    searcher = Searcher(own.schema, config, asked, own.allowed)  # type: ignore[arg-type]  # it answers alike
     found = searcher.find(seed, limit)
     told: dict[str, object] = {"method": "search_widths", "name": name, "seed": seed, "scored": len(asked.archive)}
     told |= {"budget": budget} if budget else {}

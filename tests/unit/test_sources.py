@@ -148,7 +148,24 @@ def test_raw_values_get_ids_by_the_training_rows_alone() -> None:
     assert common.schema.cardinalities == [2, 2]
 
 
+def test_categories_lists_of_one_length_and_columns_of_gaps_are_raw_values_too() -> None:
+    rows = pl.DataFrame(
+        {
+            "kind": pl.Series(["b", "a", "b"], dtype=pl.Categorical),
+            "gap": pl.Series([None, None, None], dtype=pl.String),
+            "pair": pl.Series(np.array([[7, 8], [8, 8], [9, 7]])),
+            "label": [0, 1, 0],
+        }
+    )
+    own = es.ArraySource(["kind", "gap", "pair"], {"train": rows, "validation": rows, "test": rows}, raw=True)
+    (batch,) = es.open_data(own).batches("train")
+    ids = {n: batch.sparse[n].values().tolist() for n in own.schema.names}
+    assert ids == {"kind": [1, 2, 1], "gap": [0, 0, 0], "pair": [2, 1, 1, 1, 3, 2]}
+
+
 def test_another_row_is_another_fingerprint() -> None:
+    narrow = {**frame(), "user": frame()["user"].astype(np.uint8)}
+    assert source(train=narrow).fingerprint == source().fingerprint
     changed = frame()
     changed["user"] = changed["user"].copy()
     changed["user"][5] += 1

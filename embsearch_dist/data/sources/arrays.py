@@ -85,7 +85,7 @@ class ArraySource:
 
     def encode(self, table: Any) -> pl.DataFrame:
         """Other raw rows as this source has them, for a model that was trained on it: ids and standardised numbers."""
-        frame = _with_lists(frame_of(table))
+        frame = _plain(frame_of(table))
         missing = [n for n in [*self.vocabulary, *self._scale] if n not in frame.columns]
         if missing:
             raise UserError(f"data source: column {missing[0]!r} is missing")
@@ -110,7 +110,7 @@ class ArraySource:
             raise UserError(f"data source, split {split!r}: column {missing[0]!r} is missing")
         if LABEL in columns and self._label != LABEL:
             raise UserError(f"data source: a column called {LABEL!r} beside the label {self._label!r}. Rename it")
-        return _with_lists(frame.select(list(dict.fromkeys(columns))))
+        return _plain(frame.select(list(dict.fromkeys(columns))))
 
     def _learn(self, train: pl.DataFrame) -> None:
         """Vocabularies and scales of the training rows; the most frequent value first, of equals the lesser."""
@@ -141,6 +141,8 @@ class ArraySource:
         new = pl.int_range(1, len(known) + 1, dtype=pl.Int32, eager=True)
 
         def of(values: pl.Expr) -> pl.Expr:
+            if not len(known):  # nothing but gaps in training
+                return values.is_null().cast(pl.Int32) * 0
             values = values.cast(known.dtype, strict=False)
             return values.replace_strict(known, new, default=0, return_dtype=pl.Int32).fill_null(0)
 
@@ -170,6 +172,7 @@ class ArraySource:
                 if isinstance(column.dtype, pl.List):
                     found.update(column.list.len().fill_null(0).to_numpy().tobytes())
                 flat = _flat(column)
+                flat = flat.cast(pl.Int64) if flat.dtype.is_integer() else flat  # the same ids in any type
                 found.update(str(flat.dtype).encode() + flat.to_numpy().tobytes())
         for name, values in self.vocabulary.items():
             found.update(name.encode() + "\0".join(map(str, values.to_list())).encode())
@@ -184,7 +187,8 @@ def _flat(column: pl.Series) -> pl.Series:
     return column.filter(column.list.len() > 0).explode()
 
 
-def _with_lists(frame: pl.DataFrame) -> pl.DataFrame:
-    """Arrays of one length a row (two-dimensional ones of numpy) are lists, too."""
+def _plain(frame: pl.DataFrame) -> pl.DataFrame:
+    """Arrays of one length a row (two-dimensional ones of numpy) are lists, too, and categories are their texts."""
     arrays = [n for n, kind in frame.schema.items() if isinstance(kind, pl.Array)]
-    return frame.with_columns(pl.col(arrays).arr.to_list()) if arrays else frame
+    texts = [n for n, kind in frame.schema.items() if isinstance(kind, pl.Categorical | pl.Enum)]
+    return frame.with_columns(*(pl.col(n).arr.to_list() for n in arrays), *(pl.col(n).cast(pl.String) for n in texts))
