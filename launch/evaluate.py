@@ -47,9 +47,9 @@ from embsearch_dist.run import Run, open_data
 from embsearch_dist.rundir import hold
 from embsearch_dist.schema import SPLITS, Schema, differs
 from embsearch_dist.stores.mirroring import mirroring
+from embsearch_dist.train.evaluation import result_name
 from embsearch_dist.train.figures import Other, Wanted, resamples_of
 from embsearch_dist.train.metrics import check_group
-from embsearch_dist.train.retrain import result_name
 from launch.common import known_options, read_run_config, run_main
 
 

@@ -244,7 +244,7 @@ def retrain_one(
     validation = run.stream("validation", config.train.eval_batch_size, shuffle=False)
     test = run.stream("test", config.train.eval_batch_size, shuffle=False)
     task = retrain(config, allocation, training, validation, context, directory, start=start)
-    result = evaluate_model(task, test, "test", context, config, name, allocation)
+    result = evaluate_model(task, test, context, config, name, allocation)
     result |= as_served(task, allocation, test, "test", run)
     result |= {} if start is None else {"start": start.facts()}
     context.first("writing evaluation.json", lambda: write_sealed(directory / "evaluation.json", result))
@@ -270,7 +270,7 @@ def evaluate_single(
         UserError: nothing is trained there, or a file is damaged.
     """
     task, allocation, stream = _open_single(run, directory, split)
-    result = evaluate_model(task, stream, split, run.context, run.config, directory.name, allocation, wanted)
+    result = evaluate_model(task, stream, run.context, run.config, directory.name, allocation, wanted)
     result |= as_served(task, allocation, stream, split, run, precision)
     if begun := read_record(directory):
         result["start"] = {key: begun[key] for key in begun if key not in ("fields", "dense", "validation")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +21,10 @@ from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.networks.network import ArchitectureNetwork
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.train.checkpoint import Checkpointer
+from embsearch_dist.train.evaluation import Evaluation, rows_left_out
 from embsearch_dist.train.figures import Wanted, told
 from embsearch_dist.train.lines import lines_of
-from embsearch_dist.train.metrics import area_of, evaluate, figures, predictions, shown
+from embsearch_dist.train.metrics import evaluate, figures, predictions, shown
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.trainer import Trainer
 from embsearch_dist.warm.ids import Data
@@ -149,7 +149,6 @@ def load_best(config: Config, allocation: Allocation, context: Context, director
 def evaluate_model(
     task: SubnetTask,
     stream: BatchStream,
-    split: str,
     context: Context,
     config: Config,
     name: str,
@@ -166,31 +165,14 @@ def evaluate_model(
     found = predictions(task.predict, stream.epoch(0), context, wanted.group)
     seconds = time.monotonic() - started
     metrics = figures(found)
-    return {
-        "name": result_name(name),
-        "seed": config.run.seed,
-        "split": split,
-        "rows": int(metrics["rows"]),
-        **area_of(metrics, split),
-        "logloss": metrics["logloss"],
-        "embedding_parameters": allocation.total("parameters"),
-        "embedding_bytes": allocation.total("bytes"),
-        "dense_parameters": task.model.dense_count(),
-        "flops_per_sample": task.model.flops_per_sample(),
-        "inference_rows_per_s": metrics["rows"] / seconds,
-        "widths": allocation.widths,
-        "backbone": config.model.backbone,
-        **({"data": allocation.schema.data} if allocation.schema.data else {}),
-        **rows_left_out(stream),
-        **told(metrics, found, wanted, context),
-    }
-
-
-def result_name(name: str) -> str:
-    """The name of a sub-run's directory without its ``-seedN``, so that seeds are averaged."""
-    return re.sub(r"-seed\d+$", "", name)
-
-
-def rows_left_out(stream: BatchStream) -> dict[str, int]:
-    """For the record of a result: how many rows it has not seen; nothing when it has seen all."""
-    return {"rows_left_out": stream.rows_left_out} if stream.left_out else {}
+    measured = Evaluation(
+        metrics,
+        seconds,
+        allocation.total("parameters"),
+        allocation.total("bytes"),
+        task.model.dense_count(),
+        task.model.flops_per_sample(),
+        {"widths": allocation.widths},
+        told(metrics, found, wanted, context),
+    )
+    return measured.body(name, stream, config)

@@ -93,7 +93,7 @@ def test_one_rank_measures_what_two_have_trained(searched: tuple[Path, Any, Any]
     config = small_config(data, folder, *SEARCH, method="adafs")
     run = open_run(config, one_rank())
     stream = run.stream("test", 200, shuffle=False)
-    found = evaluate_gated(load_searched(run), stream, "test", run.context, config, "adafs-soft")
+    found = evaluate_gated(load_searched(run), stream, run.context, config, "adafs-soft")
     before = json.loads((folder / "retrain" / "adafs-soft" / "evaluation.json").read_text())
     # Batches of other sizes may be added up in another order; of 400 rows a pair that changes places is 2.5e-5.
     assert found["auc"] == pytest.approx(before["auc"], abs=1e-4)

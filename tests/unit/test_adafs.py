@@ -275,7 +275,7 @@ def test_stages_leave_the_result_of_the_best_weights_since_the_controller_set_in
     assert json.loads((tmp_path / "checkpoints" / STAGE / "best.json").read_text())["step"] == best
     task = load_searched(run)
     stream = run.stream("validation", 200, shuffle=False)
-    again = evaluate_gated(task, stream, "validation", run.context, run.config, "x-seed3")
+    again = evaluate_gated(task, stream, run.context, run.config, "x-seed3")
     assert (again["auc"], again["name"], again["split"]) == (curve[best], "x", "validation")
 
     folder = tmp_path / "retrain" / f"adafs-{mode}"

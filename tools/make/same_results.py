@@ -29,6 +29,7 @@ import yaml
 from embsearch_dist.grouped import GROUPS
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.trial import merged
+from embsearch_dist.networks.architecture import RESULT
 from tools.breaking.bases import RUN, prepare_words, write_clicks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,7 +70,8 @@ def chain_of(method: str, tree: Path, folder: Path) -> None:
     start(tree, folder, "search.py", "--config", "method.yaml", "--run.dir", "run")
     if METHODS[method].result:
         start(tree, folder, "retrain.py", "--run", "run")
-        start(tree, folder, "retrain.py", "--run", "run", "--allocation", "ues-4")
+        if METHODS[method].result != RESULT:  # a network's tables have the width of its space
+            start(tree, folder, "retrain.py", "--run", "run", "--allocation", "ues-4")
         trained = {p.parent for name in ("allocation.json", GROUPS) for p in folder.glob(f"run/retrain/*/{name}")}
         for result in sorted(trained):
             start(tree, folder, "evaluate.py", "--run", f"run/retrain/{result.name}", "--split", "validation")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from embsearch_dist.files import write_sealed
 from embsearch_dist.methods.gated.task import GatedTask
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.run import Run
+from embsearch_dist.train.evaluation import Evaluation
 from embsearch_dist.train.figures import Wanted, told
-from embsearch_dist.train.metrics import area_of, figures, predictions, shown
+from embsearch_dist.train.metrics import figures, predictions, shown
 
 
 def seeded_name(name: str, seed: int) -> str:
@@ -25,9 +25,7 @@ def seeded_name(name: str, seed: int) -> str:
     return f"{name}-seed{seed}" if seed else name
 
 
-def evaluate_gated(
-    task: GatedTask, stream: BatchStream, split: str, context: Context, config: Config, name: str
-) -> dict[str, Any]:
+def evaluate_gated(task: GatedTask, stream: BatchStream, context: Context, config: Config, name: str) -> dict[str, Any]:
     """Exact AUC and logloss over all ranks of a model that selects row by row, with the keys of
     :func:`embsearch_dist.train.retrain.evaluate_model`.
 
@@ -48,25 +46,17 @@ def evaluate_gated(
     allocation = Allocation.uniform(task.run.schema, model.width)
     dense = model.dense_count() + sum(p.numel() for p in model.outer_parameters if p.requires_grad)
     layers = [m for m in model.replicated.modules() if isinstance(m, nn.Linear)]
-    left_out = {"rows_left_out": stream.rows_left_out} if stream.left_out else {}
-    return {
-        "name": re.sub(r"-seed\d+$", "", name),
-        "seed": config.run.seed,
-        "split": split,
-        "rows": int(metrics["rows"]),
-        **area_of(metrics, split),
-        "logloss": metrics["logloss"],
-        "embedding_parameters": allocation.total("parameters"),
-        "embedding_bytes": allocation.total("bytes"),
-        "dense_parameters": dense,
-        "flops_per_sample": 2.0 * sum(m.in_features * m.out_features for m in layers),
-        "inference_rows_per_s": metrics["rows"] / seconds,
-        "widths": allocation.widths,
-        "backbone": config.model.backbone,
-        **({"data": task.run.schema.data} if task.run.schema.data else {}),
-        **left_out,
-        **told(metrics, found, wanted, context),
-    }
+    measured = Evaluation(
+        metrics,
+        seconds,
+        allocation.total("parameters"),
+        allocation.total("bytes"),
+        dense,
+        2.0 * sum(m.in_features * m.out_features for m in layers),
+        {"widths": allocation.widths},
+        told(metrics, found, wanted, context),
+    )
+    return measured.body(name, stream, config)
 
 
 def leave_result(run: Run, task: GatedTask, name: str, eval_batch_size: int) -> Path:
@@ -74,7 +64,7 @@ def leave_result(run: Run, task: GatedTask, name: str, eval_batch_size: int) -> 
     returned. The weights stay in the search's checkpoint."""
     context, config, name = run.context, run.config, seeded_name(name, run.config.run.seed)
     stream = run.stream("test", eval_batch_size, shuffle=False)
-    result = evaluate_gated(task, stream, "test", context, config, name)
+    result = evaluate_gated(task, stream, context, config, name)
     directory = run.dir / "retrain" / name
 
     def write() -> None:

@@ -28,9 +28,9 @@ from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema, differs
+from embsearch_dist.train.evaluation import Evaluation
 from embsearch_dist.train.figures import Wanted, told
-from embsearch_dist.train.metrics import Predictions, area_of, figures, score, stored_places
-from embsearch_dist.train.retrain import result_name, rows_left_out
+from embsearch_dist.train.metrics import Predictions, figures, score, stored_places
 
 ROUTERS = ("centres", "fields")
 
@@ -196,30 +196,23 @@ def evaluate_routed(
     parts = [_group(found, k, grouped) for k in range(len(model.subnets))]
     tables = router_tables(model.router)
     flops = [p["rows"] / total["rows"] * m.flops_per_sample() for p, m in zip(parts, model.subnets, strict=True)]
-    return {
-        "name": result_name(name),
-        "seed": config.run.seed,
-        "split": stream.shards.split,
-        "rows": int(total["rows"]),
-        **area_of(total, stream.shards.split),
-        "logloss": total["logloss"],
-        "embedding_parameters": grouped.total("parameters") + tables,
-        "embedding_bytes": grouped.total("bytes") + tables * BYTES_PER_PARAMETER,
-        "dense_parameters": sum(m.dense_count() for m in model.subnets) + model.router.parameters() - tables,
-        "flops_per_sample": sum(flops) + model.router.flops_per_sample(),
-        "inference_rows_per_s": total["rows"] / found.seconds,
-        "backbone": config.model.backbone,
-        **({"data": run.schema.data} if run.schema.data else {}),
-        "groups": parts,
-        "router": {
-            "kind": kind,
-            "embedding_parameters": tables,
-            "agreement": agreement(found.groups, run, stream.shards.split),
-            "share_of_time": found.routing / found.seconds,
-        },
-        **rows_left_out(stream),
-        **told(total, found.predictions, wanted, run.context),
+    router = {
+        "kind": kind,
+        "embedding_parameters": tables,
+        "agreement": agreement(found.groups, run, stream.shards.split),
+        "share_of_time": found.routing / found.seconds,
     }
+    measured = Evaluation(
+        total,
+        found.seconds,
+        grouped.total("parameters") + tables,
+        grouped.total("bytes") + tables * BYTES_PER_PARAMETER,
+        sum(m.dense_count() for m in model.subnets) + model.router.parameters() - tables,
+        sum(flops) + model.router.flops_per_sample(),
+        {"groups": parts, "router": router},
+        told(total, found.predictions, wanted, run.context),
+    )
+    return measured.body(name, stream, config)
 
 
 def router_tables(router: Router) -> int:

@@ -106,7 +106,7 @@ def train_best(
             task = load_best(final.config, allocation, context, directory)
         context.first("writing the choice", lambda: write_sealed(directory / CHOICE, choice))
         test = final.stream("test", final.config.train.eval_batch_size, shuffle=False)
-        result = evaluate_model(task, test, "test", context, final.config, directory.name, allocation)
+        result = evaluate_model(task, test, context, final.config, directory.name, allocation)
         context.first("writing evaluation.json", lambda: write_sealed(directory / "evaluation.json", result))
     return result
 
@@ -146,7 +146,7 @@ def _candidate(run: Run, allocation: Allocation, rank: int) -> dict[str, Any]:
     training = run.stream("train", config.train.batch_size, shuffle=True)
     validation = run.stream("validation", config.train.eval_batch_size, shuffle=False)
     task = retrain(config, allocation, training, validation, context, own)
-    result = evaluate_model(task, validation, "validation", context, config, own.name, allocation)
+    result = evaluate_model(task, validation, context, config, own.name, allocation)
     context.first("writing the evaluation", lambda: write_sealed(own / VALIDATION, result))
     with context.together("reading what training left"):
         trained = read_sealed(own / "training.json")
