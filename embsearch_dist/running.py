@@ -17,7 +17,7 @@ from embsearch_dist.run import Run, check_classes, open_data
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.directories import open_run_directory
 from embsearch_dist.train.metrics import check_group
-from embsearch_dist.warm.start import Start
+from embsearch_dist.train.warm.start import Start
 
 
 def search(config: Config, context: Context, doing: str = "search.py", given: str | None = None) -> Run:

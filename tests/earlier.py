@@ -18,8 +18,8 @@ from embsearch_dist.run import Run, open_data
 from embsearch_dist.rundir import release
 from embsearch_dist.train.checkpoint import Checkpointer
 from embsearch_dist.train.retrain import STAGE, SubnetTask, load_best
-from embsearch_dist.warm.ids import Data
-from embsearch_dist.warm.start import Start, begin
+from embsearch_dist.train.warm.ids import Data
+from embsearch_dist.train.warm.start import Start, begin
 from tests.factories import make_data, small_config
 
 STEPS = "train.steps=3"

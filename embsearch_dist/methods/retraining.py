@@ -32,7 +32,7 @@ from embsearch_dist.train.metrics import Predictions
 from embsearch_dist.train.metrics import predictions as all_predictions
 from embsearch_dist.train.retrain import SubnetTask, evaluate_model, load_best, retrain
 from embsearch_dist.train.served import evaluate_served, rounded_tables
-from embsearch_dist.warm.start import Start, read_record
+from embsearch_dist.train.warm.start import Start, read_record
 
 BRACKET = "bracket"
 Found = Allocation | GroupedAllocation

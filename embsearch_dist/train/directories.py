@@ -19,7 +19,7 @@ from embsearch_dist.networks.space import Space
 from embsearch_dist.networks.space import load as load_architecture
 from embsearch_dist.rundir import check_text, clear, hold, is_ours
 from embsearch_dist.schema import Schema, differs
-from embsearch_dist.warm.start import RECORD, Start, check_same_start, write_record
+from embsearch_dist.train.warm.start import RECORD, Start, check_same_start, write_record
 
 
 def read_own_config(directory: Path, like: Config) -> Config | None:

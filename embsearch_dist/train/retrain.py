@@ -27,9 +27,9 @@ from embsearch_dist.train.lines import lines_of
 from embsearch_dist.train.metrics import evaluate, figures, predictions, shown
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.trainer import Trainer
-from embsearch_dist.warm.ids import Data
-from embsearch_dist.warm.start import Start, write_record
-from embsearch_dist.warm.start import begin as begin_with
+from embsearch_dist.train.warm.ids import Data
+from embsearch_dist.train.warm.start import Start, write_record
+from embsearch_dist.train.warm.start import begin as begin_with
 
 STAGE = "retrain"
 

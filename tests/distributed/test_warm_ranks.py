@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from embsearch_dist.warm.fill import local_parts
-from embsearch_dist.warm.start import Start
+from embsearch_dist.train.warm.fill import local_parts
+from embsearch_dist.train.warm.start import Start
 from tests.earlier import STEPS, begun, change, open_run, train, two_days
 from tests.factories import one_rank, rank_context, whole_tables
 from tests.ranks import run_ranks

@@ -28,7 +28,7 @@ LAYERS = [  # from the ground up; what stands in one line does not know each oth
     {"models"},
     {"train"},
     {"methods"},
-    {"serving", "report", "running"},
+    {"serving", "report", "running", "library"},
     {"serve", "api"},
     {"launch"},
 ]

@@ -16,8 +16,8 @@ from embsearch_dist.run import Run
 from embsearch_dist.train.checkpoint import Checkpointer
 from embsearch_dist.train.retrain import STAGE, SubnetTask, load_best
 from embsearch_dist.train.tensors import tensors_of
-from embsearch_dist.warm.ids import Data, id_map
-from embsearch_dist.warm.start import RECORD, Start
+from embsearch_dist.train.warm.ids import Data, id_map
+from embsearch_dist.train.warm.start import RECORD, Start
 from tests.earlier import STEPS, allocation_of, begun, change, logits, open_run, settings, train, two_days
 from tests.factories import one_rank, recorded, whole_tables
 

@@ -48,7 +48,7 @@ from embsearch_dist.schema import SPLITS
 from embsearch_dist.train.directories import open_retraining
 from embsearch_dist.train.metrics import evaluate
 from embsearch_dist.train.retrain import load_best, retrain
-from embsearch_dist.warm.start import Start
+from embsearch_dist.train.warm.start import Start
 from tools.studies.daily_tables import write_tables
 from tools.studies.jobs import ROOT, commit
 

@@ -24,10 +24,10 @@ from embsearch_dist.ranks.context import Context
 from embsearch_dist.rundir import check_text
 from embsearch_dist.schema import Schema
 from embsearch_dist.train import manifest
-from embsearch_dist.warm.dense import DenseMove, Layout
-from embsearch_dist.warm.fill import Saved, fill_head, fill_tables, rotations
-from embsearch_dist.warm.ids import Data, IdMap, check_values, id_map, occurrences
-from embsearch_dist.warm.widths import FieldMove, turning
+from embsearch_dist.train.warm.dense import DenseMove, Layout
+from embsearch_dist.train.warm.fill import Saved, fill_head, fill_tables, rotations
+from embsearch_dist.train.warm.ids import Data, IdMap, check_values, id_map, occurrences
+from embsearch_dist.train.warm.widths import FieldMove, turning
 
 RECORD = "start.json"
 DEFAULT_STAGE = "retrain"

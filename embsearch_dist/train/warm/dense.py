@@ -16,7 +16,7 @@ import torch
 
 from embsearch_dist.models.backbones.additive import Backbone
 from embsearch_dist.models.unify import MixedUnify
-from embsearch_dist.warm.widths import FieldMove
+from embsearch_dist.train.warm.widths import FieldMove
 
 INPUTS = ("backbone.first.weight", "backbone.linear.weight")
 Tensors = Mapping[str, torch.Tensor]

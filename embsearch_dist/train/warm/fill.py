@@ -22,9 +22,9 @@ from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.sharding.tables import module_name
 from embsearch_dist.train.tensors import tensors_of
-from embsearch_dist.warm.dense import DenseMove
-from embsearch_dist.warm.ids import IdMap
-from embsearch_dist.warm.widths import FieldMove, common_rotation, principal, second_moments
+from embsearch_dist.train.warm.dense import DenseMove
+from embsearch_dist.train.warm.ids import IdMap
+from embsearch_dist.train.warm.widths import FieldMove, common_rotation, principal, second_moments
 
 HEAD, HEAD_STATE = "head", "head_optimizer"
 SQUARES = re.compile(r"(exp_avg_sq|sum|momentum1)$")  # means or sums of squared gradients
@@ -70,7 +70,7 @@ def rotations(
     """The moves with their rotations; rank 0 finds them and tells, since eigenvectors differ between machines.
 
     Args:
-        how: see :func:`embsearch_dist.warm.widths.turning`.
+        how: see :func:`embsearch_dist.train.warm.widths.turning`.
         weights: how often each earlier row occurs, ``[earlier rows]``.
     """
     if not how:
