@@ -6,7 +6,8 @@
 Rows come in the form of the training data (the columns of the source file, in CSV, TSV or Parquet; Criteo's train or
 test file; MovieLens's folder; ...), the label is not needed. --format table reads any model's columns by name. Values
 that the training did not know count as id 0, and their number is printed. The output has a row for each of the input,
-in its order: the columns of --keep, logit and probability. It appears whole or not at all.
+in its order: the columns of --keep, logit and probability. It appears whole or not at all. With --label COLUMN (0 or 1)
+that column is kept too, and the answers' AUC, logloss, normalised entropy, calibration and ECE are printed.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, help="Parquet file to write")
     p.add_argument("--format", choices=[OWN, "table"], default=OWN, help="own: that of the training data (default)")
     p.add_argument("--keep", nargs="+", default=[], metavar="COLUMN", help="columns to write beside the scores")
+    p.add_argument("--label", default="", metavar="COLUMN", help="0 or 1: measure the answers by it, and keep it")
     p.add_argument("--processes", type=int, default=0, metavar="N", help="default: as many as there are cores")
     p.add_argument("--overwrite", action="store_true", help="replace scores of an earlier call")
     p.add_argument("--quiet", action="store_true", help="no progress and no summary")
@@ -50,9 +52,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.processes < 0:
             raise UserError(f"--processes must be at least 1, got {args.processes}. Give another")
-        keep = tuple(dict.fromkeys(word for part in args.keep for word in part.split(",") if word))
+        words = [*(word for part in args.keep for word in part.split(",")), args.label]
+        keep = tuple(dict.fromkeys(word for word in words if word))
         processes = args.processes or available_cores()
-        job = Job(args.model, args.input, args.out, args.format, keep, processes, args.overwrite)
+        job = Job(args.model, args.input, args.out, args.format, keep, processes, args.overwrite, args.label)
         with Progress("predict", _bytes(args.input), "bytes", args.quiet) as bar:
             done = predict(job, bar.add)
     except UserError as e:

@@ -70,25 +70,31 @@ def _measured(body: Mapping[str, Any]) -> str:
     lines = [
         f"## Measured on the {measured['split']} split",
         "",
-        "| | rows | AUC | to the trained model | logloss | calibration | largest difference of logits |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| | rows | AUC | to the trained model | logloss | normalised entropy | calibration | ECE | largest difference "
+        "of logits |",
+        f"|{' --- |' * 9}",
     ]
     names = {"trained": "trained model", "served": "this directory", **{n: RUNNERS[n][0] for n in RUNNERS}}
     for key, name in names.items():
         if key in measured:
             m = measured[key]
             apart = m["auc"] - measured["trained"]["auc"]
-            ratio = "" if m["calibration"] is None else f"{m['calibration']:.4f}"
+            entropy, ratio, error = (
+                "" if m.get(key) is None else f"{m[key]:.{digits}f}"
+                for key, digits in (("ne", 4), ("calibration", 4), ("ece", 5))
+            )
             known = f"{m['auc']:.5f} | {apart:+.1e}" if m["rows"] == measured["rows"] else f"{m['auc']:.5f} |"
             lines.append(
-                f"| {name} | {m['rows']:,} | {known} | {m['logloss']:.5f} | {ratio} | {m['max_difference']:.3g} |"
+                f"| {name} | {m['rows']:,} | {known} | {m['logloss']:.5f} | {entropy} | {ratio} | {error} | "
+                f"{m['max_difference']:.3g} |"
             )
     same = "the same bits as" if measured["bitwise"] else "not the same bits as"
     lines += [
         "",
         f"On the machine of the export this directory gave {same} the trained model, in batches of "
-        f"{body['batch_rows']:,} rows. Calibration is predicted clicks over clicks. Programs are compared on the first "
-        f"{PROGRAM_ROWS:,} rows at most.",
+        f"{body['batch_rows']:,} rows. Normalised entropy is logloss against that of the click rate alone, calibration "
+        "predicted clicks over clicks, ECE the mean distance of predictions and click rates. Programs are compared on "
+        f"the first {PROGRAM_ROWS:,} rows at most.",
     ]
     lines += ["", "| file, or tables as TorchRec serves them | bytes |", "| --- | --- |"]
     lines += [f"| {name.replace('served_', 'tables, TorchRec, ')} | {n:,} |" for name, n in body["sizes"].items()]

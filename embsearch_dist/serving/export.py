@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +38,8 @@ from embsearch_dist.serving.directory import (
 )
 from embsearch_dist.serving.model import build, config_of, fill
 from embsearch_dist.serving.triton import write_repository
-from embsearch_dist.train.metrics import score, shown
+from embsearch_dist.train.metrics import Predictions, shown
+from embsearch_dist.train.metrics import figures as quality
 
 
 @dataclass(frozen=True)
@@ -245,12 +247,13 @@ def measure(
     figures: dict[str, Any] = {"split": stream.shards.split, "rows": rows}
     for name in ("trained", "served", *runners):
         logits = all_of[name]
-        part = score(logits, label[: len(logits)])
+        part = quality(Predictions(logits, label[: len(logits)], None, None))
         figures[name] = {
             "rows": len(logits),
             "auc": part["auc"],
             "logloss": part["logloss"],
             "calibration": _calibration(logits, label[: len(logits)]),
+            **{key: None if math.isnan(part[key]) else part[key] for key in ("ne", "ece")},
             "max_difference": float((logits - trained[: len(logits)]).abs().max()) if len(logits) else 0.0,
             "max_difference_to_served": float((logits - all_of["served"][: len(logits)]).abs().max()),
         }

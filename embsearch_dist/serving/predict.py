@@ -27,6 +27,7 @@ from embsearch_dist.files import temporary
 from embsearch_dist.serving.directory import ModelDirectory, open_directory
 from embsearch_dist.serving.encoding import RowEncoder, add_counts
 from embsearch_dist.serving.tables import Ids
+from embsearch_dist.train.metrics import Predictions, figures, shown
 
 LOGIT, PROBABILITY = "logit", "probability"
 MARK = b"embsearch_dist.scores"
@@ -45,6 +46,7 @@ class Job:
         keep: columns of the input that are written beside the scores.
         processes: how many work.
         overwrite: replace scores that an earlier call has written.
+        label: one of ``keep``, 0 or 1, by which the answers are measured; empty: they are not.
     """
 
     model: Path
@@ -54,16 +56,18 @@ class Job:
     keep: tuple[str, ...] = ()
     processes: int = 1
     overwrite: bool = False
+    label: str = ""
 
 
 @dataclass
 class Done:
     """What was predicted: rows, how many of them have a logit that is no number (a dense value is too far from those of
-    the training), and for each field the values that have no id."""
+    the training), for each field the values that have no id, and the figures of the answers where labels were named."""
 
     rows: int = 0
     unanswered: int = 0
     unseen: dict[str, int] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 @torch.inference_mode()
@@ -168,6 +172,8 @@ def _write(job: Job, directory: ModelDirectory, pieces: Iterator[_Piece], tick: 
         if writer is None:
             raise UserError(f"--input {job.input}: it has no rows. Give a file with at least one")
         writer.close()
+        if job.label:
+            done.figures = measured(unfinished, job.label)
         unfinished.replace(job.out)
     except OSError as e:
         raise UserError(f"--out {job.out}: cannot be written ({e.strerror or e}). Check the disk and the path") from e
@@ -176,6 +182,24 @@ def _write(job: Job, directory: ModelDirectory, pieces: Iterator[_Piece], tick: 
             writer.close()
         unfinished.unlink(missing_ok=True)
     return done
+
+
+def measured(scores: Path, label: str) -> dict[str, float]:
+    """:func:`embsearch_dist.train.metrics.figures` of the rows of a file of scores that have an answer.
+
+    Raises:
+        UserError: the labels are not 0 and 1.
+    """
+    table = pq.read_table(scores, columns=[label, LOGIT])
+    try:
+        labels = table[label].cast(pa.float32())
+    except (pa.ArrowException, ValueError) as e:
+        raise UserError(f"--label {label}: its values are no numbers. Name a column of 0 and 1") from e
+    if labels.null_count or not pc.all(pc.is_in(labels, value_set=pa.array([0, 1], pa.float32()))).as_py():
+        raise UserError(f"--label {label}: it has values other than 0 and 1. Name a column of 0 and 1")
+    logits, known = torch.from_numpy(table[LOGIT].to_numpy()), torch.from_numpy(labels.to_numpy())
+    answered = ~logits.isnan()
+    return figures(Predictions(logits[answered], known[answered], None, None))
 
 
 def _fitting(table: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -280,6 +304,9 @@ def told(done: Done, job: Job, seconds: float) -> str:
     lines = [f"{job.out}: {done.rows:,} rows in {seconds:.1f} s"]
     if done.unanswered:
         lines.append(f"{done.unanswered:,} rows have no answer (NaN): their numbers are too far from the training's")
+    if done.figures:
+        words = "  ".join(f"{key} {shown(done.figures[key])}" for key in ("auc", "logloss", "ne", "calibration", "ece"))
+        lines.append(f"by {job.label}: {words}")
     for name, n in done.unseen.items():
         if n:
             lines.append(f"{name}: {n:,} values have no id of their own ({n / done.rows:.2%} of the rows' number)")

@@ -33,7 +33,7 @@ def _flipped(bits: np.ndarray) -> np.ndarray:
 
 
 def normalised_entropy(logloss: float, click_rate: float) -> float:
-    """Logloss against that of always predicting the rows' own click rate (He et al. 2014, section 3, equation 1).
+    """Logloss against that of always predicting the rows' own click rate (He et al. 2014, section 2, equation 1).
 
     Args:
         logloss: mean over the rows, in nats.
@@ -63,13 +63,13 @@ class Curve:
 
     @property
     def calibration(self) -> float:
-        """Predicted clicks over clicks (He et al. 2014, section 3); NaN without a click."""
+        """Predicted clicks over clicks (He et al. 2014, section 2); NaN without a click."""
         clicks = float(self.rows @ self.clicked)
         return float(self.rows @ self.predicted) / clicks if clicks else math.nan
 
     @property
     def error(self) -> float:
-        """Expected calibration error (Naeini et al. 2015, section 2), over bins of equally many rows."""
+        """Expected calibration error (Naeini et al. 2015), over bins of equally many rows."""
         rows = int(self.rows.sum())
         return float(self.rows @ np.abs(self.predicted - self.clicked)) / rows if rows else math.nan
 
@@ -129,7 +129,7 @@ class GroupAreas:
 
     @property
     def mean(self) -> float:
-        """The mean AUC, each group weighed by its rows (Zhou et al. 2018, section 5.3, "GAUC"); NaN without a group."""
+        """Mean AUC, each group weighed by its rows (GAUC: Zhu et al. 2017, Zhou et al. 2018); NaN without a group."""
         return float(self.rows @ self.areas) / int(self.rows.sum()) if len(self.rows) else math.nan
 
 

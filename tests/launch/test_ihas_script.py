@@ -90,10 +90,14 @@ def test_groups_are_trained_and_evaluated_as_one(run: Path, run_script: Callable
     assert figures(own / "evaluation.json") == before
     run_script("evaluate.py", "--run", own, "--router", "fields", "--split", "validation")
     assert read_json(own / "evaluation-validation-fields.json")["rows"] == schema.rows["validation"]
-    finish(start(*TORCHRUN, "--", LAUNCH / "evaluate.py", "--run", own))
+    more = ["--group", "left", "--against", own]
+    finish(start(*TORCHRUN, "--", LAUNCH / "evaluate.py", "--run", own, *more))
     two = figures(own / "evaluation.json")
     assert two["auc"] == pytest.approx(before["auc"], abs=1e-4)
     assert two["router"]["agreement"] > 0.99
+    assert two["by_group"]["groups"] > 5 and two["by_group"]["rows"] > 0.9
+    itself = read_json(own / "difference-to-ihas.json")
+    assert {itself[key][end] for key in ("auc", "logloss", "group_auc") for end in ("value", "low", "high")} == {0}
 
     run_script("report.py", run)
     assert "ihas" in (run / "report" / "index.html").read_text()

@@ -277,6 +277,7 @@ def test_stages_leave_the_result_of_the_best_weights_since_the_controller_set_in
     stream = run.stream("validation", 200, shuffle=False)
     again = evaluate_gated(task, stream, run.context, run.config, "x-seed3")
     assert (again["auc"], again["name"], again["split"]) == (curve[best], "x", "validation")
+    assert again["ne"] == recorded(tmp_path, STAGE, "ne", "validation")[list(curve).index(best)]
 
     folder = tmp_path / "retrain" / f"adafs-{mode}"
     result = json.loads((folder / "evaluation.json").read_text())

@@ -7,6 +7,7 @@ import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
 from embsearch_dist.errors import UserError
+from embsearch_dist.methods.fallback import paired_auc
 from embsearch_dist.train.bootstrap import FIGURES, Sample, as_told, resampled, row_weights
 from embsearch_dist.train.figures import resamples_of
 from embsearch_dist.train.measures import areas_by_group, normalised_entropy, probabilities
@@ -83,6 +84,18 @@ def test_a_difference_is_surer_than_what_it_is_the_difference_of() -> None:
     both = resampled([one, other], 0, range(60)).std(0)
     assert (both[:2] < 0.5 * alone[:2]).all()
     assert not resampled([one, one], 0, range(3))[:, :4].any()
+
+
+def test_the_standard_error_of_a_difference_is_that_of_delong() -> None:
+    logits, labels = clicks(0)
+    worse = logits + np.random.default_rng(1).normal(0, 0.5, len(logits)).astype(np.float32)
+    gain, error = paired_auc(logits, worse, labels)
+    one, other = Sample(logits, labels), Sample(worse, labels)
+    ones = np.ones(len(labels), np.uint8)
+    told = as_told(one.figures(ones) - other.figures(ones), resampled([one, other], 0, range(200)))["auc"]
+    assert told["value"] == pytest.approx(gain, abs=1e-12)
+    assert told["standard_error"] == pytest.approx(error, rel=0.2)
+    assert told["low"] < gain - error < gain + error < told["high"]
 
 
 def test_the_interval_of_a_planted_difference_covers_it_as_often_as_it_says() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -192,3 +193,17 @@ def test_only_a_field_of_one_id_a_row_can_group() -> None:
         check("tags")
     with pytest.raises(UserError, match="'price' is a dense column"):
         check("price")
+
+
+def test_figures_and_groups_take_few_bytes_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What docs/metrics.md says of 45 million rows, on fewer: the sorted integers and what they were made of."""
+    monkeypatch.setattr(measures, "ROWS_AT_A_TIME", 2000)
+    rows = 100_000
+    logits, labels, _ = random_rows(8, rows=rows)
+    groups = (np.arange(rows) % 5000).astype(np.int32)
+    for work in (lambda: curve_of(logits, labels), lambda: areas_by_group(logits, labels, groups)):
+        tracemalloc.start()
+        work()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 30 * rows

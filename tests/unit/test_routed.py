@@ -35,6 +35,7 @@ from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
 from embsearch_dist.sharding.sharded_tables import ShardedTables
 from embsearch_dist.sharding.tables import Table
+from embsearch_dist.train.measures import areas_by_group
 from embsearch_dist.train.metrics import auc
 from tests.factories import one_rank, open_run, prepared, random_batch, small_config, small_schema, whole_tables
 from tests.raw_lists import list_schema, random_lists
@@ -221,6 +222,19 @@ def test_figures_that_do_not_exist_are_none(run: Run) -> None:
     other = evaluated(run, RoutedModel(Given([0] * 1000), models_of(run.schema, TINY), run.schema, one_rank()))
     assert other["router"]["agreement"] is None
     assert other["auc"] == result["auc"]
+
+
+def test_groups_of_a_field_are_told_whatever_the_router_made_of_the_rows(run: Run) -> None:
+    model = RoutedModel(LeftRouter(), models_of(run.schema, TINY), run.schema, one_rank())
+    run.config.train.group = "idle"
+    whole = next(iter(run.stream("test", 1000, shuffle=False).epoch(0)))
+    found = measure(model, run.stream("test", 150, shuffle=False).epoch(0), one_rank(), "idle")
+    ids = whole.sparse["idle"].values().numpy()
+    assert found.ids is not None and np.array_equal(found.ids.numpy(), ids)
+    areas = areas_by_group(found.logits.numpy(), whole.label.numpy(), ids)
+    told = {"field": "idle", "auc": areas.mean, "groups": len(areas.rows), "rows": areas.share}
+    assert evaluated(run, model)["by_group"] == told
+    assert len(areas.rows) > 10
 
 
 def test_rows_come_back_in_stored_order(run: Run) -> None:

@@ -19,6 +19,7 @@ from embsearch_dist.serving import encoding
 from embsearch_dist.serving.directory import ModelDirectory, open_directory
 from embsearch_dist.serving.encoding import Index
 from embsearch_dist.serving.predict import Job, predict, told
+from embsearch_dist.train.metrics import Predictions, figures
 from tests.served import exported, run_of, single
 
 ROWS = 1500
@@ -75,6 +76,25 @@ def test_scores_have_the_bits_of_the_evaluation(model: ModelDirectory, tmp_path:
     unknown = sum(value is not None and value not in known for value in raw["user"])
     assert done.unseen["user"] == unknown > 0
     assert f"user: {unknown} values have no id of their own" in told(done, Job(Path(), Path(), Path()), 1.0)
+
+
+def test_answers_are_measured_where_a_label_is_named(model: ModelDirectory, tmp_path: Path) -> None:
+    folder = model.path.parent
+    raw = pl.read_csv(folder / "clicks.csv").tail(ROWS // 10)
+    raw.write_csv(tmp_path / "labelled.csv")
+    raw.with_columns(pl.col("click") == 1).write_parquet(tmp_path / "labelled.parquet")
+    wanted = torch.load(folder / "logits.pt", weights_only=True)
+    expected = figures(Predictions(wanted, torch.from_numpy(raw["click"].to_numpy()).float(), None, None))
+    for name in ("labelled.csv", "labelled.parquet"):
+        job = Job(model.path, tmp_path / name, tmp_path / f"{name}.scores", keep=("click",), label="click")
+        done = predict(job)
+        assert done.figures == expected
+        assert f"by click: auc {expected['auc']:.5f}  logloss {expected['logloss']:.5f}  ne " in told(done, job, 1.0)
+    for label, said in (("at", "values other than 0 and 1"), ("user", "no numbers")):
+        bad = Job(model.path, tmp_path / "labelled.csv", tmp_path / "bad.parquet", keep=(label,), label=label)
+        with pytest.raises(UserError, match=f"--label {label}: .*{said}"):
+            predict(bad)
+        assert not list(tmp_path.glob("bad*"))
 
 
 def test_pieces_and_formats_do_not_matter(

@@ -321,3 +321,29 @@ def test_of_equal_metrics_the_lower_logloss_is_better() -> None:
     assert Trainer._best(Progress(best=0.7, best_logloss=0.5)) > (0.7, -0.6)
     assert Trainer._best(Progress(best=0.7)) > (0.7, -0.1)  # of an older version: equal is not better
     assert Trainer._best(Progress(best=0.7)) < (0.71, -9.0)
+
+
+def test_every_evaluation_records_calibration_and_on_request_auc_by_group(data: Path, tmp_path: Path) -> None:
+    found = fit(data, tmp_path / "grouped", "train.epochs=1", "train.group=left")
+    (ne,), (calibration,) = (recorded(found.directory, "fit", k, "validation") for k in ("ne", "calibration"))
+    (area,), (count,) = (recorded(found.directory, "fit", k, "validation") for k in ("group_auc", "group_count"))
+    run = open_run(small_config(data, tmp_path), one_rank())
+    told = evaluate(found.trainer.task.predict, streams(run)[1].epoch(0), one_rank(), "left")
+    assert (ne, calibration, area, count) == tuple(told[k] for k in ("ne", "calibration", "group_auc", "group_count"))
+    plain = fit(data, tmp_path / "plain", "train.epochs=1")
+    assert recorded(plain.directory, "fit", "ne", "validation") == [ne]
+    assert not recorded(plain.directory, "fit", "group_auc", "validation")
+
+
+def test_a_group_that_is_no_field_is_refused_before_training(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="train.group: 'lft' is none of left, big"):
+        fit(data, tmp_path, "train.group=lft")
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_the_group_may_change_between_two_starts(data: Path, tmp_path: Path) -> None:
+    whole = fit(data, tmp_path / "whole", "train.epochs=1")
+    fit(data, tmp_path / "broken", "train.epochs=1", "train.save_every=4", stop_at=7)
+    broken = fit(data, tmp_path / "broken", "train.epochs=1", "train.save_every=4", "train.group=left")
+    assert recorded(broken.directory, "fit", "group_auc", "validation")
+    assert all(torch.equal(a, b) for a, b in zip(whole.tensors().values(), broken.tensors().values(), strict=True))
