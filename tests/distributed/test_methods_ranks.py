@@ -25,8 +25,8 @@ def test_two_ranks_agree_with_each_other_and_with_one(
     name: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
     data = str(prepared(tmp_path_factory))
-    alone = run_ranks(search, 1, tmp_path, name, data, str(tmp_path / "one"))[0]
-    both = run_ranks(search, 2, tmp_path, name, data, str(tmp_path / "two"))
+    alone = run_ranks(search, 1, tmp_path, name, data, str(tmp_path / "one"), timeout=300)[0]
+    both = run_ranks(search, 2, tmp_path, name, data, str(tmp_path / "two"), timeout=300)
     assert both[0] == both[1]
     for key in ("widths", "blocks"):
         assert both[0].get(key) == alone.get(key)
