@@ -10,6 +10,8 @@ from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.ihas.method import IHAS
 from embsearch_dist.methods.mde.method import MDE
 from embsearch_dist.methods.nasrec.method import NASRec
+from embsearch_dist.methods.optembed.method import OptEmbed
+from embsearch_dist.methods.pep.method import PEP
 from embsearch_dist.methods.random.method import Random
 from embsearch_dist.methods.sseds.method import SSEDS
 from embsearch_dist.methods.truncation.method import Truncation
@@ -26,6 +28,8 @@ METHODS: dict[str, type[Method]] = {
     "ihas": IHAS,
     "mde": MDE,
     "nasrec": NASRec,
+    "optembed": OptEmbed,
+    "pep": PEP,
     "random": Random,
     "sseds": SSEDS,
     "truncation": Truncation,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config.options import option, require
+from embsearch_dist.files import write_sealed
 from embsearch_dist.methods.budget import BUDGET_HELP, PRECISION_HELP, Budget, check_precision
 from embsearch_dist.methods.found import Point, budget_told, budgets, describe, write_allocations, write_points
 from embsearch_dist.methods.stages import Stage
@@ -40,11 +41,13 @@ class Chosen:
         widths: per field, in schema order.
         told: what the allocation's provenance says beside method, name, seed and budget.
         metrics: ``auc`` and ``logloss`` that the search has measured for these widths; none where it measures nothing.
+        mask: of a method that prunes single entries: what its mask keeps, left in ``search/mask-NAME.json``.
     """
 
     widths: Sequence[int]
     told: dict[str, object] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    mask: dict[str, object] = field(default_factory=dict)
 
 
 Finder = Callable[[Budget | None], Chosen]
@@ -65,9 +68,17 @@ class AllocateStage(Stage):
         with Monitor(run.dir, self.name, run.context.rank) as monitor:
             monitor.resume_at(-1)
             find = self.finder(run, monitor)
-            points = [_point(run, name, budget, find(budget)) for name, budget in budgets_of(run)]
-            write = write_points if points[0].metrics else write_allocations
-            run.context.first("writing the allocations", lambda: write(run.dir, points))
+            wanted = budgets_of(run)
+            chosen = [find(budget) for _, budget in wanted]
+            points = [_point(run, name, budget, c) for (name, budget), c in zip(wanted, chosen, strict=True)]
+
+            def write() -> None:
+                for point, c in zip(points, chosen, strict=True):
+                    if c.mask:
+                        write_sealed(run.dir / "search" / f"mask-{point.name}.json", c.mask)
+                (write_points if points[0].metrics else write_allocations)(run.dir, points)
+
+            run.context.first("writing the allocations", write)
             monitor.say(describe(points[0], run.dir))
 
 

@@ -180,11 +180,23 @@ def table_moments(
 ) -> Moments:
     """Moments of the tables' rows, each counted once however often it is looked up.
 
-    ``tick`` is called with how many rows of the longest table have been passed. The rows are looked up, not read from
-    the shards: a table that is split by columns lies on no rank whole.
+    ``tick`` is called with how many rows of the longest table have been passed.
     """
     width = model.tables.widths[0]
     found = Moments(len(schema.fields), width, context.device)
+    for x, inside, passed in blocks_of(model, schema, context):
+        found.add(x, inside)
+        tick(passed)
+    return found.sum(context)
+
+
+@torch.no_grad()
+def blocks_of(model: SubnetModel, schema: Schema, context: Context) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """All rows of all tables, on some rank each: ``x [F, n, w]``, ``inside [F, n]`` (0 for what is no row of a table),
+    and how many rows of the longest table the block has passed.
+
+    The rows are looked up, not read from the shards: a table that is split by columns lies on no rank whole.
+    """
     cardinalities = torch.tensor(schema.cardinalities, device=context.device)
     step = BLOCK_ROWS * context.world_size
     for start in range(0, max(schema.cardinalities), step):
@@ -193,9 +205,7 @@ def table_moments(
         ids = ids[: max(1, max(schema.cardinalities) - start - context.rank * BLOCK_ROWS)]
         inside = ids < cardinalities[:, None]
         x = model.tables(single_ids(schema, torch.minimum(ids, cardinalities[:, None] - 1).int())).stack()
-        found.add(x, inside.double())
-        tick(min(step, max(schema.cardinalities) - start))
-    return found.sum(context)
+        yield x, inside.double(), min(step, max(schema.cardinalities) - start)
 
 
 def single_ids(schema: Schema, ids: torch.Tensor) -> KeyedJaggedTensor:

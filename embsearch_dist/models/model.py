@@ -63,12 +63,16 @@ class CTRModel(nn.Module):
     def make_optimizer(self, optim: OptimConfig, outer_lr: float = 0.0) -> torch.optim.Optimizer:
         """Of everything replicated. One for head and outer parameters: what has no gradient in a step is left as it
         is, moments included."""
-        groups: list[dict[str, Any]] = [{"params": list(self.bare_head.parameters())}]
+        groups = self.optimizer_groups()
         if self.outer_parameters:
             groups.append({"params": self.outer_parameters, "lr": outer_lr})
         if optim.dense == "adagrad":
             return torch.optim.Adagrad(groups, optim.dense_lr, weight_decay=optim.weight_decay, eps=optim.dense_eps)
         return torch.optim.Adam(groups, lr=optim.dense_lr, weight_decay=optim.weight_decay, fused=True)
+
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """The head's parameters, in groups that may have rates of their own."""
+        return [{"params": list(self.bare_head.parameters())}]
 
     def after_backward(self) -> Sequence[torch.Tensor]:
         """The tensors whose gradients the next step of that optimizer uses, alike on all ranks by now."""

@@ -37,17 +37,20 @@ STAGE = "retrain"
 class SubnetTask:
     """The mixed-width model of one allocation; UES is the allocation of one width."""
 
-    def __init__(self, config: Config, allocation: Allocation, context: Context) -> None:
-        self.model = SubnetModel(config, allocation, context)
+    def __init__(
+        self, config: Config, allocation: Allocation, context: Context, model: SubnetModel | None = None
+    ) -> None:
+        """``model``: the allocation's, built otherwise than usual; None for the usual one."""
+        self.model = model or SubnetModel(config, allocation, context)
         self.l2 = config.optim.embedding_l2
         # Of the allocation the widths count, wherever its file lies; of the architecture its key.
-        model = {f"model.{k}": v for k, v in dataclasses.asdict(config.model).items() if k != "allocation"}
+        settings = {f"model.{k}": v for k, v in dataclasses.asdict(config.model).items() if k != "allocation"}
         backbone = self.model.bare_head.backbone
         if isinstance(backbone, ArchitectureNetwork):
-            model["model.architecture"] = backbone.key
+            settings["model.architecture"] = backbone.key
         else:
-            del model["model.layer_norm"]  # nothing reads it
-        self.settings = {**model, "widths": allocation.widths}
+            del settings["model.layer_norm"]  # nothing reads it
+        self.settings: dict[str, Any] = {**settings, "widths": allocation.widths}
 
     def loss(self, batch: Batch, step: int) -> torch.Tensor:
         logits, pooled = self.model(batch)

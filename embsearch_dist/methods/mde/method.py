@@ -25,7 +25,9 @@ class MDEConfig(BudgetOptions):
     alpha: float = option(0.3, "power of a field's popularity: 0 = uniform widths, 1 = in proportion to it", low=0)
     width: int = option(32, "largest width; without a budget the width of the field of fewest values", low=1)
     rounding: str = option(
-        "integer", "widths are whole numbers | powers of two (power2), nearest in either case", choices=ROUNDINGS
+        "integer",
+        "widths are integer (nearest whole number) | power2 (nearest power of two)",
+        choices=ROUNDINGS,
     )
 
     @property
