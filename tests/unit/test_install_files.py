@@ -17,7 +17,7 @@ import pytest
 from embsearch_dist import doctor
 
 TIERS = {"unit", "distributed", "launch", "pretend", "cluster", "gpu", "slow"}
-SCRIPTS = ("tools/setup.sh", "tools/test.sh", "tools/demo.sh", "tools/site.sh", ".ci/run")
+SCRIPTS = ("tools/setup.sh", "tools/test.sh", "tools/demo.sh", "tools/site.sh", "tools/wheel_check.sh", ".ci/run")
 PIP_NAME = {"yaml": "pyyaml", "sklearn": "scikit-learn", "fbgemm_gpu": "fbgemm-gpu"}
 
 
