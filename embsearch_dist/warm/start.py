@@ -110,7 +110,7 @@ class Start:
         for key in (*SAME, *(OPTIMIZERS if self.optimizer else ())):
             if old.get(key, settings.get(key)) != settings.get(key):
                 told = f"{key} {old[key]!r} there, {settings.get(key)!r} here"
-                cure = "leave out --from-optimizer, or " if key in OPTIMIZERS else ""
+                cure = "give --from-optimizer false, or " if key in OPTIMIZERS else ""
                 raise UserError(f"--from {self.directory} is of another model: {told}. Put that back, {cure}train anew")
         there = {f.name: f for f in self.data.schema.fields}
         for field in new.schema.fields:

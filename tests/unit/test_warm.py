@@ -226,7 +226,7 @@ def test_what_cannot_be_begun_with_is_told(tmp_path: Path, days: tuple[Path, Pat
     for key, told in (
         ("model.backbone=mlp", "model.backbone 'deepfm' there, 'mlp' here"),
         ("model.transform=width", "model.transform 'identity' there"),
-        ("optim.dense=adagrad", "optim.dense 'adam' there, 'adagrad' here. Put that back, leave out --from-optimizer"),
+        ("optim.dense=adagrad", "optim.dense 'adam' there, 'adagrad' here. Put that back, give --from-optimizer false"),
     ):
         run = open_run(days[0], tmp_path / "new", one_rank(), key)
         with pytest.raises(UserError, match=told):
