@@ -146,7 +146,7 @@ def retrain(
     name: str = "",
     settings: Settings | None = None,
     start: str | Path = "",
-    start_optimizer: bool = False,
+    start_optimizer: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Train what a search found as ``launch/retrain.py`` does, in this process, and measure it on the test split.
 

@@ -17,8 +17,8 @@ Options: --run DIR or --config FILE, --allocation FILE, ues-WIDTH or bracket (de
 allocation.json or groups.json), --name NAME of the result under RUN/retrain (default: from the allocation; -seedN is
 added for a seed other than the run's), --or-uniform, --best K to train the K best networks that a search kept and keep
 the one of least validation logloss, --refit to train that one again on training and validation rows,
---from OLD to begin with the tables and the dense part of an earlier training (without --run or --config its config and
-widths are taken too), --from-optimizer to take the state of its optimizers along,
+--from OLD to begin with the tables, the dense part and the state of the optimizers of an earlier training (without
+--run or --config its config and widths are taken too; docs/daily.md), --from-optimizer false for its weights alone,
 --section.key VALUE (train, optim and model keys may be new ones).
 Leaves RUN/retrain/NAME/{allocation.json, evaluation.json, metrics.jsonl, checkpoints}; of a search that found
 groups, one such training per group in RUN/retrain/NAME/group-K, and in RUN/retrain/NAME the evaluation of all as

@@ -79,13 +79,17 @@ def settings(config: Config, task: SubnetTask) -> dict[str, Any]:
     return {"optim.embedding": config.optim.embedding, "optim.dense": config.optim.dense} | task.settings
 
 
-def begun(run: Run, widths: dict[str, int] | int, start: Start) -> tuple[SubnetTask, dict[str, Any], Any]:
+def begun(
+    run: Run, widths: dict[str, int] | int, start: Start, turn: bool = True
+) -> tuple[SubnetTask, dict[str, Any], Any]:
     """A model that begins so, untrained; what the start says of it; the optimizer of its dense part."""
     torch.manual_seed(5)
     task = SubnetTask(run.config, allocation_of(run, widths), run.context)
     optimizer = task.model.make_optimizer(run.config.optim)
     data = Data(Path(run.config.data.path), run.schema)
-    told = begin(start, task, optimizer, settings(run.config, task), data, allocation_of(run, widths), run.context)
+    told = begin(
+        start, task, optimizer, settings(run.config, task), data, allocation_of(run, widths), run.context, turn
+    )
     return task, told, optimizer
 
 

@@ -59,7 +59,7 @@ class Wish:
     best: int
     refit: bool
     start: str = ""
-    start_optimizer: bool = False
+    start_optimizer: bool = True
 
     @classmethod
     def of(cls, plain: Mapping[str, str], overrides: Sequence[str]) -> Wish:
@@ -73,10 +73,12 @@ class Wish:
             _best_of(plain, overrides),
             "refit" in plain,
             plain.get("from", ""),
-            "from-optimizer" in plain,
+            plain.get("from-optimizer", "true") == "true",
         )
-        if wish.start == "true" or (wish.start_optimizer and not wish.start):
+        if wish.start == "true" or ("from-optimizer" in plain and not wish.start):
             raise UserError("--from wants the directory of an earlier training, RUN/retrain/NAME. Write it behind")
+        if plain.get("from-optimizer", "true") not in ("true", "false"):
+            raise UserError(f"--from-optimizer {plain['from-optimizer']!r}: write true or false")
         if wish.start and wish.best:
             raise UserError("--best compares networks trained anew. Leave --from out, or give it for the winner alone")
         around = wish.allocation == BRACKET

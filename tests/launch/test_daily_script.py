@@ -38,11 +38,12 @@ def test_a_day_after_a_day(tmp_path: Path, config: Path, run_script: Callable) -
     # The next search's widths, in a run of their own; and the same command once more finds it done.
     wider = ["--config", config, "--run.dir", tmp_path / "other", "--data.path", today, "--run.device", "cpu"]
     for _ in range(2):
-        run_script("retrain.py", *wider, "--allocation", "ues-8", "--from", own, "--from-optimizer", "--train.steps", 2)
+        run_script("retrain.py", *wider, "--allocation", "ues-8", "--from", own, "--train.steps", 2)
     other = tmp_path / "other" / "retrain" / "ues-8"
     assert json.loads((other / "start.json").read_text())["fields"]["big"]["how"] == "padded"
-    refused = run_script("retrain.py", *wider, "--allocation", "ues-8", "--train.steps", 2, check=False)
-    assert "holds another training: it began with" in refused.stderr
+    for more in ([], ["--from", own, "--from-optimizer", "false"]):
+        refused = run_script("retrain.py", *wider, "--allocation", "ues-8", "--train.steps", 2, *more, check=False)
+        assert "holds another training: it began with" in refused.stderr
     measured = run_script("evaluate.py", "--run", other)
     assert json.loads(measured.stdout)["start"]["optimizer"] is True
     assert "step" in json.loads(measured.stdout)["start"]

@@ -99,6 +99,8 @@ def test_a_search_and_a_retraining_in_one_process(data: Path, tmp_path: Path) ->
     assert es.search(run / "config.yaml", run_dir=run) == found, "a search that is done is read"
     results = es.retrain(run) | es.retrain(run, "ues-2", settings={"train.epochs": 1})
     assert set(results) == {"utilities", "ues-2"}
+    again = es.retrain(run, name="again", start=run / "retrain" / "utilities", settings={"train.epochs": 1})["again"]
+    assert again["widths"] == found.widths and again["start"]["from"] == str(run / "retrain" / "utilities")
     assert all(0.4 < r["auc"] < 1 and (run / "retrain" / n / "evaluation.json").exists() for n, r in results.items())
 
 

@@ -70,7 +70,7 @@ class DenseMove:
         self.old, self.new, self.moves, self.transform = old, new, moves, transform
         turned = any(m.rotation is not None for m in moves.values())
         self.same = old == new and not turned
-        self.additive = isinstance(head.backbone, Backbone)
+        self.additive = type(head.backbone) is Backbone
         self.values = self.additive and head.backbone.values
         self.unify = head.unify if isinstance(head.unify, MixedUnify) else None
 

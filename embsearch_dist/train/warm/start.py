@@ -110,7 +110,7 @@ class Start:
         for key in (*SAME, *(OPTIMIZERS if self.optimizer else ())):
             if old.get(key, settings.get(key)) != settings.get(key):
                 told = f"{key} {old[key]!r} there, {settings.get(key)!r} here"
-                cure = "leave out --from-optimizer, or " if key in OPTIMIZERS else ""
+                cure = "give --from-optimizer false, or " if key in OPTIMIZERS else ""
                 raise UserError(f"--from {self.directory} is of another model: {told}. Put that back, {cure}train anew")
         there = {f.name: f for f in self.data.schema.fields}
         for field in new.schema.fields:
@@ -137,6 +137,7 @@ def begin(
     new: Data,
     allocation: Allocation,
     context: Context,
+    turn: bool = True,
 ) -> dict[str, Any]:
     """Set the weights of a task, and with ``start.optimizer`` the state of its optimizers; returns what was done.
 
@@ -145,6 +146,7 @@ def begin(
         optimizer: of the dense part.
         settings: flat, of the model and its training.
         new: what is trained on.
+        turn: False cuts columns as they are, to compare.
 
     Raises:
         UserError: what :meth:`Start.check` finds; a damaged checkpoint.
@@ -164,7 +166,11 @@ def begin(
         Layout.of(m, a.kept, [a.widths[f] for f in a.kept], s.dense)
         for m, a, s in ((before, start.allocation, start.data.schema), (model, allocation, new.schema))
     ]
-    how = turning(head, model["norm"], model["transform"] == "field", (layouts[0].maps, layouts[1].maps), moves)
+    how = (
+        turning(head, model["norm"], model["transform"] == "field", (layouts[0].maps, layouts[1].maps), moves)
+        if turn
+        else ""
+    )
     weights = {f: _earlier_occurrences(start, new, f, ids[f]) for f in kept} if how and context.rank == 0 else {}
     moves = rotations(saved, how, moves, weights, context)
     extra = min(start.allocation.extra, allocation.extra)

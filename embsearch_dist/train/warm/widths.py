@@ -79,7 +79,7 @@ def turning(head: Any, norm: str, by_field: bool, maps: tuple[bool, bool], moves
         return ""
     if maps[0]:
         return "field" if by_field else ""  # else one map serves several fields
-    if not isinstance(head.backbone, Backbone):
+    if type(head.backbone) is not Backbone:  # others may read embeddings in places that nobody turns
         return ""
     if not head.backbone.fm:
         return "field"
