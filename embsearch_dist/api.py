@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from embsearch_dist import running
 from embsearch_dist.allocation import Allocation
+from embsearch_dist.config.backbones import load_module, register_backbone
 from embsearch_dist.config.read import load_config
 from embsearch_dist.config.sections import Config, DistConfig, RunConfig
 from embsearch_dist.data.load.batch import Batch
@@ -37,7 +38,18 @@ from embsearch_dist.schema import Schema
 from embsearch_dist.serving.directory import ModelDirectory, open_directory
 from embsearch_dist.serving.predict import LOGIT, PROBABILITY, Job, Scorer
 
-__all__ = ["Allocation", "Data", "Model", "Schema", "UserError", "load_model", "open_data", "retrain", "search"]
+__all__ = [
+    "Allocation",
+    "Data",
+    "Model",
+    "Schema",
+    "UserError",
+    "load_model",
+    "open_data",
+    "register_backbone",
+    "retrain",
+    "search",
+]
 
 Settings = Mapping[str, Any]
 
@@ -163,12 +175,17 @@ class Model:
         return np.concatenate([part[column].to_numpy() for part in parts]).astype(np.float32)
 
 
-def load_model(directory: str | Path) -> Model:
+def load_model(directory: str | Path, *, module: str | Path = "") -> Model:
     """Open a model directory that ``launch/export.py`` wrote; all of its files are compared with their checksums.
 
+    Args:
+        module: a file or an installed module that registers the model's backbone, where it is your own. Its code is
+            run. Not needed where this program has registered the class already.
+
     Raises:
-        UserError: it is no model directory, or damaged.
+        UserError: it is no model directory, or damaged; ``module`` cannot be imported.
     """
+    load_module(os.fspath(module), "module")
     return Model(open_directory(Path(directory)))
 
 

@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--format", choices=[OWN, "table"], default=OWN, help="own: that of the training data (default)")
     p.add_argument("--keep", nargs="+", default=[], metavar="COLUMN", help="columns to write beside the scores")
     p.add_argument("--processes", type=int, default=0, metavar="N", help="default: as many as there are cores")
+    p.add_argument("--module", default="", metavar="FILE.py", help="registers a backbone of your own; its code is run")
     p.add_argument("--overwrite", action="store_true", help="replace scores of an earlier call")
     p.add_argument("--quiet", action="store_true", help="no progress and no summary")
     return p
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--processes must be at least 1, got {args.processes}. Give another")
         keep = tuple(dict.fromkeys(word for part in args.keep for word in part.split(",") if word))
         processes = args.processes or available_cores()
-        job = Job(args.model, args.input, args.out, args.format, keep, processes, args.overwrite)
+        job = Job(args.model, args.input, args.out, args.format, keep, processes, args.overwrite, args.module)
         with Progress("predict", _bytes(args.input), "bytes", args.quiet) as bar:
             done = predict(job, bar.add)
     except UserError as e:
