@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import time
 from collections.abc import Callable
@@ -37,7 +36,7 @@ class SubnetTask:
         self.model = SubnetModel(config, allocation, context)
         self.l2 = config.optim.embedding_l2
         # Of the allocation the widths count, wherever its file lies; of the architecture its key.
-        model = {f"model.{k}": v for k, v in dataclasses.asdict(config.model).items() if k != "allocation"}
+        model = {f"model.{k}": v for k, v in config.model.settings().items() if k != "allocation"}
         backbone = self.model.bare_head.backbone
         if isinstance(backbone, ArchitectureNetwork):
             model["model.architecture"] = backbone.key

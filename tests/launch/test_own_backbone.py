@@ -63,10 +63,17 @@ def test_searched_retrained_measured_exported_and_predicted(
     width = max(read_json(trained / "allocation.json")["widths"].values())
     inputs = kept * width + 1  # zeros fill up to the widest
     assert figures["dense_parameters"] == kept * 3 + 3 + 3 * kept + kept + (inputs + 1) * 8 + 8 + 1
-    call("evaluate.py", "--run", trained)
+    (folder / "moved").mkdir()
+    (folder / "my_backbone.py").rename(folder / "moved" / "my_backbone.py")
+    moved = ["--model.module", "moved/my_backbone.py"]
+    assert "stage search: done before" in call("search.py", "--run.dir", "run", *moved)
+    call("retrain.py", "--run", "run", *moved)
+    assert read_json(trained / "evaluation.json")["auc"] == figures["auc"]
+    (folder / "moved" / "my_backbone.py").rename(folder / "my_backbone.py")
+    call("evaluate.py", "--run", trained, "--model.module", "my_backbone.py")
     assert read_json(trained / "evaluation.json")["auc"] == figures["auc"]
     out = folder / "model"
-    call("export.py", "--run", trained, "--out", out, "--format", "torch")
+    call("export.py", "--run", trained, "--out", out, "--format", "torch", "--model.module", "my_backbone.py")
     body = read_json(out / "model.json")
     assert body["measured"]["bitwise"] and body["measured"]["torch"]["max_difference"] < 1e-5
     assert body["model"]["module"] == "my_backbone.py"

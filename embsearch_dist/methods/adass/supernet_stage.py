@@ -47,7 +47,7 @@ class SupernetTask:
         self.sampler = Sampler(search.sampling, run.schema, search.candidates, seed, warmup, self.distinct)
         self._subnets = Subnets(self.sampler, run.context)
         self.l2 = run.config.optim.embedding_l2
-        model = {f"model.{k}": v for k, v in dataclasses.asdict(run.config.model).items()}
+        model = {f"model.{k}": v for k, v in run.config.model.settings().items()}
         sampling = {f"search.sampling.{k}": v for k, v in dataclasses.asdict(search.sampling).items()}
         own = {f"search.{k}": getattr(search, k) for k in ("candidates", "scheme", "distinct")}
         judged = {f"search.supernet.{k}": getattr(search.supernet, k) for k in ("panel", "panel_rows")}
@@ -162,7 +162,7 @@ class SupernetStage(Stage):
             "schema": run.schema.fingerprint,
             "run.seed": c.run.seed,
             "data.window_rows": c.data.window_rows,
-            "model": c.model,
+            "model": c.model.settings(),
             "optim": c.optim,
             "search.candidates": search.candidates,
             "search.scheme": search.scheme,

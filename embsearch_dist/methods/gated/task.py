@@ -58,7 +58,7 @@ class GatedTask(ABC):
     ) -> None:
         self.run, self.model, self.outer = run, model, outer
         self.l2, self.outer_lr = run.config.optim.embedding_l2, outer.lr
-        settings = {f"model.{k}": v for k, v in dataclasses.asdict(run.config.model).items()}
+        settings = {f"model.{k}": v for k, v in run.config.model.settings().items()}
         settings |= {f"outer.{k}": v for k, v in dataclasses.asdict(outer).items()}
         self.settings: dict[str, Any] = {**settings, "width": model.width, **own}
         self.steps, self.warmup = 0, 0
@@ -141,7 +141,7 @@ def inputs_of(run: Run, training: TrainConfig, own: dict[str, Any]) -> dict[str,
         "schema": run.schema.fingerprint,
         "run.seed": c.run.seed,
         "data.window_rows": c.data.window_rows,
-        "model": c.model,
+        "model": c.model.settings(),
         "optim": c.optim,
         "search.training": {k: v for k, v in vars(training).items() if k not in SAFETY_KEYS},
         **own,
