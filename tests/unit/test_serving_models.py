@@ -46,7 +46,7 @@ KINDS: dict[str, Callable[[Path], tuple]] = {
     },
     "adafs": lambda d: _gated(d, "adafs", "search.width=4"),
     "adafs hard": lambda d: _gated(d, "adafs", "search.width=4", "search.mode=hard", "search.k=2"),
-    "gates": lambda d: _gated(d, "ihas", *IHAS, "model.backbone=masknet"),
+    "gates": lambda d: _gated(d, "ihas", *IHAS),
     "router of fields": lambda d: _routed(d, "fields", "embeddings", "model.backbone=mlp"),
     "router of centres": lambda d: _routed(d, "centres", "scaled", "model.first_order=value"),
     "router of masks": lambda d: _routed(d, "centres", "masks"),
