@@ -7,6 +7,7 @@
     es.search("my.yaml", run_dir="runs/my", settings={"search.budget": "25%"})
     es.retrain("runs/my")
     es.open_data("runs/data/my").batches("train")
+    @es.register_backbone("mine")                                            a class of your own as model.backbone
 
 See :mod:`embsearch_dist.api`, and docs/library.md.
 """
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         evaluate,
         load_model,
         open_data,
+        register_backbone,
         register_source,
         retrain,
         search,
@@ -50,6 +52,7 @@ __all__ = [
     "evaluate",
     "load_model",
     "open_data",
+    "register_backbone",
     "register_source",
     "retrain",
     "search",
@@ -59,6 +62,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # On first use: a start of every script reads this file before it has set what must be set before torch loads.
+    if name == "register_backbone":  # not by way of the api: a server that needs a class of the user's has no TorchRec
+        from embsearch_dist.config.backbones import register_backbone
+
+        return register_backbone
     if name in __all__:
         from embsearch_dist import api
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from embsearch_dist import running
 from embsearch_dist.allocation import Allocation
+from embsearch_dist.config.backbones import load_module, register_backbone
 from embsearch_dist.config.read import load_config
 from embsearch_dist.config.sections import Config, DistConfig, RunConfig
 from embsearch_dist.data.load.batch import Batch
@@ -57,6 +58,7 @@ __all__ = [
     "evaluate",
     "load_model",
     "open_data",
+    "register_backbone",
     "register_source",
     "retrain",
     "search",
@@ -243,15 +245,20 @@ class Model:
         return np.concatenate([part[column].to_numpy() for part in parts]).astype(np.float32)
 
 
-def load_model(directory: str | Path) -> Model:
+def load_model(directory: str | Path, *, module: str | Path = "") -> Model:
     """Open a model directory that ``launch/export.py`` wrote; all of its files are compared with their checksums.
 
     >>> load_model("exported/my").predict({"left": [3], "big": [17], "right": [None], "idle": [5], "x": [0.5]}).shape
     (1,)
 
+    Args:
+        module: a file or an installed module that registers the model's backbone, where it is your own. Its code is
+            run. Not needed where this program has registered the class already.
+
     Raises:
-        UserError: it is no model directory, or damaged.
+        UserError: it is no model directory, or damaged; ``module`` cannot be imported.
     """
+    load_module(os.fspath(module), "module")
     return Model(open_directory(Path(directory)))
 
 

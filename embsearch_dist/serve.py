@@ -28,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch-rows", type=int, default=4096, metavar="N", help="predicted together (default %(default)s)")
     p.add_argument("--delay-ms", type=float, default=0.0, help="how long a request waits for company (default 0)")
     p.add_argument("--max-connections", type=int, default=512, metavar="N", help="default %(default)s; more get a 503")
+    p.add_argument("--module", default="", metavar="FILE.py", help="registers a backbone of your own; its code is run")
     p.add_argument("--threads", type=int, default=0, metavar="N", help="of the model (default: torch's own choice)")
     return p
 
@@ -55,8 +56,10 @@ def serve(args: argparse.Namespace) -> int:
         raise UserError(f"{e.name} is missing. Install it: pip install 'embsearch_dist[serve]'") from e
     import torch
 
+    from embsearch_dist.config.backbones import load_module
     from embsearch_dist.serving.directory import open_directory
 
+    load_module(args.module, "--module")
     if args.threads:
         torch.set_num_threads(args.threads)
     limits = Limits(args.max_body, args.max_rows, args.batch_rows, delay_s=args.delay_ms / 1000)

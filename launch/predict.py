@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--keep", nargs="+", default=[], metavar="COLUMN", help="columns to write beside the scores")
     p.add_argument("--label", default="", metavar="COLUMN", help="0 or 1: measure the answers by it, and keep it")
     p.add_argument("--processes", type=int, default=0, metavar="N", help="default: as many as there are cores")
+    p.add_argument("--module", default="", metavar="FILE.py", help="registers a backbone of your own; its code is run")
     p.add_argument("--overwrite", action="store_true", help="replace scores of an earlier call")
     p.add_argument("--quiet", action="store_true", help="no progress and no summary")
     return p
@@ -55,7 +56,17 @@ def main(argv: list[str] | None = None) -> int:
         words = [*(word for part in args.keep for word in part.split(",")), args.label]
         keep = tuple(dict.fromkeys(word for word in words if word))
         processes = args.processes or available_cores()
-        job = Job(args.model, args.input, args.out, args.format, keep, processes, args.overwrite, args.label)
+        job = Job(
+            args.model,
+            args.input,
+            args.out,
+            args.format,
+            keep,
+            processes,
+            args.overwrite,
+            args.label,
+            args.module,
+        )
         with Progress("predict", _bytes(args.input), "bytes", args.quiet) as bar:
             done = predict(job, bar.add)
     except UserError as e:

@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> None:
     file = Path(plain["run"]) / "config.yaml" if "run" in plain else plain.get("config", DEFAULT_CONFIG)
     if "run" in plain:
         check_text(Path(file))
-    base = read_config(file, [o for o in overrides if o.startswith("run.dir=")])
+    base = read_config(file, [o for o in overrides if o.startswith(("run.dir=", "model.module="))])
     run_dir = Path(plain.get("run", base.run.dir))
     config = read_config(file, [*([] if goes_on else searched_network(run_dir, overrides)), *overrides])
     suffix = f"-seed{config.run.seed}" if config.run.seed != base.run.seed else ""

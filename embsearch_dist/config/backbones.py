@@ -47,6 +47,7 @@ class Registered:
 
 
 _known: dict[str, Registered] = {}
+_loaded: dict[Path, str] = {}  # file of a user's -> the module that it was last imported as
 
 
 def register_backbone(name: str) -> Callable[[type[T]], type[T]]:
@@ -145,9 +146,8 @@ def _load_file(path: Path, key: str) -> None:
             f"{key}: {path} cannot be read ({e.strerror}); it is looked for from the current folder, {Path.cwd()}"
         ) from e
     # Named by its content too: a notebook that writes the file anew gets the new class.
-    digest = hashlib.sha256(str(path.resolve()).encode() + b"\0" + body).hexdigest()[:12]
-    name = f"embsearch_dist_own_{digest}"
-    if name in sys.modules:
+    name = "embsearch_dist_own_" + hashlib.sha256(str(path.resolve()).encode() + b"\0" + body).hexdigest()[:12]
+    if _loaded.get(path.resolve()) == name:
         return
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -158,6 +158,7 @@ def _load_file(path: Path, key: str) -> None:
     except BaseException:
         del sys.modules[name]
         raise
+    _loaded[path.resolve()] = name
 
 
 def check_backbone(name: str, module: str, options: Mapping[str, Any]) -> None:

@@ -140,6 +140,10 @@ class ModelConfig:
             widths = getattr(self, key)
             require(all(h > 0 for h in widths), f"model.{key}", f"every width must be above 0, got {widths}")
 
+    def settings(self) -> dict[str, Any]:
+        """The keys that say what is computed: all but where a user's own module lies, which may move."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "module"}
+
     @property
     def extra(self) -> int:
         """Columns of a kept field's table beside its width: 1 where each value has a first-order weight of its own."""

@@ -102,7 +102,8 @@ def model_of(config: ModelConfig) -> dict[str, Any]:
     """The settings of a model that its description needs; an architecture lies beside it."""
     body = dataclasses.asdict(config)
     del body["allocation"]
-    return body | {"architecture": RESULT if config.architecture else ""}
+    module = Path(config.module).name if config.module.endswith(".py") else config.module
+    return body | {"architecture": RESULT if config.architecture else "", "module": module}
 
 
 def existing(directory: Path, names: tuple[str, ...], target: str = "") -> dict[str, Path]:

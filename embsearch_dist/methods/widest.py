@@ -3,7 +3,6 @@ read the widths off it."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +38,7 @@ class WidestStage(Stage):
         return {
             "schema": run.schema.fingerprint,
             "run.seed": c.run.seed,
-            "model": {k: v for k, v in dataclasses.asdict(c.model).items() if k != "allocation"},
+            "model": {k: v for k, v in c.model.settings().items() if k != "allocation"},
             "optim": c.optim,
             "train": {k: v for k, v in vars(c.train).items() if k not in SAFETY_KEYS},
             "search.width": c.search.width,

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from embsearch_dist.config.backbones import FIXED, registered_names
 from embsearch_dist.config.sections import ModelConfig
+from embsearch_dist.errors import UserError
 from embsearch_dist.models.backbones.making import backbone_of
 from embsearch_dist.models.folded import FoldedMLP, can_fold
 from embsearch_dist.models.head import Head, make_head
@@ -244,9 +246,20 @@ def fill(model: Any, body: Mapping[str, Any], tables: Tensors, dense: Tensors) -
 
 
 def config_of(body: Mapping[str, Any], directory: Path) -> ModelConfig:
-    """The model section of a config; the architecture lies in the directory."""
+    """The model section of a config; the architecture lies in the directory.
+
+    Raises:
+        UserError: it names a backbone that nothing has registered. A directory never says what code to run: whoever
+            opens it has to.
+    """
     known = {f.name for f in dataclasses.fields(ModelConfig)}
     config = ModelConfig(**{k: v for k, v in body.items() if k in known})
+    if config.backbone not in (*FIXED, *registered_names()):
+        raise UserError(
+            f"{directory}: its backbone {config.backbone!r} is none of ours, and a model directory holds no code. Give "
+            f"--module {config.module or 'FILE.py'} (a file or an installed module that registers it), in Python "
+            "es.load_model(DIR, module=...); programs of export.py --format torch or onnx run without it"
+        )
     if config.architecture:
         config.architecture = str(directory / config.architecture)
     return config

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
+from embsearch_dist.config.backbones import load_module
 from embsearch_dist.data.formats.columns import KEPT, Chunk, Reading, Source
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import temporary
@@ -47,6 +48,7 @@ class Job:
         processes: how many work.
         overwrite: replace scores that an earlier call has written.
         label: one of ``keep``, 0 or 1, by which the answers are measured; empty: they are not.
+        module: registers the model's backbone, where it is the user's own; every process imports it.
     """
 
     model: Path
@@ -57,6 +59,7 @@ class Job:
     processes: int = 1
     overwrite: bool = False
     label: str = ""
+    module: str = ""
 
 
 @dataclass
@@ -121,6 +124,7 @@ def predict(job: Job, tick: Callable[[int], None] = lambda n: None) -> Done:
             written then.
     """
     check_out(job)
+    load_module(job.module, "--module")
     directory = open_directory(job.model)
     if job.processes == 1:
         return _write(job, directory, _alone(Scorer(job, directory)), tick)
@@ -279,6 +283,7 @@ def _work(end: Connection, job: Job, rank: int) -> None:
     torch.set_num_threads(1)
     try:
         try:
+            load_module(job.module, "--module")
             scorer = Scorer(job, open_directory(job.model, checked=True))
             for k, chunk in enumerate(scorer.source.chunks()):
                 if k % job.processes == rank:

@@ -32,7 +32,8 @@ def read_own_config(directory: Path, like: Config) -> Config | None:
     check_text(file)
     if written_method(file) != like.method:
         return None
-    return load_config({like.method: type(like.search)}, file, [])
+    module = [f"model.module={like.model.module}"] if like.model.module else []  # it may lie elsewhere by now
+    return load_config({like.method: type(like.search)}, file, module)
 
 
 def lasting(config: Config, same_data: bool = False) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def lasting(config: Config, same_data: bool = False) -> dict[str, Any]:
     found["train"] = {k: v for k, v in found["train"].items() if k not in SAFETY_KEYS}
     found["dist"] = {k: v for k, v in found["dist"].items() if k not in ("timeout_s", "wait_s")}
     found["data"] = {k: v for k, v in found["data"].items() if k != "skip_unreadable"}
+    del found["model"]["module"]  # where its code lies
     if config.model.backbone != "nasrec":
         del found["model"]["layer_norm"]  # nothing reads it
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +43,7 @@ class SubnetTask:
         self.model = model or SubnetModel(config, allocation, context)
         self.l2 = config.optim.embedding_l2
         # Of the allocation the widths count, wherever its file lies; of the architecture its key.
-        settings = {f"model.{k}": v for k, v in dataclasses.asdict(config.model).items() if k != "allocation"}
+        settings = {f"model.{k}": v for k, v in config.model.settings().items() if k != "allocation"}
         backbone = self.model.bare_head.backbone
         if isinstance(backbone, ArchitectureNetwork):
             settings["model.architecture"] = backbone.key

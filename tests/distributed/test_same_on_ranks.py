@@ -197,6 +197,23 @@ def score_subnets(rank: int, world_size: int, data: str, directory: str, norm: s
     return [*found, *fitted]
 
 
+def score_whole(rank: int, world_size: int, data: str, directory: str) -> list[dict[str, float]]:
+    words = ["model.backbone=masknet", "model.norm=field", "model.init_std=0.5", "model.gain=1"]
+    run = open_run(small_config(data, directory, *words), rank_context(rank, world_size))
+    scorer = make_scorer(run, SupernetTask(run))
+    choices = torch.tensor([[a, b, (a + b) % 4, 3 - a] for a in range(4) for b in range(2)])
+    few = scorer.part(100)
+    return [*scorer.score(choices), *scorer.score_near([3, 2, 1, 0], choices), *few.score(choices[:3])]
+
+
+def test_subnets_of_any_backbone_score_alike_on_one_rank_and_two(tmp_path: Path, data: str) -> None:
+    one = run_ranks(score_whole, 1, tmp_path, data, str(tmp_path))[0]
+    two = run_ranks(score_whole, 2, tmp_path, data, str(tmp_path))
+    assert two[0] == two[1] and one[-1]["rows"] == two[0][-1]["rows"] == 100
+    for a, b in zip(one[:-3], two[0][:-3], strict=True):  # which rows are the first hundred depends on the ranks
+        assert b == pytest.approx(a, abs=2e-4)
+
+
 @pytest.mark.parametrize("norm", ["none", "field"])
 def test_subnets_score_alike_on_one_rank_and_two(tmp_path: Path, data: str, norm: str) -> None:
     arguments, rows = (data, str(tmp_path), norm), Schema.load(data).rows["validation"]

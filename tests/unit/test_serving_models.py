@@ -41,6 +41,9 @@ KINDS: dict[str, Callable[[Path], tuple]] = {
     "wide and deep": lambda d: _one(d, "model.backbone=wide_deep", "model.transform=field"),
     "bfloat16": lambda d: _one(d, "model.precision=bfloat16"),
     "dlrm": lambda d: _one(d, "model.backbone=dlrm", widths=dict.fromkeys(WIDTHS, 4)),
+    **{
+        b: lambda d, b=b: _one(d, f"model.backbone={b}") for b in ("dcnv2", "autoint", "xdeepfm", "masknet", "finalmlp")
+    },
     "adafs": lambda d: _gated(d, "adafs", "search.width=4"),
     "adafs hard": lambda d: _gated(d, "adafs", "search.width=4", "search.mode=hard", "search.k=2"),
     "gates": lambda d: _gated(d, "ihas", *IHAS),

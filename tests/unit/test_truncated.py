@@ -84,7 +84,7 @@ def test_each_basis_loses_least_in_its_own_measure() -> None:
 
 
 @pytest.mark.parametrize("unify", ["always", "mixed"])
-@pytest.mark.parametrize("backbone", ["deepfm", "wide_deep", "fm", "dlrm"])
+@pytest.mark.parametrize("backbone", ["deepfm", "wide_deep", "fm", "dlrm", "dcnv2"])
 @pytest.mark.parametrize("extra", [(), ("model.first_order=value",), ("model.transform=field",)])
 def test_changes_are_those_of_the_whole_model(backbone: str, unify: str, extra: tuple[str, ...]) -> None:
     model = model_of(f"model.backbone={backbone}", f"model.unify={unify}", *extra)

@@ -46,7 +46,7 @@ class SupernetTask:
         self.sampler = Sampler(search.sampling, run.schema, search.candidates, seed, warmup, self.distinct)
         self._subnets = Subnets(self.sampler, run.context)
         self.l2 = run.config.optim.embedding_l2
-        model = {f"model.{k}": v for k, v in dataclasses.asdict(run.config.model).items()}
+        model = {f"model.{k}": v for k, v in run.config.model.settings().items()}
         sampling = {f"search.sampling.{k}": v for k, v in dataclasses.asdict(search.sampling).items()}
         own = {f"search.{k}": getattr(search, k) for k in ("candidates", "scheme", "distinct")}
         judged = {f"search.supernet.{k}": getattr(search.supernet, k) for k in ("panel", "panel_rows")}
@@ -158,7 +158,7 @@ class SupernetStage(Stage[AdassConfig]):
         search = run.config.search
         own = {f"search.{k}": getattr(search, k) for k in ("candidates", "scheme", "distinct", "sampling")}
         trained = training_inputs(run, "search.supernet", search.supernet, *READ_LATER)
-        return {**trained, "model": run.config.model, **own}
+        return {**trained, "model": run.config.model.settings(), **own}
 
     def run(self, run: Run[AdassConfig]) -> None:
         search = run.config.search

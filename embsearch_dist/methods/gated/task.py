@@ -63,7 +63,7 @@ class GatedTask(ABC):
     ) -> None:
         self.run, self.model, self.outer = run, model, outer
         self.l2, self.outer_lr = run.config.optim.embedding_l2, outer.lr
-        settings = {f"model.{k}": v for k, v in dataclasses.asdict(run.config.model).items()}
+        settings = {f"model.{k}": v for k, v in run.config.model.settings().items()}
         settings |= {f"outer.{k}": v for k, v in dataclasses.asdict(outer).items()}
         self.settings: dict[str, Any] = {**settings, "width": model.width, **own}
         self.steps, self.warmup = 0, 0
@@ -154,7 +154,7 @@ def checkpoint_root(run: Run, stage: str) -> Path:
 
 def inputs_of(run: Run, training: TrainConfig, own: dict[str, Any]) -> dict[str, Any]:
     """All that a search stage's result depends on, for the stage's mark."""
-    return {**training_inputs(run, "search.training", training), "model": run.config.model, **own}
+    return {**training_inputs(run, "search.training", training), "model": run.config.model.settings(), **own}
 
 
 def train(run: Run, stage: str, task: GatedTask, training: TrainConfig, lines: Sequence[str]) -> Progress:
