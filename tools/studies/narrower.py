@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from embsearch_dist.warm.ids import Data
-from embsearch_dist.warm.start import Start, begin
+from embsearch_dist.train.warm.ids import Data
+from embsearch_dist.train.warm.start import Start, begin
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config.read import load_config

@@ -20,7 +20,6 @@ from embsearch_dist.data.prepare.vocabulary import VOCABULARY, Kept, load_values
 from embsearch_dist.data.store import manifest
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Schema
-from embsearch_dist.stores.urls import is_url
 
 HOW_NEW = ("extend", "freeze")
 CURE = "Give the --vocabulary of data with the same columns, or leave it out"
@@ -49,7 +48,7 @@ class Earlier:
             UserError: it is no prepared data set, has no vocabulary or was changed; or a column, which is named, has
                 another name or kind.
         """
-        if is_url(path):
+        if "://" in str(path):
             raise UserError(f"--vocabulary {path}: ids are read from a folder. Copy the data here and give that folder")
         schema = Schema.load(path)
         _check_columns(Path(path), schema, columns)
