@@ -165,6 +165,20 @@ class TruncatedModel:
         logits, labels = self.context.gather(self.logits(ranks, precisions)), self.context.gather(self.sample.label)
         return score(logits.cpu(), labels.cpu())
 
+    def calibrated(self, ranks: Sequence[int], precisions: Sequence[str] = ()) -> torch.Tensor:
+        """Loss ``[n]`` of each of this rank's rows under :meth:`logits`, behind the scale and shift that fit best."""
+        own = self.logits(ranks, precisions)
+        scale, shift = calibration(own, self.sample.label, self.context)
+        return _losses(scale * own + shift, self.sample.label).double()
+
+    def paired(self, one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
+        """By how much losses ``one [n]`` lie above ``other`` on average over all ranks, and the standard error."""
+        difference = one - other
+        sums = self.context.sum(torch.stack([difference.sum(), difference.square().sum()]))
+        mean = float(sums[0]) / self.rows
+        variance = max(float(sums[1]) / self.rows - mean**2, 0.0)
+        return mean, (variance / max(self.rows - 1, 1)) ** 0.5
+
     @torch.no_grad()
     def changes(
         self,

@@ -14,9 +14,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from embsearch_dist.train.warm.ids import Data
-from embsearch_dist.train.warm.start import Start, begin
-
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config.read import load_config
 from embsearch_dist.data.load.dataset import BatchStream
@@ -27,6 +24,8 @@ from embsearch_dist.run import Run, open_data
 from embsearch_dist.schema import SPLITS
 from embsearch_dist.train.metrics import evaluate
 from embsearch_dist.train.retrain import SubnetTask
+from embsearch_dist.train.warm.ids import Data
+from embsearch_dist.train.warm.start import Start, begin
 
 
 def whole(run: Run) -> BatchStream:

@@ -20,6 +20,7 @@ from embsearch_dist.schema import Schema
 from embsearch_dist.train.monitor import Monitor
 
 LEAST_GAIN = 1e-6  # nats; below it lies the rounding of float32 logits
+SHARES = (1.0, 0.5, 0.25)  # of what evidence leaves of a budget, that spending it is tried with
 SCALE = 1e4  # of the scores: the knapsack's solver stops within 1e-6 of the best sum
 
 
@@ -190,12 +191,24 @@ class Searcher:
         return best if limit is None else self._spent(best, costs, limit)
 
     def _spent(self, choice: list[int], costs: torch.Tensor, limit: float) -> list[int]:
-        """With what the budget leaves; see :func:`spend`."""
+        """With what the budget leaves, or a part of it: see :func:`spend`. No more is spent than validation rows bear:
+        their losses may not rise by more than ``evidence`` standard errors."""
         if self.trained is None:
             return choice
         changes = self.trained.changes(choice, self.widths, self.precisions)
-        context = self.model.context
-        return context.share(spend(choice, changes, self.widths, costs, limit) if context.rank == 0 else [])
+        context, before = self.model.context, self._losses(choice)
+        cost_before = total_cost(choice, costs)
+        for share in SHARES:
+            room = cost_before + share * (limit - cost_before)
+            found = context.share(spend(choice, changes, self.widths, costs, room) if context.rank == 0 else [])
+            worse, error = self.model.paired(self._losses(found), before)
+            if worse <= self.config.evidence * error + LEAST_GAIN:
+                return found
+        return choice
+
+    def _losses(self, choice: Sequence[int]) -> torch.Tensor:
+        """Of this rank's measured rows ``[n]``."""
+        return self.model.calibrated(self.ranks(choice), [self.options[j].precision for j in choice])
 
     def _choose(self, worths: list[torch.Tensor], costs: torch.Tensor, limit: float | None) -> list[int]:
         # One rank decides: all have the same figures, but perhaps not the same solver, and must measure the same.
