@@ -115,19 +115,22 @@ class Changes:
         rows: how many rows.
         more: ``[F, T]`` float64: mean loss with field f at candidate j and all others as they are, minus ``loss``.
         second: ``[F, T, T]`` float64: mean products of the rows' differences to their loss under the allocation.
+        counts: ``[F]``: of how many rows the means of a field are; None: of all.
     """
 
     loss: float
     rows: int
     more: torch.Tensor
     second: torch.Tensor
+    counts: torch.Tensor | None = None
 
     def gain(self, field: int, narrow: int, wide: int) -> tuple[float, float]:
         """How much less loss candidate ``wide`` has than ``narrow``, and the standard error, paired by row."""
         mean = float(self.more[field, narrow] - self.more[field, wide])
         m = self.second[field]
         variance = float(m[narrow, narrow] + m[wide, wide] - 2 * m[narrow, wide]) - mean**2
-        return mean, (max(variance, 0.0) / max(self.rows - 1, 1)) ** 0.5
+        rows = self.rows if self.counts is None else int(self.counts[field])
+        return mean, (max(variance, 0.0) / max(rows - 1, 1)) ** 0.5
 
 
 class TruncatedModel:
@@ -171,13 +174,15 @@ class TruncatedModel:
         scale, shift = calibration(own, self.sample.label, self.context)
         return _losses(scale * own + shift, self.sample.label).double()
 
-    def paired(self, one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
-        """By how much losses ``one [n]`` lie above ``other`` on average over all ranks, and the standard error."""
-        difference = one - other
-        sums = self.context.sum(torch.stack([difference.sum(), difference.square().sum()]))
-        mean = float(sums[0]) / self.rows
-        variance = max(float(sums[1]) / self.rows - mean**2, 0.0)
-        return mean, (variance / max(self.rows - 1, 1)) ** 0.5
+    def paired(self, one: torch.Tensor, other: torch.Tensor, rows: torch.Tensor) -> tuple[float, float]:
+        """By how much losses ``one [n]`` lie above ``other`` on average over the rows ``[n]`` bool of all ranks, and
+        the standard error."""
+        difference = (one - other)[rows]
+        sums = torch.stack([difference.sum(), difference.square().sum(), rows.sum().double()])
+        total, squares, count = self.context.sum(sums).tolist()
+        mean = total / max(count, 1.0)
+        variance = max(squares / max(count, 1.0) - mean**2, 0.0)
+        return mean, (variance / max(count - 1, 1.0)) ** 0.5
 
     @torch.no_grad()
     def changes(
@@ -186,11 +191,13 @@ class TruncatedModel:
         candidates: Sequence[int],
         precisions: Sequence[str] = (),
         tick: Callable[[int], None] = lambda rows: None,
+        known: bool = False,
     ) -> Changes:
         """What every change of one field does: ``choice [F]`` indices into ``candidates [T]``.
 
         ``precisions [T]``: what each candidate is stored at; none for the training's own. ``tick`` is called now and
-        then with how many of this rank's rows were measured.
+        then with how many of this rank's rows were measured. ``known``: a field's candidates are compared on the rows
+        that hold a value of it with an id of its own, and on no others.
 
         Losses are those of ``scale * logit + shift``, which fit the allocation itself best. A model that has learned
         too much by heart is too sure of itself: without that, each direction less would look like a gain.
@@ -203,6 +210,7 @@ class TruncatedModel:
         loss = torch.zeros(1, dtype=torch.float64, device=device)
         more = torch.zeros(fields, count, dtype=torch.float64, device=device)
         second = torch.zeros(fields, count, count, dtype=torch.float64, device=device)
+        counts = torch.zeros(fields, dtype=torch.float64, device=device)
         depth = unified(self.head, self.sample.x[:, :1]).shape[2]
         numbers = fields * count * max(self.sample.x.shape[2], depth)
         for piece in self.sample.pieces(_rows_of_piece(numbers)):
@@ -221,12 +229,19 @@ class TruncatedModel:
                 difference = (_losses(scale * logits + shift, piece.label) - now).double()
                 # Rounding would pass for a difference where there is none.
                 difference[choice[f]] = 0
+                if known and piece.known is not None:
+                    difference[:, ~piece.known[f]] = 0
+                    counts[f] += piece.known[f].sum()
+                else:
+                    counts[f] += len(piece.label)
                 more[f] += difference.sum(1)
                 second[f] += difference @ difference.T
             tick(len(piece.label))
-        for part in (loss, more, second):
+        for part in (loss, more, second, counts):
             self.context.sum(part)
-        return Changes(float(loss) / self.rows, self.rows, (more / self.rows).cpu(), (second / self.rows).cpu())
+        of = counts.clamp(min=1)
+        more, second = (more / of[:, None]).cpu(), (second / of[:, None, None]).cpu()
+        return Changes(float(loss) / self.rows, self.rows, more, second, counts.cpu())
 
     def _unified(self, piece: Sample, candidates: Sequence[int], precisions: Sequence[str]) -> torch.Tensor:
         """``[T, n, F, d]``: what the backbone gets of each field at each candidate."""

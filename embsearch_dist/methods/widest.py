@@ -3,7 +3,7 @@ read the widths off it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,12 +98,14 @@ class Sample:
         dense: ``[n, n_dense]``.
         label: ``[n]``.
         values: ``[n, F]``: the values' own weights; no columns where the model has none.
+        known: ``[F, n]`` bool: whether the row has a value of the field that has an id of its own; None: all count.
     """
 
     x: torch.Tensor
     dense: torch.Tensor
     label: torch.Tensor
     values: torch.Tensor
+    known: torch.Tensor | None = None
 
     @classmethod
     @torch.no_grad()
@@ -114,15 +116,26 @@ class Sample:
             here = batch.to(device)
             pooled = model.tables(here.sparse)
             values = pooled.first_order() if pooled.weights else pooled.values[:, :0]
-            parts.append((pooled.stack().clone(), here.dense, here.label, values.clone()))
-        x, dense, label, values = zip(*parts, strict=True)
-        return cls(torch.cat(x, 1), torch.cat(dense), torch.cat(label), torch.cat(values))
+            seen = known_in(here.sparse, model.tables.names)
+            parts.append((pooled.stack().clone(), here.dense, here.label, values.clone(), seen))
+        x, dense, label, values, known = zip(*parts, strict=True)
+        return cls(torch.cat(x, 1), torch.cat(dense), torch.cat(label), torch.cat(values), torch.cat(known, 1))
 
     def pieces(self, rows: int) -> Iterator[Sample]:
         """The same rows, at most ``rows`` at a time."""
         for start in range(0, len(self.label), rows):
             part = slice(start, start + rows)
-            yield Sample(self.x[:, part], self.dense[part], self.label[part], self.values[part])
+            known = None if self.known is None else self.known[:, part]
+            yield Sample(self.x[:, part], self.dense[part], self.label[part], self.values[part], known)
+
+
+def known_in(sparse: KeyedJaggedTensor, names: Sequence[str]) -> torch.Tensor:
+    """``[F, n]`` bool: whether a row holds any id above 0, which rare, unseen and missing values share."""
+    rows = sparse.stride()
+    owner = torch.repeat_interleave(sparse.lengths().long())
+    hits = sparse.values().new_zeros(len(sparse.keys()) * rows, dtype=torch.int64)
+    hits.index_add_(0, owner, (sparse.values() > 0).long())
+    return (hits.view(-1, rows) > 0)[[sparse.keys().index(name) for name in names]]
 
 
 def unified(head: Head, x: torch.Tensor) -> torch.Tensor:

@@ -84,6 +84,13 @@ class AutoField(Method):
     """AutoField (Wang et al. 2022)."""
 
     config = AutoFieldConfig
+    planted = {
+        "search": {
+            "width": 8,
+            "training": {"batch_size": 512, "eval_batch_size": 6000, "epochs": 6, "patience": 0},
+            "outer": {"pretrain_epochs": 1.0, "every": 2},
+        }
+    }
     trial = {
         "search": {"width": 4, "pareto": ["60%"], "training": TRAINING, "outer": {"pretrain_epochs": 0.3, "every": 2}}
     }

@@ -142,6 +142,14 @@ class OptEmbed(Method):
     """OptEmbed (Lyu et al. 2022), its search for widths."""
 
     config = OptEmbedConfig
+    planted = {
+        "search": {
+            "width": 8,
+            "rows": 6000,
+            "training": {"batch_size": 512, "eval_batch_size": 6000, "epochs": 6, "patience": 0},
+            "evolution": {"generations": 6, "mutations": 10, "crossovers": 10, "keep": 5},
+        }
+    }
     trial = {
         "search": {
             "width": 4,

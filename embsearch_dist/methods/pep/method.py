@@ -190,6 +190,9 @@ class PEP(Method):
     """PEP (Liu et al. 2021)."""
 
     config = PEPConfig
+    planted = {
+        "search": {"width": 8, "training": {"batch_size": 512, "eval_batch_size": 6000, "epochs": 6, "patience": 0}}
+    }
     trial = {"search": {"width": 4, "pareto": ["60%"], "training": TRAINING}}
 
     def stages(self) -> list[Stage]:

@@ -106,6 +106,7 @@ class SSEDS(Method):
     """Single-shot embedding dimension search (Qu et al. 2022)."""
 
     config = SSEDSConfig
+    planted = {"search": {"width": 8, "rows": 6000, "batches": 40, "batch_size": 512}}
     trial = {"search": {"width": 4, "pareto": ["60%"], "rows": 300, "batches": 4, "batch_size": 128}}
 
     def stages(self) -> list[Stage]:

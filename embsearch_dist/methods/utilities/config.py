@@ -27,6 +27,13 @@ class UtilitiesConfig:
         "variance", "directions of a field: by variance (plain PCA) | sensitivity (of the logit)", choices=BASES
     )
     evidence: float = option(1.0, "a wider candidate counts if it gains more than this many standard errors", low=0)
+    judge: str = option(
+        "known",
+        "rows by which a field's widths are judged: known (where its value has an id of its own: new users say nothing "
+        "about the width of the users' table) | all",
+        choices=("known", "all"),
+        before="all",
+    )
     rows: int = option(100_000, "validation rows that are measured, drawn from the whole split", low=1)
     basis_rows: int = option(50_000, "training rows that the directions are taken from", low=1)
     spend: bool = option(

@@ -78,7 +78,12 @@ def choose(worth: torch.Tensor, costs: torch.Tensor, limit: float | None) -> lis
 
 
 def spend(
-    choice: Sequence[int], changes: Changes, widths: Sequence[int], costs: torch.Tensor, limit: float
+    choice: Sequence[int],
+    changes: Changes,
+    widths: Sequence[int],
+    costs: torch.Tensor,
+    limit: float,
+    harms: torch.Tensor | None = None,
 ) -> list[int]:
     """What ``choice`` leaves of a budget, spent on wider candidates of kept fields by what they save on training rows.
 
@@ -91,19 +96,33 @@ def spend(
         changes: around ``choice``, on training rows.
         widths: of the candidates.
         costs: ``[F, T]``, rising along T.
+        harms: ``[F, T]`` bool: candidates that validation rows speak against; None: they speak against none.
     """
     worth = torch.full(costs.shape, -torch.inf, dtype=torch.float64)
     for f, j in enumerate(choice):
         stop = len(widths) if widths[j] else j + 1
         worth[f, j:stop] = (-changes.more[f, j:stop]).cummax(0).values
+        if harms is not None:
+            worth[f, j + 1 :][harms[f, j + 1 :]] = -torch.inf
     top = float(worth.max())
     if top <= LEAST_GAIN:
         return list(choice)
     found = knapsack(worth * (SCALE / top), costs, limit)
     for f, j in enumerate(found):
-        while j > choice[f] and worth[f, j - 1] >= worth[f, j]:
+        while j > choice[f] and worth[f, choice[f] : j].max() >= worth[f, j]:
             j -= 1
         found[f] = j
+    return found
+
+
+def harming(choice: Sequence[int], around: Changes, evidence: float) -> torch.Tensor:
+    """``[F, T]`` bool: candidates under which the measured rows lose more than ``evidence`` standard errors against
+    ``choice``, all other fields being as they are."""
+    found = torch.zeros(around.more.shape, dtype=torch.bool)
+    for f, j in enumerate(choice):
+        for k in range(around.more.shape[1]):
+            gain, error = around.gain(f, j, k)
+            found[f, k] = gain < -max(evidence * error, LEAST_GAIN)
     return found
 
 
@@ -156,7 +175,8 @@ class Searcher:
         """The changes around an allocation, measured once."""
         key = tuple(choice)
         if key not in self.measured:
-            self.measured[key] = self.model.changes(choice, self.widths, self.precisions, self.tick)
+            known = self.config.judge == "known"
+            self.measured[key] = self.model.changes(choice, self.widths, self.precisions, self.tick, known)
         return self.measured[key]
 
     def worth_at_full_width(self) -> torch.Tensor:
@@ -191,20 +211,29 @@ class Searcher:
         return best if limit is None else self._spent(best, costs, limit)
 
     def _spent(self, choice: list[int], costs: torch.Tensor, limit: float) -> list[int]:
-        """With what the budget leaves, or a part of it: see :func:`spend`. No more is spent than validation rows bear:
-        their losses may not rise by more than ``evidence`` standard errors."""
+        """With what the budget leaves, or a part of it: see :func:`spend`. No more is spent than validation rows bear,
+        field by field or all together: their losses may not rise by more than ``evidence`` standard errors."""
         if self.trained is None:
             return choice
         changes = self.trained.changes(choice, self.widths, self.precisions)
         context, before = self.model.context, self._losses(choice)
+        harms = harming(choice, self.around(choice), self.config.evidence)
         cost_before = total_cost(choice, costs)
         for share in SHARES:
             room = cost_before + share * (limit - cost_before)
-            found = context.share(spend(choice, changes, self.widths, costs, room) if context.rank == 0 else [])
-            worse, error = self.model.paired(self._losses(found), before)
+            found = context.share(spend(choice, changes, self.widths, costs, room, harms) if context.rank == 0 else [])
+            worse, error = self.model.paired(self._losses(found), before, self._speaking(choice, found))
             if worse <= self.config.evidence * error + LEAST_GAIN:
                 return found
         return choice
+
+    def _speaking(self, choice: Sequence[int], other: Sequence[int]) -> torch.Tensor:
+        """``[n]`` bool: this rank's rows that can tell two allocations apart: they know all fields that differ."""
+        sample = self.model.sample
+        differing = [f for f, (a, b) in enumerate(zip(choice, other, strict=True)) if a != b]
+        if self.config.judge == "all" or sample.known is None or not differing:
+            return torch.ones_like(sample.label, dtype=torch.bool)
+        return sample.known[differing].all(0)
 
     def _losses(self, choice: Sequence[int]) -> torch.Tensor:
         """Of this rank's measured rows ``[n]``."""
