@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.methods.truncated import (
@@ -20,7 +21,7 @@ from embsearch_dist.methods.truncated import (
     principal,
     sensitive,
 )
-from embsearch_dist.methods.widest import Moments, Sample, single_ids, table_moments
+from embsearch_dist.methods.widest import Moments, Sample, known_in, single_ids, table_moments
 from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.schema import Field, Schema
 from tests.factories import one_rank, random_batch, small_config, small_schema, whole_tables
@@ -108,6 +109,37 @@ def test_changes_are_those_of_the_whole_model(backbone: str, unify: str, extra: 
         assert gain == pytest.approx(float(paired.mean()), abs=1e-5)
         assert error == pytest.approx(float(paired.std() / len(paired) ** 0.5), rel=1e-2)
     assert found.more[0, 1] == 0  # the allocation itself: no rounding
+
+
+def test_a_field_is_judged_by_the_rows_that_know_its_value() -> None:
+    model = model_of()
+    sample = sample_of(model)
+    assert sample.known is not None
+    truncated = TruncatedModel(model, sample, bases_of("variance", model, sample), one_rank())
+    choice, ranks = [3, 3, 3], [CANDIDATES[3]] * 3
+    every, found = (truncated.changes(choice, CANDIDATES, known=known) for known in (False, True))
+    scale, shift = calibration(truncated.logits(ranks), sample.label, one_rank())
+    for field in range(3):
+        known = sample.known[field]
+        assert 0 < known.sum() < len(known), "the batch must hold rows of both kinds"
+        new = truncated.logits([*ranks[:field], CANDIDATES[0], *ranks[field + 1 :]])
+        both = [
+            binary_cross_entropy_with_logits(scale * x + shift, sample.label, reduction="none").double()[known]
+            for x in (new, truncated.logits(ranks))
+        ]
+        gain, error = found.gain(field, 0, 3)
+        paired = both[0] - both[1]
+        assert gain == pytest.approx(float(paired.mean()), abs=1e-5)
+        assert error == pytest.approx(float(paired.std() / len(paired) ** 0.5), rel=1e-2)
+        assert found.counts is not None and int(found.counts[field]) == int(known.sum())
+    assert not torch.allclose(found.more, every.more) and found.loss == every.loss
+
+
+def test_a_row_knows_a_field_by_any_id_of_its_own() -> None:
+    schema = Schema("lists", (Field("a", 5), Field("tags", 4, "sum", True)))
+    lengths = torch.tensor([1, 1, 1, 2, 0, 1], dtype=torch.int32)  # of a, then of tags, in three rows
+    sparse = KeyedJaggedTensor(list(schema.names), torch.tensor([0, 4, 1, 0, 3, 0]), lengths=lengths)
+    assert known_in(sparse, ["tags", "a"]).tolist() == [[True, False, False], [False, True, True]]
 
 
 @pytest.mark.parametrize("extra", [(), ("model.first_order=value",)])
