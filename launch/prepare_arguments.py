@@ -73,6 +73,21 @@ def parser(document: str | None) -> argparse.ArgumentParser:
         help="criteo only: I1 to I13 as 13 more fields, or as dense columns beside 26 fields, as DLRM and NASRec have "
         "them (default bucketed)",
     )
+    _about_vocabulary(p)
+    p.add_argument("--rows-per-shard", type=int, default=ROWS_PER_SHARD, metavar="N", help="default %(default)s")
+    p.add_argument(
+        "--row-group-rows",
+        type=int,
+        default=ROW_GROUP_ROWS,
+        metavar="N",
+        help="rows read and shuffled as one piece in training (default %(default)s)",
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace an earlier prepared data set in --out")
+    p.add_argument("--quiet", action="store_true", help="no progress and no summary")
+    return p
+
+
+def _about_vocabulary(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--vocabulary",
         type=path_or_url,
@@ -86,17 +101,6 @@ def parser(document: str | None) -> argparse.ArgumentParser:
         help="values that OLD lacks: those that reach --min-count get the ids behind OLD's (extend), or all share id 0 "
         "(freeze; default extend)",
     )
-    p.add_argument("--rows-per-shard", type=int, default=ROWS_PER_SHARD, metavar="N", help="default %(default)s")
-    p.add_argument(
-        "--row-group-rows",
-        type=int,
-        default=ROW_GROUP_ROWS,
-        metavar="N",
-        help="rows read and shuffled as one piece in training (default %(default)s)",
-    )
-    p.add_argument("--overwrite", action="store_true", help="replace an earlier prepared data set in --out")
-    p.add_argument("--quiet", action="store_true", help="no progress and no summary")
-    return p
 
 
 def check(args: argparse.Namespace) -> None:

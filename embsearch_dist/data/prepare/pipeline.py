@@ -179,10 +179,7 @@ def prepare_into(directory: Path, source: Source, options: Options, team: Team |
     folder = directory / STAGE
     parts = stage(source, folder, options.split == "time", team, options.quiet)
     counts = split_parts(parts, options.split, options.seed, team)
-    rows = {name: int(n) for name, n in zip(SPLITS, counts.sum(axis=0), strict=True)}
-    if empty := [name for name, n in rows.items() if n == 0]:
-        total = sum(rows.values())
-        raise UserError(f"{source.dataset}: the {empty[0]} split is empty ({total} rows). Give more rows")
+    rows = _rows_of_splits(source, counts)
     fields = [c.name for c in source.columns if c.kind != "dense"]
     dense = [c.name for c in source.columns if c.kind == "dense"]
     told, earlier = _told(source, options), _earlier(source, options)
@@ -228,6 +225,14 @@ def prepare_into(directory: Path, source: Source, options: Options, team: Team |
         schema.save(directory)
         shutil.rmtree(folder)
     return schema
+
+
+def _rows_of_splits(source: Source, counts: np.ndarray) -> dict[str, int]:
+    rows = {name: int(n) for name, n in zip(SPLITS, counts.sum(axis=0), strict=True)}
+    if empty := [name for name, n in rows.items() if n == 0]:
+        total = sum(rows.values())
+        raise UserError(f"{source.dataset}: the {empty[0]} split is empty ({total} rows). Give more rows")
+    return rows
 
 
 def _field_provenance(
