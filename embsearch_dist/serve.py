@@ -10,6 +10,7 @@ otherwise; it has neither encryption nor log-in, so put a proxy in front of it b
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -84,7 +85,8 @@ def serve(args: argparse.Namespace) -> int:
                 print(f"listening on http://{host}:{port} (Ctrl-C ends it)", flush=True)
 
     try:
-        Server(config).run()
+        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C: the server has answered what was open by then
+            Server(config).run()
     except SystemExit as e:  # uvicorn ends so when the port is taken, and has said why
         raise UserError(f"--port {args.port}: {args.host} cannot be listened on. Give another --port or --host") from e
     return 0

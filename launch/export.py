@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
     one_of("--router", router, ROUTERS)
     for name in formats:
         one_of("--format", name, programs.FORMATS)
-    kind = kind_of(directory)
+    kind = kind_of(directory, overrides)
     if "router" in plain and kind != "routed":
         raise UserError(f"--router {router}: {directory} holds one model, not models of groups. Leave it out")
     name = plain_word(plain.get("name", directory.name), "--name")

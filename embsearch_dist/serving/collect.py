@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,8 +18,11 @@ from embsearch_dist.schema import Schema
 from embsearch_dist.serving.tables import Bag, Ids
 
 
-def kind_of(directory: Path) -> str:
+def kind_of(directory: Path, overrides: Sequence[str] = ()) -> str:
     """What a directory under ``RUN/retrain`` holds: ``single``, ``routed`` or ``gated``.
+
+    Args:
+        overrides: ``section.key=value`` on top of its config, such as a module that has moved.
 
     Raises:
         UserError: none of them.
@@ -27,7 +31,7 @@ def kind_of(directory: Path) -> str:
         raise UserError(
             f"--run {directory}: not a directory of retrain.py (config.yaml is missing). Give RUN/retrain/NAME"
         )
-    return METHODS[load_config(CONFIGS, directory / "config.yaml", []).method]().kind(directory)
+    return METHODS[load_config(CONFIGS, directory / "config.yaml", overrides).method]().kind(directory)
 
 
 def collect(run: Run, directory: Path, router: str) -> Collected:

@@ -88,7 +88,7 @@ def test_every_method_with_budgets_can_be_compared_under_one_recipe(
         assert (config.train.epochs, config.optim.embedding_l2) == (8, recipe["optim"]["embedding_l2"])
         if hasattr(config.search, "training"):
             assert (config.search.training.batch_size, config.search.training.epochs) == (512, 8)
-        folder = "widest" if method in ("utilities", "fdo", "magnitude", "sseds") else method
+        folder = "widest" if method in ("utilities", "auto", "fdo", "magnitude", "sseds") else method
         command = lines[f"seed0-search-{method}"]
         assert f"seed0/{folder} " in command and f"--search.name={method} " in command
         assert hasattr(config.search, "width") is False or config.search.width in (16, 32)

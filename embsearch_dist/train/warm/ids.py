@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import polars as pl
 import torch
 
-from embsearch_dist.data.prepare.vocabulary import VOCABULARY, load_values
 from embsearch_dist.data.store import manifest
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Schema, differs
+
+if TYPE_CHECKING:
+    import polars as pl
+
+# What reads vocabularies is imported where it is used: polars starts threads, and a rank that is forked must have none.
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,10 @@ class Data:
 
     def values(self, field: str) -> pl.Series:
         """The values of ids 1, 2, ... in their order."""
+        import polars as pl
+
+        from embsearch_dist.data.prepare.vocabulary import load_values
+
         return load_values(self.path, field)["value"].cast(pl.String)
 
 
@@ -69,6 +76,8 @@ def check_values(old: Data, new: Data) -> None:
     Raises:
         UserError: they cannot; says which data are missing or have changed.
     """
+    from embsearch_dist.data.prepare.vocabulary import VOCABULARY
+
     if same_ids(old, new):
         return
     if old.given_ids != new.given_ids:
@@ -97,6 +106,8 @@ def same_ids(old: Data, new: Data) -> bool:
 
 def id_map(old: Data, new: Data, field: str) -> IdMap:
     """Map the ids of a field that both data sets have. Id 0, everything rare or unseen, stays id 0."""
+    import polars as pl
+
     count, before = new.cardinality(field), old.cardinality(field)
     if same_ids(old, new) or old.given_ids:
         rows = torch.arange(count)
@@ -109,6 +120,10 @@ def id_map(old: Data, new: Data, field: str) -> IdMap:
 
 def occurrences(new: Data, field: str) -> torch.Tensor:
     """``[cardinality]`` float64: how often each id occurs in the training rows as far as it is known, at least 1."""
+    import polars as pl
+
+    from embsearch_dist.data.prepare.vocabulary import VOCABULARY, load_values
+
     found = torch.ones(new.cardinality(field), dtype=torch.float64)
     if not new.given_ids and (new.path / VOCABULARY).is_dir():
         found[1:] = torch.from_numpy(load_values(new.path, field)["count"].cast(pl.Float64).to_numpy().copy())
