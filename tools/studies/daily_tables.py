@@ -85,6 +85,7 @@ def draw(path: Path, lines: Sequence[Line]) -> None:
         axis.set_xlabel("day of training; measured on the next one")
         axis.set_ylabel(label)
         axis.set_xticks(sorted({r["day"] for r in lines}))
-    axes[0].legend()
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    # Below the plots: inside one it would cover points.
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=6, frameon=False)
     figure.savefig(path, dpi=120)
