@@ -27,6 +27,11 @@ class Method(ABC):
     config: ClassVar[type]
     result: ClassVar[str] = "allocation.json"
     """What a search leaves at the top of its run directory for retrain.py; empty: what it has trained is the result."""
+    finds: ClassVar[str] = "widths"
+    """What its search is for, which the report draws by: ``widths`` of fields, ``groups`` of rows, weights by ``rows``,
+    or a ``network``."""
+    policy: ClassVar[bool] = False
+    """Whether a policy is trained to search, whose curves and probabilities the report shows."""
     planted: ClassVar[Settings | None] = None
     """Settings under which a search of half a minute finds planted widths of 0 to 8 on 60,000 rows: a test holds the
     method to it. None: it claims no such thing, because it does not look at clicks or gives no widths."""

@@ -13,6 +13,8 @@ from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_json, read_sealed
 from embsearch_dist.grouped import GROUPS, GroupedAllocation
+from embsearch_dist.methods import METHODS
+from embsearch_dist.methods.base import Method
 from embsearch_dist.networks.architecture import FORMAT, KIND, Architecture, read_architecture
 from embsearch_dist.networks.canonical import key
 from embsearch_dist.networks.space import Space
@@ -34,7 +36,6 @@ FILES = {
 }
 NETWORK, SCORED = "architecture.json", "evolution.json"  # of a search for networks: its result, all it scored
 OPTIONAL = ("truth.json", "stability.json", "evaluation.json", GROUPS, NETWORK, SCORED)
-BY_INSTANCE = ("gates", "groups", "controller")  # stages of searches by instances
 BY_OTHER_ROUTER = "evaluation-fields.json"  # a routed model's result with a router that is not the search's
 AGAIN = "Give the command again that wrote it, or delete it"
 _SEED = re.compile(r"[-_]seed[-_]?(\d+)$")
@@ -151,19 +152,25 @@ class Run:
     damaged: list[str] = field(default_factory=list)
 
     @property
+    def method(self) -> type[Method] | None:
+        """The method of its config; None where there is no config, or one of another version."""
+        named = re.search(r"^method: *([\w-]+)", self.config or "", re.MULTILINE)
+        return METHODS.get(named.group(1)) if named else None
+
+    @property
     def without_policy(self) -> bool:
-        """Whether the widths came from one trained model, so that there is no policy to show."""
-        return any(line.get("stage") == "widest" for line in self.metrics)
+        """Whether there is no policy to show."""
+        return self.method is not None and not self.method.policy
 
     @property
     def by_instance(self) -> bool:
         """Whether the search chose by rows: then there is no policy, and no subnet was scored."""
-        return bool(self.groups) or any(line.get("stage") in BY_INSTANCE for line in self.metrics)
+        return bool(self.groups) or (self.method is not None and self.method.finds in ("groups", "rows"))
 
     @property
     def by_network(self) -> bool:
         """Whether the search is one for networks; ``networks`` are the best it left, best first, once it is over."""
-        named = self.config is not None and re.search(r"^method: *nasrec\b", self.config, re.MULTILINE) is not None
+        named = self.method is not None and self.method.finds == "network"
         return bool(self.networks) or self.evolution is not None or (named and self.widths is None)
 
 
@@ -220,8 +227,8 @@ def load_run(directory: Path) -> Run:
     never = ["search/pareto.json"] * run.by_instance + ["metrics.jsonl", "heatmaps.jsonl"] * run.without_policy
     if run.by_network:
         never += ["allocation.json", "search/pareto.json", "heatmaps.jsonl"]
-    if run.groups or any(line.get("stage") == "controller" for line in run.metrics):
-        never.append("allocation.json")  # groups have widths of their own; a controller weighs, and chooses none
+    if run.by_instance:
+        never.append("allocation.json")  # groups have widths of their own; who weighs rows chooses none
     _note_gone(run, [directory / n for n in (*FILES, *OPTIONAL)])
     run.missing = [name for name in run.missing if name not in never]
     run.pareto = _optional(directory / "search" / "pareto.json")

@@ -282,6 +282,7 @@ def test_many_groups(tmp_path: Path) -> None:
 
 def test_a_controller_chooses_no_widths(tmp_path: Path) -> None:
     SCHEMA.save(tmp_path)
+    (tmp_path / "config.yaml").write_text("method: adafs\n")
     write_lines(tmp_path / "metrics.jsonl", training("controller"))
     weights = {"stage": "controller", "name": "field weights", "rows": ["weight"], "columns": NAMES}
     write_lines(tmp_path / "heatmaps.jsonl", [{**weights, "step": s, "values": [[0.125] * 8]} for s in range(4)])

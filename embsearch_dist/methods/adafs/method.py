@@ -158,6 +158,7 @@ class AdaFS(Method):
     """AdaFS: Adaptive Feature Selection in Deep Recommender System (Lin et al. 2022)."""
 
     config = AdaFSConfig
+    finds = "rows"
     result = ""
     trial = {
         "model": {"backbone": "mlp", "hidden": [8, 4]},

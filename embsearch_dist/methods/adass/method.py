@@ -18,6 +18,7 @@ class AdaSS(Method):
     """AdaS&S: a One-Shot Supernet Approach for Automatic Embedding Size Search (Wei et al. 2023)."""
 
     config = AdassConfig
+    policy = True
     planted = {
         "search": {
             "candidates": [0, 1, 2, 4, 8],

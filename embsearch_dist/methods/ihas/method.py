@@ -37,6 +37,7 @@ class IHAS(Method):
     """iHAS: an Instance-wise Hierarchical Architecture Search framework (Yu et al. 2023)."""
 
     config = IHASConfig
+    finds = "groups"
     result = GROUPS
     trial = {
         "model": {"backbone": "mlp", "hidden": [8, 4], "unified_width": 4},

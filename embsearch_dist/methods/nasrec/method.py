@@ -20,6 +20,7 @@ class NASRec(Method):
     """Supernet, then evolution; the result is an architecture for uniform tables."""
 
     config = NASRecConfig
+    finds = "network"
     result = RESULT
     trial = {
         "model": {"init_std": 0.1},
