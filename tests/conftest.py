@@ -6,7 +6,8 @@ import functools
 import os
 import random
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,16 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 (what a test that takes no generator reads)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_backbones() -> Iterator[None]:
+    """A backbone that a test registers is gone after it; its module is imported anew by who names it again."""
+    yield
+    if backbones := sys.modules.get("embsearch_dist.config.backbones"):
+        for name in [n for n, known in backbones._known.items() if "/embsearch_dist/" not in known.source]:
+            del backbones._known[name]
+        backbones._loaded.clear()
 
 
 @pytest.fixture(scope="session")

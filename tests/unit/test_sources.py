@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.trial import merged
 from embsearch_dist.schema import Field, Schema
 from embsearch_dist.train.faults import VARIABLE
-from launch.export import main as export_script
 from tests.method_contract import records, weights
 
 ROWS = {"train": 900, "validation": 200, "test": 200}
@@ -230,13 +230,15 @@ es.register_source("clicks")(Clicks)
 """
 
 
-def test_scripts_find_a_source_by_its_name_and_export_what_was_trained_on_it(tmp_path: Path) -> None:
+def test_scripts_find_a_source_by_its_name_and_export_what_was_trained_on_it(
+    tmp_path: Path, run_script: Callable[..., object]
+) -> None:
     (tmp_path / "mine.py").write_text(SCRIPT)
     own = settings("random") | {"data.source": "clicks", "data.module": tmp_path / "mine.py"}
     found = es.search(run_dir=tmp_path / "run", method="random", settings=own)
     assert isinstance(found, es.Allocation) and found.schema.data == schema_of(Clicks()).data
     es.retrain(tmp_path / "run", "ues-4", settings={"train.epochs": 1})
-    export_script(["--run", str(tmp_path / "run/retrain/ues-4"), "--out", str(tmp_path / "exported")])
+    run_script("export.py", "--run", tmp_path / "run/retrain/ues-4", "--out", tmp_path / "exported")
     rows = Clicks().read("test", 0, 50)
     probabilities = es.load_model(tmp_path / "exported").predict({k: rows[k] for k in ("user", "item", "price")})
     assert probabilities.shape == (50,) and 0 < probabilities.min() < probabilities.max() < 1
