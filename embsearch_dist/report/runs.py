@@ -159,8 +159,9 @@ class Run:
 
     @property
     def without_policy(self) -> bool:
-        """Whether there is no policy to show."""
-        return self.method is not None and not self.method.policy
+        """Whether there is no policy to show; a directory without a config tells it by the stages that ran."""
+        widest = any(line.get("stage") == "widest" for line in self.metrics)
+        return widest or (self.method is not None and not self.method.policy)
 
     @property
     def by_instance(self) -> bool:

@@ -35,6 +35,8 @@ from tools.breaking.bases import RUN, prepare_words, write_clicks
 ROOT = Path(__file__).resolve().parents[2]
 TIMED = re.compile(r"seconds|_per_s$|time|memory_mb|sha256|^lines$|^ms$|_ms_|_ms$|created")
 """Keys of records whose values two equal runs do not share."""
+OF_A_RUN = (".metadata", "manifest.json", "run.lock", "written.json")
+"""Files about other files of one run, or about its process."""
 SHOWN = 40
 
 
@@ -140,9 +142,9 @@ def _lines(path: Path) -> Sequence[Any]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Every file but TensorBoard's, whose names hold the second, and the checksums of files with times in them."""
+    """Every file but TensorBoard's, whose names hold the second, locks, and lists of other files with their times."""
     kept = (p for p in folder.rglob("*") if p.is_file() and "tb" not in p.relative_to(folder).parts)
-    return {str(p.relative_to(folder)): p for p in kept if p.name != "written.json"}
+    return {str(p.relative_to(folder)): p for p in kept if p.name not in OF_A_RUN}
 
 
 if __name__ == "__main__":
