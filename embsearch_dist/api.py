@@ -20,7 +20,8 @@ import torch.distributed as dist
 
 from embsearch_dist import running
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config.backbones import load_module, register_backbone
+from embsearch_dist.config.backbones import register_backbone
+from embsearch_dist.config.own_module import load_module
 from embsearch_dist.config.read import load_config
 from embsearch_dist.config.sections import Config, DistConfig, RunConfig
 from embsearch_dist.data.load.batch import Batch

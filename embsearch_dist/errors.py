@@ -1,9 +1,10 @@
-"""The one exception type for anything a user can put right, and the word that he may have meant."""
+"""The one exception type for anything a user can put right, the word that he may have meant, the command to give."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -29,3 +30,17 @@ def nearest(name: str, known: Sequence[str]) -> str:
     """`` (did you mean 'x'?)`` for the closest known name, or nothing."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def nearest_or_all(word: str, known: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` for the known word most like ``word``, or a list of what is known."""
+    words = [str(k) for k in known]
+    close = difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
+    if close:
+        return f"Did you mean {close[0]!r}?"
+    return "Known: " + ", ".join(words[:40]) + (", ..." if len(words) > 40 else "")
+
+
+def script(name: str) -> str:
+    """How the user starts an entry script from where he stands: in a checkout, or with the package installed."""
+    return f"python launch/{name}.py" if Path("launch", f"{name}.py").exists() else f"embsearch {name}"

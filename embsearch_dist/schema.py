@@ -16,8 +16,9 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from embsearch_dist.errors import UserError
+from embsearch_dist.errors import UserError, script
 from embsearch_dist.files import read_sealed, write_sealed
 
 SPLITS = ("train", "validation", "test")
@@ -88,7 +89,7 @@ class Schema:
     fields: tuple[Field, ...]
     dense: tuple[str, ...] = ()
     rows: dict[str, int] = field(default_factory=dict)
-    provenance: dict[str, object] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
     data: str = ""
 
     def __post_init__(self) -> None:
@@ -133,7 +134,7 @@ class Schema:
         if not path.exists():
             raise UserError(
                 f"{directory} is not a prepared data set: {path.name} is missing there. "
-                "Make one with: python launch/prepare.py --help"
+                f"Make one with: {script('prepare')} --help"
             )
         body = read_sealed(path, "Copy it back, or prepare the data again")
         try:

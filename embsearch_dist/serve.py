@@ -57,7 +57,7 @@ def serve(args: argparse.Namespace) -> int:
         raise UserError(f"{e.name} is missing. Install it: pip install 'embsearch_dist[serve]'") from e
     import torch
 
-    from embsearch_dist.config.backbones import load_module
+    from embsearch_dist.config.own_module import load_module
     from embsearch_dist.serving.directory import open_directory
 
     load_module(args.module, "--module")

@@ -49,12 +49,9 @@ def ddp(
     tee: int = 3,
     debug: bool = False,
 ) -> specs.AppDef:
-    """Run a script on several ranks with torchrun.
+    """Run a script on several ranks with torchrun: `dist.ddp -j 1x8 search.py --config FILE`.
 
-    The first word after the options is the script, the rest are its arguments:
-    `torchx run dist.ddp -j 1x8 search.py --config FILE`. A script of this repository's launch
-    folder needs no folder name. Options of this component come before the script. A script option
-    that looks like one of them needs a separator: `dist.ddp -j 1x8 -- search.py --max 3`.
+    A script of launch/ needs no folder name. `--` keeps its options from those: `dist.ddp -j 1x8 -- search.py --max 3`.
 
     Args:
         script_args: the script, then its arguments; a `--` before either is dropped
@@ -76,30 +73,31 @@ def ddp(
         debug: turn on the debug checks of torch.distributed (slow)
     """
     script, words = _asked(script, m, list(script_args))
-    try:
-        min_nodes, nodes, ranks, nodes_text = parse_nnodes(j)
-    except ValueError:
-        raise ComponentValidationException(f"-j {j}: expected RANKS or [MIN_NODES:]NODESxRANKS, e.g. 1x8") from None
+    min_nodes, nodes, ranks, nodes_text = _nodes(j)
     title = StructuredNameArgument.parse_from(name=name, m=m or None, script=script or None)
-    for variable, value in SUBMITTING.items():
-        os.environ.setdefault(variable, value)
-    options = f"--nnodes {nodes_text} --nproc-per-node {ranks} --max-restarts {max_restarts} --tee {tee} --role ''"
-    torchrun = f"{_meeting(nodes, rdzv_port)} {options} {_target(script, m, words)}"
+    torchrun = _torchrun(_meeting(nodes, rdzv_port), nodes_text, ranks, max_restarts, tee)
     role = specs.Role(
         name=Path(script).stem if script else m.rpartition(".")[2],
         image=image,
         min_replicas=min_nodes,
         num_replicas=nodes,
         entrypoint="bash",
-        args=["-c", f"{_tuned(ranks, nodes, cpu)}; exec {_python()} -m embsearch_dist.ranks.torchrun {torchrun}"],
+        args=["-c", f"{_tuned(ranks, nodes, cpu)}; exec {torchrun} {_target(script, m, words)}"],
         env=_environment(env or {}, title.experiment_name, gpu, debug),
-        # What is not asked for stays out of the request: TorchX's own defaults are 2 cores and 1 GB a node.
-        resource=specs.resource(h=h) if h else specs.Resource(cpu=cpu or -1, gpu=gpu or -1, memMB=memMB or -1),
+        resource=specs.resource(h=h) if h else _resource(cpu, gpu, memMB),
         port_map={"c10d": rdzv_port},
         max_retries=max_retries,
         mounts=specs.parse_mounts(mounts) if mounts else [],
     )
     return specs.AppDef(name=title.run_name, roles=[role])
+
+
+def _nodes(j: str) -> Tuple[int, int, int, str]:
+    """The option -j: fewest nodes, nodes, ranks on each, and torchrun's words for the nodes."""
+    try:
+        return parse_nnodes(j)
+    except ValueError:
+        raise ComponentValidationException(f"-j {j}: expected RANKS or [MIN_NODES:]NODESxRANKS, e.g. 1x8") from None
 
 
 def _asked(script: str, m: str, words: List[str]) -> Tuple[str, List[str]]:
@@ -129,6 +127,12 @@ def _tuned(ranks: int, nodes: int, cpu: int) -> str:
     return f'eval "$$({_python()} -m embsearch_dist.ranks.environment --ranks {ranks} --nodes {nodes}{cores})"'
 
 
+def _torchrun(meeting: str, nodes: str, ranks: int, max_restarts: int, tee: int) -> str:
+    """The launcher on a node, told how many ranks there are and how often they are started again."""
+    counts = f"--nnodes {nodes} --nproc-per-node {ranks} --max-restarts {max_restarts} --tee {tee} --role ''"
+    return f"{_python()} -m embsearch_dist.ranks.torchrun {meeting} {counts}"
+
+
 def _meeting(nodes: int, port: int) -> str:
     """Options of torchrun that say where nodes meet."""
     if nodes == 1:
@@ -139,8 +143,15 @@ def _meeting(nodes: int, port: int) -> str:
     return f"--rdzv-backend c10d --rdzv-endpoint {host}:{port} --rdzv-id {specs.macros.app_id}"
 
 
+def _resource(cpu: int, gpu: int, memory_mb: int) -> specs.Resource:
+    """What is not asked for stays out of the request: TorchX's own defaults are 2 cores and 1 GB a node."""
+    return specs.Resource(cpu=cpu or -1, gpu=gpu or -1, memMB=memory_mb or -1)
+
+
 def _environment(asked: Dict[str, str], experiment: str, gpu: int, debug: bool) -> Dict[str, str]:
-    """Variables of the ranks: what was asked for, and what they need beside it."""
+    """Variables of the ranks: what was asked for, and what they need beside it. What submits the job reads its own
+    from the environment of this process."""
+    os.environ.update({**SUBMITTING, **os.environ})
     found = dict(asked)
     found.setdefault("LOGLEVEL", os.environ.get("LOGLEVEL", "WARNING"))
     found["TORCHX_TRACKING_EXPERIMENT_NAME"] = experiment

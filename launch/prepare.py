@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
             print("error: interrupted; start the same command again to continue", file=sys.stderr, flush=True)
         return 130
     if first:
-        for warning in schema.provenance.get("warnings", []):  # type: ignore[attr-defined]
+        for warning in schema.provenance.get("warnings", []):
             print(f"warning: {warning}", file=sys.stderr)
     if first and not args.quiet:
         seconds = time.monotonic() - start

@@ -56,7 +56,8 @@ def _own_backbones() -> Iterator[None]:
     if backbones := sys.modules.get("embsearch_dist.config.backbones"):
         for name in [n for n, known in backbones._known.items() if "/embsearch_dist/" not in known.source]:
             del backbones._known[name]
-        backbones._loaded.clear()
+    if own_module := sys.modules.get("embsearch_dist.config.own_module"):
+        own_module._loaded.clear()
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,10 @@ from typing import Any, Generic, TypeVar
 
 from omegaconf import OmegaConf
 
-from embsearch_dist.config.backbones import ADDITIVE, check_backbone, load_module
+from embsearch_dist.config.backbones import ADDITIVE, check_backbone
 from embsearch_dist.config.literal import HELD, held
 from embsearch_dist.config.options import check_section, one_of, option, require
+from embsearch_dist.config.own_module import load_module
 from embsearch_dist.rundir import plain_word, write_text
 
 _fetched: dict[str, str] = {}  # folder of this machine -> the URL whose data were fetched into it
@@ -129,7 +130,7 @@ class ModelConfig:
     init_std: float = option(0.01, "standard deviation of the initial embedding values")
 
     def check(self) -> None:
-        load_module(self.module)
+        load_module(self.module, "config key model.module")
         check_backbone(self.backbone, self.module, self.options)
         given = (self.backbone == "nasrec") == bool(self.architecture)
         require(given, "model.architecture", "belongs to model.backbone nasrec, and that needs it: a file of a search")

@@ -45,7 +45,8 @@ def attention(qkv: torch.Tensor, heads: int) -> torch.Tensor:
     rows, tokens, columns = qkv.shape
     width = columns // (3 * heads)
     if plain_on_cpu(qkv) and tokens <= MAX_TOKENS and width <= MAX_WIDTH and kernel() is not None:
-        return _Attention.apply(qkv, heads)  # type: ignore[no-any-return]
+        made: torch.Tensor = _Attention.apply(qkv, heads)
+        return made
     # Taken apart before it is turned: so the gradient is put together in the order that qkv has.
     q, k, v = (part.transpose(1, 2) for part in qkv.view(rows, tokens, 3, heads, width).unbind(2))
     mixed = functional.scaled_dot_product_attention(q, k, v)

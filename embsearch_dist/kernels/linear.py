@@ -15,7 +15,8 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 
 def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``a @ b.T + bias`` through oneDNN."""
-    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")  # type: ignore[no-any-return]
+    made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    return made
 
 
 class _OneDNN(torch.autograd.Function):
@@ -45,7 +46,8 @@ def plain_on_cpu(x: torch.Tensor) -> bool:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """``x [B, n] @ weight [m, n].T + bias [m]``; float32 on CPU goes through oneDNN."""
     if ONEDNN and plain_on_cpu(x) and len(weight) > 1:
-        return _OneDNN.apply(x, weight, bias)  # type: ignore[no-any-return]
+        made: torch.Tensor = _OneDNN.apply(x, weight, bias)
+        return made
     return functional.linear(x, weight, bias)
 
 
@@ -87,7 +89,8 @@ class _PairProducts(torch.autograd.Function):
 
 def pair_products(s: torch.Tensor) -> torch.Tensor:
     """``2 sum_{i<j} s_i * s_j`` over the tokens of ``s [B, width, T]``, column by column: ``[B, width]``."""
-    return _PairProducts.apply(s)  # type: ignore[no-any-return]
+    made: torch.Tensor = _PairProducts.apply(s)
+    return made
 
 
 class _Pairs(torch.autograd.Function):
@@ -119,9 +122,11 @@ def _pair_places(n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tens
 
 def pairs(z: torch.Tensor) -> torch.Tensor:
     """``<z_i, z_j>`` for i > j, row by row, over the tokens of ``z [B, width, T]``: ``[B, T (T - 1) / 2]``."""
-    return _Pairs.apply(z)  # type: ignore[no-any-return]
+    made: torch.Tensor = _Pairs.apply(z)
+    return made
 
 
 def fm(u: torch.Tensor) -> torch.Tensor:
     """``sum_{f<g} <u_f, u_g>`` (Rendle 2010, Lemma 3.1): ``u [B, F, d]`` -> ``[B]``. One pass over u either way."""
-    return _FM.apply(u)  # type: ignore[no-any-return]
+    made: torch.Tensor = _FM.apply(u)
+    return made

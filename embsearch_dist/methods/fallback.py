@@ -63,7 +63,8 @@ def predictions(task: SubnetTask, stream: BatchStream, context: Context) -> tupl
         here = batch.to(context.device)
         logits.append(task.predict(here).float())
         labels.append(here.label)
-    return tuple(context.gather(torch.cat(part)).cpu().numpy() for part in (logits, labels))  # type: ignore[return-value]
+    whole = [context.gather(torch.cat(part)).cpu().numpy() for part in (logits, labels)]
+    return whole[0], whole[1]
 
 
 def paired_logloss(a: np.ndarray, b: np.ndarray, labels: np.ndarray) -> tuple[float, float]:

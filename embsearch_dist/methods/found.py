@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from embsearch_dist.allocation import REFERENCE_WIDTH, Allocation
-from embsearch_dist.errors import UserError
+from embsearch_dist.errors import UserError, script
 from embsearch_dist.files import copy_sealed, read_sealed, write_sealed
 from embsearch_dist.methods.budget import Budget, check_feasible, parse_budget
 from embsearch_dist.precision import MIXED, PRECISIONS
@@ -140,5 +140,5 @@ def describe(point: Point, directory: Path) -> str:
     return (
         f"found: {widths}\n"
         f"embedding parameters {size:,} ({size / reference:.1%} of UES-{REFERENCE_WIDTH}){measured}\n"
-        f"next: python launch/retrain.py --run {directory}"
+        f"next: {script('retrain')} --run {directory}"
     )

@@ -91,10 +91,10 @@ def run_stages(method: Staged, run: Run) -> None:
         # Everybody has compared the mark before rank 0 touches it.
         run.context.share(None)
         body = {"state": "running", "inputs": inputs}
-        run.context.first("marking a stage", lambda m=mark, b=body: write_sealed(m, b))  # type: ignore[misc]
+        run.context.first("marking a stage", write_sealed, mark, body)
         begun = len(written.log())
         stage.run(run)
-        run.context.first("marking a stage", lambda s=stage, m=mark, i=inputs, b=begun: _finish(run, s, m, i, b))  # type: ignore[misc]
+        run.context.first("marking a stage", _finish, run, stage, mark, inputs, begun)
 
 
 def read_mark(run: Run, stage: Stage) -> dict[str, Any] | None:

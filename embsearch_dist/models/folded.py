@@ -13,10 +13,11 @@ from embsearch_dist.models.unify import MixedIdentity, MixedUnify
 
 def can_fold(unify: nn.Module, backbone: nn.Module) -> bool:
     """Whether maps and first layer make one product: linear maps without statistics between them, and no FM."""
-    linear_maps = isinstance(unify, MixedUnify) and unify.after is None
-    plain = (linear_maps or isinstance(unify, MixedIdentity)) and unify.norm.kind == "none"  # type: ignore[union-attr]
+    if not isinstance(unify, MixedUnify | MixedIdentity) or unify.norm.kind != "none":
+        return False
+    linear_maps = isinstance(unify, MixedIdentity) or unify.after is None
     deep = isinstance(backbone, Backbone) and backbone.deep and not backbone.fm
-    return plain and deep and backbone.precision is torch.float32
+    return linear_maps and deep and backbone.precision is torch.float32
 
 
 class FoldedMLP(nn.Module):

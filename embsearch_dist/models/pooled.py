@@ -65,7 +65,8 @@ class Pooled:
         if all(b - a == width for a, b in zip(starts, starts[1:], strict=False)):
             whole = self.values[:, starts[0] : starts[0] + width * len(starts)]
             return whole.unflatten(1, (len(starts), width)).transpose(0, 1)
-        return _Arrange.apply(self.values, starts, width).transpose(0, 1)  # type: ignore[no-any-return]
+        made: torch.Tensor = _Arrange.apply(self.values, starts, width)
+        return made.transpose(0, 1)
 
 
 class _Arrange(torch.autograd.Function):
@@ -133,7 +134,8 @@ def moved(values: torch.Tensor, moves: Sequence[Move], columns: int) -> torch.Te
 
     No two moves share a column, neither where they read nor where they write.
     """
-    return _Moved.apply(values, tuple(moves), columns)  # type: ignore[no-any-return]
+    made: torch.Tensor = _Moved.apply(values, tuple(moves), columns)
+    return made
 
 
 @dataclass(frozen=True)
@@ -199,4 +201,5 @@ def field_linear(
     Returns:
         ``[B, fields, d]``, contiguous.
     """
-    return _FieldLinear.apply(values, tuple(spans), bias, *weights)  # type: ignore[no-any-return]
+    made: torch.Tensor = _FieldLinear.apply(values, tuple(spans), bias, *weights)
+    return made

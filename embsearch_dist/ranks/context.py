@@ -67,12 +67,12 @@ class Context:
                 error.everywhere = True
             raise error
 
-    def first(self, doing: str, make: Callable[[], T]) -> T | None:
-        """Run ``make`` on rank 0 alone; all ranks wait for it and fail with it. Other ranks get None."""
+    def first(self, doing: str, make: Callable[..., T], *arguments: object) -> T | None:
+        """Run ``make(*arguments)`` on rank 0 alone; all ranks wait for it and fail with it. Other ranks get None."""
         result = None
         with self.together(doing):
             if self.rank == 0:
-                result = make()
+                result = make(*arguments)
         return result
 
     def share(self, value: T) -> T:

@@ -127,7 +127,8 @@ def draw(theme: Theme, rows: Sequence[Row]) -> Figure:
 
 def _curve(result: Result) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     told = result.told["reliability"]
-    return tuple(np.asarray(told[key], float) for key in ("predicted", "clicked", "rows"))  # type: ignore[return-value]
+    predicted, clicked, rows = (np.asarray(told[key], float) for key in ("predicted", "clicked", "rows"))
+    return predicted, clicked, rows
 
 
 def _end(result: Result) -> float:

@@ -210,7 +210,7 @@ def _trained_panel(theme: Theme, axes: Axes, marks: Sequence[Mark], split: str) 
 def _frame(axes: Axes, low: float, high: float) -> None:
     pad = 0.06 * (high - low) or 1e-4
     axes.set_ylim(low - pad, high + pad)
-    axes.yaxis.get_major_formatter().set_useOffset(False)  # type: ignore[attr-defined]
+    axes.ticklabel_format(axis="y", useOffset=False)
 
 
 def _size(count: int) -> float:

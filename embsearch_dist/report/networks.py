@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from embsearch_dist.errors import script
 from embsearch_dist.networks.canonical import prune
 from embsearch_dist.networks.space import Space
 from embsearch_dist.report import network_picture, page
@@ -233,7 +234,7 @@ def _table(shown: Sequence[Run], runs: Sequence[Run]) -> str:
     head += ["Generation", "Blocks used", "Trained as", "Test logloss", "Test AUC"]
     text = (
         "FLOPs (of one row) and parameters are those behind the tables; generation 0 is the random start. "
-        f"{said}Train others too before settling on one: python launch/retrain.py --run RUN --model.architecture "
+        f"{said}Train others too before settling on one: {script('retrain')} --run RUN --model.architecture "
         "RUN/architectures/rank-2.json --name second"
     )
     return "<h3>The best of the search</h3>" + page.table(head, lines, (len(head) - 3,)) + page.paragraph(text, "note")

@@ -378,7 +378,7 @@ def _retrain_panel(theme: Theme, axes: Axes, comparison: Comparison, bayes_auc: 
     axes.set_ylabel(f"{comparison.split} AUC")
     size_axis(axes, [float(r.parameters) for r in comparison.rows if r.parameters])
     axes.margins(x=0.12, y=0.12)
-    axes.yaxis.get_major_formatter().set_useOffset(False)  # type: ignore[attr-defined]
+    axes.ticklabel_format(axis="y", useOffset=False)
 
 
 def _zoom(axes: Axes, lines: Sequence[Curve]) -> None:

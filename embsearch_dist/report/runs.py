@@ -47,8 +47,7 @@ class Result:
 
     ``groups`` and ``router`` are those of a routed result: a model per group, and what sends a row to one.
     ``served``: ``auc``, ``logloss``, ``bytes`` and ``ues32_bytes`` of tables at ``precision``, where it was measured.
-    ``told``: what newer evaluations tell beside (``reliability``, ``by_group``); ``differences``: to other models on
-    the same rows.
+    ``told``: ``reliability`` and ``by_group``, where they were measured; ``differences``: to others on the same rows.
     ``network`` is the key of the architecture behind the tables, where one was; ``rank`` its place in its search.
     """
 

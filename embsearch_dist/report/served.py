@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from embsearch_dist.errors import script
 from embsearch_dist.precision import MIXED
 from embsearch_dist.report import page, verdict
 from embsearch_dist.report.page import Cell, Section
@@ -57,7 +58,7 @@ def sentences(comparison: Comparison | None, directory: str) -> list[str]:
         if told is not None:
             texts.append(f"Served at {precision}, {model.name} {told.sentence()} ({served.split} split).")
         else:
-            add = f"python launch/retrain.py --run {directory} --allocation bracket"
+            add = f"{script('retrain')} --run {directory} --allocation bracket"
             texts.append(
                 f"No verdict on {model.name} served at {precision}: no uniform width of at least its bytes was "
                 f"evaluated at it. This adds the two around it: {add}"

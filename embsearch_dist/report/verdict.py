@@ -15,6 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from embsearch_dist.allocation import REFERENCE_WIDTH
+from embsearch_dist.errors import script
 from embsearch_dist.report.runs import Result
 from embsearch_dist.report.style import Theme, figure, label_points, short, size_axis
 from embsearch_dist.report.summary import Comparison, Row, display_name, percent
@@ -152,7 +153,7 @@ def sentences(comparison: Comparison | None, directory: str) -> list[str]:
         return []
     models, reference = models_of(comparison), comparison.ues32_parameters
     found = [m for m in models if m.name in comparison.found]
-    add = f"python launch/retrain.py --run {directory} --allocation bracket"
+    add = f"{script('retrain')} --run {directory} --allocation bracket"
     texts = []
     for model in found:
         verdict = _with_interval(judge(model, models, reference), comparison)
@@ -231,7 +232,7 @@ def draw(
     axes.set_ylabel(f"{split} AUC" + (f", mean of {seeds} seeds" if seeds > 1 else ", one seed"))
     size_axis(axes, [m.parameters for m in models])
     axes.margins(x=0.12, y=0.15)
-    axes.yaxis.get_major_formatter().set_useOffset(False)  # type: ignore[attr-defined]
+    axes.ticklabel_format(axis="y", useOffset=False)
     if any(sum(m.group == g for m in models) > 1 for g in searched):
         fig.legend(loc="outside upper left", ncols=min(6, len(colors)), frameon=False)
     if label:

@@ -78,7 +78,8 @@ class Single(ServedModel):
         """What ``head`` makes of the tables' rows."""
         pooled = self.tables(ids)
         whole = dataclasses.replace(pooled, values=fill_rows(pooled.values))
-        return head(fill_rows(ids.dense), whole)[: ids.rows]  # type: ignore[no-any-return]
+        logit: torch.Tensor = head(fill_rows(ids.dense), whole)
+        return logit[: ids.rows]
 
 
 class Gated(ServedModel):
@@ -105,7 +106,8 @@ class Gated(ServedModel):
 
     def forward(self, ids: Ids) -> torch.Tensor:
         u = fill_rows(self.embed(ids).transpose(0, 1)).transpose(0, 1)
-        return self.head(fill_rows(ids.dense), self.selector(u))[: ids.rows]  # type: ignore[no-any-return]
+        logit: torch.Tensor = self.head(fill_rows(ids.dense), self.selector(u))
+        return logit[: ids.rows]
 
 
 class FieldRouter(nn.Module):

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from embsearch_dist.config.backbones import load_module
+from embsearch_dist.config.own_module import load_module
 from embsearch_dist.data.formats.columns import KEPT, Chunk, Reading, Source
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import temporary

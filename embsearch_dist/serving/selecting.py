@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -65,13 +65,16 @@ class GateSelector(Selector):
         return u * self.look(u)[1].view_as(u)
 
 
+Make = Callable[[int, int, Mapping[str, Any]], Selector]
+
+
 def make_selector(selection: Mapping[str, Any], fields: int, width: int) -> Any:
     """By ``selection["kind"]``: ``adafs`` or ``gates``.
 
     Raises:
         ValueError: another kind. KeyError: a setting is missing.
     """
-    kinds: dict[str, type[Selector]] = {"adafs": AdaFSSelector, "gates": GateSelector}
+    kinds: dict[str, Make] = {"adafs": AdaFSSelector, "gates": GateSelector}
     if selection["kind"] not in kinds:
         raise ValueError(f"selection {selection['kind']!r}")
-    return kinds[selection["kind"]](fields, width, selection)  # type: ignore[call-arg]
+    return kinds[selection["kind"]](fields, width, selection)

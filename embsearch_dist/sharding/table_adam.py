@@ -174,7 +174,8 @@ class _InBackward:
     ) -> torch.Tensor:
         if not torch.is_grad_enabled():
             return self._look_up(indices, offsets, per_sample_weights)
-        return _LookUp.apply(self._trigger, self, indices, offsets, per_sample_weights)  # type: ignore[no-any-return]
+        made: torch.Tensor = _LookUp.apply(self._trigger, self, indices, offsets, per_sample_weights)
+        return made
 
     def look_up(self, bags: Bags) -> torch.Tensor:
         """Pooled embeddings ``[B, sum of widths]``, without a graph. What FBGEMM mends in the ids stays mended."""

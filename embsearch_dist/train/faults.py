@@ -18,10 +18,12 @@ times. Ranks that torchrun starts again are new processes, and may do the same s
 from __future__ import annotations
 
 import errno
+import operator
 import os
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -92,7 +94,7 @@ class Faults:
                 if rule.at == "loss":
                     loss = loss * value
                 else:
-                    loss.register_hook(lambda gradient, v=value: gradient * v)  # type: ignore[misc]
+                    loss.register_hook(partial(operator.mul, value))
         return loss
 
     def _strike(self, save: str | None, step: int) -> None:

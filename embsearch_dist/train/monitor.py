@@ -272,8 +272,8 @@ def _keep_lines(path: Path, stage: str, step: int, most: int | None = None) -> S
         return found
     temporary = path.with_name(path.name + ".tmp")
     # A byte that is no UTF-8 stays what it is: it must not stop the run.
-    kept = {"encoding": "utf-8", "errors": "surrogateescape", "newline": "\n"}
-    with open(path, **kept) as source, open(temporary, "w", **kept) as target:  # type: ignore[call-overload]
+    opened = partial(open, encoding="utf-8", errors="surrogateescape", newline="\n")
+    with opened(path) as source, opened(temporary, "w") as target:
         for line in source:
             place = stage_of(line)
             if place is None:  # cut off by a crash: nothing can read it

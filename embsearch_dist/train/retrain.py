@@ -14,7 +14,7 @@ from embsearch_dist.allocation import Allocation
 from embsearch_dist.config.sections import Config
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.data.load.dataset import BatchStream
-from embsearch_dist.errors import UserError
+from embsearch_dist.errors import UserError, script
 from embsearch_dist.files import write_sealed
 from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.networks.network import ArchitectureNetwork
@@ -143,7 +143,7 @@ def load_best(config: Config, allocation: Allocation, context: Context, director
     )
     best = checkpointer.best()
     if best is None:
-        raise UserError(f"{directory} holds no trained model; train it first: python launch/retrain.py --help")
+        raise UserError(f"{directory} holds no trained model; train it first: {script('retrain')} --help")
     checkpointer.load(best, optimizers=False)
     return task
 

@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata
+from torch.distributed.remote_device import _remote_device
 from torch.optim.optimizer import Optimizer
 
 from embsearch_dist.errors import UserError
@@ -113,8 +114,8 @@ def local_bytes(tensors: Any) -> int:
 
 
 def _on_cpu(part: ShardMetadata) -> str:
-    assert part.placement is not None
-    return f"rank:{part.placement.rank()}/cpu"  # type: ignore[union-attr]
+    assert isinstance(part.placement, _remote_device)
+    return f"rank:{part.placement.rank()}/cpu"
 
 
 def _adam_state(optimizer: Optimizer, named: dict[str, torch.nn.Parameter]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -83,36 +83,31 @@ class Jobs:
         return "".join(path.read_text() for path in sorted(self.folder.glob("slurm-*")))
 
 
-Submitted = dict[str, tuple[Jobs, str]]
+Submit = Callable[..., tuple[Jobs, str]]
+AGAIN = ("--max_retries", "1")
 
 
-@pytest.fixture(scope="module")
-def submitted(slurm: ModuleType, data: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Submitted:
-    """All jobs of the quick tests, which run at the same time."""
+@pytest.fixture
+def submit(slurm: ModuleType, data: Path, config: Path, tmp_path: Path) -> Submit:
+    """``submit(*options of dist.ddp, overrides, **environment)`` -> the training as a job, and its number."""
 
-    def submit(name: str, *words: str, overrides: Sequence[str] = (), **env: str) -> tuple[Jobs, str]:
-        jobs = Jobs(slurm, tmp_path_factory.mktemp(name))
+    def submit(*words: str, overrides: Sequence[str] = (), **env: str) -> tuple[Jobs, str]:
+        jobs = Jobs(slurm, tmp_path)
         arguments_here = arguments(data, config, jobs.folder / "run", *overrides)
         return jobs, jobs.submit(*words, "retrain.py", *arguments_here, **env)
 
-    again = ("--max_retries", "1")
-    return {
-        "stopped": submit("stopped", "-j", "1x2", *again, **{VARIABLE: "term step=7"}),
-        "nodes": submit("nodes", "-j", "2x1"),
-        "error": submit("error", "-j", "1x1", *again, "--max_restarts", "1", overrides=["train.batch_size=-1"]),
-    }
+    return submit
 
 
-def test_a_job_on_two_nodes_trains_what_torchrun_trains(submitted: Submitted, one_host: dict[str, Any]) -> None:
-    jobs, job = submitted["nodes"]
+def test_a_job_on_two_nodes_trains_what_torchrun_trains(submit: Submit, one_host: dict[str, Any]) -> None:
+    jobs, job = submit("-j", "2x1")
     assert jobs.ended(job) == "COMPLETED", jobs.log()
     assert result(jobs.folder / "run") == one_host
 
 
-def test_a_job_that_was_told_to_end_is_queued_again_and_continues(
-    submitted: Submitted, one_host: dict[str, Any]
-) -> None:
-    jobs, job = submitted["stopped"]  # its ranks end with 75
+@pytest.mark.slow
+def test_a_job_that_was_told_to_end_is_queued_again_and_continues(submit: Submit, one_host: dict[str, Any]) -> None:
+    jobs, job = submit("-j", "1x2", *AGAIN, **{VARIABLE: "term step=7"})  # its ranks end with 75
     assert jobs.ended(job) == "COMPLETED", jobs.log()
     assert jobs.facts(job)["Restarts"] == "1"
     stop = re.search(r"stopped by SIGTERM after step (\d+)", jobs.log())
@@ -120,8 +115,9 @@ def test_a_job_that_was_told_to_end_is_queued_again_and_continues(
     assert result(jobs.folder / "run") == one_host
 
 
-def test_a_job_that_ends_in_an_error_is_not_queued_again(submitted: Submitted) -> None:
-    jobs, job = submitted["error"]
+@pytest.mark.slow
+def test_a_job_that_ends_in_an_error_is_not_queued_again(submit: Submit) -> None:
+    jobs, job = submit("-j", "1x1", *AGAIN, "--max_restarts", "1", overrides=["train.batch_size=-1"])
     assert jobs.ended(job) == "FAILED"
     assert jobs.log().count("error: config key train.batch_size") == 1
     assert (jobs.facts(job)["Restarts"], "Traceback" in jobs.log()) == ("0", False)

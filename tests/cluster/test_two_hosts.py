@@ -51,6 +51,7 @@ def test_two_hosts_train_what_one_trains(train: Callable[..., Told], tmp_path: P
     assert result(tmp_path / "plain") == one_host
 
 
+@pytest.mark.slow
 def test_names_that_lead_to_127_0_1_1_do_not_keep_hosts_apart(
     hosts: ModuleType, train: Callable[..., Told], tmp_path: Path, one_host: dict[str, Any]
 ) -> None:
@@ -73,6 +74,7 @@ def test_a_rank_that_is_killed_is_started_again_on_both_hosts(
     assert result(tmp_path / "killed") == one_host
 
 
+@pytest.mark.slow
 def test_restarts_that_could_not_work_are_refused_at_start(train: Callable[..., Told], tmp_path: Path) -> None:
     codes, told = train(tmp_path / "refused", "--max-restarts", "1")
     assert all(codes.values())
@@ -80,6 +82,7 @@ def test_restarts_that_could_not_work_are_refused_at_start(train: Callable[..., 
     assert not (tmp_path / "refused").exists()
 
 
+@pytest.mark.slow
 def test_a_disk_of_its_own_on_one_host_is_refused_on_both(train: Callable[..., Told], tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     codes, told = train(tmp_path / "disk" / "run", private=str(tmp_path / "disk"))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import embsearch_dist as es
-from embsearch_dist.config import backbones
+from embsearch_dist.config import backbones, own_module
 from embsearch_dist.config.read import load_config
 from embsearch_dist.config.sections import Config
 from embsearch_dist.config.settings import describe
@@ -29,14 +29,15 @@ class Plain(nn.Module):
         self.last = nn.Linear(fields * width + dense, 1)
 
     def forward(self, u: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
-        return self.last(torch.cat([u.flatten(1), dense], 1)).squeeze(1)  # type: ignore[no-any-return]
+        logit: torch.Tensor = self.last(torch.cat([u.flatten(1), dense], 1))
+        return logit.squeeze(1)
 
 
 @pytest.fixture(autouse=True)
 def _own_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is gone with it."""
     monkeypatch.setattr(backbones, "_known", dict(backbones._known))
-    monkeypatch.setattr(backbones, "_loaded", {})
+    monkeypatch.setattr(own_module, "_loaded", {})
 
 
 def load(*overrides: str, file: Path | None = None) -> Config:

@@ -13,8 +13,8 @@ import pytest
 
 from embsearch_dist.data.formats import LABEL, TIME, open_source
 from embsearch_dist.data.formats.blocks import Layout, parse, read_blocks
-from embsearch_dist.data.formats.columns import bucket, nearest
-from embsearch_dist.errors import UserError
+from embsearch_dist.data.formats.columns import bucket
+from embsearch_dist.errors import UserError, nearest_or_all
 
 
 def write_table(folder: Path, text: str | bytes, source: str, name: str = "clicks.csv") -> Path:
@@ -184,7 +184,7 @@ def test_parquet_and_gzip_give_what_csv_gives(tmp_path: Path) -> None:
 def test_unknown_words_offer_the_nearest() -> None:
     with pytest.raises(UserError, match=r"unknown format 'criteoo'. Did you mean 'criteo'\?"):
         open_source("criteoo", Path("x"))
-    assert nearest("zzzz", ["abc", "def"]) == "Known: abc, def"
+    assert nearest_or_all("zzzz", ["abc", "def"]) == "Known: abc, def"
 
 
 @pytest.mark.parametrize("name", ["criteo", "avazu", "movielens_1m", "movielens_100k", "table"])

@@ -43,3 +43,13 @@ def test_another_weight_width_or_loss_is_told(both: tuple[Path, Path], file: str
 def test_a_file_that_one_side_lacks_is_told(both: tuple[Path, Path]) -> None:
     (both[1] / "ues" / "run" / "weights.distcp").unlink()
     assert compare(*both) == [f"only in {both[0]}: ues/run/weights.distcp"]
+
+
+def test_what_only_the_later_side_tells_is_named_and_no_difference(
+    both: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = both[1] / "ues" / "run" / "result.json"
+    file.write_text('{"auc": 0.5, "widths": {"a": 4, "b": 2}, "calibration": 1.0, "seconds": 1.5}')
+    assert compare(*both) == []
+    assert "tells more: ues/run/result.json: calibration, widths.b" in capsys.readouterr().out
+    assert compare(*reversed(both)) == ["differs: ues/run/result.json"]  # something that was told is gone

@@ -248,8 +248,8 @@ def test_a_source_that_is_not_there(tmp_path: Path) -> None:
     es.register_source("clicks")(Clicks)
     for body, says in (
         ({"data.source": "click"}, "'click' is not registered .did you mean 'clicks'"),
-        ({"data.source": "new", "data.module": "nowhere.py"}, "there is no file nowhere.py"),
-        ({"data.source": "new", "data.module": "no_such_module"}, "'no_such_module' cannot be imported"),
+        ({"data.source": "new", "data.module": "nowhere.py"}, "nowhere.py cannot be read"),
+        ({"data.source": "new", "data.module": "no_such_module"}, "no_such_module cannot be imported"),
         ({"data.source": "clicks", "data.skip_unreadable": 1}, "is for files, not for data.source"),
     ):
         with pytest.raises(UserError, match=says):

@@ -2,12 +2,13 @@
 
     git worktree add ../before main~20
     python tools/make/same_results.py write runs/same/before --tree ../before
-    python tools/make/same_results.py write runs/same/after --movielens RAW/ml-100k
+    python tools/make/same_results.py write runs/same/after --methods adass,utilities --movielens RAW/ml-100k
     python tools/make/same_results.py compare runs/same/before runs/same/after
 
 ``write`` prepares data, searches, retrains what was found and a uniform width, and evaluates, all on one thread;
 ``compare`` reads every file of two such folders. Times, speeds, memory and checksums of files that hold them are left
-out; weights, rows, widths and figures must be equal. Exit code 1: something differs.
+out; weights, rows, widths and figures must be equal. Keys that only AFTER tells are named. Exit code 1: something
+differs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ def main() -> int:
     write = commands.add_parser("write", help="run everything once")
     write.add_argument("out", type=Path)
     write.add_argument("--tree", type=Path, default=ROOT, help="checkout whose scripts are run")
+    write.add_argument("--methods", default=",".join(METHODS), help="whose tiny runs are made; none: no such run")
     write.add_argument("--movielens", type=Path, help="raw MovieLens-100K: its chain too, some minutes more")
     both = commands.add_parser("compare", help="compare two folders")
     both.add_argument("before", type=Path)
@@ -55,7 +56,8 @@ def main() -> int:
         differing = compare(args.before, args.after)
         return int(bool(differing))
     tree = args.tree.resolve()
-    for method in METHODS:
+    asked = args.methods.split(",")
+    for method in [m for m in METHODS if m in asked]:
         chain_of(method, tree, args.out / method)
     if args.movielens:
         movielens(args.movielens.resolve(), tree, args.out / "movielens_100k")
@@ -110,8 +112,9 @@ def compare(before: Path, after: Path) -> list[str]:
     differing = [f"only in {before}: {n}" for n in sorted(old.keys() - new.keys())]
     differing += [f"only in {after}: {n}" for n in sorted(new.keys() - old.keys())]
     shared = sorted(old.keys() & new.keys())
-    differing += [f"differs: {n}" for n in shared if not same(old[n], new[n])]
-    for line in differing[:SHOWN]:
+    told = {n: difference(old[n], new[n]) for n in shared}
+    differing += [f"differs: {n}" for n, what in told.items() if what is None]
+    for line in [*differing[:SHOWN], *(f"tells more: {n}: {', '.join(what)}" for n, what in told.items() if what)]:
         print(line)
     if len(differing) > SHOWN:
         print(f"and {len(differing) - SHOWN} more")
@@ -119,15 +122,24 @@ def compare(before: Path, after: Path) -> list[str]:
     return differing
 
 
-def same(one: Path, other: Path) -> bool:
-    """Whether two files are equal, or records that differ in nothing but times."""
+def difference(one: Path, other: Path) -> list[str] | None:
+    """None where two files differ in more than times; else the keys that only the other one tells."""
     if one.read_bytes() == other.read_bytes():
-        return True
-    if one.suffix == ".json":
-        return untimed(json.loads(one.read_text())) == untimed(json.loads(other.read_text()))
-    if one.suffix == ".jsonl":
-        return _lines(one) == _lines(other)
-    return False
+        return []
+    if one.suffix not in (".json", ".jsonl"):
+        return None
+    added: dict[str, None] = {}
+    return list(added) if _holds(_records(one), _records(other), added) else None
+
+
+def _holds(one: Any, other: Any, added: dict[str, None], where: str = "") -> bool:
+    """Whether ``other`` tells all of ``one``; ``added`` takes the keys that it tells beside."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        added |= dict.fromkeys(f"{where}{k}" for k in other if k not in one)
+        return all(k in other and _holds(v, other[k], added, f"{where}{k}.") for k, v in one.items())
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return all(_holds(a, b, added, where) for a, b in zip(one, other, strict=True))
+    return bool(one == other) and type(one) is type(other)
 
 
 def untimed(body: Any) -> Any:
@@ -137,8 +149,9 @@ def untimed(body: Any) -> Any:
     return [untimed(v) for v in body] if isinstance(body, list) else body
 
 
-def _lines(path: Path) -> Sequence[Any]:
-    return [untimed(json.loads(line)) for line in path.read_text().splitlines()]
+def _records(path: Path) -> list[Any]:
+    text = path.read_text()
+    return [untimed(json.loads(line)) for line in (text.splitlines() if path.suffix == ".jsonl" else [text])]
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -153,6 +153,12 @@ def rows_of(out: Path, models: Sequence[Model]) -> Rows:
     return rows
 
 
+def typed(line: dict[str, str]) -> dict[str, Any]:
+    """A line of backbones.csv with numbers where it has digits."""
+    words = {"commit", "command", "hardware", "data", "backbone"}
+    return {k: v if k in words or v == "" else float(v) if "." in v else int(v) for k, v in line.items()}
+
+
 def markdown(rows: Rows) -> str:
     """A line per backbone and width; the difference is to the first backbone at the same width, of the same seeds."""
     first, commits = rows[0], ", ".join(sorted({str(r["commit"]) for r in rows}))

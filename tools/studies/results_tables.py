@@ -10,7 +10,8 @@ A page says where a table goes:
     <!-- end -->
 
 FILE.csv lies beside the page and is the comparison.csv of tools/studies/compare_budgets.py: a line per trained model,
-with command, commit, seed and hardware. Of any other CSV file a block shows the columns that it names:
+with command, commit, seed and hardware. ``<!-- backbones FILE.csv -->`` does the same with backbones.csv of
+tools/studies/compare_backbones.py. Of any other CSV file a block shows the columns that it names:
 
     <!-- columns FILE.csv: column, column, ... -->
     <!-- end -->
@@ -27,11 +28,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from tools.studies import compare_backbones  # noqa: E402
 from tools.studies.budget_tables import markdown, summarise  # noqa: E402
 
 PAGES = ROOT / "docs" / "results"
 COLUMNS = re.compile(r"(<!-- columns (\S+\.csv): ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-BLOCK = re.compile(r"(<!-- comparison (\S+\.csv) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (comparison|backbones) (\S+\.csv) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
@@ -56,7 +58,8 @@ def filled(text: str, folder: Path) -> str:
     Raises:
         SystemExit: a file is missing or has no line.
     """
-    text = BLOCK.sub(lambda found: f"{found[1]}{table_of(folder / found[2])}{found[3]}", text)
+    made = {"comparison": table_of, "backbones": backbones_of}
+    text = BLOCK.sub(lambda found: f"{found[1]}{made[found[2]](folder / found[3])}{found[4]}", text)
     return COLUMNS.sub(lambda found: f"{found[1]}{columns_of(folder / found[2], found[3])}{found[4]}", text)
 
 
@@ -87,6 +90,11 @@ def table_of(path: Path) -> str:
     """Verdicts and table of one comparison."""
     rows = lines_of(path)
     return markdown(rows, summarise(rows), len({r["seed"] for r in rows}))
+
+
+def backbones_of(path: Path) -> str:
+    """The table of one comparison of backbones."""
+    return compare_backbones.markdown([compare_backbones.typed(row) for row in lines_of(path)])
 
 
 if __name__ == "__main__":

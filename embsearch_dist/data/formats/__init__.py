@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from embsearch_dist.data.formats import clicks, kdd2012, movielens, table
-from embsearch_dist.data.formats.columns import EVERYTHING, LABEL, TIME, Chunk, Column, Reading, Source, nearest
+from embsearch_dist.data.formats.columns import EVERYTHING, LABEL, TIME, Chunk, Column, Reading, Source
 from embsearch_dist.data.formats.source_file import describe_column
-from embsearch_dist.errors import UserError
+from embsearch_dist.errors import UserError, nearest_or_all
 
 SEVERAL: dict[str, Callable[..., Source]] = {"criteo": clicks.criteo, "avazu": clicks.avazu}
 ONE = ("movielens_1m", "movielens_100k", "kdd2012", "table")
@@ -73,7 +73,7 @@ def open_rows(
     if name in SEVERAL:
         return SEVERAL[name](several, reading=reading)
     if name not in ONE:
-        raise UserError(f"unknown format {name!r}. {nearest(name, FORMATS)}")
+        raise UserError(f"unknown format {name!r}. {nearest_or_all(name, FORMATS)}")
     if len(several) > 1:
         raise UserError(f"format {name} takes one --input, not {len(several)}. A table's source file lists its files")
     if name == "table":

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -364,12 +363,3 @@ LOG_NOTE = "log(max(x, 0) + 1)"
 def log_of(number: pl.Series) -> pl.Series:
     """A count as a dense column, :data:`LOG_NOTE`, as in DLRM's preprocessing. Null stays null."""
     return number.clip(lower_bound=0).cast(pl.Float64).log1p()
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`` Did you mean 'x'?`` for the known word most like ``word``, or a list of what is known."""
-    words = [str(k) for k in known]
-    close = difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
-    if close:
-        return f"Did you mean {close[0]!r}?"
-    return "Known: " + ", ".join(words[:40]) + (", ..." if len(words) > 40 else "")

@@ -15,9 +15,9 @@ import polars as pl
 import yaml
 
 from embsearch_dist.data.formats.cells import Spelling
-from embsearch_dist.data.formats.columns import KINDS, LABEL, MAX_LENGTH, TIME, Bag, Column, LabelColumn, nearest
+from embsearch_dist.data.formats.columns import KINDS, LABEL, MAX_LENGTH, TIME, Bag, Column, LabelColumn
 from embsearch_dist.data.formats.times import TimeColumn, check_zone, strftime_of
-from embsearch_dist.errors import UserError
+from embsearch_dist.errors import UserError, nearest_or_all
 from embsearch_dist.schema import POOLINGS
 
 TEXT_KEYS = ("delimiter", "encoding", "quotes", "missing", "decimal", "thousands")
@@ -137,7 +137,7 @@ def read_source_file(path: Path) -> TableSource:
     body = _load(path)
     for key in body:
         if key not in KEYS:
-            raise UserError(f"{path}: unknown key {key!r}. {nearest(str(key), KEYS)}")
+            raise UserError(f"{path}: unknown key {key!r}. {nearest_or_all(str(key), KEYS)}")
     for key in ("files", "label", "fields"):
         if not body.get(key):
             raise UserError(f"{path}: key {key!r} is missing. {EXAMPLE}")
@@ -222,7 +222,7 @@ def _known(path: Path, key: str, body: object, known: tuple[str, ...], plain: st
         raise UserError(f"{path}: {key} must be a column name or {plain}, got {body!r}")
     for k in body:
         if k not in known:
-            raise UserError(f"{path}: {key}: unknown key {k!r}. {nearest(str(k), known)}")
+            raise UserError(f"{path}: {key}: unknown key {k!r}. {nearest_or_all(str(k), known)}")
     if not isinstance(body.get("column"), str) or not body["column"]:
         raise UserError(f"{path}: {key}: key 'column' is missing or no name, got {body.get('column')!r}")
     return body
@@ -296,10 +296,10 @@ def _fields(path: Path, body: object, label: str) -> tuple[tuple[Column, ...], d
         name, spec = str(key), value if isinstance(value, dict) else {"kind": value}
         for k in spec:
             if k not in FIELD_KEYS:
-                raise UserError(f"{path}: field {name!r}: unknown key {k!r}. {nearest(str(k), FIELD_KEYS)}")
+                raise UserError(f"{path}: field {name!r}: unknown key {k!r}. {nearest_or_all(str(k), FIELD_KEYS)}")
         kind = spec.get("kind", "categorical")
         if kind not in KINDS:
-            raise UserError(f"{path}: field {name!r}: unknown kind {kind!r}. {nearest(str(kind), KINDS)}")
+            raise UserError(f"{path}: field {name!r}: unknown kind {kind!r}. {nearest_or_all(str(kind), KINDS)}")
         if len(name) > LONGEST_NAME:
             raise UserError(
                 f"{path}: a field's name has {len(name)} letters, at most {LONGEST_NAME} can be: {name[:40]}... "

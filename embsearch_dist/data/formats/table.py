@@ -11,10 +11,10 @@ import polars as pl
 
 from embsearch_dist.data.formats import inputs, parquet
 from embsearch_dist.data.formats.blocks import Block, Layout, has_rows, parse, read_blocks, read_header
-from embsearch_dist.data.formats.columns import Chunk, Reading, Rows, Source, nearest
+from embsearch_dist.data.formats.columns import Chunk, Reading, Rows, Source
 from embsearch_dist.data.formats.source_file import TableSource, read_source_file
 from embsearch_dist.data.formats.times import Clock
-from embsearch_dist.errors import UserError
+from embsearch_dist.errors import UserError, nearest_or_all
 
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 OTHERS = (",", ";", "\t", "|")
@@ -128,7 +128,7 @@ def _check_names(spec: TableSource, uses: _Uses, file: Path, names: tuple[str, .
     """Every wanted column is there; else the nearest one, or the delimiter under which it would be."""
     for key, column, _ in uses:
         if column not in names:
-            advice = nearest(column, names)
+            advice = nearest_or_all(column, names)
             better = [d for d in OTHERS if delimiter not in ("", d) and column in _names_by(spec, file, d)]
             if better:
                 shown = "tab" if better[0] == "\t" else better[0]

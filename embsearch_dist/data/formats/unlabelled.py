@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from embsearch_dist.data.formats.blocks import Layout, read_start
-from embsearch_dist.data.formats.columns import Reading, nearest
-from embsearch_dist.errors import UserError
+from embsearch_dist.data.formats.columns import Reading
+from embsearch_dist.errors import UserError, nearest_or_all
 
 
 def without_label(layout: Layout, label: str) -> Layout:
@@ -32,4 +32,4 @@ def check_kept(file: Path, layout: Layout, reading: Reading) -> None:
     """
     for name in reading.kept:
         if name not in layout.columns:
-            raise UserError(f"--keep {name}: {file.name} has no such column. {nearest(name, layout.columns)}")
+            raise UserError(f"--keep {name}: {file.name} has no such column. {nearest_or_all(name, layout.columns)}")

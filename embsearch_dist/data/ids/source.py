@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embsearch_dist.data.formats.columns import nearest
 from embsearch_dist.data.formats.inputs import expand
 from embsearch_dist.data.formats.source_file import source_words
-from embsearch_dist.errors import UserError
+from embsearch_dist.errors import UserError, nearest_or_all
 from embsearch_dist.schema import POOLINGS, SPLITS
 
 NAME = "ids.yaml"
@@ -92,7 +91,7 @@ def read_id_source(path: Path) -> IdSource:
 def _known(path: Path, what: str, body: Mapping[str, Any], known: tuple[str, ...]) -> None:
     for key in body:
         if key not in known:
-            raise UserError(f"{path}: unknown {what} {key!r}. {nearest(str(key), known)}")
+            raise UserError(f"{path}: unknown {what} {key!r}. {nearest_or_all(str(key), known)}")
 
 
 def _fields(path: Path, body: object) -> tuple[IdField, ...]:

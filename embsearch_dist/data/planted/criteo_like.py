@@ -365,7 +365,8 @@ def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     short = np.where((places > 0) | (np.arange(4) == 3), padded, 0).astype(np.uint8)
     minus = np.array([[0, 0, ord("-"), ord("0") + k] for k in (3, 2, 1)], np.uint8)
     short = np.concatenate([minus, short])
-    return tuple(np.ascontiguousarray(t).view(np.uint32)[:, 0] for t in (hexadecimal, padded, short))  # type: ignore[return-value]
+    words = [np.ascontiguousarray(t).view(np.uint32)[:, 0] for t in (hexadecimal, padded, short)]
+    return words[0], words[1], words[2]
 
 
 def _render(drawn: Drawn) -> bytes:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -238,7 +239,7 @@ def telling_accuracy(plan: Plan) -> float:
 
 
 def make_populations(
-    prepared_dir: Path | str, rows: int = ROWS, seed: int = 0, plan: Plan = DEFAULT, **options: object
+    prepared_dir: Path | str, rows: int = ROWS, seed: int = 0, plan: Plan = DEFAULT, **options: Any
 ) -> Schema:
     """Make click logs of several hidden populations and prepare them.
 
@@ -263,7 +264,7 @@ def make_populations(
     """
     if rows < 100:
         raise UserError(f"--rows must be at least 100, got {rows}. Give more")
-    checked = Options(seed=seed, **options)  # type: ignore[arg-type]
+    checked = Options(seed=seed, **options)
     drawn = _Drawn(Clicks(plan, seed))
     with whole_directory(Path(prepared_dir), checked.overwrite) as partial:
         source = partial / "raw" / "source.yaml"

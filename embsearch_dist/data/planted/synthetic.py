@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -185,7 +186,7 @@ def write_raw(source: Path, name: str, frames: Iterable[pl.DataFrame]) -> list[s
 
 
 def make_synthetic(
-    prepared_dir: Path | str, rows: int = ROWS, seed: int = 0, plan: Plan = DEFAULT, **options: object
+    prepared_dir: Path | str, rows: int = ROWS, seed: int = 0, plan: Plan = DEFAULT, **options: Any
 ) -> Schema:
     """Make click logs with planted widths and prepare them.
 
@@ -198,7 +199,7 @@ def make_synthetic(
     """
     if rows < 100:
         raise UserError(f"--rows must be at least 100, got {rows}. Give more")
-    checked = Options(seed=seed, **options)  # type: ignore[arg-type]
+    checked = Options(seed=seed, **options)
     clicks = Clicks(plan, seed)
     bayes = Bayes()
     with whole_directory(Path(prepared_dir), checked.overwrite) as partial:

@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -97,7 +98,7 @@ def prepare(
     out: Path | str,
     *,
     team: Team | None = None,
-    **options: object,
+    **options: Any,
 ) -> Schema:
     """Prepare raw data of a named format into directory ``out`` (layout: :mod:`embsearch_dist.schema`).
 
@@ -112,7 +113,7 @@ def prepare(
     """
     team = team or Team()
     with team.together():
-        checked = Options(**options)  # type: ignore[arg-type]
+        checked = Options(**options)
         paths = input() if callable(input) else input
         source = open_source(format, paths, checked.genres, checked.numbers)
         inside = [f for f in source.files if f.resolve().is_relative_to(Path(out).resolve())]
@@ -336,7 +337,7 @@ def summary(schema: Schema) -> str:
     lines += [f"{n:<{width}} {schema.rows[n]:>12,} {means[n]:>12.4f}" for n in SPLITS]
     if earlier := schema.provenance.get("vocabulary"):
         new = sum(s["new"] for s in seen.values())
-        lines.append(f"ids of {earlier['keeps'][0]} kept, {new:,} values got new ids ({earlier['new']})")  # type: ignore[index]
+        lines.append(f"ids of {earlier['keeps'][0]} kept, {new:,} values got new ids ({earlier['new']})")
     files, notes = schema.provenance["files"], schema.provenance["notes"]
     assert isinstance(files, list) and isinstance(notes, list)
     read, total = schema.provenance["rows_read"], sum(schema.rows.values())

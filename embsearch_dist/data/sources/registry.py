@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
-import importlib.util
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
+from embsearch_dist.config.own_module import load_module
 from embsearch_dist.config.sections import DataConfig
 from embsearch_dist.data.formats.columns import Bag
 from embsearch_dist.data.formats.source_file import LONGEST
@@ -80,8 +77,7 @@ def open_source(data: DataConfig) -> DataSource:
             "the rows of this run were handed over by a program (data.source: given). Hand them over again, "
             "es.retrain(RUN, data=source), or register the source and name it: --data.source NAME --data.module FILE"
         )
-    if data.module:
-        _load(data.module)
+    load_module(data.module, "config key data.module")
     if name not in _makers:
         where = f"{data.module} registers none of that name" if data.module else "--data.module FILE.py may register it"
         raise UserError(f"config key data.source: {name!r} is not registered{nearest(name, list(_makers))}: {where}")
@@ -92,29 +88,6 @@ def open_source(data: DataConfig) -> DataSource:
 def open_split(data: DataConfig, schema: Schema, split: str) -> SourceSplit:
     """A split of that source; ``schema``: of :func:`schema_of`."""
     return SourceSplit(open_source(data), schema, split)
-
-
-def _load(module: str) -> None:
-    """Import a module by the path of its file, or by its name."""
-    if not module.endswith(".py"):
-        try:
-            importlib.import_module(module)
-        except ImportError as e:
-            raise UserError(f"config key data.module: {module!r} cannot be imported ({e})") from e
-        return
-    path = Path(module).resolve()
-    called = f"embsearch_source_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
-    if called in sys.modules:
-        return
-    spec = importlib.util.spec_from_file_location(called, path)
-    if not path.exists() or spec is None or spec.loader is None:
-        raise UserError(f"config key data.module: there is no file {module}")
-    sys.modules[called] = found = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(found)
-    except BaseException:
-        del sys.modules[called]
-        raise
 
 
 def schema_of(source: DataSource) -> Schema:

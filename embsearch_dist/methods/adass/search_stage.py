@@ -11,6 +11,7 @@ import torch
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.data.load.sample import random_batches
+from embsearch_dist.errors import script
 from embsearch_dist.files import copy_sealed, write_sealed
 from embsearch_dist.methods.adass.config import AdassConfig, PolicyConfig
 from embsearch_dist.methods.adass.distinct import distinct_of
@@ -272,7 +273,7 @@ class SearchStage(Stage[AdassConfig]):
                     provenance = {"name": name, "seed": run.config.run.seed, "search_seed": config.policy.seed}
                     allocation = searcher.allocation(found, provenance)
                     points.append(self._point(name, allocation, found, chosen=k == 0))
-                    run.context.first("writing an allocation", lambda n=name, a=allocation: self._save(run.dir, n, a))  # type: ignore[misc]
+                    run.context.first("writing an allocation", self._save, run.dir, name, allocation)
                     bar.update((k + 1) * whole - bar.done)
             picked = torch.zeros(len(run.schema.fields), len(config.candidates))
             for f, name in enumerate(run.schema.names):
@@ -330,5 +331,5 @@ def describe(searcher: Searcher, point: dict[str, Any], directory: Path) -> str:
         f"embedding parameters {point['parameters']:,} ({point['parameters'] / reference:.1%} of UES-32), "
         f"supernet auc {shown(point['auc'])}, {len(searcher.archive):,} subnets scored, "
         f"{point['pruned_columns']:,} columns taken away for want of evidence\n"
-        f"next: python launch/retrain.py --run {directory}"
+        f"next: {script('retrain')} --run {directory}"
     )

@@ -19,7 +19,7 @@ from embsearch_dist.allocation import Allocation
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.data.prepare.partition import write_group
 from embsearch_dist.data.store.manifest import compare_ends, identity
-from embsearch_dist.errors import UserError
+from embsearch_dist.errors import UserError, script
 from embsearch_dist.files import read_sealed, write_sealed
 from embsearch_dist.grouped import GROUPS, GroupedAllocation, group_dir
 from embsearch_dist.methods.ihas.config import IHASConfig
@@ -85,7 +85,7 @@ class GroupStage(Stage[IHASConfig]):
             for k, w in enumerate(widths):
                 chosen = "  ".join(f"{n}={w[n]}" for n in run.schema.names)
                 monitor.say(f"group {k}, {int(counts[k]):,} training rows: {chosen}")
-            monitor.say(f"next: python launch/retrain.py --run {run.dir}")
+            monitor.say(f"next: {script('retrain')} --run {run.dir}")
 
     def _write(
         self,
@@ -118,7 +118,7 @@ class GroupStage(Stage[IHASConfig]):
             monitor.scalars(k, {f"rows_{split}": r.get(split, 0) for split in SPLITS})
         own = [Allocation(run.schema, w, {**provenance, "group": k}) for k, w in enumerate(widths)]
         for k, a in enumerate(own):
-            context.first("writing an allocation", lambda k=k, a=a: a.save(run.dir / f"allocations/group-{k}.json"))  # type: ignore[misc]
+            context.first("writing an allocation", a.save, run.dir / f"allocations/group-{k}.json")
         return GroupedAllocation(run.schema, tuple(own), rows, provenance)
 
 
@@ -166,7 +166,7 @@ class Clustering:
             self.monitor.scalars(n, {"distance": distances[-1]})
             self.monitor.say(f"k-means, {what}: mean squared distance {error:.6g}")
             state = {**self.router.state(), "passes": n + 1, "distances": distances, "signature": self.signature()}
-            run.context.first("saving the clustering", lambda s=state: write_sealed(path, s))  # type: ignore[misc]
+            run.context.first("saving the clustering", write_sealed, path, state)
         self.kmeans.order()
 
     def signature(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from embsearch_dist.errors import script
 from embsearch_dist.files import read_sealed, write_sealed
 from embsearch_dist.methods.nasrec.config import NASRecConfig
 from embsearch_dist.methods.nasrec.evolution import Candidate, Evolution
@@ -89,7 +90,7 @@ class EvolutionStage(Stage[NASRecConfig]):
                 # Before the state: of a generation that is not saved a continued search drops the line again.
                 monitor.scalars(evolution.generation - 1, values)
                 state = {"signature": signature, **evolution.to_json()}
-                run.context.first("saving the search", lambda s=state: write_sealed(run.dir / HISTORY, s))  # type: ignore[misc]
+                run.context.first("saving the search", write_sealed, run.dir / HISTORY, state)
                 bar.update(len(proposed), loss=values["best"])
 
     def _score(self, run: Run[NASRecConfig], scorer: Scorer, architectures: Sequence[Architecture]) -> list[Score]:
@@ -127,7 +128,7 @@ class EvolutionStage(Stage[NASRecConfig]):
             monitor.say(
                 f"{rank}: logloss {c.score.logloss:.5f}, {c.score.flops / 1e6:.2f} MFLOPs (generation {c.generation})"
             )
-        monitor.say(f"{len(evolution.seen):,} candidates; next: python launch/retrain.py --run {run.dir}")
+        monitor.say(f"{len(evolution.seen):,} candidates; next: {script('retrain')} --run {run.dir}")
 
 
 def _read(path: Path, signature: dict[str, Any]) -> dict[str, Any] | None:

@@ -70,10 +70,10 @@ class AutoInt(nn.Module):
         e = torch.cat([u, dense[:, :, None] * self.columns], 1) if dense.shape[1] else u
         for weight in self.weights:
             e = self._attended(e, weight)
-        logit = self.last(e.flatten(1))
+        logit: torch.Tensor = self.last(e.flatten(1))
         if self.deep is not None:
             logit = logit + self.deep(joined(u, dense))
-        return logit.squeeze(1)  # type: ignore[no-any-return]
+        return logit.squeeze(1)
 
     def _attended(self, e: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """One layer: ``e [B, M, d_in]`` -> ``[B, M, H d']``."""

@@ -65,4 +65,5 @@ class DCNv2(nn.Module):
             x = self.deep(x)
         elif len(self.deep):
             x = torch.cat([x, self.deep(first)], 1)
-        return self.last(x).squeeze(1)  # type: ignore[no-any-return]
+        logit: torch.Tensor = self.last(x)
+        return logit.squeeze(1)

@@ -53,4 +53,5 @@ class DLRM(nn.Module):
         x = self.bottom(dense) if self.bottom is not None else None
         z = u if x is None else torch.cat([x[:, None], u], 1)
         products = torch.bmm(z, z.transpose(1, 2))[:, self.pairs[0], self.pairs[1]]
-        return self.top(products if x is None else torch.cat([x, products], 1)).squeeze(1)  # type: ignore[no-any-return]
+        logit: torch.Tensor = self.top(products if x is None else torch.cat([x, products], 1))
+        return logit.squeeze(1)

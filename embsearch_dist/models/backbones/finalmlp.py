@@ -78,4 +78,5 @@ class FinalMLP(nn.Module):
         heads = len(self.weight)
         left = torch.bmm(one.unflatten(1, (heads, -1)).transpose(0, 1), self.weight)  # [k, B, width of two]
         fused = (left.transpose(0, 1).flatten(1) * two).sum(1)
-        return self.linear(torch.cat([one, two], 1)).squeeze(1) + fused  # type: ignore[no-any-return]
+        logit: torch.Tensor = self.linear(torch.cat([one, two], 1))
+        return logit.squeeze(1) + fused

@@ -87,4 +87,5 @@ class MaskNet(nn.Module):
                 v = block(x, v)
         else:
             v = torch.cat([block(x, v) for block in self.blocks], 1)
-        return self.deep(v).squeeze(1)  # type: ignore[no-any-return]
+        logit: torch.Tensor = self.deep(v)
+        return logit.squeeze(1)

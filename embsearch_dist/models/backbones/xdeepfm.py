@@ -71,8 +71,8 @@ class XDeepFM(nn.Module):
     def forward(self, u: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
         """``u [B, F, d]``, ``dense [B, n]`` -> logits ``[B]``."""
         x = joined(u, dense)
-        logit = self.linear(x) + self.last(self.interactions(u))
-        return (logit if self.deep is None else logit + self.deep(x)).squeeze(1)  # type: ignore[no-any-return]
+        logit: torch.Tensor = self.linear(x) + self.last(self.interactions(u))
+        return (logit if self.deep is None else logit + self.deep(x)).squeeze(1)
 
     def interactions(self, u: torch.Tensor) -> torch.Tensor:
         """p^k_h of all layers: ``u [B, F, d]`` -> ``[B, sum of maps]``."""
