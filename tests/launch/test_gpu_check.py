@@ -13,6 +13,7 @@ from tests.launch.processes import ROOT
 from tools.gpucheck.listing import CHECKS, ONE_CARD
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_fifteen_checks_run_and_none_fails(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "tools/gpu_check.py", "--device", "pretend", "--out", str(tmp_path)]

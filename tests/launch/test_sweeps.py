@@ -23,6 +23,7 @@ def sweep(tool: str, out: Path, *words: object) -> tuple[list[dict[str, Any]], s
     return [json.loads(line) for line in (out / "cases.jsonl").read_text().splitlines()[1:]], done.stdout
 
 
+@pytest.mark.slow
 def test_a_few_damaged_files(tmp_path: Path) -> None:
     cases, told = sweep("corruption.py", tmp_path, "--methods", "ues", "--cases", 6, "--seed", 2)
     assert {"refused", "harmless"} <= {c["class"] for c in cases} and "| all | 6 |" in told
