@@ -157,3 +157,30 @@ def read_run_config(directory: Path, overrides: Sequence[str] = ()) -> Config:
     """
     check_text(directory / "config.yaml")
     return read_config(directory / "config.yaml", overrides)
+
+
+def take_words(argv: Sequence[str], option: str) -> tuple[list[str], list[str]]:
+    """(the other arguments, all words after ``option`` up to the next option)."""
+    rest: list[str] = []
+    found: list[str] = []
+    taking = False
+    for word in argv:
+        if word.startswith("--"):
+            taking = word.partition("=")[0] == option
+            found += [word.partition("=")[2]] if taking and "=" in word else []
+            rest += [] if taking else [word]
+        else:
+            (found if taking else rest).append(word)
+    return rest, found
+
+
+def whole_number(plain: dict[str, str], option: str, default: int) -> int:
+    """The number behind an option.
+
+    Raises:
+        UserError: it is none above 0.
+    """
+    text = plain.get(option, str(default))
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"--{option} {text}: expected a whole number above 0")
+    return int(text)

@@ -36,21 +36,17 @@ if __name__ == "__main__":
 
 from embsearch_dist.config.options import one_of
 from embsearch_dist.config.read import split_arguments
-from embsearch_dist.config.sections import Config
-from embsearch_dist.errors import UserError
-from embsearch_dist.grouped import GROUPS
 from embsearch_dist.methods import METHODS
-from embsearch_dist.methods.results import kept_network
 from embsearch_dist.precision import MIXED, PRECISIONS
 from embsearch_dist.ranks.context import start
 from embsearch_dist.run import Run, open_data
 from embsearch_dist.rundir import hold
-from embsearch_dist.schema import SPLITS, Schema, differs
+from embsearch_dist.running import answers_of, trained_config
+from embsearch_dist.schema import SPLITS
 from embsearch_dist.stores.mirroring import mirroring
-from embsearch_dist.train.evaluation import result_name
-from embsearch_dist.train.figures import Other, Wanted, resamples_of
+from embsearch_dist.train.figures import Wanted, resamples_of
 from embsearch_dist.train.metrics import check_group
-from launch.common import known_options, read_run_config, run_main
+from launch.common import known_options, run_main
 
 
 def main(argv: Sequence[str]) -> None:
@@ -61,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     one_of("--split", split, SPLITS)
     one_of("--precision", precision, ("", *PRECISIONS, MIXED))
     overrides += [f"train.group={plain['group']}"] if "group" in plain else []
-    config = _trained_config(directory, "--run", overrides)
+    config = trained_config(directory, "--run", overrides)
     method = METHODS[config.method]()
     method.check_evaluation(directory, router, precision)
     resamples = resamples_of(plain.get("intervals", "true" if "against" in plain else None))
@@ -69,35 +65,11 @@ def main(argv: Sequence[str]) -> None:
         run = Run(config, open_data(config, context), context)
         check_group(run.schema, config.train.group)
         context.first("opening the directory", lambda: hold(directory, "evaluate.py"))
-        other = _answers_of(Path(plain["against"]), run, split) if "against" in plain else None
+        other = answers_of(Path(plain["against"]), run, split) if "against" in plain else None
         wanted = Wanted(config.train.group, resamples, config.run.seed, other)
         figures = method.evaluate(run, directory, split, router, precision, wanted)
         if context.rank == 0:
             print(json.dumps(figures, indent=2))
-
-
-def _trained_config(directory: Path, option: str, overrides: Sequence[str]) -> Config:
-    result = any((directory / name).exists() for name in ("allocation.json", GROUPS))
-    if not result or not (directory / "config.yaml").exists():
-        raise UserError(
-            f"{option} {directory}: not a directory of retrain.py (allocation.json or config.yaml is missing)"
-        )
-    config = read_run_config(directory, [*kept_network(directory), *overrides])
-    config.run.dir = str(directory)
-    return config
-
-
-def _answers_of(directory: Path, run: Run, split: str) -> Other:
-    """Another trained model's answers to the rows of ``run``."""
-    config = _trained_config(directory, "--against", [])
-    config.data, config.dist = run.config.data, run.config.dist
-    own = Run(config, run.schema, run.context)
-    with run.context.together("comparing the data"):
-        before = Schema.load(directory)
-        if before.fingerprint != run.schema.fingerprint or differs(before.data, run.schema.data):
-            raise UserError(f"--against {directory}: it was trained on other data, so the rows cannot be compared")
-    found = METHODS[config.method]().predictions(own, directory, split, "")
-    return Other(result_name(directory.resolve().name), config.run.seed, found)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,7 @@ docs/serving.md says what the directory holds.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -32,23 +30,23 @@ if __name__ == "__main__":
 
 from embsearch_dist.config.options import one_of
 from embsearch_dist.config.read import split_arguments
-from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.errors import UserError
-from embsearch_dist.methods.results import kept_network
 from embsearch_dist.precision import MIXED, PRECISIONS
-from embsearch_dist.ranks.context import start
-from embsearch_dist.run import Run, open_data
 from embsearch_dist.rundir import plain_word
 from embsearch_dist.serving import programs
-from embsearch_dist.serving.collect import ROUTERS, Collected, collect, kind_of
-from embsearch_dist.serving.export import Wish, described_by, export, summary
-from launch.common import known_options, read_run_config, run_main
+from embsearch_dist.serving.collect import ROUTERS, kind_of
+from embsearch_dist.serving.export import Wish, export, summary
+from embsearch_dist.serving.trained import trained
+from launch.common import known_options, run_main, take_words
 
 OPTIONS = ("run", "out", "precision", "format", "name", "router", "source", "overwrite")
 
 
 def main(argv: Sequence[str]) -> None:
-    formats, rest = split_formats(argv)
+    rest, words = take_words(argv, "--format")
+    formats = list(dict.fromkeys(words))
+    if "--format" in argv and not formats:
+        raise UserError(f"--format needs a word: {', '.join(programs.FORMATS)}")
     plain, overrides = split_arguments(rest)
     known_options(plain, OPTIONS)
     for name in ("run", "out"):
@@ -58,8 +56,8 @@ def main(argv: Sequence[str]) -> None:
     precision = plain.get("precision", PRECISIONS[0])
     one_of("--precision", precision, (*PRECISIONS, MIXED))
     one_of("--router", router, ROUTERS)
-    for name in formats:
-        one_of("--format", name, programs.FORMATS)
+    for word in formats:
+        one_of("--format", word, programs.FORMATS)
     kind = kind_of(directory, overrides)
     if "router" in plain and kind != "routed":
         raise UserError(f"--router {router}: {directory} holds one model, not models of groups. Leave it out")
@@ -72,49 +70,6 @@ def main(argv: Sequence[str]) -> None:
 
 def _tell(text: str) -> None:
     print(text, flush=True)
-
-
-@contextmanager
-def trained(
-    directory: Path, kind: str, router: str = ROUTERS[0], overrides: Sequence[str] = (), source: str = ""
-) -> Iterator[tuple[Run, Collected, BatchStream]]:
-    """The run of a directory under RUN/retrain, its trained model, and the test split in batches of an evaluation.
-
-    Args:
-        kind: what :func:`embsearch_dist.serving.collect.kind_of` says of it.
-        router: of models of groups.
-        overrides: ``section.key=value`` on top of the run's own config.
-        source: what ``--source`` names.
-    """
-    run_dir = directory.resolve().parents[1] if kind == "gated" else directory
-    config = read_run_config(run_dir, [*kept_network(directory), *overrides])
-    with start(config.run, config.dist) as context:
-        if context.world_size > 1:
-            raise UserError("export.py is for one process. Start it without torchrun", everywhere=True)
-        config.run.dir = str(run_dir)
-        run = Run(config, open_data(config, context), context)
-        if source:
-            provenance = {**run.schema.provenance, "source": described_by(source, run.schema)}
-            run = Run(config, replace(run.schema, provenance=provenance), context)
-        found = collect(run, directory, router)
-        size = config.train.eval_batch_size if kind != "gated" else config.search.training.eval_batch_size
-        yield run, found, run.stream("test", size, shuffle=False)
-
-
-def split_formats(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words behind ``--format``, of which there may be several, and all other arguments."""
-    words: list[str] = []
-    rest: list[str] = []
-    taking = False
-    for word in argv:
-        if word.startswith("--"):
-            taking = word == "--format"
-            if taking:
-                continue
-        (words if taking else rest).append(word)
-    if "--format" in argv and not words:
-        raise UserError(f"--format needs a word: {', '.join(programs.FORMATS)}")
-    return list(dict.fromkeys(words)), rest
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ Allocations are compared with the first. The plan is that of TorchRec's planner 
 Options: --world-size N [8], --local-world-size N of one machine [8, or all], --device cuda|cpu [cuda],
 --hbm-gb, --ddr-gb, --batch-size (rows a rank) and every other key as --dist.planner.KEY. Without --hbm-gb the GPU
 is the smallest one here, and an A100 80GB where there is none; the output says which. The fields: --data (a
-prepared data set or a schema.json), --cardinalities NAME=ROWS,..., or data.path of --config or --run.
+prepared data set or a schema.json), --cardinalities NAME=ROWS,..., or the data of --config or --run.
 The widths: --allocation FILE or ues-WIDTH, several allowed, or --supernet (with search.candidates). With
 --cardinalities an allocation found on other data gives its widths. --out DIR draws plan.png, --json FILE
 (- for the terminal) writes all figures.
@@ -28,8 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from embsearch_dist.config.options import one_of
 from embsearch_dist.config.read import split_arguments
-from embsearch_dist.errors import UserError
-from launch.common import DEFAULT_CONFIG, known_options, read_config, run_main
+from launch.common import DEFAULT_CONFIG, known_options, read_config, run_main, take_words, whole_number
 
 SHORT = {"hbm-gb": "hbm_gb", "ddr-gb": "ddr_gb", "batch-size": "batch_size"}
 OPTIONS = ["world-size", "local-world-size", "device", "data", "cardinalities", "config", "run", "supernet", "out"]
@@ -39,11 +38,9 @@ def main(argv: Sequence[str]) -> None:
     import torch
 
     from embsearch_dist.sharding.card import fill, origin, read_card, smallest
-    from embsearch_dist.sharding.dry_run import Subject, make_plans, read_schema, read_subjects, supernet_subject
+    from embsearch_dist.sharding.dry_run import Subject, asked_schema, make_plans, read_subjects, supernet_subject
     from embsearch_dist.sharding.plan import Topology
     from embsearch_dist.sharding.plan_text import comparison, heading, plan_text, to_json
-    from embsearch_dist.stores.fetch import fetch_schema
-    from embsearch_dist.stores.urls import is_url
 
     argv, allocations = take_words(argv, "--allocation")
     plain, overrides = split_arguments(argv)
@@ -58,9 +55,7 @@ def main(argv: Sequence[str]) -> None:
     gpu = origin(config.dist.planner, card) if device == "cuda" else ""
     local = whole_number(plain, "local-world-size", min(8, world))
     topology = Topology(world, local, device, fill(config.dist.planner, card))
-    data = plain.get("data", config.data.path)
-    data = str(fetch_schema(data)) if is_url(data) and "cardinalities" not in plain else data
-    schema = read_schema(data, plain.get("cardinalities", ""))
+    schema = asked_schema(config.data, plain)
     subjects: list[Subject] = []
     if "supernet" in plain:
         subjects.append(supernet_subject(schema, config))
@@ -84,28 +79,6 @@ def main(argv: Sequence[str]) -> None:
         from embsearch_dist.report.plan_picture import draw_plans  # matplotlib: only for a picture
 
         print(draw_plans(plans, Path(plain["out"])), file=sys.stderr if plain.get("json") == "-" else sys.stdout)
-
-
-def take_words(argv: Sequence[str], option: str) -> tuple[list[str], list[str]]:
-    """(the other arguments, all words after ``option`` up to the next option)."""
-    rest: list[str] = []
-    found: list[str] = []
-    taking = False
-    for word in argv:
-        if word.startswith("--"):
-            taking = word.partition("=")[0] == option
-            found += [word.partition("=")[2]] if taking and "=" in word else []
-            rest += [] if taking else [word]
-        else:
-            (found if taking else rest).append(word)
-    return rest, found
-
-
-def whole_number(plain: dict[str, str], option: str, default: int) -> int:
-    text = plain.get(option, str(default))
-    if not text.isdigit() or int(text) < 1:
-        raise UserError(f"--{option} {text}: expected a whole number above 0")
-    return int(text)
 
 
 if __name__ == "__main__":

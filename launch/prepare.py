@@ -25,12 +25,10 @@ share the work and give the same bytes.
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -43,16 +41,12 @@ if "RANK" in os.environ:  # polars counts when it is imported, and would give ev
     os.environ.setdefault("POLARS_MAX_THREADS", str(max(1, cores)))
 
 from embsearch_dist.data.ids.taking import summary as ids_summary
-from embsearch_dist.data.ids.taking import take_over
-from embsearch_dist.data.prepare.pipeline import prepare, summary
-from embsearch_dist.data.prepare.progress import Progress
-from embsearch_dist.data.prepare.team import Team, from_environment
-from embsearch_dist.data.store import manifest
+from embsearch_dist.data.prepare.pipeline import summary
+from embsearch_dist.data.prepare.team import from_environment
 from embsearch_dist.errors import UserError
 from embsearch_dist.pipes import quietly
-from embsearch_dist.schema import Schema
-from embsearch_dist.stores.inputs import fetch_inputs
-from launch.prepare_arguments import EARLIER, IDS, MADE, OPTIONS, check, parser
+from launch.prepare_arguments import IDS, check, parser
+from launch.preparing import run, verify
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -81,39 +75,6 @@ def main(argv: list[str] | None = None) -> int:
         print(ids_summary(schema) if args.format == IDS else summary(schema))
         print(f"{args.out}: {sum(schema.rows.values()):,} rows in {seconds:.1f} s")
     return 0
-
-
-def run(args: argparse.Namespace, team: Team) -> Schema:
-    options = {name: getattr(args, name) for name in OPTIONS}
-    if args.format not in MADE:
-        fetch = partial(fetch_inputs, args.format, args.input, _silent if args.quiet else _say)
-        if args.format == IDS:
-            more = {name: options[name] for name in ("row_group_rows", "overwrite", "quiet")}
-            return take_over(fetch, args.out, team=team, **more)
-        earlier = {name: getattr(args, name) for name in EARLIER}
-        return prepare(args.format, fetch, args.out, team=team, **options, **earlier)
-    with team.together():  # small: one process makes it while the others wait
-        if team.rank == 0:
-            make, rows = MADE[args.format]
-            make(args.out, rows if args.rows is None else args.rows, **options)
-        team.barrier(args.format)
-        return Schema.load(args.out)
-
-
-def verify(args: argparse.Namespace) -> int:
-    with Progress("verify", manifest.size_of(args.verify), "bytes", args.quiet) as bar:
-        files, size = manifest.verify(args.verify, bar.add)
-    if not args.quiet:
-        print(f"{args.verify}: {files} files, {size:,} bytes, all as in {manifest.MANIFEST}")
-    return 0
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _silent(text: str) -> None:
-    pass
 
 
 def _interrupt(*_: object) -> NoReturn:

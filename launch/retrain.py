@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -46,29 +45,14 @@ if __name__ == "__main__":
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config.read import split_arguments
 from embsearch_dist.errors import UserError
-from embsearch_dist.methods.results import kept_network, searched_network
+from embsearch_dist.methods.results import searched_network
 from embsearch_dist.methods.retraining import Wish
 from embsearch_dist.ranks.context import start
 from embsearch_dist.rundir import check_text
-from embsearch_dist.running import retrain
+from embsearch_dist.running import continuing, retrain
 from embsearch_dist.stores.states import restore
 from embsearch_dist.train.metrics import shown
 from launch.common import DEFAULT_CONFIG, known_options, override, read_config, run_main
-
-
-def continuing(wish: Wish, plain: dict[str, str], overrides: list[str]) -> tuple[Wish, dict[str, str], list[str]]:
-    """The command line with what ``--from`` alone leaves open: run, config and widths of the earlier model."""
-    old = Path(wish.start)
-    if old.absolute().parent.name != "retrain":
-        raise UserError(f"--from {old}: it does not lie in a run's folder retrain/. Give --run or --config beside it")
-    if not (old / "config.yaml").exists():
-        raise UserError(f"--from {old} holds no trained model (config.yaml is missing). Give RUN/retrain/NAME")
-    run_dir = old.absolute().parents[1] if len(old.parts) < 3 else old.parents[1]
-    check_text(old / "config.yaml")
-    mirror = read_config(old / "config.yaml", []).run.mirror.removesuffix(f"/retrain/{old.name}")
-    overrides = [f"run.dir={run_dir}", f"run.mirror={mirror}", *kept_network(old), *overrides]
-    allocation = wish.allocation or str(old / "allocation.json")
-    return replace(wish, allocation=allocation), plain | {"config": str(old / "config.yaml")}, overrides
 
 
 def main(argv: Sequence[str]) -> None:

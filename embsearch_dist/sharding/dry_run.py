@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embsearch_dist.allocation import Allocation, physical_width
-from embsearch_dist.config.sections import Config
+from embsearch_dist.config.sections import Config, DataConfig
+from embsearch_dist.data.sources.registry import open_source, schema_of
 from embsearch_dist.errors import UserError, nearest
 from embsearch_dist.files import read_json
 from embsearch_dist.ranks.quiet import quieten
@@ -16,6 +17,8 @@ from embsearch_dist.schema import Field, Schema
 from embsearch_dist.sharding.plan import Plan, Topology
 from embsearch_dist.sharding.planning import make_plan
 from embsearch_dist.sharding.tables import Table
+from embsearch_dist.stores.fetch import fetch_schema
+from embsearch_dist.stores.urls import is_url
 
 quieten()
 
@@ -50,6 +53,25 @@ def read_schema(data: str, cardinalities: str = "") -> Schema:
         return Schema("stated", tuple(_field(part) for part in cardinalities.split(",") if part.strip()))
     path = Path(data)
     return Schema.load(path.parent if path.name == "schema.json" else path)
+
+
+def asked_schema(data: DataConfig, words: Mapping[str, str]) -> Schema:
+    """The fields that a command line is about.
+
+    Args:
+        data: of its config; a data source is asked, unless the run has written down what it said.
+        words: option -> value; ``cardinalities`` and ``data`` come before the config's.
+
+    Raises:
+        UserError: none of them gives any.
+    """
+    if "cardinalities" in words:
+        return read_schema("", words["cardinalities"])
+    if data.source and "data" not in words:
+        told = Path(words.get("run", ""))
+        return Schema.load(told) if "run" in words and (told / "schema.json").exists() else schema_of(open_source(data))
+    place = words.get("data", data.path)
+    return read_schema(str(fetch_schema(place)) if is_url(place) else place)
 
 
 def _field(text: str) -> Field:

@@ -19,7 +19,8 @@ from embsearch_dist.sharding.card import Card
 from embsearch_dist.sharding.dry_run import allocation_subject, make_plans
 from embsearch_dist.sharding.plan import Topology
 from embsearch_dist.sharding.plan_text import to_json
-from launch.plan import main, take_words
+from launch.common import take_words
+from launch.plan import main
 from tests.factories import CONFIGS
 
 ROWS = {"user": 2_000_000, "item": 300_000, "hour": 24}
@@ -108,3 +109,22 @@ def test_bad_options(data: Path, words: list[str], message: str) -> None:
 def test_several_words_may_follow_an_option() -> None:
     words = ["--a", "1", "--allocation", "x", "y", "--b", "--allocation=z"]
     assert take_words(words, "--allocation") == (["--a", "1", "--b"], ["x", "y", "z"])
+
+
+def test_the_fields_of_a_data_source_and_of_a_run_that_had_one(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = tmp_path / "mine.py"
+    module.write_text(
+        "import numpy as np\nimport embsearch_dist as es\n\n\n"
+        "@es.register_source('mine')\ndef mine():\n"
+        "    rows = {'user': np.arange(10), 'label': np.arange(10) % 2}\n"
+        "    return es.ArraySource(['user'], dict.fromkeys(('train', 'validation', 'test'), rows))\n"
+    )
+    words = ["--world-size", "2", "--allocation", "ues-4", "--json", "-"]
+    main([*words, "--data.source", "mine", "--data.module", str(module)])
+    assert json.loads(capsys.readouterr().out)["allocations"]["ues-4"]["parameters"] == 40
+    (tmp_path / "config.yaml").write_text("method: ues\ndata: {source: given}\n")  # a program's rows are not here
+    Schema.load(data).save(tmp_path)
+    main([*words, "--run", str(tmp_path)])
+    assert json.loads(capsys.readouterr().out)["allocations"]["ues-4"]["parameters"] == 4 * sum(ROWS.values())

@@ -36,8 +36,8 @@ from embsearch_dist.serving.model import Routed, Single
 from embsearch_dist.serving.predict import logits_of
 from embsearch_dist.serving.programs import RUNNERS, Program
 from embsearch_dist.serving.tables import Ids
+from embsearch_dist.serving.trained import trained
 from embsearch_dist.train.metrics import score
-from launch.export import trained
 from tools.studies.budget_tables import hardware
 from tools.studies.jobs import commit
 
