@@ -53,3 +53,11 @@ def test_what_only_the_later_side_tells_is_named_and_no_difference(
     assert compare(*both) == []
     assert "tells more: ues/run/result.json: calibration, widths.b" in capsys.readouterr().out
     assert compare(*reversed(both)) == ["differs: ues/run/result.json"]  # something that was told is gone
+
+
+def test_a_config_may_have_gained_keys_but_no_other_value(both: tuple[Path, Path]) -> None:
+    for home, text in zip(both, ("train: {lr: 0.1}\n", "train: {lr: 0.1, group: ''}\n"), strict=True):
+        (home / "ues" / "config.yaml").write_text(text)
+    assert compare(*both) == []
+    (both[1] / "ues" / "config.yaml").write_text("train: {lr: 0.2, group: ''}\n")
+    assert compare(*both) == ["differs: ues/config.yaml"]

@@ -126,7 +126,7 @@ def difference(one: Path, other: Path) -> list[str] | None:
     """None where two files differ in more than times; else the keys that only the other one tells."""
     if one.read_bytes() == other.read_bytes():
         return []
-    if one.suffix not in (".json", ".jsonl"):
+    if one.suffix not in (".json", ".jsonl", ".yaml"):
         return None
     added: dict[str, None] = {}
     return list(added) if _holds(_records(one), _records(other), added) else None
@@ -151,6 +151,8 @@ def untimed(body: Any) -> Any:
 
 def _records(path: Path) -> list[Any]:
     text = path.read_text()
+    if path.suffix == ".yaml":
+        return [yaml.safe_load(text)]
     return [untimed(json.loads(line)) for line in (text.splitlines() if path.suffix == ".jsonl" else [text])]
 
 
