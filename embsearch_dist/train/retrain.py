@@ -50,6 +50,8 @@ class SubnetTask:
         else:
             del settings["model.layer_norm"]  # nothing reads it
         self.settings: dict[str, Any] = {**settings, "widths": allocation.widths}
+        if allocation.values:
+            self.settings["values"] = {n: kept.digest for n, kept in allocation.values.items()}
 
     def loss(self, batch: Batch, step: int) -> torch.Tensor:
         logits, pooled = self.model(batch)
