@@ -1,0 +1,156 @@
+"""The values that a budget holds by their gates, as an allocation, and both as a method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from embsearch_dist.allocation import Allocation, cost
+from embsearch_dist.config.options import option
+from embsearch_dist.config.sections import TrainConfig
+from embsearch_dist.kept_values import KeptValues
+from embsearch_dist.methods.allocating import AllocateStage, BudgetOptions, Chosen, Finder, budgets_of
+from embsearch_dist.methods.base import Method
+from embsearch_dist.methods.budget import Budget
+from embsearch_dist.methods.columns import last_that_fits
+from embsearch_dist.methods.masked import MaskedStage
+from embsearch_dist.methods.optfs.gates import ValueGateTask
+from embsearch_dist.methods.stages import Stage
+from embsearch_dist.methods.trial import TRAINING
+from embsearch_dist.precision import PRECISIONS, SERVED, served
+from embsearch_dist.run import Run
+from embsearch_dist.schema import Schema
+from embsearch_dist.train.monitor import Monitor
+
+
+@dataclass
+class OptFSConfig(BudgetOptions):
+    """OptFS: a gate for each value of each field, learned with the tables."""
+
+    width: int = option(32, "width of every field, in the search and in its result", low=1)
+    lr: float = option(1e-2, "learning rate of the gates", above=0)
+    penalty: float = option(0.02, "lambda: weight of the sum of all gates; higher shuts more of them", low=0)
+    tau: float = option(200.0, "of the last epoch; it grows from 1, and gates with it from soft to hard", low=1)
+    training: TrainConfig = field(default_factory=lambda: TrainConfig(batch_size=2048, epochs=8, patience=0))
+
+    @property
+    def candidates(self) -> list[int]:
+        """Widths that a field may get: dropped, or that of all."""
+        return [0, self.width]
+
+
+class ValueGateStage(MaskedStage):
+    """Trains the gates under ``checkpoints/gates``."""
+
+    name = "gates"
+    own = ("lr", "penalty", "tau")
+
+    def task(self, run: Run) -> ValueGateTask:
+        return ValueGateTask(run, self.settings(run))
+
+
+class Ranking:
+    """All values but ids 0, by their w, the largest first; of equal ones the earlier field and the lower id.
+
+    Args:
+        w: of each field ``[cardinality]``, in schema order.
+    """
+
+    def __init__(self, w: Sequence[torch.Tensor]) -> None:
+        self.sizes = [len(own) for own in w]
+        flat = torch.cat([own[1:] for own in w])
+        self.order = flat.argsort(descending=True, stable=True)
+        self.learned = int((flat > 0).sum())
+        self.field = torch.repeat_interleave(torch.arange(len(w)), torch.tensor([n - 1 for n in self.sizes]))
+
+    def counts(self, kept: int) -> list[int]:
+        """Rows of each field's table for the first ``kept`` values: these and row 0; none where it has none of them."""
+        found = torch.bincount(self.field[self.order[:kept]], minlength=len(self.sizes))
+        return [n + 1 if n else 0 for n in found.tolist()]
+
+    def masks(self, kept: int) -> list[torch.Tensor]:
+        """Of each field ``[cardinality]`` bool: the first ``kept`` values; ids 0 are not among them."""
+        flat = torch.zeros(len(self.order), dtype=torch.bool)
+        flat[self.order[:kept]] = True
+        parts = flat.split([n - 1 for n in self.sizes])
+        return [torch.cat([part.new_zeros(1), part]) for part in parts]
+
+
+def cost_of_rows(schema: Schema, rows: Sequence[int], width: int, resource: str, extra: int) -> int:
+    """What tables of so many rows and one width cost in one of ``allocation.RESOURCES``; bytes as served with a bit for
+    each value of a field of which some but not all have rows."""
+    found = 0
+    for f, n in zip(schema.fields, rows, strict=True):
+        found += cost(resource, n, width if n else 0, extra)
+        found += -(-f.cardinality // 8) if resource in SERVED and 0 < n < f.cardinality else 0
+    return found
+
+
+def chosen_under(schema: Schema, ranking: Ranking, width: int, budget: Budget | None, extra: int) -> int:
+    """How many values are kept: the most that a budget holds, and at least one; without a budget those with w > 0."""
+    if budget is None:
+        return max(ranking.learned, 1)
+
+    def fits(kept: float) -> bool:
+        return cost_of_rows(schema, ranking.counts(int(kept)), width, budget.resource, extra) <= budget.limit
+
+    numbers = range(len(ranking.order) + 1)
+    return max(int(last_that_fits(numbers, fits)), 1)
+
+
+class ValuesStage(AllocateStage):
+    """For each budget the values that it holds."""
+
+    name = "values"
+
+    def finder(self, run: Run, monitor: Monitor) -> Finder:
+        search: OptFSConfig = run.config.search
+        task = ValueGateStage().trained(run)
+        assert isinstance(task, ValueGateTask)
+        w = task.model.weights_of_all()
+        ranking, extra = Ranking([w[n] for n in run.schema.names]), run.config.model.extra
+        total = len(ranking.order)
+
+        def find(budget: Budget | None) -> Chosen:
+            kept = chosen_under(run.schema, ranking, search.width, budget, extra)
+            masks = ranking.masks(kept)
+            widths = [search.width if bool(m.any()) else 0 for m in masks]
+            values = {
+                f.name: KeptValues.of(m.numpy())
+                for f, m in zip(run.schema.fields, masks, strict=True)
+                if m.any() and not m[1:].all()
+            }
+            told: dict[str, object] = {"kept_share": kept / total, "learned_share": ranking.learned / total}
+            mask = told | mask_told(run.schema, widths, values, extra)
+            return Chosen(widths, told, mask=mask, values=values)
+
+        return find
+
+
+def mask_told(schema: Schema, widths: Sequence[int], values: Mapping[str, KeptValues], extra: int) -> dict[str, object]:
+    """What ``search/mask-NAME.json`` says: rows of each field beside all that it has, and sizes; under ``structured``
+    the sizes where the fields that keep something keep all of it."""
+    own = dict(zip(schema.names, widths, strict=True))
+    kept, whole = (Allocation(schema, own, {}, extra, values=dict(v)) for v in (values, {}))
+
+    def sizes(found: Allocation) -> dict[str, object]:
+        at = {p: found.total(served(p)) for p in PRECISIONS}
+        return {"parameters": found.total("parameters"), "served_bytes": at}
+
+    rows = {f.name: [kept.rows(f.name) if own[f.name] else 0, f.cardinality] for f in schema.fields}
+    return {"rows": rows, **sizes(kept), "structured": sizes(whole)}
+
+
+class OptFS(Method):
+    """OptFS (Lyu et al. 2023)."""
+
+    config = OptFSConfig
+    trial = {"search": {"width": 32, "pareto": ["30%"], "training": TRAINING}}
+
+    def stages(self) -> list[Stage]:
+        return [ValueGateStage(), ValuesStage()]
+
+    def check(self, run: Run) -> None:
+        budgets_of(run)
