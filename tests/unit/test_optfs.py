@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.data.planted.synthetic import Pair, Plan, make_synthetic
 from embsearch_dist.data.prepare.pipeline import prepare
+from embsearch_dist.errors import UserError
 from embsearch_dist.methods.budget import Budget
 from embsearch_dist.methods.optfs.gates import EVERY, START, gate, pull, tau_of
 from embsearch_dist.methods.optfs.method import (
@@ -24,12 +27,14 @@ from embsearch_dist.methods.optfs.method import (
     cost_of_rows,
     mask_told,
 )
+from embsearch_dist.methods.optfs.rewinding import rewind
 from embsearch_dist.methods.stages import check_stages, run_stages
 from embsearch_dist.run import Run
 from embsearch_dist.train.metrics import evaluate
 from embsearch_dist.train.monitor import Monitor
-from embsearch_dist.train.retrain import retrain
+from embsearch_dist.train.retrain import SubnetTask, retrain
 from tests.factories import one_rank, open_run, prepared, small_config, small_schema, streams, whole_tables
+from tests.method_contract import Case
 from tests.raw_lists import make_lists
 
 LOG3 = math.log(3)  # sigmoid(log 3) = 3/4
@@ -201,3 +206,40 @@ def test_it_cannot_find_that_narrow_tables_would_do(tmp_path: Path) -> None:
         task.model.eval()
         auc[name] = evaluate(task.predict, streams(run)[1].epoch(0), run.context)["auc"]
     assert auc["optfs"] < auc["ues-2"] - 0.05, auc
+
+
+def test_rewinding_begins_with_the_kept_rows_of_the_weights_after_an_epoch(data: Path, tmp_path: Path) -> None:
+    words = ["search.width=4", "search.training.batch_size=256", "search.training.eval_batch_size=400"]
+    words += ["search.training.epochs=3", "search.rewind=1", "search.budget=1500", "model.first_order=value"]
+    run = searched(data, tmp_path, *words)
+    one = dataclasses.replace(run.config.search.training, steps=run.schema.rows["train"] // 256)
+    first = open_run(small_config(data, tmp_path / "first", *words, method="optfs"), one_rank())
+    first.config.search.training = one  # its last checkpoint is that after an epoch
+    ValueGateStage().run(first)
+    after = ValueGateStage().trained(first)
+    tables, head = whole_tables(after.model.sharded), after.model.bare_head.state_dict()
+
+    found = Allocation.load(tmp_path / "allocation.json", run.schema).counted(1)
+    assert {"big", "left"} <= set(found.values)
+    found = dataclasses.replace(found, widths=found.widths | {"idle": 0})  # the head loses inputs with a field
+    task = SubnetTask(run.config, found, run.context)
+    rewind(run, tmp_path, found, task)
+    for name, table in whole_tables(task.model.sharded).items():
+        rows = found.values[name].ids if name in found.values else slice(None)
+        torch.testing.assert_close(table[:, :4], tables[name][rows][:, :4], rtol=0, atol=0)
+        torch.testing.assert_close(table[:, 4], tables[name][rows][:, 5], rtol=0, atol=0)
+    kept = [run.schema.names.index(n) for n in found.kept]
+    inputs = [4 * f + k for f in kept for k in range(4)] + [4 * len(run.schema.names)]
+    new = task.model.bare_head.state_dict()
+    torch.testing.assert_close(new["backbone.first.weight"], head["backbone.first.weight"][:, inputs])
+
+    figures = Case("optfs", str(data), tuple(words)).retrain(tmp_path, one_rank())
+    assert 0.5 < next(iter(figures.values()))["auc"] < 1
+    shutil.rmtree(tmp_path / "checkpoints" / "rewound")
+    with pytest.raises(UserError, match=r"search.rewind"):
+        Case("optfs", str(data), tuple(words)).retrain(tmp_path, one_rank(), name="again")
+
+
+def test_there_must_be_an_epoch_after_the_one_that_is_rewound_to(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"search.rewind: must be at most 1"):
+        small_config(data, tmp_path, "search.rewind=2", "search.training.epochs=2", method="optfs")

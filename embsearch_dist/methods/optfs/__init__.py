@@ -25,6 +25,7 @@ Where this departs:
 * The value's own weight in the linear part (``model.first_order value``) is gated too; the published DeepFM has none.
 * In a field of lists the gate is that of the mean of w over the ids of the list.
 * Gates follow tau behind every backbone. The published IPNN leaves tau out of its search, which never hardens.
-* Retraining begins with new weights, as with r = 0 in the paper; its code begins with those after epoch r.
+* Retraining begins with new weights, or with those after ``rewind`` epochs of the search: tables and head, not the
+  state of the optimizers. The paper rewinds after 0 to 4 epochs, by data set.
 * Every field keeps one width: what a narrower table would do for a field whose values are all of use, this cannot find.
 """

@@ -11,6 +11,7 @@ import torch
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config.sections import Config
 from embsearch_dist.data.load.batch import Batch
+from embsearch_dist.methods.optfs import rewinding
 from embsearch_dist.models.head import make_head
 from embsearch_dist.models.model import CTRModel, SubnetModel, seeded
 from embsearch_dist.models.pooled import Pooled
@@ -130,7 +131,7 @@ class ValueGateTask(SubnetTask):
     model: ValueGateModel
 
     def __init__(self, run: Run, own: dict[str, Any]) -> None:
-        self.search, self.context, config = run.config.search, run.context, run.config
+        self.run, self.search, self.context, config = run, run.config.search, run.context, run.config
         scale = self.search.lr / config.optim.embedding_lr
         model = ValueGateModel(config, run.schema, self.search.width, run.context, scale)
         super().__init__(config, Allocation.uniform(run.schema, self.search.width), run.context, model)
@@ -142,7 +143,10 @@ class ValueGateTask(SubnetTask):
         self.model.tau = tau_of(epoch, self.search.training.epochs, self.search.tau)
 
     def loss(self, batch: Batch, step: int) -> torch.Tensor:
-        self._enter(batch.position.epoch)
+        position = batch.position
+        if self.search.rewind and (position.epoch, position.batch) == (self.search.rewind, 1):
+            rewinding.keep(self.run, self)
+        self._enter(position.epoch)
         return super().loss(batch, step)
 
     @torch.no_grad()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
 from embsearch_dist.allocation import Allocation, cost
-from embsearch_dist.config.options import option
+from embsearch_dist.config.options import option, require
 from embsearch_dist.config.sections import TrainConfig
 from embsearch_dist.kept_values import KeptValues
 from embsearch_dist.methods.allocating import AllocateStage, BudgetOptions, Chosen, Finder, budgets_of
@@ -17,6 +18,8 @@ from embsearch_dist.methods.budget import Budget
 from embsearch_dist.methods.columns import last_that_fits
 from embsearch_dist.methods.masked import MaskedStage
 from embsearch_dist.methods.optfs.gates import ValueGateTask
+from embsearch_dist.methods.optfs.rewinding import rewind
+from embsearch_dist.methods.retraining import Results, Retraining
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.trial import TRAINING
 from embsearch_dist.precision import PRECISIONS, SERVED, served
@@ -33,7 +36,13 @@ class OptFSConfig(BudgetOptions):
     lr: float = option(1e-2, "learning rate of the gates", above=0)
     penalty: float = option(0.02, "lambda: weight of the sum of all gates; higher shuts more of them", low=0)
     tau: float = option(200.0, "of the last epoch; it grows from 1, and gates with it from soft to hard", low=1)
+    rewind: int = option(0, "retraining begins with the weights after so many epochs of the search; 0: new ones", low=0)
     training: TrainConfig = field(default_factory=lambda: TrainConfig(batch_size=2048, epochs=8, patience=0))
+
+    def check(self) -> None:
+        super().check()
+        last = self.training.epochs - 1
+        require(self.rewind <= last, "search.rewind", f"must be at most {last}, an epoch less than are trained")
 
     @property
     def candidates(self) -> list[int]:
@@ -45,7 +54,7 @@ class ValueGateStage(MaskedStage):
     """Trains the gates under ``checkpoints/gates``."""
 
     name = "gates"
-    own = ("lr", "penalty", "tau")
+    own = ("lr", "penalty", "tau", "rewind")
 
     def task(self, run: Run) -> ValueGateTask:
         return ValueGateTask(run, self.settings(run))
@@ -147,10 +156,16 @@ class OptFS(Method):
     """OptFS (Lyu et al. 2023)."""
 
     config = OptFSConfig
-    trial = {"search": {"width": 32, "pareto": ["30%"], "training": TRAINING}}
+    trial = {"search": {"width": 32, "pareto": ["30%"], "rewind": 1, "training": {**TRAINING, "epochs": 2}}}
 
     def stages(self) -> list[Stage]:
         return [ValueGateStage(), ValuesStage()]
 
     def check(self, run: Run) -> None:
         budgets_of(run)
+
+    def retrain(self, job: Retraining) -> Results:
+        own = job.found.provenance.get("method") == "optfs"
+        if own and job.run.config.search.rewind and job.start is None:
+            job = replace(job, begin=partial(rewind, job.run, job.run_dir))
+        return super().retrain(job)
