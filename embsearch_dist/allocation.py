@@ -3,7 +3,8 @@
 Widths are *nominal* (what the method counts, 0 = the field is dropped). FBGEMM needs local widths
 divisible by 4, so a table is stored at the *physical* width: the next multiple of 4. Both are counted.
 Where every value has a first-order weight of its own (``model.first_order value``), its column is counted too.
-A search may keep rows for some of a field's values alone: its table then has these rows, see :mod:`~.kept_values`.
+A search may keep rows for some of a field's values alone: its table then has these rows, see
+:mod:`embsearch_dist.kept_values`.
 """
 
 from __future__ import annotations

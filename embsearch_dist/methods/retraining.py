@@ -182,7 +182,7 @@ def taken(wish: Wish, config: Config, run_dir: Path, name: str, found: Found) ->
 def beside_uniform(name: str, found: Allocation) -> dict[str, Allocation]:
     """What was found and the widest uniform allocation of its budget; alone where that is the same or none fits."""
     width = widest_within(found)
-    if not width or set(found.widths.values()) == {width}:
+    if not width or (set(found.widths.values()) == {width} and not found.values):
         return {name: found}
     return {name: found, f"ues-{width}": uniform_like(found, width)}
 

@@ -169,6 +169,7 @@ def evaluate_model(
     found = predictions(task.predict, stream.epoch(0), context, wanted.group)
     seconds = time.monotonic() - started
     metrics = figures(found)
+    rows = {n: allocation.rows(n) for n in allocation.values if allocation.widths[n]}
     measured = Evaluation(
         metrics,
         seconds,
@@ -176,7 +177,7 @@ def evaluate_model(
         allocation.total("bytes"),
         task.model.dense_count(),
         task.model.flops_per_sample(),
-        {"widths": allocation.widths},
+        {"widths": allocation.widths} | ({"table_rows": rows} if rows else {}),
         told(metrics, found, wanted, context),
     )
     return measured.body(name, stream, config)

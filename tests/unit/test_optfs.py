@@ -23,12 +23,13 @@ from embsearch_dist.methods.optfs.method import (
     OptFS,
     Ranking,
     ValueGateStage,
+    check_one_value,
     chosen_under,
     cost_of_rows,
-    mask_told,
 )
 from embsearch_dist.methods.optfs.rewinding import rewind
 from embsearch_dist.methods.stages import check_stages, run_stages
+from embsearch_dist.methods.values import mask_told
 from embsearch_dist.run import Run
 from embsearch_dist.train.metrics import evaluate
 from embsearch_dist.train.monitor import Monitor
@@ -160,6 +161,9 @@ def test_budgets_count_rows_the_shared_ones_and_bits() -> None:
         assert cost_of_rows(schema, ranking.counts(kept), 4, "parameters", 0) <= limit
         more = cost_of_rows(schema, ranking.counts(kept + 1), 4, "parameters", 0)
         assert kept == 14 or more > limit
+    check_one_value([("a", Budget("served_fp32", 2 * 16 + 2, "x"))], schema, 4, 0)
+    with pytest.raises(UserError, match=r"does not hold a single value of field 'f2' \(9 values\)"):
+        check_one_value([("a", None), ("b", Budget("served_fp32", 2 * 16 + 1, "x"))], schema, 4, 0)
     told = mask_told(schema, [4, 0, 4], {}, 0)
     assert told["rows"] == {"f0": [5, 5], "f1": [0, 3], "f2": [9, 9]}
 
@@ -233,8 +237,9 @@ def test_rewinding_begins_with_the_kept_rows_of_the_weights_after_an_epoch(data:
     new = task.model.bare_head.state_dict()
     torch.testing.assert_close(new["backbone.first.weight"], head["backbone.first.weight"][:, inputs])
 
-    figures = Case("optfs", str(data), tuple(words)).retrain(tmp_path, one_rank())
-    assert 0.5 < next(iter(figures.values()))["auc"] < 1
+    figures = Case("optfs", str(data), tuple(words)).retrain(tmp_path, one_rank())["optfs"]
+    assert 0.5 < figures["auc"] < 1
+    assert figures["table_rows"] == {n: kept.rows for n, kept in found.values.items()}
     shutil.rmtree(tmp_path / "checkpoints" / "rewound")
     with pytest.raises(UserError, match=r"search.rewind"):
         Case("optfs", str(data), tuple(words)).retrain(tmp_path, one_rank(), name="again")

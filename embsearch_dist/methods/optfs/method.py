@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 
-from embsearch_dist.allocation import Allocation, cost
+from embsearch_dist.allocation import cost
 from embsearch_dist.config.options import option, require
 from embsearch_dist.config.sections import TrainConfig
-from embsearch_dist.kept_values import KeptValues
+from embsearch_dist.errors import UserError
 from embsearch_dist.methods.allocating import AllocateStage, BudgetOptions, Chosen, Finder, budgets_of
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.budget import Budget
@@ -22,7 +22,8 @@ from embsearch_dist.methods.optfs.rewinding import rewind
 from embsearch_dist.methods.retraining import Results, Retraining
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.trial import TRAINING
-from embsearch_dist.precision import PRECISIONS, SERVED, served
+from embsearch_dist.methods.values import mask_told, values_of
+from embsearch_dist.precision import SERVED
 from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.monitor import Monitor
@@ -98,15 +99,31 @@ def cost_of_rows(schema: Schema, rows: Sequence[int], width: int, resource: str,
 
 
 def chosen_under(schema: Schema, ranking: Ranking, width: int, budget: Budget | None, extra: int) -> int:
-    """How many values are kept: the most that a budget holds, and at least one; without a budget those with w > 0."""
+    """How many values are kept: the most that a budget holds (:func:`check_one_value`: at least one); without a budget
+    those with ``w > 0``, or the best one."""
     if budget is None:
         return max(ranking.learned, 1)
 
     def fits(kept: float) -> bool:
         return cost_of_rows(schema, ranking.counts(int(kept)), width, budget.resource, extra) <= budget.limit
 
-    numbers = range(len(ranking.order) + 1)
-    return max(int(last_that_fits(numbers, fits)), 1)
+    return int(last_that_fits(range(len(ranking.order) + 1), fits))
+
+
+def check_one_value(found: Sequence[tuple[str, Budget | None]], schema: Schema, width: int, extra: int) -> None:
+    """Refuse budgets that may hold nothing: the best value may be any field's.
+
+    Raises:
+        UserError: a budget that does not hold one value of some field, its row 0 and its bits.
+    """
+    for budget in (b for _, b in found if b):
+        for f in (f for f in schema.fields if f.cardinality > 1):
+            alone = [2 * (g is f) for g in schema.fields]
+            if cost_of_rows(schema, alone, width, budget.resource, extra) > budget.limit:
+                raise UserError(
+                    f"config key search.budget: {budget.text!r} does not hold a single value of field {f.name!r} "
+                    f"({f.cardinality:,} values) at search.width {width}. Raise it, or lower the width"
+                )
 
 
 class ValuesStage(AllocateStage):
@@ -126,30 +143,12 @@ class ValuesStage(AllocateStage):
             kept = chosen_under(run.schema, ranking, search.width, budget, extra)
             masks = ranking.masks(kept)
             widths = [search.width if bool(m.any()) else 0 for m in masks]
-            values = {
-                f.name: KeptValues.of(m.numpy())
-                for f, m in zip(run.schema.fields, masks, strict=True)
-                if m.any() and not m[1:].all()
-            }
+            values = {n: own for n, own in values_of(run.schema, masks).items() if own.rows > 1}
             told: dict[str, object] = {"kept_share": kept / total, "learned_share": ranking.learned / total}
             mask = told | mask_told(run.schema, widths, values, extra)
             return Chosen(widths, told, mask=mask, values=values)
 
         return find
-
-
-def mask_told(schema: Schema, widths: Sequence[int], values: Mapping[str, KeptValues], extra: int) -> dict[str, object]:
-    """What ``search/mask-NAME.json`` says: rows of each field beside all that it has, and sizes; under ``structured``
-    the sizes where the fields that keep something keep all of it."""
-    own = dict(zip(schema.names, widths, strict=True))
-    kept, whole = (Allocation(schema, own, {}, extra, values=dict(v)) for v in (values, {}))
-
-    def sizes(found: Allocation) -> dict[str, object]:
-        at = {p: found.total(served(p)) for p in PRECISIONS}
-        return {"parameters": found.total("parameters"), "served_bytes": at}
-
-    rows = {f.name: [kept.rows(f.name) if own[f.name] else 0, f.cardinality] for f in schema.fields}
-    return {"rows": rows, **sizes(kept), "structured": sizes(whole)}
 
 
 class OptFS(Method):
@@ -162,7 +161,7 @@ class OptFS(Method):
         return [ValueGateStage(), ValuesStage()]
 
     def check(self, run: Run) -> None:
-        budgets_of(run)
+        check_one_value(budgets_of(run), run.schema, run.config.search.width, run.config.model.extra)
 
     def retrain(self, job: Retraining) -> Results:
         own = job.found.provenance.get("method") == "optfs"
