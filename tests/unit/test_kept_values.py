@@ -21,6 +21,8 @@ from embsearch_dist.serving.collect import ids_of_batch
 from embsearch_dist.serving.directory import open_directory
 from embsearch_dist.sharding.row_map import RowMap
 from embsearch_dist.train.retrain import SubnetTask
+from embsearch_dist.train.warm.ids import Data
+from embsearch_dist.train.warm.start import Start
 from tests.factories import prepared, random_batch, small_config, small_schema, whole_tables
 from tests.served import exported, run_of, shaken
 
@@ -72,6 +74,15 @@ def test_the_file_comes_back_and_is_refused_on_other_data(tmp_path: Path) -> Non
         carried_over(tmp_path / "a.json", other)
     with pytest.raises(UserError, match="a field of 10 values; the data have 12"):
         dataclasses.replace(found, schema=other)
+
+
+def test_a_training_does_not_begin_with_such_tables_nor_such_tables_with_others(tmp_path: Path) -> None:
+    """Rows would be those of other values."""
+    whole = Allocation(SCHEMA, {"f0": 4, "f1": 2, "f2": 0})
+    some, data = dataclasses.replace(whole, values={"f0": KeptValues.of(MASK)}), Data(tmp_path, SCHEMA)
+    for old, new in ((whole, some), (some, whole), (some, some)):
+        with pytest.raises(UserError, match="rows for some values alone, which are not carried over"):
+            Start(tmp_path, data, old, 1, {}, False).check({}, data, new)
 
 
 def test_ids_are_mapped_field_by_field_and_a_batch_once() -> None:

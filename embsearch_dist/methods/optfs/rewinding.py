@@ -31,8 +31,9 @@ def keep(run: Run, task: SubnetTask) -> None:
     """
     model = task.model
     optimizer = model.make_optimizer(run.config.optim)  # a checkpoint has one; nothing reads it
-    facts = {"schema": run.schema.fingerprint, "data": run.schema.data, "settings": task.settings}
-    Checkpointer(checkpoint_root(run, NAME), model, optimizer, run.context, 1, **facts).save(0, {})
+    root, schema, data = checkpoint_root(run, NAME), run.schema.fingerprint, run.schema.data
+    kept = Checkpointer(root, model, optimizer, run.context, 1, schema=schema, data=data, settings=task.settings)
+    kept.save(0, {})
 
 
 def rewind(run: Run, root: Path, allocation: Allocation, task: SubnetTask) -> None:
