@@ -3,6 +3,8 @@
 Widths are *nominal* (what the method counts, 0 = the field is dropped). FBGEMM needs local widths
 divisible by 4, so a table is stored at the *physical* width: the next multiple of 4. Both are counted.
 Where every value has a first-order weight of its own (``model.first_order value``), its column is counted too.
+A search may keep rows for some of a field's values alone: its table then has these rows, see
+:mod:`embsearch_dist.kept_values`.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_sealed, write_sealed
+from embsearch_dist.kept_values import KeptValues
 from embsearch_dist.precision import MIXED, PRECISIONS, SERVED, row_bytes, served
 from embsearch_dist.schema import Field, Schema, differs
 
@@ -63,6 +66,7 @@ class Allocation:
         precisions: field -> the precision that its table is to be served at, where the search has chosen one.
         features: table -> the features that look up in it, where they are not called as the table (tables of a user's
             own model, see :func:`embsearch_dist.library.widths.search_widths`).
+        values: field -> the values that have a row of their own, where that is not all of them.
     """
 
     schema: Schema
@@ -71,6 +75,7 @@ class Allocation:
     extra: int = 0
     precisions: dict[str, str] = field(default_factory=dict)
     features: dict[str, list[str]] = field(default_factory=dict)
+    values: dict[str, KeptValues] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         known = set(self.schema.names)
@@ -81,6 +86,13 @@ class Allocation:
         for name in self.features:
             if name not in known:
                 raise UserError(f"allocation: features of {name!r}, which is no field of it")
+        cardinality = {f.name: f.cardinality for f in self.schema.fields}
+        for name, kept in self.values.items():
+            if cardinality.get(name) != kept.cardinality:
+                raise UserError(
+                    f"allocation: kept values of {name!r}, a field of {kept.cardinality:,} values; the data have "
+                    f"{cardinality.get(name, 0):,} of it. Search again on these data"
+                )
         for name, width in self.widths.items():
             if name not in known:
                 raise UserError(f"allocation names field {name!r}, which data set {self.schema.dataset!r} lacks")
@@ -105,6 +117,12 @@ class Allocation:
         """Physical columns of a field's table; 0 where it is dropped."""
         return physical_width(self.widths[name] + self.extra) if self.widths[name] else 0
 
+    def rows(self, name: str) -> int:
+        """Rows of a field's table: its values, or those of them that are kept."""
+        if name in self.values:
+            return self.values[name].rows
+        return next(f.cardinality for f in self.schema.fields if f.name == name)
+
     @property
     def kept(self) -> list[str]:
         """Names of the fields with a width above 0, in schema order."""
@@ -115,18 +133,22 @@ class Allocation:
         return self.precisions.get(name, "int8") if precision == MIXED else precision
 
     def total(self, resource: str) -> int:
-        """Sum over fields of one of :data:`RESOURCES`; see :func:`cost`."""
+        """Sum over fields of one of :data:`RESOURCES`; see :func:`cost`. Bytes as served count a bit for each value of
+        a field of which not all are kept."""
+        own = dict.fromkeys(self.schema.names, resource)
         if resource == served(MIXED) and self.precisions:
             own = {n: served(self.precision_of(n, MIXED)) for n in self.schema.names}
-            return sum(cost(own[f.name], f.cardinality, self.widths[f.name], self.extra) for f in self.schema.fields)
-        return sum(cost(resource, f.cardinality, self.widths[f.name], self.extra) for f in self.schema.fields)
+        rows = {f.name: f.cardinality for f in self.schema.fields} | {n: k.rows for n, k in self.values.items()}
+        found = sum(cost(own[n], rows[n], self.widths[n], self.extra) for n in self.schema.names)
+        return found + sum(k.mask_bytes for n, k in self.values.items() if own[n] in SERVED and self.widths[n])
 
     def reduction(self, reference_width: int = REFERENCE_WIDTH) -> float:
         """P-R: share of nominal embedding parameters saved against the uniform reference width."""
         return 1 - self.total("parameters") / ((reference_width + self.extra) * sum(self.schema.cardinalities))
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
-        """TorchRec's configuration of each kept field's table, at its nominal width, named as the field.
+        """TorchRec's configuration of each kept field's table, at its nominal width, named as the field. Where a field
+        is among :attr:`values`, ids are rows only behind its ``values[NAME].row_of``.
 
         >>> from torchrec import EmbeddingBagCollection
         >>> configs = Allocation.load("runs/my/allocation.json").embedding_bag_configs()
@@ -138,7 +160,7 @@ class Allocation:
             EmbeddingBagConfig(
                 name=f.name,
                 embedding_dim=self.widths[f.name],
-                num_embeddings=f.cardinality,
+                num_embeddings=self.rows(f.name),
                 feature_names=list(self.features.get(f.name, [f.name])),
                 pooling=PoolingType.MEAN if f.pooling == "mean" else PoolingType.SUM,
             )
@@ -147,7 +169,8 @@ class Allocation:
         ]
 
     def to_torch(self) -> dict[str, EmbeddingBag]:
-        """A plain ``torch.nn.EmbeddingBag`` of each kept field, ``[cardinality, width]``, new and untrained.
+        """A plain ``torch.nn.EmbeddingBag`` of each kept field, ``[rows, width]``, new and untrained; rows are its
+        values, or those of them that are kept (:attr:`values`).
 
         >>> from torch.nn import ModuleDict
         >>> tables = ModuleDict(Allocation.load("runs/my/allocation.json").to_torch())
@@ -155,7 +178,7 @@ class Allocation:
         from torch.nn import EmbeddingBag
 
         fields = [f for f in self.schema.fields if self.widths[f.name]]
-        return {f.name: EmbeddingBag(f.cardinality, self.widths[f.name], mode=f.pooling or "sum") for f in fields}
+        return {f.name: EmbeddingBag(self.rows(f.name), self.widths[f.name], mode=f.pooling or "sum") for f in fields}
 
     def save(self, path: Path) -> None:
         """Write the allocation as JSON, sizes included for the reader's eye."""
@@ -172,6 +195,7 @@ class Allocation:
                 "extra_columns": self.extra,
                 **({"precisions": self.precisions} if self.precisions else {}),
                 **({"features": self.features} if self.features else {}),
+                **({"values": {n: k.to_dict() for n, k in self.values.items()}} if self.values else {}),
                 "sizes": {r: self.total(r) for r in RESOURCES} | {"P-R": round(self.reduction(), 4)},
                 "provenance": self.provenance,
             },
@@ -204,11 +228,18 @@ class Allocation:
         try:
             extra, precisions = int(body.get("extra_columns", 0)), dict(body.get("precisions", {}))
             features = {str(name): [str(f) for f in own] for name, own in dict(body.get("features", {})).items()}
-            return cls(schema, dict(widths), dict(body.get("provenance", {})), extra, precisions, features)
+            values = _values(body.get("values", {}), schema)
+            return cls(schema, dict(widths), dict(body.get("provenance", {})), extra, precisions, features, values)
         except UserError as e:
             raise UserError(f"{path}: {e}") from e
         except (TypeError, ValueError, OverflowError) as e:
             raise UserError(f"{path}: not an allocation ({e}). Run search.py again") from e
+
+
+def _values(body: Mapping, schema: Schema) -> dict[str, KeptValues]:
+    """The kept values that an allocation file tells."""
+    cardinality = {f.name: f.cardinality for f in schema.fields}
+    return {name: KeptValues.from_dict(own, cardinality.get(name, 0)) for name, own in dict(body).items()}
 
 
 def _own_schema(path: Path, body: Mapping) -> Schema:

@@ -11,6 +11,7 @@ from embsearch_dist.methods.ihas.method import IHAS
 from embsearch_dist.methods.mde.method import MDE
 from embsearch_dist.methods.nasrec.method import NASRec
 from embsearch_dist.methods.optembed.method import OptEmbed
+from embsearch_dist.methods.optfs.method import OptFS
 from embsearch_dist.methods.pep.method import PEP
 from embsearch_dist.methods.random.method import Random
 from embsearch_dist.methods.sseds.method import SSEDS
@@ -29,6 +30,7 @@ METHODS: dict[str, type[Method]] = {
     "mde": MDE,
     "nasrec": NASRec,
     "optembed": OptEmbed,
+    "optfs": OptFS,
     "pep": PEP,
     "random": Random,
     "sseds": SSEDS,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config.options import option, require
 from embsearch_dist.files import write_sealed
+from embsearch_dist.kept_values import KeptValues
 from embsearch_dist.methods.budget import BUDGET_HELP, PRECISION_HELP, Budget, check_precision
 from embsearch_dist.methods.found import Point, budget_told, budgets, describe, write_allocations, write_points
 from embsearch_dist.methods.stages import Stage
@@ -41,13 +42,15 @@ class Chosen:
         widths: per field, in schema order.
         told: what the allocation's provenance says beside method, name, seed and budget.
         metrics: ``auc`` and ``logloss`` that the search has measured for these widths; none where it measures nothing.
-        mask: of a method that prunes single entries: what its mask keeps, left in ``search/mask-NAME.json``.
+        mask: of a method that prunes entries or values: what its mask keeps, left in ``search/mask-NAME.json``.
+        values: of a method that keeps single values: those of each field of which not all are kept.
     """
 
     widths: Sequence[int]
     told: dict[str, object] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     mask: dict[str, object] = field(default_factory=dict)
+    values: dict[str, KeptValues] = field(default_factory=dict)
 
 
 Finder = Callable[[Budget | None], Chosen]
@@ -98,6 +101,6 @@ def _point(run: Run, name: str, budget: Budget | None, chosen: Chosen) -> Point:
     told |= {f"searched_{k}": chosen.metrics[k] for k in ("auc", "logloss") if k in chosen.metrics}
     # Ranks may round equal sums otherwise: rank 0 decides.
     widths = dict(zip(run.schema.names, run.context.share(list(chosen.widths)), strict=True))
-    allocation = Allocation(run.schema, widths, told, run.config.model.extra)
+    allocation = Allocation(run.schema, widths, told, run.config.model.extra, values=chosen.values)
     scored = [(allocation.total("parameters"), chosen.metrics["auc"])] if chosen.metrics else []
     return Point(name, allocation, chosen.metrics, budget.limit if budget else None, scored)

@@ -79,6 +79,8 @@ def of_single(task: SubnetTask, allocation: Allocation, model: ModelConfig) -> C
     body = {"kind": "single", "widths": [dict(allocation.widths)], "model": model_of(model)}
     if allocation.precisions:
         body["precisions"] = {n: allocation.precision_of(n, MIXED) for n in allocation.kept}
+    if values := {n: kept.to_dict() for n, kept in allocation.values.items() if allocation.widths[n]}:
+        body["values"] = values
     found = Collected(body, task.predict)
     take_subnet(found, task.model, "", model.extra)
     return found

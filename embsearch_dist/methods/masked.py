@@ -92,7 +92,7 @@ class MaskedStage(Stage):
     """Keys of the ``search`` section that the result depends on, beside ``training`` and ``width``."""
 
     @abstractmethod
-    def task(self, run: Run) -> MaskedTask:
+    def task(self, run: Run) -> SubnetTask:
         """New, or to be filled with what was trained."""
 
     def settings(self, run: Run) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class MaskedStage(Stage):
             monitor.say(f"{self.name}: {fields} fields of width {width}, {run.context.world_size} rank(s)")
             Trainer(task, training, run.config.optim, batches, validation, run.context, monitor, root).fit()
 
-    def trained(self, run: Run) -> MaskedTask:
+    def trained(self, run: Run) -> SubnetTask:
         """The task of the finished stage, in evaluation mode."""
         task = self.task(run)
         gated.load(run, self.name, task, best=False)

@@ -49,6 +49,10 @@ def carried_over(path: Path, schema: Schema) -> Allocation:
         UserError: a field is in only one of them (named), or the file is no allocation.
     """
     found = Allocation.load(path)
+    if found.values and found.schema.fingerprint != schema.fingerprint:
+        raise UserError(
+            f"{path} keeps rows for some values alone, by ids of the data it was found on. Search again on this data"
+        )
     try:
         return replace(found, schema=schema)
     except UserError as e:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -107,6 +107,7 @@ class Retraining:
         suffix: behind the name of every result, for a seed that is not the run's.
         found: what is trained, unless the wish says otherwise.
         start: the earlier training that it begins with.
+        begin: sets the initial weights of the model of ``found``, given with its task; of no other.
     """
 
     wish: Wish
@@ -116,6 +117,7 @@ class Retraining:
     suffix: str
     found: Found
     start: Start | None = None
+    begin: Callable[[Allocation, SubnetTask], None] | None = None
 
     def run_in(self, name: str = "") -> Run:
         """The run of one training, with a config of its own: its directory is ``RUN/retrain/NAME`` and the suffix."""
@@ -180,7 +182,7 @@ def taken(wish: Wish, config: Config, run_dir: Path, name: str, found: Found) ->
 def beside_uniform(name: str, found: Allocation) -> dict[str, Allocation]:
     """What was found and the widest uniform allocation of its budget; alone where that is the same or none fits."""
     width = widest_within(found)
-    if not width or set(found.widths.values()) == {width}:
+    if not width or (set(found.widths.values()) == {width} and not found.values):
         return {name: found}
     return {name: found, f"ues-{width}": uniform_like(found, width)}
 
@@ -200,7 +202,8 @@ def retrain_models(job: Retraining) -> Results:
     for name, allocation in models.items():
         run = job.run_in(name)
         with mirroring(run.config, run.context):
-            task, results[run.dir.name] = retrain_one(run, allocation, run.dir, run.dir.name, job.start)
+            begin = job.begin if allocation is found else None
+            task, results[run.dir.name] = retrain_one(run, allocation, run.dir, run.dir.name, job.start, begin)
         if wish.or_uniform:
             one, labels = _as_chosen_from(task, allocation, run)
             trained.append(one)
@@ -236,21 +239,32 @@ def _choose(job: Retraining, trained: list[Trained], labels: Any) -> None:
 
 
 def retrain_one(
-    run: Run, allocation: Allocation, directory: Path, name: str, start: Start | None = None
+    run: Run,
+    allocation: Allocation,
+    directory: Path,
+    name: str,
+    start: Start | None = None,
+    begin: Callable[[Allocation, SubnetTask], None] | None = None,
 ) -> tuple[SubnetTask, dict[str, Any]]:
-    """Train one allocation, from fresh weights or a ``start``, and evaluate its best weights on the test split."""
+    """Train one allocation, from fresh weights, a ``start`` or what ``begin`` sets, and evaluate its best weights on
+    the test split."""
     config, context = run.config, run.context
     make = partial(open_retraining, config, run.schema, allocation, directory, start)
     open_shared(context, directory, "opening the run directory", make)
     training = run.stream("train", config.train.batch_size, shuffle=True)
     validation = run.stream("validation", config.train.eval_batch_size, shuffle=False)
     test = run.stream("test", config.train.eval_batch_size, shuffle=False)
-    task = retrain(config, allocation, training, validation, context, directory, start=start)
+    first = partial(begin, allocation) if begin else _as_it_is
+    task = retrain(config, allocation, training, validation, context, directory, begin=first, start=start)
     result = evaluate_model(task, test, context, config, name, allocation)
     result |= as_served(task, allocation, test, "test", run)
     result |= {} if start is None else {"start": start.facts()}
     context.first("writing evaluation.json", lambda: write_sealed(directory / "evaluation.json", result))
     return task, result
+
+
+def _as_it_is(task: SubnetTask) -> None:
+    """Fresh weights."""
 
 
 def as_served(

@@ -96,8 +96,9 @@ class MixedTables(nn.Module):
         self.weights = self.widths if extra else []
         fields = {f.name: f for f in allocation.schema.fields}
         by_width = sorted(zip(self.widths, self.names, strict=True), key=lambda pair: pair[0])
-        tables = [Table.of(fields[n], allocation.columns(n)) for _, n in by_width]
-        self.sharded = ShardedTables(tables, context, dist, optim, seed, init_std, partial)
+        tables = [Table.of(fields[n], allocation.columns(n), allocation.rows(n)) for _, n in by_width]
+        values = {n: kept for n, kept in allocation.values.items() if n in self.names}
+        self.sharded = ShardedTables(tables, context, dist, optim, seed, init_std, partial, values)
 
     def forward(self, sparse: KeyedJaggedTensor) -> Pooled:
         """Pooled embeddings of the kept fields at their nominal widths."""

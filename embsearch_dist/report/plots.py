@@ -33,9 +33,13 @@ class Curve:
 
 
 def allocation(
-    theme: Theme, widths: Sequence[Mapping[str, int]], schema: Schema | None, fields: Sequence[str]
+    theme: Theme,
+    widths: Sequence[Mapping[str, int]],
+    schema: Schema | None,
+    fields: Sequence[str],
+    parameters: Mapping[str, float],
 ) -> Figure:
-    """Per field: width (bar: mean, dots: single runs), cardinality, share of the embedding parameters."""
+    """Per field: width (bar: mean, dots: single runs), cardinality, share of the ``parameters`` (the mean)."""
     shown = list(fields)[:MAX_FIELDS]
     mean = {n: statistics.fmean(w[n] for w in widths) for n in shown}
     fig = figure(max(2.2, 0.9 + 0.19 * len(shown)))
@@ -62,8 +66,8 @@ def allocation(
         cardinality = dict(zip(schema.names, schema.cardinalities, strict=True))
         right = panels[0][2]
         _cardinalities(panels[0][1], [cardinality[n] for n in shown], theme.color(2), theme)
-        total = sum(mean[n] * cardinality[n] for n in mean) or 1.0
-        right.barh(rows, [100 * mean[n] * cardinality[n] / total for n in shown], height=0.68, color=theme.color(1))
+        total = sum(parameters.get(n, 0) for n in shown) or 1.0
+        right.barh(rows, [100 * parameters.get(n, 0) / total for n in shown], height=0.68, color=theme.color(1))
         right.set_title("Share of parameters")
         right.set_xlabel("% of all embedding parameters")
         right.set_xlim(left=0)

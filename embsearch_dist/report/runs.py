@@ -126,13 +126,17 @@ class Retrain:
 
 @dataclass
 class Run:
-    """One run directory, as far as it is there."""
+    """One run directory, as far as it is there.
+
+    ``rows``: of the tables of fields that keep some of their values alone.
+    """
 
     path: Path
     label: str = ""
     config: str | None = None
     schema: Schema | None = None
     widths: dict[str, int] | None = None
+    rows: dict[str, int] = field(default_factory=dict)
     groups: list[Group] = field(default_factory=list)
     space: Space | None = None
     networks: list[Network] = field(default_factory=list)
@@ -149,6 +153,12 @@ class Run:
     missing: list[str] = field(default_factory=list)
     skipped_lines: int = 0
     damaged: list[str] = field(default_factory=list)
+
+    def parameters(self, name: str) -> int:
+        """Of the found table of a field; asks for ``widths`` and ``schema``."""
+        assert self.widths is not None and self.schema is not None
+        cardinality = next(f.cardinality for f in self.schema.fields if f.name == name)
+        return self.rows.get(name, cardinality) * self.widths[name]
 
     @property
     def method(self) -> type[Method] | None:
@@ -280,6 +290,7 @@ def _load_allocation(run: Run) -> None:
     if run.schema is not None:
         allocation = Allocation.load(path, run.schema)
         run.widths, run.provenance = allocation.widths, dict(allocation.provenance)
+        run.rows = {n: allocation.rows(n) for n in allocation.values}
         return
     body = read_json(path)
     if not isinstance(body.get("widths"), dict):

@@ -239,7 +239,7 @@ def _without_results(runs: Sequence[Run], comparison: Comparison | None) -> str:
         kept = sum(1 for w in run.widths.values() if w)
         text = f"The search chose widths for {len(run.widths)} fields and dropped {len(run.widths) - kept}"
         if run.schema is not None:
-            total = sum(f.cardinality * run.widths[f.name] for f in run.schema.fields)
+            total = sum(map(run.parameters, run.schema.names))
             share = total / (32 * sum(run.schema.cardinalities))
             text += f", with {percent(share)} of UES-32's embedding parameters"
         return text + "; no retrained model has been evaluated, so whether they predict as well is open."

@@ -95,23 +95,30 @@ def allocation(runs: Sequence[Run], directory: Path) -> Section | None:
     if schema is not None:
         cardinality = dict(zip(schema.names, schema.cardinalities, strict=True))
         fields.sort(key=lambda n: -cardinality[n])
-    image = render("allocation", lambda t: plots.allocation(t, found, schema, fields), directory)
+    known = [r for r in runs if r.widths is not None and r.schema is not None]
+    partly = any(r.rows for r in known)
+    size = {n: statistics.fmean(r.parameters(n) for r in known) for n in fields if known}
+    image = render("allocation", lambda t: plots.allocation(t, found, schema, fields, size), directory)
     caption = "The width of each field's embedding; 0 means the field is dropped. "
     if schema is not None:
         caption += (
             "Fields are ordered by cardinality, how many different values they take. Since a table costs cardinality "
             "times width, a few fields usually hold nearly all parameters (right)."
         )
+        if partly:
+            caption += " Some of these fields keep rows for a part of their values alone, which is counted."
     if len(fields) > plots.MAX_FIELDS:
         caption += f" The first {plots.MAX_FIELDS} of {len(fields)} fields are drawn; the table has all."
     body = page.picture(image, caption, "Bars: embedding width per field")
-    head = ["Field", "Width"] + (["Cardinality", "Parameters"] if schema else [])
+    head = ["Field", "Width"] + (["Cardinality", "Parameters"] if schema else []) + ["Rows kept"] * partly
     lines = []
     for name in fields:
         values = [w[name] for w in found]
         cells = [Cell(name, css="text"), Cell(", ".join(map(str, values)))]
         if schema is not None:
-            cells += [Cell(f"{cardinality[name]:,}"), Cell(f"{cardinality[name] * statistics.fmean(values):,.0f}")]
+            cells += [Cell(f"{cardinality[name]:,}"), Cell(f"{size.get(name, 0):,.0f}")]
+        if partly:
+            cells.append(Cell(", ".join(f"{r.rows[name]:,}" if name in r.rows else "all" for r in known)))
         lines.append(("", cells))
     return Section("widths", title, body + page.folded("All widths as a table", page.table(head, lines, (0,))))
 

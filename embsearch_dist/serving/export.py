@@ -36,7 +36,7 @@ from embsearch_dist.serving.directory import (
     new_directory,
     save_arrays,
 )
-from embsearch_dist.serving.model import build, config_of, fill
+from embsearch_dist.serving.model import build, config_of, fill, values_of
 from embsearch_dist.serving.triton import write_repository
 from embsearch_dist.train.metrics import Predictions, shown
 from embsearch_dist.train.metrics import figures as quality
@@ -276,7 +276,8 @@ def sizes(body: Mapping[str, Any], schema: Schema, directory: Path) -> dict[str,
         allocations = [Allocation.uniform(schema, body["width"])]
     else:
         extra = config_of(body["model"], directory).extra
-        allocations = [Allocation(schema, dict(w), {}, extra, dict(body.get("precisions", {}))) for w in body["widths"]]
+        own, values = dict(body.get("precisions", {})), values_of(body, schema)
+        allocations = [Allocation(schema, dict(w), {}, extra, own, values=values) for w in body["widths"]]
     router, at = body.get("router", {}), dict.fromkeys(("fp32", body["precision"]))
     base = Allocation.uniform(schema, router["width"]).total(served("fp32")) if "width" in router else 0
     return made | {served(p): base + sum(a.total(served(p)) for a in allocations) for p in at}

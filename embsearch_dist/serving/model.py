@@ -18,6 +18,7 @@ from torch import nn
 from embsearch_dist.config.backbones import FIXED, registered_names
 from embsearch_dist.config.sections import ModelConfig
 from embsearch_dist.errors import UserError
+from embsearch_dist.kept_values import KeptValues
 from embsearch_dist.models.backbones.making import backbone_of
 from embsearch_dist.models.folded import FoldedMLP, can_fold
 from embsearch_dist.models.head import Head, make_head
@@ -44,7 +45,8 @@ class ServedModel(nn.Module):
 class Single(ServedModel):
     """Tables of one allocation, and the head behind them.
 
-    ``precisions``: of the fields whose tables have another than ``precision``.
+    ``precisions``: of the fields whose tables have another than ``precision``; ``values``: of those whose tables have
+    rows for some values alone.
     """
 
     def __init__(
@@ -55,11 +57,14 @@ class Single(ServedModel):
         precision: str,
         precisions: Mapping[str, str] = MappingProxyType({}),
         padded: bool = False,
+        values: Mapping[str, KeptValues] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         self.fields = [n for n in schema.names if widths[n]]
         specs = [
-            TableSpec(f, widths[f.name], widths[f.name] + model.extra, precisions.get(f.name, precision))
+            TableSpec(
+                f, widths[f.name], widths[f.name] + model.extra, precisions.get(f.name, precision), values.get(f.name)
+            )
             for f in schema.fields
             if widths[f.name]
         ]
@@ -215,7 +220,7 @@ def build(body: Mapping[str, Any], schema: Schema, directory: Path) -> Any:
     precision, kind = body["precision"], body["kind"]
     if kind == "single":
         own = body["precisions"] if precision == MIXED else {}
-        return Single(schema, body["widths"][0], model, precision, own)
+        return Single(schema, body["widths"][0], model, precision, own, values=values_of(body, schema))
     if kind == "gated":
         return Gated(schema, body["width"], model, precision, body["selection"])
     if kind != "routed":
@@ -245,6 +250,12 @@ def fill(model: Any, body: Mapping[str, Any], tables: Tensors, dense: Tensors) -
     if isinstance(model, Routed):
         model.fold()
     return model
+
+
+def values_of(body: Mapping[str, Any], schema: Schema) -> dict[str, KeptValues]:
+    """The fields whose tables have rows for some values alone, as a description tells them."""
+    cardinality = {f.name: f.cardinality for f in schema.fields}
+    return {name: KeptValues.from_dict(own, cardinality[name]) for name, own in body.get("values", {}).items()}
 
 
 def config_of(body: Mapping[str, Any], directory: Path) -> ModelConfig:

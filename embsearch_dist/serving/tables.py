@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from embsearch_dist.allocation import physical_width
+from embsearch_dist.kept_values import KeptValues
 from embsearch_dist.models.pooled import Pooled
 from embsearch_dist.precision import BITS, CODES, SCALE, SHIFT, unpacked
 from embsearch_dist.schema import Field
@@ -88,13 +89,19 @@ class Padded:
 
 @dataclass(frozen=True)
 class TableSpec:
-    """A table: field, nominal width, columns that are stored (the width and a first-order weight, if any), and its
-    precision, one of :data:`embsearch_dist.precision.PRECISIONS`."""
+    """A table: field, nominal width, columns that are stored (the width and a first-order weight, if any), its
+    precision, one of :data:`embsearch_dist.precision.PRECISIONS`, and the values that have rows, if not all have."""
 
     field: Field
     width: int
     columns: int
     precision: str
+    values: KeptValues | None = None
+
+    @property
+    def rows(self) -> int:
+        """Of the array."""
+        return self.field.cardinality if self.values is None else self.values.rows
 
 
 class PlainTables(nn.Module):
@@ -119,6 +126,9 @@ class PlainTables(nn.Module):
         self._weights = tuple(s + spec.width for s, spec in zip(starts, self.specs) if spec.columns > spec.width)
         self._fills = [w - s.columns for w, s in zip(widths, self.specs)]
         self._parts: list[dict[str, str]] = [{} for _ in specs]
+        for k, spec in enumerate(self.specs):
+            if spec.values is not None:
+                self.register_buffer(f"row_of{k}", torch.from_numpy(spec.values.row_of), persistent=False)
 
     def fill(self, tensors: Mapping[str, torch.Tensor], prefix: str) -> None:
         """Take the tables out of ``tensors``, where they are called ``PREFIX + FIELD`` and ``.../codes`` and so on.
@@ -136,7 +146,7 @@ class PlainTables(nn.Module):
                 self._parts[k][part] = own
 
     def _check(self, spec: TableSpec, part: str, tensor: torch.Tensor) -> None:
-        rows, columns = spec.field.cardinality, spec.columns
+        rows, columns = spec.rows, spec.columns
         if part == CODES:
             wanted, kind = [rows, columns if spec.precision == "int8" else -(-columns // 2)], torch.uint8
         elif part:
@@ -168,14 +178,21 @@ class PlainTables(nn.Module):
     def _pooled(self, k: int, ids: Ids) -> torch.Tensor:
         field = self.specs[k].field
         if not field.is_list:
-            return self.rows(k, ids.single[field.name])
+            return self.rows(k, self._mapped(k, ids.single[field.name]))
         bag = ids.lists[field.name]
+        bag = replace(bag, ids=self._mapped(k, bag.ids))
         if isinstance(bag, Padded):
             total = (self.rows(k, bag.ids) * bag.weights[..., None]).sum(1)
             count = bag.weights.sum(1, keepdim=True)
         else:
             total, count = self._summed(k, bag), bag.lengths[:, None].to(torch.float32)
         return total / count.clamp(min=1) if field.pooling == "mean" else total
+
+    def _mapped(self, k: int, ids: torch.Tensor) -> torch.Tensor:
+        """The rows of the k-th table that ids look up, int64."""
+        if self.specs[k].values is None:
+            return ids
+        return self.get_buffer(f"row_of{k}")[ids].long()
 
     def _summed(self, k: int, bag: Bag) -> torch.Tensor:
         weights = bag.weights if self.specs[k].field.weighted else None

@@ -122,7 +122,7 @@ def _read_allocation(path: str, schema: Schema, any_data: bool) -> Allocation:
 def allocation_subject(name: str, allocation: Allocation) -> Subject:
     """The tables that retraining this allocation makes; a dropped field has none."""
     fields = [(f, allocation.columns(f.name)) for f in allocation.schema.fields]
-    tables = [Table.of(f, width) for f, width in fields if width]
+    tables = [Table.of(f, width, allocation.rows(f.name)) for f, width in fields if width]
     return Subject(name, tables, allocation.total("parameters"))
 
 

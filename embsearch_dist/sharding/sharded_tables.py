@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardedTenso
 
 from embsearch_dist.config.sections import DistConfig, OptimConfig
 from embsearch_dist.errors import UserError
+from embsearch_dist.kept_values import KeptValues
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.ranks.quiet import quieten
 from embsearch_dist.sharding.card import fill_together
@@ -28,6 +29,7 @@ from embsearch_dist.sharding.placing import check_same_tables, place
 from embsearch_dist.sharding.plan import Plan, Topology
 from embsearch_dist.sharding.planning import make_plan
 from embsearch_dist.sharding.prefetch import InputExchange
+from embsearch_dist.sharding.row_map import RowMap
 from embsearch_dist.sharding.table_adam import TableAdam
 from embsearch_dist.sharding.tables import (
     OPTIMIZERS,
@@ -73,8 +75,12 @@ class ShardedTables(nn.Module):
         seed: int,
         init_std: float,
         partial: bool = False,
+        values: Mapping[str, KeptValues] | None = None,
     ) -> None:
-        """``partial``: a step may read some columns of a row alone; Adam then leaves the others as they are."""
+        """``partial``: a step may read some columns of a row alone; Adam then leaves the others as they are.
+
+        ``values``: of tables that have rows for some of their field's values alone.
+        """
         super().__init__()
         check_same_tables(tables, context)
         unknown = sorted(set(dist.tables) - {t.name for t in tables})
@@ -103,7 +109,8 @@ class ShardedTables(nn.Module):
             # It keeps the mapping and TorchRec adds to it: data-parallel tables need one of their own.
             apply_optimizer_in_backward(fused, sharded, dict(options))
         self.collection = place(collection, plan, context)
-        self.exchange = InputExchange(self.collection, context)
+        self.row_map = RowMap(values, context.device) if values else None
+        self.exchange = InputExchange(self.collection, context, self.row_map)
         self._initialise(seed, init_std)
         own = dict(self._replicated_parameters())
         self.adam = TableAdam(self.collection, own, context, self.lr, partial, by_fbgemm) if adam else None
@@ -129,7 +136,7 @@ class ShardedTables(nn.Module):
 
     def forward(self, sparse: KeyedJaggedTensor) -> KeyedTensor:
         if self.adam is not None and torch.is_grad_enabled():
-            self.adam.before(sparse)
+            self.adam.before(self.row_map(sparse) if self.row_map else sparse)
         pooled = self.exchange.look_up(sparse)
         return divide_means(pooled, sparse, self.tables) if self.means else pooled
 

@@ -85,9 +85,10 @@ class Table:
     length: float = 1.0
 
     @classmethod
-    def of(cls, field: Field, width: int) -> Table:
-        """The table of a field at a physical width."""
-        return cls(field.name, field.cardinality, width, field.pooling == "mean", field.weighted, field.mean_length)
+    def of(cls, field: Field, width: int, rows: int = 0) -> Table:
+        """The table of a field at a physical width; ``rows``: where it has not one for each of the field's values."""
+        rows = rows or field.cardinality
+        return cls(field.name, rows, width, field.pooling == "mean", field.weighted, field.mean_length)
 
     @property
     def module(self) -> str:

@@ -11,6 +11,7 @@ from embsearch_dist.config.sections import SAFETY_KEYS, Config
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import copy_sealed, write_sealed
 from embsearch_dist.grouped import GROUPS, GroupedAllocation
+from embsearch_dist.kept_values import KeptValues
 from embsearch_dist.models.model import common_width
 from embsearch_dist.networks.architecture import RESULT, read_architecture
 from embsearch_dist.networks.canonical import key
@@ -94,7 +95,7 @@ def open_retraining(
     network = None
     if config.model.architecture:
         network, space = _network(config.model.architecture)
-        for widths in ({w for w in part.values() if w} for part in _widths(found)):
+        for widths in ({w for w in part.values() if w} for part, _ in _tables(found)):
             check_width(config.model.architecture, space, common_width(config.model, sorted(widths)))
     same_data = False
     if (directory / "schema.json").exists() and not config.run.overwrite:
@@ -108,7 +109,7 @@ def open_retraining(
     kinds: dict[str, type[Allocation | GroupedAllocation]] = {"allocation.json": Allocation, GROUPS: GroupedAllocation}
     for file, kind in kinds.items():
         if (directory / file).exists() and not config.run.overwrite:
-            same = isinstance(found, kind) and _widths(kind.load(directory / file, schema)) == _widths(found)
+            same = isinstance(found, kind) and _tables(kind.load(directory / file, schema)) == _tables(found)
             # Read as a config: one of an older version lacks keys that have been added since.
             kept = _network(directory / RESULT)[0] if (directory / RESULT).exists() else None
             old = read_own_config(directory, config)
@@ -134,5 +135,5 @@ def _network(path: str | Path) -> tuple[tuple[str, int], Space]:
     return (key(architecture), space.tokens), space
 
 
-def _widths(found: Allocation | GroupedAllocation) -> list[dict[str, int]]:
-    return [a.widths for a in (found.allocations if isinstance(found, GroupedAllocation) else [found])]
+def _tables(found: Allocation | GroupedAllocation) -> list[tuple[dict[str, int], dict[str, KeptValues]]]:
+    return [(a.widths, a.values) for a in (found.allocations if isinstance(found, GroupedAllocation) else [found])]

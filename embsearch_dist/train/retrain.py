@@ -50,6 +50,8 @@ class SubnetTask:
         else:
             del settings["model.layer_norm"]  # nothing reads it
         self.settings: dict[str, Any] = {**settings, "widths": allocation.widths}
+        if allocation.values:
+            self.settings["values"] = {n: kept.digest for n, kept in allocation.values.items()}
 
     def loss(self, batch: Batch, step: int) -> torch.Tensor:
         logits, pooled = self.model(batch)
@@ -167,6 +169,7 @@ def evaluate_model(
     found = predictions(task.predict, stream.epoch(0), context, wanted.group)
     seconds = time.monotonic() - started
     metrics = figures(found)
+    rows = {n: allocation.rows(n) for n in allocation.values if allocation.widths[n]}
     measured = Evaluation(
         metrics,
         seconds,
@@ -174,7 +177,7 @@ def evaluate_model(
         allocation.total("bytes"),
         task.model.dense_count(),
         task.model.flops_per_sample(),
-        {"widths": allocation.widths},
+        {"widths": allocation.widths} | ({"table_rows": rows} if rows else {}),
         told(metrics, found, wanted, context),
     )
     return measured.body(name, stream, config)

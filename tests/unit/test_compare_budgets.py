@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import yaml
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config.read import load_config
 from embsearch_dist.files import write_json
+from embsearch_dist.kept_values import KeptValues
 from tests.factories import CONFIGS, small_schema
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,6 +108,19 @@ def test_widths_that_are_the_same_are_trained_once(
     call(tool, monkeypatch, tmp_path, "--dry-run", "--methods", "utilities,fdo", "--seeds", "1")
     names = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
     assert names == ["seed0-ues-4", "seed0-ues-8", "seed0-utilities-20pct"]
+
+
+def test_tables_of_the_same_widths_and_other_values_are_trained_each(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, size = SCHEMA.names[0], SCHEMA.cardinalities[0]
+    for text, kept in (("optfs", size // 2), ("optfs-50pct", size - 1)):
+        values = {name: KeptValues.of(np.arange(size) < kept)}
+        found = Allocation(SCHEMA, dict.fromkeys(SCHEMA.names, 4), values=values)
+        found.save(tmp_path / "seed0" / "optfs" / "allocations" / f"{text}.json")
+    call(tool, monkeypatch, tmp_path, "--dry-run", "--methods", "optfs", "--seeds", "1")
+    names = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert names[-2:] == ["seed0-optfs-20pct", "seed0-optfs-50pct"]
 
 
 def test_tables_and_verdicts_come_from_what_is_finished(

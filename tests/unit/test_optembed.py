@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.methods.optembed.evolution import Evolution, EvolutionConfig, Widths
 from embsearch_dist.methods.optembed.method import OptEmbed, PrefixStage, closed, measured
+from embsearch_dist.methods.optembed.rows import RowThreshold, slope
 from embsearch_dist.methods.stages import check_stages, run_stages
 from embsearch_dist.methods.widest import Sample
 from embsearch_dist.run import Run
@@ -105,10 +108,15 @@ def test_each_row_and_field_draws_a_width_and_only_its_columns_learn(data: Path,
     assert any((gradient["big"][ids[r]] != 0).any() for r in once)
 
 
-def test_a_score_is_that_of_the_model_with_closed_columns(data: Path, tmp_path: Path) -> None:
-    run = open_optembed(data, tmp_path, "model.init_std=0.5")
+@pytest.mark.parametrize("thresholds", [False, True])
+def test_a_score_is_that_of_the_model_with_closed_columns(thresholds: bool, data: Path, tmp_path: Path) -> None:
+    """Where rows have thresholds, these count all columns, closed or not."""
+    run = open_optembed(data, tmp_path, "model.init_std=0.5", f"search.thresholds={thresholds}")
     task = PrefixStage().task(run)
     task.model.eval()
+    if thresholds:
+        with torch.no_grad():
+            task.mask.rows.t.fill_(1.5)
     batches = list(run.stream("validation", 200, shuffle=False).epoch(0))
     widths = (1, 0, 4, 2)
     found = measured(task.model, Sample.of(task.model, iter(batches), torch.device("cpu")), widths, run.context)
@@ -127,3 +135,44 @@ def test_fields_that_do_not_matter_are_dropped_or_narrow(data: Path, tmp_path: P
     assert min(found.widths["left"], found.widths["right"]) >= 2
     some = Allocation.load(tmp_path / "allocations" / "optembed-60.json", run.schema)
     assert 0 < some.total("parameters") <= 60
+
+
+def test_a_row_threshold_by_hand() -> None:
+    x = torch.tensor([[[0.5, -1.0], [0.2, -0.25]]], requires_grad=True)
+    rows = RowThreshold(2)
+    with torch.no_grad():
+        rows.t.copy_(torch.tensor([1.2, 0.55]))
+    out = rows(x)
+    torch.testing.assert_close(out, torch.tensor([[[0.5, -1.0], [0.0, 0.0]]]))
+    out.sum().backward()
+    # 1.5 - 1.2 = 0.3 has the slope 0.8, 0.45 - 0.55 = -0.1 the slope 1.6; the step multiplies the sums -0.5 and -0.05.
+    torch.testing.assert_close(rows.t.grad, torch.tensor([0.5 * 0.8, 0.05 * 1.6]))
+    torch.testing.assert_close(x.grad, torch.tensor([[[1 - 0.4, 1 + 0.4], [-0.08, 0.08]]]))
+    torch.testing.assert_close(slope(torch.tensor([-0.4, 0.7, 1.5, 0.0])), torch.tensor([0.4, 0.4, 0.0, 2.0]))
+    assert float(rows.push()) == pytest.approx(math.exp(-1.2) + math.exp(-0.55))
+
+
+def test_rows_of_rare_values_and_of_an_idle_field_are_dropped_and_widths_are_paid_for_the_rest(
+    data: Path, tmp_path: Path
+) -> None:
+    words = ["search.thresholds=true", "search.threshold_lr=0.01", "search.alpha=0.01", "search.drop=true"]
+    words += ["search.budget=60"]  # less than left and right take at width 4 with all their rows, more than with these
+    run = open_optembed(data, tmp_path, *words, "optim.embedding_l2=1e-3", "optim.embedding_lr=0.01")
+    run_stages(OptEmbed(), run)
+    found = Allocation.load(tmp_path / "allocation.json", run.schema)
+    share = {f.name: found.rows(f.name) / f.cardinality for f in run.schema.fields}
+    assert min(share["left"], share["right"]) > 0.6 and share["idle"] < 0.4 and share["big"] < 0.02, share
+    assert (
+        found.total("parameters")
+        <= 60
+        < 4 * sum(f.cardinality for f in run.schema.fields if f.name in ("left", "right"))
+    )
+    assert found.total("parameters") == sum(found.rows(n) * w for n, w in found.widths.items())
+    assert min(found.widths["left"], found.widths["right"]) >= 2
+    task = PrefixStage().trained(run)
+    tables = whole_tables(task.model.sharded)
+    for f, name in enumerate(run.schema.names):
+        above = tables[name].abs().sum(1) > task.mask.rows.t[f]
+        assert found.values[name].mask[1:].tolist() == above[1:].tolist()
+    mask = json.loads((tmp_path / "search" / "mask-optembed.json").read_text())
+    assert mask["parameters"] == found.total("parameters") < mask["structured"]["parameters"]

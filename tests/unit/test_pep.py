@@ -11,16 +11,12 @@ import torch
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.methods.budget import Budget
-from embsearch_dist.methods.pep.method import (
-    PEP,
-    Margins,
-    SoftThreshold,
-    ThresholdStage,
-    entries_under,
-    mask_told,
-    measure,
-)
+from embsearch_dist.methods.pep.margins import Margins, edge_of
+from embsearch_dist.methods.pep.method import PEP, entries_under, mask_told, measure
+from embsearch_dist.methods.pep.thresholds import SoftThreshold, ThresholdStage
+from embsearch_dist.methods.pep.tickets import TicketTask, masks_of
 from embsearch_dist.methods.stages import check_stages, run_stages
+from embsearch_dist.models.model import SubnetModel
 from tests.factories import one_rank, open_run, prepared, small_config, small_schema, whole_tables
 
 LOG3 = math.log(3)  # sigmoid(log 3) = 3/4, sigmoid(-log 3) = 1/4
@@ -53,14 +49,14 @@ def test_what_a_shift_of_all_thresholds_keeps() -> None:
     inside = torch.tensor([[1, 1, 1], [1, 1, 0]])  # the second table has two rows
     margins = Margins(schema, 2)
     margins.add(v, torch.full((2, 2), -LOG3), inside)
-    assert margins.kept(margins.edge_of(-0.02)).tolist() == [[2, 2], [2, 2]]  # 1/4 is just in
-    assert margins.kept(margins.edge_of(0.01)).tolist() == [[2, 1], [2, 2]]
-    assert margins.kept(margins.edge_of(1.2)).tolist() == [[2, 0], [1, 1]]  # logit(1/2) - s = log 3 = 1.1
+    assert margins.kept(edge_of(-0.02)).tolist() == [[2, 2], [2, 2]]  # 1/4 is just in
+    assert margins.kept(edge_of(0.01)).tolist() == [[2, 1], [2, 2]]
+    assert margins.kept(edge_of(1.2)).tolist() == [[2, 0], [1, 1]]  # logit(1/2) - s = log 3 = 1.1
     for most in range(1, 10):
         edge = margins.edge_under(most)
         assert 1 <= int(margins.kept(edge).sum()) <= most
         assert edge == 0 or int(margins.kept(edge - 1).sum()) > most  # the least shift that fits
-    told = mask_told(schema, margins.kept(margins.edge_of(1.2)))
+    told = mask_told(schema, margins.kept(edge_of(1.2)))
     assert told["entries"] == 4 and told["of"] == 10
     assert told["served_bytes"] == {"fp32": 5 + 16, "fp16": 5 + 8}  # a byte of bits for each of five rows
 
@@ -89,7 +85,7 @@ def test_thresholds_are_learned_at_a_rate_of_their_own_and_all_rows_of_all_table
     margins, trained = measure(run), ThresholdStage().trained(run)
     s, tables = trained.mask.per_entry(), whole_tables(trained.model.sharded)
     assert (s - -3).abs().max() > 0.05
-    kept = margins.kept(margins.edge_of(0.0))
+    kept = margins.kept(edge_of(0.0))
     for f, name in enumerate(run.schema.names):
         assert margins.counts[f].sum() == 4 * run.schema.cardinalities[f]
         exact = (trained.mask(tables[name][:, None].expand(-1, 4, -1))[:, f] != 0).sum(0)
@@ -111,3 +107,34 @@ def test_masks_and_widths_hold_their_budgets_and_an_idle_field_gets_the_least(da
         share = {f.name: sum(mask["by_column"][f.name]) / f.cardinality / 4 for f in run.schema.fields}
         assert min(share["left"], share["right"]) > max(share["big"], share["idle"])
     assert found.widths["left"] == found.widths["right"] == 4
+
+
+def test_a_ticket_begins_with_the_initial_tables_and_keeps_its_zeros(data: Path, tmp_path: Path) -> None:
+    words = ["search.width=4", "search.training.batch_size=128", "search.training.eval_batch_size=400"]
+    words += ["search.training.epochs=1", "search.budget=9000", "search.tickets=true", "model.first_order=value"]
+    run = open_run(small_config(data, tmp_path, *words, method="pep"), one_rank())
+    check_stages(PEP(), run)
+    run_stages(PEP(), run)
+    told = json.loads((tmp_path / "search" / "mask-pep.json").read_text())
+    figures = json.loads((tmp_path / "search" / "ticket-pep.json").read_text())
+    assert figures["entries"] == told["entries"] and figures["steps"] == 24
+    assert 0.6 < figures["test"]["auc"] < 1 and 0.6 < figures["validation"]["auc"] < 1
+
+    trained = ThresholdStage().trained(run)
+    s = dict(zip(run.schema.names, trained.mask.per_entry(), strict=True))
+    masks = masks_of(trained.model.sharded, s, 4, told["shift"])
+    closed = {name: ~mask for (name, _, _), mask in masks.items()}
+    assert sum(int(4 * len(c) - c[:, :4].sum()) for c in closed.values()) == told["entries"]
+    assert not any(c[:, 4:].any() for c in closed.values())  # a value's own weight is no entry
+    fresh = whole_tables(SubnetModel(run.config, Allocation.uniform(run.schema, 4), run.context).sharded)
+    task = TicketTask(run, masks, {})
+    before = whole_tables(task.model.sharded)
+    assert all(torch.equal(before[n], fresh[n] * ~closed[n]) for n in fresh)
+    batch = next(iter(run.stream("train", 64, shuffle=True).epoch(0)))
+    task.loss(batch, 0).backward()
+    task.model.sharded.step()
+    assert any(whole_tables(task.model.sharded)[n][closed[n]].any() for n in fresh), "the step itself moves them"
+    task.after_step(1, None)
+    after = whole_tables(task.model.sharded)
+    assert not any(after[n][closed[n]].any() for n in fresh)
+    assert any(not torch.equal(after[n], before[n]) for n in fresh)

@@ -212,13 +212,14 @@ class Plan:
         return self.out / f"seed{seed}" / "models" / "retrain" / (name if seed == own else f"{name}-seed{seed}")
 
     def owner(self, found: Found) -> str:
-        """The name under which these widths are trained in this seed."""
-        widths = widths_of(found.allocation)
-        if widths is None:
+        """The name under which these tables are trained in this seed."""
+        tables = tables_of(found.allocation)
+        if tables is None:
             return found.name
-        if len(set(widths.values())) == 1 and next(iter(widths.values())) in self.widths:
+        widths, values = tables
+        if not values and len(set(widths.values())) == 1 and next(iter(widths.values())) in self.widths:
             return uniform_name(next(iter(widths.values())), "")
-        return next(f.name for f in self.found(found.seed) if widths_of(f.allocation) == widths)
+        return next(f.name for f in self.found(found.seed) if tables_of(f.allocation) == tables)
 
     def trained(self) -> list[Trained]:
         """Every model of the comparison, finished or not."""
@@ -252,8 +253,12 @@ def uniform_name(width: int, variant: str) -> str:
     return f"ues-{width}" + (f"-{variant}" if variant else "")
 
 
-def widths_of(allocation: Path) -> dict[str, int] | None:
-    return json.loads(allocation.read_text())["widths"] if allocation.exists() else None
+def tables_of(allocation: Path) -> tuple[dict[str, int], dict[str, Any]] | None:
+    """Widths, and the values that have rows where not all have; None before there is a result."""
+    if not allocation.exists():
+        return None
+    body = json.loads(allocation.read_text())
+    return body["widths"], body.get("values", {})
 
 
 def words(text: str) -> list[str]:

@@ -8,8 +8,12 @@ fields of one parent, the others of another). The model of the best widths is tr
 
 Where this departs:
 
-* The first half of the paper, which drops rows of tables by learned thresholds on their norm, is not built: widths
-  alone are the result here.
+* The first half of the paper, which drops rows of tables, is an option: with ``thresholds`` a row is closed unless
+  ``||e||_1`` is above a threshold of its field, learned with a surrogate gradient of the step. The published code has
+  SGD for the thresholds; here the dense optimizer trains them, at ``threshold_lr``. Values that are not kept share row
+  0 afterwards (:mod:`embsearch_dist.kept_values`); as published their embedding is zero. Widths are paid for by the
+  rows that are kept. In a field of lists the pooled embedding has to pass the threshold in training, and each value in
+  the choice; a value's own weight (``model.first_order value``) passes it in training whatever its embedding does.
 * No parent is ever written to. The published mutation edits the parent in place, so that kept elites and the recorded
   best change after they were scored.
 * The crossover point lies among the fields (the published code draws it from the widths), and ``keep`` is 15 as the

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
+from embsearch_dist.allocation import Allocation
 from embsearch_dist.config.options import option
 from embsearch_dist.config.sections import TrainConfig
 from embsearch_dist.data.load.batch import Batch
+from embsearch_dist.kept_values import KeptValues
 from embsearch_dist.methods.allocating import AllocateStage, BudgetOptions, Chosen, Finder, budgets_of
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.budget import Budget
-from embsearch_dist.methods.columns import cost_of
-from embsearch_dist.methods.masked import MaskedStage, MaskedTask
+from embsearch_dist.methods.columns import Cost, cost_of
+from embsearch_dist.methods.masked import MaskedModel, MaskedStage, MaskedTask
 from embsearch_dist.methods.noise import uniform_noise
 from embsearch_dist.methods.optembed.evolution import Evolution, EvolutionConfig, Widths
+from embsearch_dist.methods.optembed.rows import RowThreshold, kept_rows
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.trial import TRAINING
+from embsearch_dist.methods.values import mask_told, values_of
 from embsearch_dist.methods.widest import Sample, logits_of, sample_of, unified
-from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.run import Run
+from embsearch_dist.schema import Schema
 from embsearch_dist.train.metrics import score
 from embsearch_dist.train.monitor import Monitor
 
@@ -35,6 +42,9 @@ class OptEmbedConfig(BudgetOptions):
     """OptEmbed: a supernet of random prefixes, then evolution over widths."""
 
     width: int = option(32, "d: the widest a field can be", low=1)
+    thresholds: bool = option(False, "learn which values keep a row, too: a threshold per field on the size of a row")
+    threshold_lr: float = option(3e-4, "learning rate of the thresholds", above=0)
+    alpha: float = option(3e-4, "weight of sum exp(-t), which raises the thresholds t", low=0)
     drop: bool = option(False, "widths may be 0, so that fields can be dropped; as published they are at least 1")
     rows: int = option(20_000, "validation rows that score a candidate", low=1)
     training: TrainConfig = field(default_factory=lambda: TrainConfig(batch_size=2048, epochs=8, patience=0))
@@ -47,14 +57,28 @@ class OptEmbedConfig(BudgetOptions):
 
 
 class Prefix(nn.Module):
-    """Closes the columns of ``[B, F, d]`` behind ``widths [B, F]`` (or ``[F]``); all are open while it is None."""
+    """Closes the columns of ``[B, F, d]`` behind ``widths [B, F]`` (or ``[F]``); all are open while it is None.
 
-    def __init__(self) -> None:
+    ``rows``: closes whole rows first, by their size over all columns.
+    """
+
+    def __init__(self, rows: RowThreshold | None = None) -> None:
         super().__init__()
+        self.rows = rows
         self.widths: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x if self.rows is None else self.rows(x)
         return x if self.widths is None else closed(x, self.widths)
+
+    @contextmanager
+    def cut(self, widths: torch.Tensor) -> Iterator[None]:
+        """Inside, columns behind ``widths`` are closed."""
+        self.widths = widths
+        try:
+            yield
+        finally:
+            self.widths = None
 
 
 def closed(x: torch.Tensor, widths: torch.Tensor) -> torch.Tensor:
@@ -68,11 +92,14 @@ class PrefixTask(MaskedTask):
     mask: Prefix
 
     def loss(self, batch: Batch, step: int) -> torch.Tensor:
-        self.mask.widths = self.drawn(batch.size, step)
-        try:
-            return super().loss(batch, step)
-        finally:
-            self.mask.widths = None
+        with self.mask.cut(self.drawn(batch.size, step)):
+            loss = super().loss(batch, step)
+        return loss if self.mask.rows is None else loss + self.run.config.search.alpha * self.mask.rows.push()
+
+    def after_step(self, step: int, monitor: Monitor) -> None:
+        search = self.run.config.search
+        if self.mask.rows is not None and step % search.training.log_every == 0:
+            monitor.scalars(step, {"threshold": float(self.mask.rows.t.detach().mean())})
 
     def drawn(self, rows: int, step: int) -> torch.Tensor:
         """Widths ``[rows, F]`` of this rank's rows of a step, uniform on the candidates."""
@@ -90,23 +117,45 @@ class PrefixStage(MaskedStage):
     name = "prefixes"
     own = ("drop",)
 
-    def task(self, run: Run) -> MaskedTask:
-        return PrefixTask(run, Prefix(), self.settings(run))
+    def settings(self, run: Run) -> dict[str, Any]:
+        search: OptEmbedConfig = run.config.search
+        rows = {"search.threshold_lr": search.threshold_lr, "search.alpha": search.alpha, "search.thresholds": True}
+        return super().settings(run) | (rows if search.thresholds else {})
+
+    def task(self, run: Run) -> PrefixTask:
+        search: OptEmbedConfig = run.config.search
+        rows = RowThreshold(len(run.schema.fields)) if search.thresholds else None
+        return PrefixTask(run, Prefix(rows), self.settings(run), search.threshold_lr)
 
 
 @torch.no_grad()
-def measured(model: SubnetModel, sample: Sample, widths: Widths, context: Context) -> dict[str, float]:
+def measured(model: MaskedModel, sample: Sample, widths: Widths, context: Context) -> dict[str, float]:
     """AUC and logloss of the supernet's weights with field f cut to ``widths[f]``, over the rows of all ranks.
 
     What the values of a dropped field weigh by themselves (``model.first_order value``) is dropped with it.
     """
     kept, parts, head = torch.tensor(widths, device=context.device), [], model.bare_head
-    for piece in sample.pieces(PIECE_ROWS):
-        x = closed(piece.x, kept[:, None].expand(piece.x.shape[:2]))
-        values = piece.values * (kept > 0) if piece.values.shape[1] else piece.values
-        parts.append(logits_of(head, unified(head, x), piece.dense, values).float())
+    mask = model.mask
+    assert isinstance(mask, Prefix)
+    with mask.cut(kept):
+        for piece in sample.pieces(PIECE_ROWS):
+            values = piece.values * (kept > 0) if piece.values.shape[1] else piece.values
+            parts.append(logits_of(head, unified(head, piece.x), piece.dense, values).float())
     logits, labels = context.gather(torch.cat(parts)), context.gather(sample.label)
     return score(logits.cpu(), labels.cpu())
+
+
+def cost_of_kept(schema: Schema, values: Mapping[str, KeptValues], resource: str, extra: int) -> Cost:
+    """The cost of widths for tables that have rows for some values alone."""
+    whole = cost_of(schema, resource, extra)
+    if not values:
+        return whole
+
+    def cost(widths: Sequence[int]) -> float:
+        own = dict(zip(schema.names, widths, strict=True))
+        return float(Allocation(schema, own, {}, extra, values=dict(values)).total(resource)) if any(widths) else 0.0
+
+    return cost
 
 
 class EvolveStage(AllocateStage):
@@ -116,8 +165,11 @@ class EvolveStage(AllocateStage):
 
     def finder(self, run: Run, monitor: Monitor) -> Finder:
         search: OptEmbedConfig = run.config.search
-        model, fields = PrefixStage().trained(run).model, len(run.schema.fields)
-        sample, extra = sample_of(run, model, "validation", search.rows), run.config.model.extra
+        task, fields = PrefixStage().trained(run), len(run.schema.fields)
+        assert isinstance(task, PrefixTask)
+        model, extra, rows = task.model, run.config.model.extra, task.mask.rows
+        sample = sample_of(run, model, "validation", search.rows)
+        values = values_of(run.schema, kept_rows(model, run.schema, rows, search.width)) if rows is not None else {}
 
         def fitness(widths: Widths) -> float:
             found = measured(model, sample, widths, run.context)
@@ -126,20 +178,21 @@ class EvolveStage(AllocateStage):
             return float(run.context.share(value))
 
         def find(budget: Budget | None) -> Chosen:
-            cost = cost_of(run.schema, budget.resource if budget else "parameters", extra)
+            cost = cost_of_kept(run.schema, values, budget.resource if budget else "parameters", extra)
             limit = budget.limit if budget else math.inf
             seed = [run.config.run.seed, budget.limit if budget else 0]
             least = search.candidates[0]
             evolution = Evolution(search.evolution, fields, least, search.width, cost, limit, fitness, seed)
             best = evolution.run()
             told: dict[str, object] = {"candidates_scored": len(evolution.scored)}
-            return Chosen(best, told, measured(model, sample, best, run.context))
+            mask = mask_told(run.schema, best, values, extra) if rows is not None else {}
+            return Chosen(best, told, measured(model, sample, best, run.context), mask, values)
 
         return find
 
 
 class OptEmbed(Method):
-    """OptEmbed (Lyu et al. 2022), its search for widths."""
+    """OptEmbed (Lyu et al. 2022): widths, and where asked for the values that keep a row."""
 
     config = OptEmbedConfig
     planted = {
@@ -155,6 +208,8 @@ class OptEmbed(Method):
             "width": 4,
             "pareto": ["60%"],
             "rows": 300,
+            "thresholds": True,
+            "threshold_lr": 0.05,
             "training": TRAINING,
             "evolution": {"generations": 2, "mutations": 3, "crossovers": 3, "keep": 3},
         }

@@ -1,122 +1,24 @@
-"""Learned thresholds, the entries and the columns that they leave under a budget, and both as a method."""
+"""The entries and the columns that thresholds leave under a budget, and PEP as a method."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
-from embsearch_dist.config.options import option
-from embsearch_dist.config.sections import TrainConfig
-from embsearch_dist.methods.allocating import AllocateStage, BudgetOptions, Chosen, Finder, budgets_of
+from embsearch_dist.methods.allocating import AllocateStage, Chosen, Finder, budgets_of
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.budget import COLUMN_BYTES, Budget
 from embsearch_dist.methods.columns import best_columns, best_columns_under, check_one_column, cost_of
-from embsearch_dist.methods.masked import MaskedStage, MaskedTask
+from embsearch_dist.methods.pep.margins import BIN, REACH, Margins, edge_of
+from embsearch_dist.methods.pep.thresholds import PEPConfig, ThresholdStage, ThresholdTask
+from embsearch_dist.methods.pep.tickets import TicketStage
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.trial import TRAINING
 from embsearch_dist.methods.widest import blocks_of
 from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.monitor import Monitor
-
-GRANULARITIES = ("field_dim", "field", "dim", "global")
-REACH, BIN = 40.0, 0.01  # of the shift c that meets a budget
-
-
-@dataclass
-class PEPConfig(BudgetOptions):
-    """PEP: thresholds on single entries, learned with the tables."""
-
-    width: int = option(32, "width of every field of the model that is pruned", low=1)
-    granularity: str = option(
-        "field_dim", "a threshold for each: field_dim (field and column) | field | dim | global", choices=GRANULARITIES
-    )
-    start: float = option(-7.0, "s at the start; the threshold is sigmoid(s). -15 as published for MovieLens")
-    lr: float = option(1e-2, "learning rate of s", above=0)
-    keep: float = option(0.9, "without a budget: share of the summed column shares that is kept", above=0, high=1)
-    training: TrainConfig = field(default_factory=lambda: TrainConfig(batch_size=2048, epochs=8, patience=0))
-
-    @property
-    def candidates(self) -> list[int]:
-        """All widths that a choice of columns can give."""
-        return list(range(self.width + 1))
-
-
-class SoftThreshold(nn.Module):
-    """``sign(v) * relu(|v| - sigmoid(s))`` of ``v [B, F, w]``."""
-
-    def __init__(self, fields: int, width: int, granularity: str, start: float) -> None:
-        super().__init__()
-        rows, columns = "field" in granularity, "dim" in granularity
-        self.s = nn.Parameter(torch.full((fields if rows else 1, width if columns else 1), start))
-        self.shape = (fields, width)
-
-    def forward(self, v: torch.Tensor) -> torch.Tensor:
-        return v.sign() * torch.relu(v.abs() - self.s.sigmoid())
-
-    def per_entry(self) -> torch.Tensor:
-        """s ``[F, w]``."""
-        return self.s.detach().expand(self.shape)
-
-
-class ThresholdTask(MaskedTask):
-    """Trains tables, head and thresholds together; their mean is logged."""
-
-    mask: SoftThreshold
-
-    def after_step(self, step: int, monitor: Monitor) -> None:
-        if step % self.run.config.search.training.log_every == 0:
-            monitor.scalars(step, {"threshold": float(self.mask.s.detach().sigmoid().mean())})
-
-
-class ThresholdStage(MaskedStage):
-    """Trains the thresholds under ``checkpoints/thresholds``."""
-
-    name = "thresholds"
-    own = ("granularity", "start", "lr")
-
-    def task(self, run: Run) -> MaskedTask:
-        search: PEPConfig = run.config.search
-        mask = SoftThreshold(len(run.schema.fields), search.width, search.granularity, search.start)
-        return ThresholdTask(run, mask, self.settings(run), search.lr)
-
-
-class Margins:
-    """How many entries of each column stay when c is added to all s, for c in steps of :data:`BIN`.
-
-    An entry stays while ``|v| > sigmoid(s + c)``, so while c is below its margin ``logit(|v|) - s``.
-    """
-
-    def __init__(self, schema: Schema, width: int) -> None:
-        self.bins, self.schema = round(2 * REACH / BIN), schema
-        self.counts = torch.zeros(len(schema.fields), width, self.bins, dtype=torch.float64)
-
-    def add(self, v: torch.Tensor, s: torch.Tensor, counted: torch.Tensor) -> None:
-        """Rows ``v [F, n, w]`` with ``s [F, w]``; ``counted [F, n]``: 0 for a row that is none."""
-        size = v.abs().double().clamp(1e-30, 1 - 1e-15)
-        margin = size.logit() - s.double()[:, None]
-        place = ((margin + REACH) / BIN).floor().clamp(0, self.bins - 1).long().transpose(1, 2)
-        weight = counted.double()[:, None].expand_as(place)
-        self.counts.scatter_add_(2, place.cpu(), weight.cpu().contiguous())
-
-    def kept(self, edge: int) -> torch.Tensor:
-        """``[F, w]``: entries that stay at ``c = edge * BIN - REACH``, but for those of a margin in that very bin."""
-        return self.counts[..., edge + 1 :].sum(2)
-
-    def edge_of(self, c: float) -> int:
-        return round((c + REACH) / BIN)
-
-    def edge_under(self, most: float) -> int:
-        """The lowest edge at which at most ``most`` entries stay; at least one does, where one can."""
-        above = self.counts.sum((0, 1)).flip(0).cumsum(0).flip(0)  # [bins]: entries in this bin or a later one
-        stays = torch.cat([above[1:], above.new_zeros(1)])
-        fits = (stays <= most).nonzero()
-        some = (stays > 0).nonzero()
-        edge = int(fits[0]) if len(fits) else self.bins - 1
-        return min(edge, int(some[-1])) if len(some) else edge
 
 
 def entries_under(budget: Budget, schema: Schema, width: int, extra: int) -> float:
@@ -140,7 +42,7 @@ class ColumnStage(AllocateStage):
         search: PEPConfig = run.config.search
         margins, extra = measure(run), run.config.model.extra
         rows = torch.tensor(run.schema.cardinalities, dtype=torch.float64)[:, None]
-        learned = margins.edge_of(0.0)
+        learned = edge_of(0.0)
 
         def find(budget: Budget | None) -> Chosen:
             most = entries_under(budget, run.schema, search.width, extra) if budget else math.inf
@@ -193,10 +95,10 @@ class PEP(Method):
     planted = {
         "search": {"width": 8, "training": {"batch_size": 512, "eval_batch_size": 6000, "epochs": 6, "patience": 0}}
     }
-    trial = {"search": {"width": 4, "pareto": ["60%"], "training": TRAINING}}
+    trial = {"search": {"width": 4, "tickets": True, "training": TRAINING}}
 
     def stages(self) -> list[Stage]:
-        return [ThresholdStage(), ColumnStage()]
+        return [ThresholdStage(), ColumnStage(), TicketStage()]
 
     def check(self, run: Run) -> None:
         check_one_column(budgets_of(run), run.schema, run.config.model.extra)

@@ -106,6 +106,11 @@ class Start:
             UserError: another backbone, transform or kind of field; ids that cannot be compared; a state of the
                 optimizers that is asked for and is of others.
         """
+        if self.allocation.values or allocation.values:
+            raise UserError(
+                f"--from {self.directory}: one of the two models has rows for some values alone, which are not "
+                "carried over. Leave --from out"
+            )
         old = self.manifest.get("settings", {})
         for key in (*SAME, *(OPTIMIZERS if self.optimizer else ())):
             if old.get(key, settings.get(key)) != settings.get(key):

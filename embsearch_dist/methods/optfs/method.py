@@ -1,0 +1,170 @@
+"""The values that a budget holds by their gates, as an allocation, and both as a method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+
+from embsearch_dist.allocation import cost
+from embsearch_dist.config.options import option, require
+from embsearch_dist.config.sections import TrainConfig
+from embsearch_dist.errors import UserError
+from embsearch_dist.methods.allocating import AllocateStage, BudgetOptions, Chosen, Finder, budgets_of
+from embsearch_dist.methods.base import Method
+from embsearch_dist.methods.budget import Budget
+from embsearch_dist.methods.columns import last_that_fits
+from embsearch_dist.methods.masked import MaskedStage
+from embsearch_dist.methods.optfs.gates import ValueGateTask
+from embsearch_dist.methods.optfs.rewinding import rewind
+from embsearch_dist.methods.retraining import Results, Retraining
+from embsearch_dist.methods.stages import Stage
+from embsearch_dist.methods.trial import TRAINING
+from embsearch_dist.methods.values import mask_told, values_of
+from embsearch_dist.precision import SERVED
+from embsearch_dist.run import Run
+from embsearch_dist.schema import Schema
+from embsearch_dist.train.monitor import Monitor
+
+
+@dataclass
+class OptFSConfig(BudgetOptions):
+    """OptFS: a gate for each value of each field, learned with the tables."""
+
+    width: int = option(32, "width of every field, in the search and in its result", low=1)
+    lr: float = option(1e-2, "learning rate of the gates", above=0)
+    penalty: float = option(0.02, "lambda: weight of the sum of all gates; higher shuts more of them", low=0)
+    tau: float = option(200.0, "of the last epoch; it grows from 1, and gates with it from soft to hard", low=1)
+    rewind: int = option(0, "retraining begins with the weights after so many epochs of the search; 0: new ones", low=0)
+    training: TrainConfig = field(default_factory=lambda: TrainConfig(batch_size=2048, epochs=8, patience=0))
+
+    def check(self) -> None:
+        super().check()
+        last = self.training.epochs - 1
+        require(self.rewind <= last, "search.rewind", f"must be at most {last}, an epoch less than are trained")
+
+    @property
+    def candidates(self) -> list[int]:
+        """Widths that a field may get: dropped, or that of all."""
+        return [0, self.width]
+
+
+class ValueGateStage(MaskedStage):
+    """Trains the gates under ``checkpoints/gates``."""
+
+    name = "gates"
+    own = ("lr", "penalty", "tau", "rewind")
+
+    def task(self, run: Run) -> ValueGateTask:
+        return ValueGateTask(run, self.settings(run))
+
+
+class Ranking:
+    """All values but ids 0, by their w, the largest first; of equal ones the earlier field and the lower id.
+
+    Args:
+        w: of each field ``[cardinality]``, in schema order.
+    """
+
+    def __init__(self, w: Sequence[torch.Tensor]) -> None:
+        self.sizes = [len(own) for own in w]
+        flat = torch.cat([own[1:] for own in w])
+        self.order = flat.argsort(descending=True, stable=True)
+        self.learned = int((flat > 0).sum())
+        self.field = torch.repeat_interleave(torch.arange(len(w)), torch.tensor([n - 1 for n in self.sizes]))
+
+    def counts(self, kept: int) -> list[int]:
+        """Rows of each field's table for the first ``kept`` values: these and row 0; none where it has none of them."""
+        found = torch.bincount(self.field[self.order[:kept]], minlength=len(self.sizes))
+        return [n + 1 if n else 0 for n in found.tolist()]
+
+    def masks(self, kept: int) -> list[torch.Tensor]:
+        """Of each field ``[cardinality]`` bool: the first ``kept`` values; ids 0 are not among them."""
+        flat = torch.zeros(len(self.order), dtype=torch.bool)
+        flat[self.order[:kept]] = True
+        parts = flat.split([n - 1 for n in self.sizes])
+        return [torch.cat([part.new_zeros(1), part]) for part in parts]
+
+
+def cost_of_rows(schema: Schema, rows: Sequence[int], width: int, resource: str, extra: int) -> int:
+    """What tables of so many rows and one width cost in one of ``allocation.RESOURCES``; bytes as served with a bit for
+    each value of a field of which some but not all have rows."""
+    found = 0
+    for f, n in zip(schema.fields, rows, strict=True):
+        found += cost(resource, n, width if n else 0, extra)
+        found += -(-f.cardinality // 8) if resource in SERVED and 0 < n < f.cardinality else 0
+    return found
+
+
+def chosen_under(schema: Schema, ranking: Ranking, width: int, budget: Budget | None, extra: int) -> int:
+    """How many values are kept: the most that a budget holds (:func:`check_one_value`: at least one); without a budget
+    those with ``w > 0``, or the best one."""
+    if budget is None:
+        return max(ranking.learned, 1)
+
+    def fits(kept: float) -> bool:
+        return cost_of_rows(schema, ranking.counts(int(kept)), width, budget.resource, extra) <= budget.limit
+
+    return int(last_that_fits(range(len(ranking.order) + 1), fits))
+
+
+def check_one_value(found: Sequence[tuple[str, Budget | None]], schema: Schema, width: int, extra: int) -> None:
+    """Refuse budgets that may hold nothing: the best value may be any field's.
+
+    Raises:
+        UserError: a budget that does not hold one value of some field, its row 0 and its bits.
+    """
+    for budget in (b for _, b in found if b):
+        for f in (f for f in schema.fields if f.cardinality > 1):
+            alone = [2 * (g is f) for g in schema.fields]
+            if cost_of_rows(schema, alone, width, budget.resource, extra) > budget.limit:
+                raise UserError(
+                    f"config key search.budget: {budget.text!r} does not hold a single value of field {f.name!r} "
+                    f"({f.cardinality:,} values) at search.width {width}. Raise it, or lower the width"
+                )
+
+
+class ValuesStage(AllocateStage):
+    """For each budget the values that it holds."""
+
+    name = "values"
+
+    def finder(self, run: Run, monitor: Monitor) -> Finder:
+        search: OptFSConfig = run.config.search
+        task = ValueGateStage().trained(run)
+        assert isinstance(task, ValueGateTask)
+        w = task.model.weights_of_all()
+        ranking, extra = Ranking([w[n] for n in run.schema.names]), run.config.model.extra
+        total = len(ranking.order)
+
+        def find(budget: Budget | None) -> Chosen:
+            kept = chosen_under(run.schema, ranking, search.width, budget, extra)
+            masks = ranking.masks(kept)
+            widths = [search.width if bool(m.any()) else 0 for m in masks]
+            values = {n: own for n, own in values_of(run.schema, masks).items() if own.rows > 1}
+            told: dict[str, object] = {"kept_share": kept / total, "learned_share": ranking.learned / total}
+            mask = told | mask_told(run.schema, widths, values, extra)
+            return Chosen(widths, told, mask=mask, values=values)
+
+        return find
+
+
+class OptFS(Method):
+    """OptFS (Lyu et al. 2023)."""
+
+    config = OptFSConfig
+    trial = {"search": {"width": 32, "pareto": ["30%"], "rewind": 1, "training": {**TRAINING, "epochs": 2}}}
+
+    def stages(self) -> list[Stage]:
+        return [ValueGateStage(), ValuesStage()]
+
+    def check(self, run: Run) -> None:
+        check_one_value(budgets_of(run), run.schema, run.config.search.width, run.config.model.extra)
+
+    def retrain(self, job: Retraining) -> Results:
+        own = job.found.provenance.get("method") == "optfs"
+        if own and job.run.config.search.rewind and job.start is None:
+            job = replace(job, begin=partial(rewind, job.run, job.run_dir))
+        return super().retrain(job)
