@@ -5,6 +5,7 @@ from __future__ import annotations
 from embsearch_dist.methods.adafs.method import AdaFS
 from embsearch_dist.methods.adass.method import AdaSS
 from embsearch_dist.methods.autodim.method import AutoDim
+from embsearch_dist.methods.autoemb.method import AutoEmb
 from embsearch_dist.methods.autofield.method import AutoField
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.ihas.method import IHAS
@@ -24,6 +25,7 @@ METHODS: dict[str, type[Method]] = {
     "adass": AdaSS,
     "auto": Auto,
     "autodim": AutoDim,
+    "autoemb": AutoEmb,
     "autofield": AutoField,
     "ihas": IHAS,
     "mde": MDE,

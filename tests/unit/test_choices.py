@@ -10,8 +10,9 @@ import torch
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods import METHODS
-from embsearch_dist.methods.autodim.method import AutoDimModel, MixtureStage, probable
+from embsearch_dist.methods.autodim.method import MixtureStage
 from embsearch_dist.methods.autofield.method import GateStage, top
+from embsearch_dist.methods.gated.mixture import MixtureModel, probable
 from embsearch_dist.methods.gated.relaxed import Choice, RelaxConfig, step_noise
 from embsearch_dist.methods.stages import check_stages, run_stages
 from embsearch_dist.run import Run
@@ -131,7 +132,7 @@ def test_more_fields_than_there_are_cannot_be_kept(data: Path, tmp_path: Path) -
 def test_the_mixture_by_hand(data: Path, tmp_path: Path) -> None:
     """At the start a map copies the columns: a candidate is the normalised prefix, and zeros behind it."""
     run = open_method("autodim", data, tmp_path, "search.candidates=[0, 2, 4]")
-    model = AutoDimModel(run.config, run.schema, [0, 2, 4], run.context)
+    model = MixtureModel(run.config, run.schema, [0, 2, 4], Choice(4, 3), run.context)
     u = torch.randn(64, 4, 4, generator=torch.Generator().manual_seed(0))
     weights = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.2, 0.3, 0.5]])
     whole = (u - u.mean(0)) / (u.var(0, unbiased=False) + 1e-5).sqrt()
