@@ -8,6 +8,7 @@ from embsearch_dist.methods.autodim.method import AutoDim
 from embsearch_dist.methods.autoemb.method import AutoEmb
 from embsearch_dist.methods.autofield.method import AutoField
 from embsearch_dist.methods.base import Method
+from embsearch_dist.methods.esapn.method import ESAPN
 from embsearch_dist.methods.ihas.method import IHAS
 from embsearch_dist.methods.mde.method import MDE
 from embsearch_dist.methods.nasrec.method import NASRec
@@ -27,6 +28,7 @@ METHODS: dict[str, type[Method]] = {
     "autodim": AutoDim,
     "autoemb": AutoEmb,
     "autofield": AutoField,
+    "esapn": ESAPN,
     "ihas": IHAS,
     "mde": MDE,
     "nasrec": NASRec,
