@@ -23,7 +23,7 @@ TRAINING = [
     "search.training.batch_size=128",
     "search.training.eval_batch_size=400",
     "search.training.epochs=8",
-    "search.outer.lr=0.01",
+    "search.outer.lr=0.002",
     "search.candidates=[1, 2, 4]",
 ]
 
@@ -164,13 +164,21 @@ def test_a_field_grows_when_the_average_lookup_would(data: Path, tmp_path: Path)
 
 def test_fields_that_matter_grow_and_idle_ones_stay_narrow(data: Path, tmp_path: Path) -> None:
     """The label depends on a table of (left, right) of rank 2."""
-    found = search(data, tmp_path, "search.pareto=[3700]", "model.backbone=fm")
-    print(found.widths, found.provenance["growth"])
+    found = search(data, tmp_path, "search.pareto=[3010]", "model.backbone=fm")
     assert found.widths["big"] == found.widths["idle"] == 1
     assert min(found.widths["left"], found.widths["right"]) >= 2
-    assert {name for _, name, *_ in found.provenance["growth"]} == {"left", "right"}
-    some = Allocation.load(tmp_path / "allocations" / "esapn-3700.json", found.schema)
-    assert some.total("parameters") <= 3700
+    growth = found.provenance["growth"]
+    assert {name for _, name in growth} == {"left", "right"}
+    some = Allocation.load(tmp_path / "allocations" / "esapn-3010.json", found.schema)
+    assert some.total("parameters") <= 3010 < found.total("parameters")
+    assert some.provenance["growth"] == growth and some.provenance["refused"] > 0  # of one search
+
+
+def test_rewards_against_other_rows_and_a_hasty_policy_let_an_idle_field_grow(data: Path, tmp_path: Path) -> None:
+    """Where it must fail: the reward is how hard a row is, more than what its action is worth, and what chance has
+    enlarged stays."""
+    found = search(data, tmp_path, "search.baseline=last", "search.outer.lr=0.01", "model.backbone=fm")
+    assert found.widths["idle"] == 4
 
 
 def test_sizes_that_cannot_grow_are_refused(data: Path, tmp_path: Path) -> None:
