@@ -7,6 +7,7 @@ from embsearch_dist.methods.adass.method import AdaSS
 from embsearch_dist.methods.autodim.method import AutoDim
 from embsearch_dist.methods.autoemb.method import AutoEmb
 from embsearch_dist.methods.autofield.method import AutoField
+from embsearch_dist.methods.autosrh.method import AutoSrh
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.esapn.method import ESAPN
 from embsearch_dist.methods.ihas.method import IHAS
@@ -28,6 +29,7 @@ METHODS: dict[str, type[Method]] = {
     "autodim": AutoDim,
     "autoemb": AutoEmb,
     "autofield": AutoField,
+    "autosrh": AutoSrh,
     "esapn": ESAPN,
     "ihas": IHAS,
     "mde": MDE,

@@ -59,6 +59,10 @@ class Popularity:
         self.rows = empty.index_add(0, place, counts).view(self.fields, buckets)
         """``[F, K]``: ids of training rows whose value is of a bucket."""
 
+    def of_values(self, ids: torch.Tensor) -> torch.Tensor:
+        """Buckets of ``ids [F, n]``, row f of field f: ``[F, n]`` int64."""
+        return self.table[self.first[:, None] + ids].long()
+
     def of(self, sparse: KeyedJaggedTensor) -> torch.Tensor:
         """``[B, F]`` int64: the bucket of each row's value; of a list the mean of its values', 0 of an empty one."""
         bucket = self.table[_places(sparse, self.first)].long()
