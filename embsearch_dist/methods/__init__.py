@@ -5,8 +5,11 @@ from __future__ import annotations
 from embsearch_dist.methods.adafs.method import AdaFS
 from embsearch_dist.methods.adass.method import AdaSS
 from embsearch_dist.methods.autodim.method import AutoDim
+from embsearch_dist.methods.autoemb.method import AutoEmb
 from embsearch_dist.methods.autofield.method import AutoField
+from embsearch_dist.methods.autosrh.method import AutoSrh
 from embsearch_dist.methods.base import Method
+from embsearch_dist.methods.esapn.method import ESAPN
 from embsearch_dist.methods.ihas.method import IHAS
 from embsearch_dist.methods.mde.method import MDE
 from embsearch_dist.methods.nasrec.method import NASRec
@@ -25,7 +28,10 @@ METHODS: dict[str, type[Method]] = {
     "adass": AdaSS,
     "auto": Auto,
     "autodim": AutoDim,
+    "autoemb": AutoEmb,
     "autofield": AutoField,
+    "autosrh": AutoSrh,
+    "esapn": ESAPN,
     "ihas": IHAS,
     "mde": MDE,
     "nasrec": NASRec,

@@ -21,7 +21,17 @@ from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.trainer import Trainer
-from tests.factories import CONFIGS, one_rank, open_run, optimizer_state, prepared, recorded, small_config, whole_tables
+from tests.factories import (
+    CONFIGS,
+    one_rank,
+    open_run,
+    optimizer_state,
+    prepared,
+    random_batch,
+    recorded,
+    small_config,
+    whole_tables,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 # An epoch has 12 steps: 6 without the controller, then 18 with it, 9 of which a held-out batch follows.
@@ -80,10 +90,10 @@ def test_scaled_weights_of_a_row_add_up_to_the_number_of_fields(data: Path, tmp_
     tasks = [AdaFSTask(r, r.config.search, training=False) for r in (run, plain)]
     for task in tasks:
         task.model.eval()
-    u = torch.ones(32, 4, 4)
-    weighed = tasks[0].select_final(u)
+    u, batch = torch.ones(32, 4, 4), random_batch(run.schema)
+    weighed = tasks[0].select_final(u, batch)
     torch.testing.assert_close(weighed.sum(1), torch.full((32, 4), 4.0))
-    torch.testing.assert_close(tasks[1].select_final(u) * 4, weighed)
+    torch.testing.assert_close(tasks[1].select_final(u, batch) * 4, weighed)
     assert set((weighed[..., 0] > 0).sum(1).tolist()) == {4 if mode == "soft" else 2}
 
 

@@ -10,11 +10,14 @@ import torch
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods import METHODS
-from embsearch_dist.methods.autodim.method import AutoDimModel, MixtureStage, probable
+from embsearch_dist.methods.autodim.method import MixtureStage
 from embsearch_dist.methods.autofield.method import GateStage, top
+from embsearch_dist.methods.gated.mixture import MixtureModel, probable
 from embsearch_dist.methods.gated.relaxed import Choice, RelaxConfig, step_noise
+from embsearch_dist.methods.gated.unrolled import unrolled_loss
 from embsearch_dist.methods.stages import check_stages, run_stages
 from embsearch_dist.run import Run
+from embsearch_dist.train.bilevel import frozen
 from tests.factories import one_rank, open_run, prepared, small_config
 
 TRAINING = [
@@ -95,6 +98,51 @@ def test_held_out_rows_train_the_choice_and_nothing_else(name: str, data: Path, 
     task.close()
 
 
+def test_a_second_order_step_has_the_gradient_of_the_unrolled_loss() -> None:
+    """Against the exact derivative through the virtual step, of losses that are no polynomials of degree two."""
+    generator = torch.Generator().manual_seed(0)
+    x, y, target = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (6, 6, 6))
+    w = torch.nn.Parameter(torch.randn(6, generator=generator, dtype=torch.float64), requires_grad=False)
+    a = torch.nn.Parameter(torch.tensor([0.7], dtype=torch.float64))
+    unused = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+    def train_at(w: torch.Tensor) -> torch.Tensor:
+        return ((a * w * x).tanh() - target).square().mean()
+
+    def held_out_at(w: torch.Tensor) -> torch.Tensor:
+        return (w * y).sigmoid().mean() + 0.1 * (a * w).sin().mean()
+
+    before, rate = w.detach().clone(), 0.5
+    found = unrolled_loss(lambda: train_at(w), lambda: held_out_at(w), [w, unused], [a], rate, one_rank())
+    found.backward()
+    assert torch.equal(w, before) and not w.requires_grad and w.grad is None and unused.grad is None
+    free = before.clone().requires_grad_(True)
+    moved = free - rate * torch.autograd.grad(train_at(free), free, create_graph=True)[0]
+    exact = torch.autograd.grad(held_out_at(moved), a, retain_graph=True)[0]
+    first_order = torch.autograd.grad(held_out_at(moved.detach()), a)[0]
+    assert found.item() == pytest.approx(held_out_at(moved).item())
+    torch.testing.assert_close(a.grad, exact, rtol=1e-3, atol=0)
+    assert abs(float(first_order - exact)) > 0.05 * abs(float(exact))
+
+
+def test_the_second_order_of_autodim_leaves_head_and_statistics_as_they_are(data: Path, tmp_path: Path) -> None:
+    gradients = []
+    for order in ("first", "second"):
+        words = ("search.outer.pretrain_epochs=0", f"search.order={order}", "optim.dense_lr=0.5")
+        task = MixtureStage().task(open_method("autodim", data, tmp_path, *words), training=True)
+        task.loss(next(iter(task.batches.epoch(0))), 1).backward()
+        task.model.zero_grad(set_to_none=True)
+        before = {n: t.clone() for n, t in task.model.replicated.state_dict().items()}
+        with frozen(list(task.model.bare_head.parameters())):  # as the trainer does it
+            task.outer_loss(2).backward()
+        after = task.model.replicated.state_dict()
+        assert all(torch.equal(t, after[n]) for n, t in before.items())
+        assert all(p.grad is None for p in task.model.bare_head.parameters()) and task.model.bare_head.training
+        gradients.append(task.model.bare_selector.logits.grad.clone())
+        task.close()
+    assert gradients[1].isfinite().all() and not torch.allclose(*gradients)
+
+
 # ---- AutoField ----
 
 
@@ -131,7 +179,7 @@ def test_more_fields_than_there_are_cannot_be_kept(data: Path, tmp_path: Path) -
 def test_the_mixture_by_hand(data: Path, tmp_path: Path) -> None:
     """At the start a map copies the columns: a candidate is the normalised prefix, and zeros behind it."""
     run = open_method("autodim", data, tmp_path, "search.candidates=[0, 2, 4]")
-    model = AutoDimModel(run.config, run.schema, [0, 2, 4], run.context)
+    model = MixtureModel(run.config, run.schema, [0, 2, 4], Choice(4, 3), run.context)
     u = torch.randn(64, 4, 4, generator=torch.Generator().manual_seed(0))
     weights = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.2, 0.3, 0.5]])
     whole = (u - u.mean(0)) / (u.var(0, unbiased=False) + 1e-5).sqrt()

@@ -75,12 +75,12 @@ class AdaFSTask(gated.GatedTask):
     def select(self, u: torch.Tensor, batch: Batch, step: int) -> torch.Tensor:
         return self._weigh(u, self.model.bare_selector(u))
 
-    def select_outer(self, u: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def select_outer(self, u: torch.Tensor, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         if (step - self.warmup) % self._every == 0:
             self._shown = self._look(u)
         return self._weigh(u, self.model.selector(u)), None
 
-    def select_final(self, u: torch.Tensor) -> torch.Tensor:
+    def select_final(self, u: torch.Tensor, batch: Batch) -> torch.Tensor:
         return self._weigh(u, self.model.bare_selector(u))
 
     @property

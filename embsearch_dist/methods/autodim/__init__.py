@@ -13,7 +13,10 @@ and then each field gets its most probable candidate and the model is trained fr
 Where this departs:
 
 * Candidates are prefixes of one table (the paper's weight sharing), never tables of their own.
-* First order only; the paper's second order unrolls a step of SGD through the tables.
+* First order by default. ``search.order second`` scores held-out rows after a virtual step of SGD, at the rate
+  ``optim.dense_lr``, of maps and head (`gated/unrolled.py`); the paper's also moves the tables. Those stay as they are:
+  their optimizer writes in backward, and a virtual step would be seen only by held-out rows that share a value with the
+  training batch.
 * Under a budget the widths are those of the largest product of probabilities among all that the budget holds (exact
   knapsack on log-probabilities); the paper has no budget. A candidate 0, which drops a field, may be given.
 * Validation batches read running statistics of the BatchNorms and do not move them; the temperature falls by ordinary

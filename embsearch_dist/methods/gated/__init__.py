@@ -1,1 +1,1 @@
-"""Methods whose gates or choices held-out rows train: those of iHAS, AdaFS, AutoField and AutoDim."""
+"""Methods whose gates or choices held-out rows train: iHAS, AdaFS, AutoField, AutoDim, AutoEmb, ESAPN."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 
@@ -15,8 +15,8 @@ from embsearch_dist.methods.allocating import BudgetOptions
 from embsearch_dist.methods.gated import task as gated
 from embsearch_dist.methods.gated.model import GatedModel
 from embsearch_dist.methods.gated.relaxed import Choice, RelaxConfig, step_noise
+from embsearch_dist.methods.gated.stage import SelectorStage
 from embsearch_dist.methods.gated.task import OuterConfig
-from embsearch_dist.methods.stages import Stage
 from embsearch_dist.run import Run
 from embsearch_dist.train.monitor import Monitor
 
@@ -57,10 +57,10 @@ class ChoiceTask(gated.GatedTask):
     def select(self, u: torch.Tensor, batch: Batch, step: int) -> torch.Tensor:
         return self.weigh(u, self.model.bare_selector(*self._arguments(step, 0)))
 
-    def select_outer(self, u: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def select_outer(self, u: torch.Tensor, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.weigh(u, self.model.selector(*self._arguments(step, 1))), None
 
-    def select_final(self, u: torch.Tensor) -> torch.Tensor:
+    def select_final(self, u: torch.Tensor, batch: Batch) -> torch.Tensor:
         return self.weigh(u, self.model.bare_selector(self.relax.temperature(self.steps - self.warmup)))
 
     @property
@@ -84,30 +84,17 @@ class ChoiceTask(gated.GatedTask):
             monitor.heatmap(step, "probabilities", shown.numpy(), self.run.schema.names, self.names)
 
 
-class ChoiceStage(Stage):
+class ChoiceStage(SelectorStage[ChoiceTask]):
     """Trains model and choice; the checkpoints are under ``checkpoints/choice``, and the last one is the result."""
 
     name = STAGE
-    own: ClassVar[tuple[str, ...]] = ()
-    """Keys of the ``search`` section that the result depends on, beside those of :class:`ChoiceOptions`."""
-
-    @abstractmethod
-    def task(self, run: Run, training: bool) -> ChoiceTask:
-        """``training``: False for a model that is only read."""
 
     def inputs(self, run: Run) -> dict[str, Any]:
-        search = run.config.search
-        own = {f"search.{k}": getattr(search, k) for k in (*self.own, "outer", "relax")}
-        return gated.inputs_of(run, search.training, own)
+        return {**super().inputs(run), "search.relax": run.config.search.relax}
 
-    def run(self, run: Run) -> None:
-        task = self.task(run, training=True)
-        search: ChoiceOptions = run.config.search
-        line = f"choice: {len(run.schema.fields)} fields x {', '.join(task.names)}, {run.context.world_size} rank(s)"
-        gated.train(run, self.name, task, search.training, [line])
+    def line(self, run: Run, task: ChoiceTask) -> str:
+        return f"{len(run.schema.fields)} fields x {', '.join(task.names)}"
 
     def learned(self, run: Run) -> torch.Tensor:
         """Log-probabilities ``[F, T]`` of the finished stage."""
-        task = self.task(run, training=False)
-        gated.load(run, self.name, task, best=False)
-        return task.log_probabilities()
+        return self.finished(run).log_probabilities()

@@ -90,12 +90,12 @@ class GatedTask(ABC):
         """``u [B, F, d]`` weighed for an ordinary step; the selector's parameters get no gradient here."""
 
     @abstractmethod
-    def select_outer(self, u: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def select_outer(self, u: torch.Tensor, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``u`` weighed by ``model.selector``, for its own step, and what is added to the loss (a regulariser)."""
 
     @abstractmethod
-    def select_final(self, u: torch.Tensor) -> torch.Tensor:
-        """``u`` weighed without chance, as at inference."""
+    def select_final(self, u: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """``u`` weighed without chance, as at inference; it may have rows of zeros behind those of ``batch``."""
 
     def loss(self, batch: Batch, step: int) -> torch.Tensor:
         u = self.model.embed(batch)
@@ -104,18 +104,24 @@ class GatedTask(ABC):
         loss = binary_cross_entropy_with_logits(self.model.head(batch.dense, weighed), batch.label)
         return loss + self.l2 * u.square().sum() / batch.size if self.l2 else loss
 
-    def outer_loss(self, step: int) -> torch.Tensor | None:
+    def held_out(self, step: int) -> Batch | None:
+        """The held-out batch of the outer step that is due after ``step`` ordinary steps; None where none is."""
         since = step - self.warmup
         if since <= 0 or since % self.outer.every or self._held_out is None:
             return None
-        batch = self._held_out.batch(since // self.outer.every - 1)
+        return self._held_out.batch(since // self.outer.every - 1)
+
+    def outer_loss(self, step: int) -> torch.Tensor | None:
+        batch = self.held_out(step)
+        if batch is None:
+            return None
         # Held-out rows are normalised as at inference: they must not move the model's statistics.
         for module in self.model.normed:
             module.eval()
         try:
             with torch.no_grad():
                 u = self.model.embed(batch)
-            weighed, extra = self.select_outer(u, step)
+            weighed, extra = self.select_outer(u, batch, step)
             logits = self.model.bare_head(batch.dense, weighed)
         finally:
             for module in self.model.normed:
@@ -127,7 +133,7 @@ class GatedTask(ABC):
         """Logits as at inference; while nothing is selected yet, with everything open."""
         with torch.no_grad():
             u, dense = fill_rows(self.model.embed(batch)), fill_rows(batch.dense)
-            u = self.select_none(u) if self.steps <= self.warmup else self.select_final(u)
+            u = self.select_none(u) if self.steps <= self.warmup else self.select_final(u, batch)
             return self.model.bare_head(dense, u)[: batch.size]
 
     def close(self) -> None:

@@ -77,7 +77,7 @@ class GatesTask(gated.GatedTask):
                 mask = sampled(self.logits(u), noise)
         return u * mask.view_as(u)
 
-    def select_outer(self, u: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def select_outer(self, u: torch.Tensor, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         flat = u.reshape(len(u), -1)
         logits = self.model.selector(flat)
         p = torch.sigmoid(logits)
@@ -85,7 +85,7 @@ class GatesTask(gated.GatedTask):
         mask = straight_through(logits, self._noise(len(flat), flat.shape[1], step, stream=1), self.gates.temperature)
         return u * mask.view_as(u), regulariser(p, self.gates.sparsity, self.gates.polarization)
 
-    def select_final(self, u: torch.Tensor) -> torch.Tensor:
+    def select_final(self, u: torch.Tensor, batch: Batch) -> torch.Tensor:
         return u * self.masks(u).view_as(u)
 
     def after_step(self, step: int, monitor: Monitor) -> None:
