@@ -8,6 +8,7 @@ from embsearch_dist.methods.autodim.method import AutoDim
 from embsearch_dist.methods.autofield.method import AutoField
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.ihas.method import IHAS
+from embsearch_dist.methods.ihas_widths.method import IHASWidths
 from embsearch_dist.methods.mde.method import MDE
 from embsearch_dist.methods.nasrec.method import NASRec
 from embsearch_dist.methods.optembed.method import OptEmbed
@@ -26,6 +27,7 @@ METHODS: dict[str, type[Method]] = {
     "autodim": AutoDim,
     "autofield": AutoField,
     "ihas": IHAS,
+    "ihas_widths": IHASWidths,
     "mde": MDE,
     "nasrec": NASRec,
     "optembed": OptEmbed,
