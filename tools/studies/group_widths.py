@@ -1,6 +1,7 @@
 """Groups with widths under one budget, beside plain iHAS and one model of searched widths, all of one size.
 
-    python tools/studies/group_widths.py --out runs/group_widths --seeds 3
+    python tools/studies/group_widths.py --out runs/group_widths --seeds 3 --small
+    python tools/studies/group_widths.py --out runs/group_widths_400k --seeds 3
     python tools/studies/group_widths.py --out runs/ml_group_widths --seeds 1 --data PREPARED \
         --ihas configs/movielens_1m_time/ihas_deepfm.yaml --widths configs/movielens_1m_time/ihas_widths_deepfm.yaml \
         --utilities configs/movielens_1m_time/auto_deepfm.yaml
@@ -26,10 +27,25 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from embsearch_dist.data.planted.populations import ROWS, Pair, Plan, make_populations
 from tools.studies.jobs import ROOT, Job, commit, run_all
 
 CONFIGS = ROOT / "configs" / "populations"
 RESULTS = ("groups.json", "retrain", "allocation*", "config.yaml", "report")  # not copied with what was trained
+SMALL = Plan(
+    shares=(0.55, 0.45),
+    intercepts=(-0.6, -1.0),
+    tells=(20, 20),
+    clarity=0.98,
+    pairs=(Pair((2, 0), (20, 30), 1.6), Pair((0, 2), (30, 20), 1.6), Pair((1, 2), (25, 25), 1.2)),
+    idle=(40, 60),
+    main_effects=(),
+    main_variance=0.0,
+    zipf=0.5,
+)
+SMALL_ROWS = 60_000
+SMALL_RECIPE = ("train.batch_size=512", "train.epochs=6")
+SMALL_GATES = ("training.batch_size=512", "training.epochs=10", "outer.pretrain_epochs=3", "outer.lr=0.02")
 COLUMNS = ("seed", "share", "budget", "model", "router", "parameters", "auc", "logloss", "commit")
 
 
@@ -37,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=400_000, help="of each seed's planted populations")
+    parser.add_argument("--small", action="store_true", help="60,000 rows of ten fields: minutes a seed")
     parser.add_argument("--data", type=Path, help="prepared data for all seeds, in place of planted populations")
     parser.add_argument("--ihas", type=Path, default=CONFIGS / "ihas.yaml")
     parser.add_argument("--widths", type=Path, default=CONFIGS / "ihas_widths.yaml")
@@ -46,6 +62,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="seeds side by side, one thread each")
     args = parser.parse_args()
     seeds = range(args.seeds)
+    for seed in seeds:
+        make_data(args, seed)
     run_all([plain(args, seed) for seed in seeds], args.out / "logs", args.jobs)
     run_all([budgeted(args, seed) for seed in seeds], args.out / "logs", args.jobs)
     found = [line for seed in seeds for line in measure(args, seed)]
@@ -56,15 +74,18 @@ def main() -> None:
     print(table(found))
 
 
+def make_data(args: argparse.Namespace, seed: int) -> None:
+    """Planted populations of a seed, unless data are given."""
+    place = args.out / f"seed{seed}" / "data"
+    if args.data is None and not (place / "schema.json").exists():
+        make_populations(place, *((SMALL_ROWS, seed, SMALL) if args.small else (ROWS, seed)), quiet=True)
+
+
 def plain(args: argparse.Namespace, seed: int) -> list[Job]:
-    """Data, search and group models of iHAS."""
-    home = args.out / f"seed{seed}"
-    make = ["--format", "populations", "--rows", str(args.rows), "--seed", str(seed), "--out", str(home / "data")]
-    jobs = [] if args.data else [Job(f"seed{seed}-data", "launch/prepare.py", make, home / "data" / "schema.json")]
-    run = home / "ihas"
+    """Search and group models of iHAS."""
+    run = args.out / f"seed{seed}" / "ihas"
     done = run / "retrain" / "ihas" / "evaluation.json"
     return [
-        *jobs,
         Job(f"seed{seed}-ihas", "launch/search.py", common(args, args.ihas, run, seed), run / "groups.json"),
         Job(f"seed{seed}-ihas-models", "launch/retrain.py", ["--run", str(run)], done),
     ]
@@ -90,7 +111,10 @@ def budgeted(args: argparse.Namespace, seed: int) -> list[Job]:
 
 def common(args: argparse.Namespace, config: Path, run: Path, seed: int) -> list[str]:
     data = args.data or args.out / f"seed{seed}" / "data"
-    return ["--config", str(config), f"--data.path={data}", f"--run.seed={seed}", f"--run.dir={run}"]
+    words = [f"--{word}" for word in SMALL_RECIPE] if args.small else []
+    if args.small and config != args.utilities:
+        words += [f"--search.{word}" for word in SMALL_GATES]
+    return ["--config", str(config), f"--data.path={data}", f"--run.seed={seed}", f"--run.dir={run}", *words]
 
 
 def copying(source: Path | None, target: Path) -> Callable[[], None]:
