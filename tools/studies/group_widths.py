@@ -8,9 +8,8 @@
 
 For each seed: click logs of two populations (or ``--data``), the search of iHAS and its group models. The tables of
 those have a size; ``ihas_widths`` and ``utilities`` get it as their budget, and the shares of it that ``--shares``
-names. ``ihas_widths`` goes on from the gates of iHAS; the widest uniform width of the budget is trained with
-``utilities``. Every run is an ordinary run directory under OUT; what is finished is skipped. Writes
-OUT/group_widths.csv and prints a table with differences paired by seed.
+names. ``ihas_widths`` goes on from the gates of iHAS. Every run is an ordinary run directory under OUT; what is
+finished is skipped. Writes OUT/group_widths.csv and prints a table with differences paired by seed.
 """
 
 from __future__ import annotations
@@ -59,6 +58,7 @@ def main() -> None:
     parser.add_argument("--widths", type=Path, default=CONFIGS / "ihas_widths.yaml")
     parser.add_argument("--utilities", type=Path, default=CONFIGS / "utilities.yaml", help="of utilities or auto")
     parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.5], help="of the size of iHAS's tables")
+    parser.add_argument("--uniform", action="store_true", help="the widest uniform width of each budget, too")
     parser.add_argument("--jobs", type=int, default=2, help="seeds side by side, one thread each")
     args = parser.parse_args()
     seeds = range(args.seeds)
@@ -102,8 +102,9 @@ def budgeted(args: argparse.Namespace, seed: int) -> list[Job]:
             found = run / ("groups.json" if name == "ihas_widths" else "allocation.json")
             search = [*common(args, config, run, seed), *own]
             jobs.append(Job(label, "launch/search.py", search, found, copying(before[name], run)))
-            train = ["--run", str(run), *(["--or-uniform"] if name == "utilities" else [])]
-            done = run / ("final.json" if name == "utilities" else f"retrain/{name}/evaluation.json")
+            uniform = args.uniform and name == "utilities"
+            train = ["--run", str(run), *(["--or-uniform"] if uniform else [])]
+            done = run / ("final.json" if uniform else f"retrain/{name}/evaluation.json")
             jobs.append(Job(f"{label}-models", "launch/retrain.py", train, done))
             before[name] = run
     return jobs
