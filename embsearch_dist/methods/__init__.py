@@ -11,6 +11,7 @@ from embsearch_dist.methods.autosrh.method import AutoSrh
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.esapn.method import ESAPN
 from embsearch_dist.methods.ihas.method import IHAS
+from embsearch_dist.methods.ihas_widths.method import IHASWidths
 from embsearch_dist.methods.mde.method import MDE
 from embsearch_dist.methods.nasrec.method import NASRec
 from embsearch_dist.methods.optembed.method import OptEmbed
@@ -33,6 +34,7 @@ METHODS: dict[str, type[Method]] = {
     "autosrh": AutoSrh,
     "esapn": ESAPN,
     "ihas": IHAS,
+    "ihas_widths": IHASWidths,
     "mde": MDE,
     "nasrec": NASRec,
     "optembed": OptEmbed,

@@ -93,9 +93,15 @@ def relative_costs(schema: Schema, candidates: Sequence[int], resource: str, ext
 
 
 def check_feasible(
-    budget: Budget, schema: Schema, candidates: Sequence[int], key: str = "search.budget", extra: int = 0
+    budget: Budget,
+    schema: Schema,
+    candidates: Sequence[int],
+    key: str = "search.budget",
+    extra: int = 0,
+    groups: int = 1,
 ) -> None:
-    """Raise ``UserError`` when even the narrowest allocation is too large."""
+    """Raise ``UserError`` when even the narrowest allocation is too large, of each of ``groups`` of rows that have
+    tables of their own."""
     costs = cost_table(schema, candidates, budget.resource, extra)
     if budget.resource == served(MIXED):
         costs = costs.minimum(cost_table(schema, candidates, served("int4"), extra))
@@ -103,20 +109,24 @@ def check_feasible(
     if not any(candidates[:1]):
         # All-dropped is no model: the cheapest field must get its narrowest real width.
         least += int(costs[:, 1].min())
+    least *= groups
     if least > budget.limit:
+        told = f"{groups} groups of rows" if groups > 1 else "this data set"
         raise UserError(
             f"config key {key}: {budget.text!r} is {budget.limit:,} {budget.resource}, but the narrowest allocation "
-            f"of this data set needs {least:,} {budget.resource}. Raise the budget to at least that, "
+            f"of {told} needs {least:,} {budget.resource}. Raise the budget to at least that, "
             f"or give search.candidates a narrower first width (0 drops fields)"
         )
 
 
-def knapsack(scores: torch.Tensor, costs: torch.Tensor, limit: float) -> list[int]:
+def knapsack(scores: torch.Tensor, costs: torch.Tensor, limit: float, groups: int = 1) -> list[int]:
     """Exact multiple-choice knapsack: one candidate per field, cost at most ``limit``, highest score sum.
 
     Args:
         scores: ``[F, T]``, e.g. log-probabilities of the policy; -inf for a candidate that must not be chosen.
         costs: ``[F, T]``.
+        groups: of several, F counts the fields of each, group by group, and each keeps a field that costs something;
+            of one alone that is not asked.
 
     Raises:
         ValueError: no choice fits.
@@ -138,6 +148,9 @@ def knapsack(scores: torch.Tensor, costs: torch.Tensor, limit: float) -> list[in
     whole = math.isfinite(limit) and bool((costs == costs.round()).all())
     room = math.floor(limit) + 0.5 if whole else limit
     constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(weight, -np.inf, room / scale)]
+    if groups > 1:
+        of_group = np.repeat(np.arange(groups), variables // groups)
+        constraints.append(LinearConstraint((of_group == np.arange(groups)[:, None]) * (weight > 0), 1, np.inf))
     for _ in range(RETRIES):
         result = milp(
             -scores.numpy().ravel(),

@@ -7,6 +7,7 @@ any model learns. Width 0 is the mean alone.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -133,7 +134,63 @@ class Changes:
         return mean, (max(variance, 0.0) / max(rows - 1, 1)) ** 0.5
 
 
-class TruncatedModel:
+class Truncated(ABC):
+    """What a search by measured losses asks of a model that can be cut down.
+
+    Attributes:
+        context: of this rank.
+        fields: F, how many tables can be cut down.
+        rows: that are measured, on all ranks; ``own_rows`` of them on this one.
+    """
+
+    context: Context
+    fields: int
+    rows: int
+    own_rows: int
+
+    @abstractmethod
+    def calibrated(self, ranks: Sequence[int], precisions: Sequence[str] = ()) -> torch.Tensor:
+        """Loss ``[n]`` of each of this rank's rows with field f at rank ``ranks[f]``, stored at ``precisions[f]``.
+
+        It is that of ``scale * logit + shift``, with what fits best.
+        """
+
+    @abstractmethod
+    def metrics(self, ranks: Sequence[int], precisions: Sequence[str] = ()) -> dict[str, float]:
+        """AUC, logloss, accuracy and rows of the logits as they are, over the rows of all ranks."""
+
+    @abstractmethod
+    def knowing(self, fields: Sequence[int]) -> torch.Tensor:
+        """``[n]`` bool: this rank's rows that hold a value with an id of its own of each of these fields."""
+
+    @abstractmethod
+    def changes(
+        self,
+        choice: Sequence[int],
+        candidates: Sequence[int],
+        precisions: Sequence[str] = (),
+        tick: Callable[[int], None] = lambda rows: None,
+        known: bool = False,
+    ) -> Changes:
+        """What every change of one field does: ``choice [F]`` indices into ``candidates [T]``.
+
+        ``precisions [T]``: what each candidate is stored at; none for the training's own. ``tick`` is called now and
+        then with how many of this rank's rows were measured. ``known``: a field's candidates are compared on the rows
+        that hold a value of it with an id of its own, and on no others.
+        """
+
+    def paired(self, one: torch.Tensor, other: torch.Tensor, rows: torch.Tensor) -> tuple[float, float]:
+        """By how much losses ``one [n]`` lie above ``other`` on average over the rows ``[n]`` bool of all ranks, and
+        the standard error."""
+        difference = (one - other)[rows]
+        sums = torch.stack([difference.sum(), difference.square().sum(), rows.sum().double()])
+        total, squares, count = self.context.sum(sums).tolist()
+        mean = total / max(count, 1.0)
+        variance = max(squares / max(count, 1.0) - mean**2, 0.0)
+        return mean, (variance / max(count - 1, 1.0)) ** 0.5
+
+
+class TruncatedModel(Truncated):
     """Losses of truncations of one trained model on a fixed sample of rows.
 
     Every backbone of :class:`Backbone` is a sum over fields up to its first non-linearity, so changing one field costs
@@ -143,6 +200,7 @@ class TruncatedModel:
     def __init__(self, model: SubnetModel, sample: Sample, bases: Bases, context: Context) -> None:
         """On a sample of one class the AUC of :meth:`metrics` is NaN."""
         self.head, self.sample, self.bases, self.context = model.bare_head, sample, bases, context
+        self.fields, self.own_rows = sample.x.shape[0], len(sample.label)
         self.rows = int(context.sum(torch.tensor([float(len(sample.label))], device=context.device).double()))
         # A dropped field takes its values' weights along, but for their mean, as for the embedding's.
         self.mean_values = context.sum(sample.values.double().sum(0)).div(self.rows).float()
@@ -164,25 +222,18 @@ class TruncatedModel:
         return torch.cat(parts)
 
     def metrics(self, ranks: Sequence[int], precisions: Sequence[str] = ()) -> dict[str, float]:
-        """AUC, logloss, accuracy and rows of :meth:`logits`, over the rows of all ranks."""
         logits, labels = self.context.gather(self.logits(ranks, precisions)), self.context.gather(self.sample.label)
         return score(logits.cpu(), labels.cpu())
 
     def calibrated(self, ranks: Sequence[int], precisions: Sequence[str] = ()) -> torch.Tensor:
-        """Loss ``[n]`` of each of this rank's rows under :meth:`logits`, behind the scale and shift that fit best."""
         own = self.logits(ranks, precisions)
         scale, shift = calibration(own, self.sample.label, self.context)
         return _losses(scale * own + shift, self.sample.label).double()
 
-    def paired(self, one: torch.Tensor, other: torch.Tensor, rows: torch.Tensor) -> tuple[float, float]:
-        """By how much losses ``one [n]`` lie above ``other`` on average over the rows ``[n]`` bool of all ranks, and
-        the standard error."""
-        difference = (one - other)[rows]
-        sums = torch.stack([difference.sum(), difference.square().sum(), rows.sum().double()])
-        total, squares, count = self.context.sum(sums).tolist()
-        mean = total / max(count, 1.0)
-        variance = max(squares / max(count, 1.0) - mean**2, 0.0)
-        return mean, (variance / max(count - 1, 1.0)) ** 0.5
+    def knowing(self, fields: Sequence[int]) -> torch.Tensor:
+        if self.sample.known is None or not fields:
+            return torch.ones_like(self.sample.label, dtype=torch.bool)
+        return self.sample.known[list(fields)].all(0)
 
     @torch.no_grad()
     def changes(
@@ -193,11 +244,7 @@ class TruncatedModel:
         tick: Callable[[int], None] = lambda rows: None,
         known: bool = False,
     ) -> Changes:
-        """What every change of one field does: ``choice [F]`` indices into ``candidates [T]``.
-
-        ``precisions [T]``: what each candidate is stored at; none for the training's own. ``tick`` is called now and
-        then with how many of this rank's rows were measured. ``known``: a field's candidates are compared on the rows
-        that hold a value of it with an id of its own, and on no others.
+        """As :meth:`Truncated.changes` says.
 
         Losses are those of ``scale * logit + shift``, which fit the allocation itself best. A model that has learned
         too much by heart is too sure of itself: without that, each direction less would look like a gain.

@@ -30,3 +30,4 @@ def test_two_ranks_agree_with_each_other_and_with_one(
     assert both[0] == both[1]
     for key in ("widths", "blocks"):
         assert both[0].get(key) == alone.get(key)
+    assert [g["widths"] for g in both[0].get("groups", [])] == [g["widths"] for g in alone.get("groups", [])]

@@ -66,10 +66,10 @@ def test_every_stage_is_done_and_the_result_can_be_read(case: Case, searched: Ru
 
 @pytest.mark.parametrize("case", [n for n in sorted(METHODS) if Case(n, "").has_budget], indirect=True)
 def test_the_budget_is_held(case: Case, searched: Run) -> None:
-    for file in [searched.dir / "allocation.json", *(searched.dir / "allocations").glob("*.json")]:
-        found = Allocation.load(file, searched.schema)
-        most = float(BUDGET.rstrip("%")) / 100 * Allocation.uniform(searched.schema, 32).total("parameters")
-        assert 0 < found.total("parameters") <= most
+    found = [Allocation.load(file, searched.schema) for file in (searched.dir / "allocations").glob("*.json")]
+    most = float(BUDGET.rstrip("%")) / 100 * Allocation.uniform(searched.schema, 32).total("parameters")
+    for one in [read_found(searched, case.method), *found]:
+        assert 0 < one.total("parameters") <= most
 
 
 def test_the_same_seed_gives_the_same_run_and_a_done_one_is_left_alone(

@@ -1,13 +1,14 @@
 """Stage 2: group the rows by what they keep, and choose each group's widths (iHAS sections 3.4 and 3.5.2-3).
 
-Leaves ``groups.json``, ``groups/router.json``, ``groups/assignment/<split>.npy`` (uint8 per row, stored order) and
-``groups/group-K``, the rows of each group as an ordinary prepared data set. With one group: ``allocation.json``.
+Leaves ``groups.json``, ``groups/router.json``, ``groups/assignment/<split>.npy`` (uint8 per row, stored order),
+``groups/open.json`` and ``groups/group-K``, the rows of each group as an ordinary prepared data set. With one group:
+``allocation.json``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +33,28 @@ from embsearch_dist.schema import SPLITS, Schema
 from embsearch_dist.train.monitor import Monitor
 
 KEPT = "groups/kept.json"  # per group, 1 for each kept dimension of the search's tables
+OPEN = "groups/open.json"  # per group, in which share of its rows each dimension of the search's tables is open
 STATE = "groups/kmeans.json"  # of a clustering that is under way
 
 
-class GroupStage(Stage[IHASConfig]):
-    """Clusters, assigns, allocates, and writes each group's rows."""
+class RowGroupStage(Stage[IHASConfig]):
+    """Clusters, assigns, and writes each group's rows; the widths are for others to choose."""
 
     name = "groups"
     repeatable = True  # gates cost hours, groups minutes: another K or share to keep only clusters again
 
     def inputs(self, run: Run[IHASConfig]) -> dict[str, Any]:
-        search = run.config.search
-        own = {"search.name": search.name, "search.groups": dataclasses.asdict(search.groups)}
-        return {"schema": run.schema.fingerprint, "run.seed": run.config.run.seed, **own}
+        own = {"schema": run.schema.fingerprint, "run.seed": run.config.run.seed}
+        return {**own, "search.groups": dataclasses.asdict(run.config.search.groups)}
 
     def lacks(self, run: Run[IHASConfig]) -> str:
         """A group whose rows are gone or are others: reads what opening them would read."""
-        if not (run.dir / GROUPS).exists():
-            return ""
-        for k in range(len(GroupedAllocation.load(run.dir / GROUPS, run.schema).allocations)):
+        count = 0
+        if (run.dir / GROUPS).exists():
+            count = len(GroupedAllocation.load(run.dir / GROUPS, run.schema).allocations)
+        elif (run.dir / OPEN).exists():
+            count = len(read_open(run))
+        for k in range(count if count > 1 else 0):
             place = group_dir(run.dir, k)
             try:
                 identity(place, Schema.load(place))
@@ -69,34 +73,30 @@ class GroupStage(Stage[IHASConfig]):
             clustering.fit()
             assignment, sums, counts = clustering.settle()
             means = sums / counts[:, None].clamp(min=1)
-            widths = [widths_of(kept_of(m, search.groups.keep), run.schema, search.width) for m in means]
             shown = torch.stack([m.view(-1, search.width).mean(1) for m in means], 1)
-            groups = [f"group {k}" for k in range(len(widths))]
-            monitor.heatmap(0, "kept", shown.numpy(), run.schema.names, groups)
-            kept = [kept_of(m, search.groups.keep).int().tolist() for m in means]
-            run.context.first("writing what is kept", lambda: write_sealed(run.dir / KEPT, {"kept": kept}))
-            provenance = {"method": "ihas", "name": search.name, "seed": run.config.run.seed}
-            if len(widths) == 1:
-                allocation = Allocation(run.schema, widths[0], provenance)
-                run.context.first("writing allocation.json", lambda: allocation.save(run.dir / "allocation.json"))
-            else:
-                grouped = self._write(run, monitor, clustering, assignment, widths, provenance)
-                run.context.first("writing groups.json", lambda: grouped.save(run.dir / GROUPS))
-            for k, w in enumerate(widths):
-                chosen = "  ".join(f"{n}={w[n]}" for n in run.schema.names)
-                monitor.say(f"group {k}, {int(counts[k]):,} training rows: {chosen}")
-            monitor.say(f"next: {script('retrain')} --run {run.dir}")
+            monitor.heatmap(0, "kept", shown.numpy(), run.schema.names, [f"group {k}" for k in range(len(means))])
+            body = {"open": means.tolist()}
+            run.context.first("writing what is open", lambda: write_sealed(run.dir / OPEN, body))
+            if len(means) > 1:
+                self._write_rows(run, monitor, clustering, assignment, len(means))
+            self.allocate(run, monitor, means)
 
-    def _write(
+    def allocate(self, run: Run[IHASConfig], monitor: Monitor, means: torch.Tensor) -> None:
+        """Choose widths, once the rows are written.
+
+        Args:
+            means: ``[K, C]``, in which share of a group's training rows each dimension is open.
+        """
+
+    def _write_rows(
         self,
         run: Run[IHASConfig],
         monitor: Monitor,
         clustering: Clustering,
         assignment: dict[str, np.ndarray],
-        widths: list[dict[str, int]],
-        provenance: dict[str, object],
-    ) -> GroupedAllocation:
-        context, count = run.context, len(widths)
+        count: int,
+    ) -> None:
+        context = run.context
 
         def keep() -> None:
             folder = run.dir / "groups" / "assignment"
@@ -112,14 +112,79 @@ class GroupStage(Stage[IHASConfig]):
             for k in mine:
                 write_group(path, run.schema, assignment, k, group_dir(run.dir, k), left_out=clustering.left_out)
                 bar.update(1)
-        with context.together("reading the groups"):
-            rows = tuple(dict(Schema.load(group_dir(run.dir, k)).rows) for k in range(count))
-        for k, r in enumerate(rows):
-            monitor.scalars(k, {f"rows_{split}": r.get(split, 0) for split in SPLITS})
-        own = [Allocation(run.schema, w, {**provenance, "group": k}) for k, w in enumerate(widths)]
+        for k, rows in enumerate(rows_of(run, count)):
+            monitor.scalars(k, {f"rows_{split}": rows.get(split, 0) for split in SPLITS})
+
+
+class GroupStage(RowGroupStage):
+    """And chooses the widths of each group: the dimensions that are open in enough of its rows."""
+
+    def inputs(self, run: Run[IHASConfig]) -> dict[str, Any]:
+        return {**super().inputs(run), "search.name": run.config.search.name}
+
+    def allocate(self, run: Run[IHASConfig], monitor: Monitor, means: torch.Tensor) -> None:
+        search = run.config.search
+        kept = torch.stack([kept_of(m, search.groups.keep) for m in means])
+        widths = [widths_of(k, run.schema, search.width) for k in kept]
+        leave_widths(run, monitor, widths, kept, {"method": "ihas", "name": search.name, "seed": run.config.run.seed})
+
+
+def leave_widths(
+    run: Run,
+    monitor: Monitor,
+    widths: Sequence[Mapping[str, int]],
+    kept: torch.Tensor,
+    provenance: dict[str, object],
+    extra: int = 0,
+) -> None:
+    """Write the widths of each group as the result of a search: ``groups.json``, ``allocations/group-K.json`` and
+    ``groups/kept.json``; ``allocation.json`` where there is one group. All ranks call it.
+
+    Args:
+        kept: ``[K, C]`` bool: which dimensions of the search's tables each group keeps, as many as its widths say.
+        extra: columns beside the width (``ModelConfig.extra``), where they were counted.
+    """
+    context = run.context
+    body = {"kept": kept.int().tolist()}
+    context.first("writing what is kept", lambda: write_sealed(run.dir / KEPT, body))
+    if len(widths) == 1:
+        allocation = Allocation(run.schema, dict(widths[0]), provenance, extra)
+        context.first("writing allocation.json", lambda: allocation.save(run.dir / "allocation.json"))
+        rows: tuple[dict[str, int], ...] = (dict(run.schema.rows),)
+    else:
+        own = [Allocation(run.schema, dict(w), {**provenance, "group": k}, extra) for k, w in enumerate(widths)]
+        rows = rows_of(run, len(widths))
+        grouped = GroupedAllocation(run.schema, tuple(own), rows, provenance)
         for k, a in enumerate(own):
             context.first("writing an allocation", a.save, run.dir / f"allocations/group-{k}.json")
-        return GroupedAllocation(run.schema, tuple(own), rows, provenance)
+        context.first("writing groups.json", lambda: grouped.save(run.dir / GROUPS))
+    for k, (w, r) in enumerate(zip(widths, rows, strict=True)):
+        chosen = "  ".join(f"{n}={w[n]}" for n in run.schema.names)
+        monitor.say(f"group {k}, {r.get('train', 0):,} training rows: {chosen}")
+    monitor.say(f"next: {script('retrain')} --run {run.dir}")
+
+
+def rows_of(run: Run, count: int) -> tuple[dict[str, int], ...]:
+    """Rows of each of ``count`` groups by split, as their data sets say."""
+    found: tuple[dict[str, int], ...] = ()
+    with run.context.together("reading the groups"):
+        found = tuple(dict(Schema.load(group_dir(run.dir, k)).rows) for k in range(count))
+    return found
+
+
+def read_open(run: Run) -> torch.Tensor:
+    """``[K, C]`` float64: in which share of each group's rows each dimension of the search's tables is open.
+
+    Raises:
+        UserError: the rows are not grouped yet, or the file is damaged.
+    """
+    path = run.dir / OPEN
+    body = read_sealed(path, "Run search.py again")
+    try:
+        columns = len(run.schema.fields) * run.config.search.width
+        return torch.tensor(body["open"], dtype=torch.float64).view(-1, columns)
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        raise UserError(f"{path}: does not say what the groups keep open ({e!r}). Run search.py again") from e
 
 
 class Clustering:
@@ -237,7 +302,7 @@ def _save(path: Path, groups: np.ndarray) -> None:
 
 def _clear(directory: Path) -> None:
     """Drop what an earlier clustering found, so that its result cannot be taken for this one's."""
-    for name in (GROUPS, "allocation.json", ROUTER, KEPT):
+    for name in (GROUPS, "allocation.json", ROUTER, KEPT, OPEN):
         (directory / name).unlink(missing_ok=True)
 
 

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
+from embsearch_dist.allocation import Allocation
 from embsearch_dist.config.read import load_config
 from embsearch_dist.config.sections import Config
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_sealed
 from embsearch_dist.grouped import GROUPS, GroupedAllocation, group_dir
-from embsearch_dist.methods.ihas.config import IHASConfig
 from embsearch_dist.methods.ihas.gates_stage import load_gates
 from embsearch_dist.methods.ihas.groups_stage import KEPT
 from embsearch_dist.methods.ihas.routed_model import ROUTERS, RoutedModel, evaluate_routed, is_data_of, open_router
@@ -56,7 +56,7 @@ def open_search(directory: Path, config: Config, schema: Schema, context: Contex
         if home is None:
             raise UserError(f"{directory} belongs to no search of groups: no directory above it has {ROUTER}")
         check_text(home / "config.yaml")
-        found = load_config({"ihas": IHASConfig}, home / "config.yaml", [])
+        found = load_config({config.method: type(config.search)}, home / "config.yaml", [])
         found.run.dir, found.run.overwrite = str(home), False
         found.data, found.dist = copy.copy(config.data), copy.copy(config.dist)
     return Run(found, schema, context)
@@ -91,9 +91,11 @@ def retrain_groups(
             )
     make = partial(open_retraining, config, search.schema, grouped, directory)
     open_shared(context, directory, "opening the run directory", make)
-    begins = (
-        _begins(search, grouped) if config.search.groups.inherit else [lambda task: None] * len(grouped.allocations)
-    )
+    begins: Sequence[Begin] = [lambda task: None] * len(grouped.allocations)
+    if config.search.groups.inherit:
+        with context.together("reading what the groups keep"):
+            kept = read_kept(search, grouped)
+        begins = begins_with(search, kept)
     for k in range(len(grouped.allocations)):
         _train_group(search, config, grouped, directory, k, begins[k])
         gc.collect()  # what DDP and TorchRec build refers to itself, and would stay beside the next group
@@ -173,22 +175,39 @@ def _train_group(
     group: int,
     begin: Begin,
 ) -> None:
-    context, own, rows = search.context, own_directory(directory, group), group_dir(search.dir, group)
+    context, own = search.context, own_directory(directory, group)
+    run = open_group(search, config, group, own)
+    allocation = grouped.allocations[group]
+    make = partial(open_retraining, run.config, run.schema, allocation, own)
+    open_shared(context, own, "opening the directory of a group", make)
+    if context.rank == 0:
+        count, n = len(grouped.allocations), run.schema.rows["train"]
+        print(f"group {group}, one of {count}: {n:,} training rows ({grouped.share(group):.1%})", flush=True)
+    train_on(run, allocation, begin)
+
+
+def train_on(run: Run, allocation: Allocation, begin: Begin) -> None:
+    """Train a model of an allocation on the rows of one group, to its early stop, in the run's directory."""
+    train = run.config.train
+    training = run.stream("train", train.batch_size, shuffle=True)
+    validation = run.stream("validation", train.eval_batch_size, shuffle=False)
+    retrain(run.config, allocation, training, validation, run.context, run.dir, begin=begin)
+
+
+def open_group(search: Run, config: Config, group: int, directory: Path) -> Run:
+    """A run on the rows of one group of a search, with its directory.
+
+    Raises:
+        UserError: the rows are missing, or are not those of the search's data.
+    """
+    rows = group_dir(search.dir, group)
     # Rows that are gone must not be made up.
     data = dataclasses.replace(config.data, path=str(rows), make="")
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(own)), data=data)
-    with context.together("reading a group"):
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(directory)), data=data)
+    schema = search.schema
+    with search.context.together("reading a group"):
         schema = _schema_of(rows, search)
-    allocation = grouped.allocations[group]
-    make = partial(open_retraining, config, schema, allocation, own)
-    open_shared(context, own, "opening the directory of a group", make)
-    run = Run(config, schema, context)
-    if context.rank == 0:
-        count, n = len(grouped.allocations), schema.rows["train"]
-        print(f"group {group}, one of {count}: {n:,} training rows ({grouped.share(group):.1%})", flush=True)
-    training = run.stream("train", config.train.batch_size, shuffle=True)
-    validation = run.stream("validation", config.train.eval_batch_size, shuffle=False)
-    retrain(config, allocation, training, validation, context, own, begin=begin)
+    return Run(config, schema, search.context)
 
 
 def _schema_of(rows: Path, search: Run) -> Schema:
@@ -205,10 +224,12 @@ def _schema_of(rows: Path, search: Run) -> Schema:
     return schema
 
 
-def _begins(search: Run, grouped: GroupedAllocation) -> list[Begin]:
-    """For each group what sets its tables to the columns it keeps of the search's (``search.groups.inherit``)."""
-    with search.context.together("reading what the groups keep"):
-        kept = read_kept(search, grouped)
+def begins_with(search: Run, kept: Sequence[Mapping[str, torch.Tensor]]) -> list[Begin]:
+    """For each group what sets its tables to the columns it keeps of the search's (``search.groups.inherit``).
+
+    Args:
+        kept: of each group field -> the columns.
+    """
     base = load_gates(search).model
 
     def begin(columns: Mapping[str, torch.Tensor]) -> Begin:

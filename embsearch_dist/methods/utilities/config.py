@@ -14,15 +14,11 @@ BASES = ("sensitivity", "variance")
 
 
 @dataclass
-class UtilitiesConfig:
-    """Width utilities: no supernet; what the fields of one widest model lose when they are cut down."""
+class MeasuredSearch:
+    """How the losses of a widest model that is cut down are measured, and which widths they are to pay for."""
 
-    name: str = option("utilities", "name of this search's result among the allocations of the run directory")
     candidates: list[int] = option([0, 2, 4, 8, 16, 32], "candidate widths, ascending; a leading 0 may drop fields")
     width: int = option(32, "width of every field of the model that is trained and cut down", low=1)
-    utility: str = option(
-        "loss", "loss (measured on validation rows) | saliency (first order, of one backward pass)", choices=UTILITIES
-    )
     basis: str = option(
         "variance", "directions of a field: by variance (plain PCA) | sensitivity (of the logit)", choices=BASES
     )
@@ -45,13 +41,26 @@ class UtilitiesConfig:
     seed: int = option(0, "seed of the drawn rows, beside run.seed, which the training shares", low=0)
     budget: str = option("", BUDGET_HELP)
     precision: str = option("", PRECISION_HELP)
-    pareto: list[str] = option([], "further budgets to derive allocations for, e.g. [20%, 40%, 80%]")
 
     def check(self) -> None:
         check_candidates(self.candidates)
         check_precision(self.precision)
-        measured = self.utility == "loss" or self.precision != MIXED
-        require(measured, "search.precision", "mixed needs search.utility loss: it measures what rounding costs")
         widest, width = self.candidates[-1], self.width
         require(widest <= width, "search.width", f"must be at least the widest candidate ({widest}), got {width}")
+
+
+@dataclass
+class UtilitiesConfig(MeasuredSearch):
+    """Width utilities: no supernet; what the fields of one widest model lose when they are cut down."""
+
+    name: str = option("utilities", "name of this search's result among the allocations of the run directory")
+    utility: str = option(
+        "loss", "loss (measured on validation rows) | saliency (first order, of one backward pass)", choices=UTILITIES
+    )
+    pareto: list[str] = option([], "further budgets to derive allocations for, e.g. [20%, 40%, 80%]")
+
+    def check(self) -> None:
+        super().check()
+        measured = self.utility == "loss" or self.precision != MIXED
+        require(measured, "search.precision", "mixed needs search.utility loss: it measures what rounding costs")
         require(bool(self.name) and "/" not in self.name, "search.name", f"must be a plain word, got {self.name!r}")

@@ -11,9 +11,17 @@ from embsearch_dist.allocation import Allocation, cost
 from embsearch_dist.methods.budget import Budget, cost_table, knapsack, total_cost
 from embsearch_dist.methods.found import Point, budget_told, budgets, describe, write_points
 from embsearch_dist.methods.stages import Stage
-from embsearch_dist.methods.truncated import Changes, TruncatedModel, logit_gram, principal, sensitive
-from embsearch_dist.methods.utilities.config import UtilitiesConfig
+from embsearch_dist.methods.truncated import (
+    Changes,
+    Truncated,
+    TruncatedModel,
+    logit_gram,
+    principal,
+    sensitive,
+)
+from embsearch_dist.methods.utilities.config import MeasuredSearch, UtilitiesConfig
 from embsearch_dist.methods.widest import Moments, load_widest, sample_of
+from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.precision import MIXED, row_bytes, served
 from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
@@ -58,22 +66,26 @@ def supported(changes: Changes, evidence: float, held: torch.Tensor | None = Non
     return worth
 
 
-def choose(worth: torch.Tensor, costs: torch.Tensor, limit: float | None) -> list[int]:
+def choose(worth: torch.Tensor, costs: torch.Tensor, limit: float | None, groups: int = 1) -> list[int]:
     """The candidates ``[F]`` of the highest summed worth whose cost is at most ``limit``; of equal worth the cheapest.
 
     Args:
         worth: ``[F, T]``, not falling along T.
         costs: ``[F, T]``, rising along T.
+        groups: F counts the fields of each, group by group, and each keeps at least one.
     """
     bound = float(costs[:, -1].sum()) if limit is None else limit
-    choice = knapsack(worth * (SCALE / max(float(worth.max()), 1e-30)), costs, bound)
+    choice = knapsack(worth * (SCALE / max(float(worth.max()), 1e-30)), costs, bound, groups)
     for f, j in enumerate(choice):
         while j > 0 and worth[f, j - 1] >= worth[f, j]:
             j -= 1
         choice[f] = j
-    if total_cost(choice, costs) == 0:  # all dropped is no model
-        order = sorted(range(len(choice)), key=lambda f: (-float(worth[f, 1]), float(costs[f, 1])))
-        choice[next(f for f in order if float(costs[f, 1]) <= bound)] = 1
+    own = len(choice) // groups
+    for fields in (range(k * own, (k + 1) * own) for k in range(groups)):
+        if not any(costs[f, choice[f]] for f in fields):  # all dropped is no model
+            room = bound - total_cost(choice, costs)
+            order = sorted(fields, key=lambda f: (-float(worth[f, 1]), float(costs[f, 1])))
+            choice[next(f for f in order if float(costs[f, 1]) <= room)] = 1
     return choice
 
 
@@ -134,7 +146,7 @@ class Option:
     precision: str = ""
 
 
-def options_of(config: UtilitiesConfig, extra: int) -> list[Option]:
+def options_of(config: MeasuredSearch, extra: int) -> list[Option]:
     """What is searched: the candidate widths; with ``precision: mixed`` each at int8 and at int4, cheapest row first.
 
     Of two whose rows cost the same the first counts unless there is evidence for the other: the narrower one, and of
@@ -148,8 +160,9 @@ def options_of(config: UtilitiesConfig, extra: int) -> list[Option]:
 
 @dataclass
 class Searcher:
-    """Searches of one widest model; budgets share what was measured.
+    """Searches of one widest model, or of one for each group of rows; budgets share what was measured.
 
+    ``model``: of several ``groups`` all of them as one, whose fields are the tables of group 0, then of group 1, ...;
     ``salient``: see :meth:`TruncatedModel.saliency`, None to measure losses; ``held``: see :func:`supported`;
     ``trained``: the model on training rows, None where nothing is spent by them;
     ``extra``: columns of a kept field's table beside its width (``ModelConfig.extra``); ``tick``: see
@@ -157,12 +170,13 @@ class Searcher:
     """
 
     schema: Schema
-    config: UtilitiesConfig
-    model: TruncatedModel
+    config: MeasuredSearch
+    model: Truncated
     salient: torch.Tensor | None = None
     held: torch.Tensor | None = None
-    trained: TruncatedModel | None = None
+    trained: Truncated | None = None
     extra: int = 0
+    groups: int = 1
     measured: dict[tuple[int, ...], Changes] = field(default_factory=dict)
     tick: Callable[[int], None] = lambda rows: None
 
@@ -184,7 +198,7 @@ class Searcher:
         if self.salient is not None:
             summed = torch.nn.functional.pad(self.salient.cumsum(1), (1, 0))
             return summed[:, self.config.candidates] - summed[:, self.config.candidates[:1]]
-        widest = [len(self.options) - 1] * len(self.schema.fields)
+        widest = [len(self.options) - 1] * self.model.fields
         return supported(self.around(widest), self.config.evidence, self.held)
 
     def find(self, budget: Budget | None) -> list[int]:
@@ -229,11 +243,8 @@ class Searcher:
 
     def _speaking(self, choice: Sequence[int], other: Sequence[int]) -> torch.Tensor:
         """``[n]`` bool: this rank's rows that can tell two allocations apart: they know all fields that differ."""
-        sample = self.model.sample
         differing = [f for f, (a, b) in enumerate(zip(choice, other, strict=True)) if a != b]
-        if self.config.judge == "all" or sample.known is None or not differing:
-            return torch.ones_like(sample.label, dtype=torch.bool)
-        return sample.known[differing].all(0)
+        return self.model.knowing(differing if self.config.judge == "known" else [])
 
     def _losses(self, choice: Sequence[int]) -> torch.Tensor:
         """Of this rank's measured rows ``[n]``."""
@@ -242,20 +253,21 @@ class Searcher:
     def _choose(self, worths: list[torch.Tensor], costs: torch.Tensor, limit: float | None) -> list[int]:
         # One rank decides: all have the same figures, but perhaps not the same solver, and must measure the same.
         context = self.model.context
-        return context.share(choose(torch.stack(worths).mean(0), costs, limit) if context.rank == 0 else [])
+        worth = torch.stack(worths).mean(0)
+        return context.share(choose(worth, costs, limit, self.groups) if context.rank == 0 else [])
 
     def costs(self, budget: Budget | None) -> torch.Tensor:
         """``[F, T]``: what each option costs, in the budget's unit; without one parameters, or bytes as served."""
         if not self.precisions:
             resource = budget.resource if budget else "parameters"
-            return cost_table(self.schema, self.widths, resource, self.extra)
+            return cost_table(self.schema, self.widths, resource, self.extra).repeat(self.groups, 1)
         resource = budget.resource if budget else served(MIXED)
         own = [served(o.precision or "int8") if resource == served(MIXED) else resource for o in self.options]
         rows = [
             [cost(r, f.cardinality, w, self.extra) for r, w in zip(own, self.widths, strict=True)]
             for f in self.schema.fields
         ]
-        return torch.tensor(rows, dtype=torch.float64)
+        return torch.tensor(rows, dtype=torch.float64).repeat(self.groups, 1)
 
     def ranks(self, choice: Sequence[int]) -> list[int]:
         return [self.widths[j] for j in choice]
@@ -270,27 +282,41 @@ class Searcher:
 
 def make_searcher(run: Run[UtilitiesConfig]) -> Searcher:
     """Load the widest model, take the directions of its fields and look the measured rows up."""
-    config = run.config.search
-    model, context = load_widest(run).model, run.context
-    basis = sample_of(run, model, "train", config.basis_rows, config.seed)
+    config, model = run.config.search, load_widest(run).model
+    truncated, trained = cut_down(run, model, config.rows, config.basis_rows)
+    if config.utility == "saliency":
+        return Searcher(run.schema, config, truncated, truncated.saliency(model), extra=run.config.model.extra)
+    return by_losses(run, truncated, trained)
+
+
+def by_losses(run: Run, measured: Truncated, trained: Truncated, groups: int = 1) -> Searcher:
+    """A search of ``measured`` by its losses; ``trained``: the same on training rows. The run's section is a
+    :class:`MeasuredSearch`."""
+    config: MeasuredSearch = run.config.search
+    held = None if config.candidates[0] else held_by_training(trained, config)
+    spending = trained if config.spend else None
+    return Searcher(run.schema, config, measured, None, held, spending, run.config.model.extra, groups)
+
+
+def cut_down(run: Run, model: SubnetModel, rows: int, basis_rows: int) -> tuple[TruncatedModel, TruncatedModel]:
+    """A trained widest model on about ``rows`` validation rows, and on the about ``basis_rows`` training rows that the
+    directions of its fields are taken from. The run's section is a :class:`MeasuredSearch`."""
+    config: MeasuredSearch = run.config.search
+    context = run.context
+    basis = sample_of(run, model, "train", basis_rows, config.seed)
     moments = Moments(len(run.schema.fields), config.width, context.device)
     for piece in basis.pieces(8192):
         moments.add(piece.x)
     moments.sum(context)
     bases = principal(moments) if config.basis == "variance" else sensitive(moments, logit_gram(model, basis, context))
-    truncated = TruncatedModel(model, sample_of(run, model, "validation", config.rows, config.seed), bases, context)
-    if config.utility == "saliency":
-        return Searcher(run.schema, config, truncated, truncated.saliency(model), extra=run.config.model.extra)
-    trained = TruncatedModel(model, basis, bases, context)
-    held = None if config.candidates[0] else held_by_training(trained, config)
-    spending = trained if config.spend else None
-    return Searcher(run.schema, config, truncated, None, held, spending, run.config.model.extra)
+    truncated = TruncatedModel(model, sample_of(run, model, "validation", rows, config.seed), bases, context)
+    return truncated, TruncatedModel(model, basis, bases, context)
 
 
-def held_by_training(model: TruncatedModel, config: UtilitiesConfig) -> torch.Tensor:
+def held_by_training(model: Truncated, config: MeasuredSearch) -> torch.Tensor:
     """``[F]``: what the first width above 0 saves on training rows against none, all other fields being whole."""
     narrow = [*[o.width for o in options_of(config, 0)[:2]], config.width]
-    changes = model.changes([2] * model.sample.x.shape[0], narrow)
+    changes = model.changes([2] * model.fields, narrow)
     return changes.more[:, 0] - changes.more[:, 1]
 
 
@@ -311,7 +337,7 @@ class UtilitiesStage(Stage[UtilitiesConfig]):
                 f"{searcher.model.rows:,} validation rows, by {config.utility}"
             )
             points: list[Point] = []
-            rows, rounds = len(searcher.model.sample.label), config.rounds if config.utility == "loss" else 0
+            rows, rounds = searcher.model.own_rows, config.rounds if config.utility == "loss" else 0
             with monitor.progress(rows * (1 + rounds * len(wanted)), "rows") as bar:
                 searcher.tick = bar.update
                 columns = [f"{o.width} {o.precision}".strip() for o in searcher.options]
@@ -332,7 +358,7 @@ class UtilitiesStage(Stage[UtilitiesConfig]):
             "name": name,
             "seed": run.config.run.seed,
             "search_seed": searcher.config.seed,
-            "utility": searcher.config.utility,
+            "utility": run.config.search.utility,
             **budget_told(budget, searcher.config.precision),
             **{f"truncated_{k}": metrics[k] for k in ("auc", "logloss")},
         }
