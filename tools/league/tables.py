@@ -157,11 +157,9 @@ def ranks(groups: Sequence[Group]) -> list[str]:
         "Blocks of whole data sets are independent, and few.",
         "",
     ]
-    for title, make in (("a data set and a budget", blocks_by_budget), ("a data set", blocks_by_data)):
+    for block, make in (("a data set and a budget", blocks_by_budget), ("a data set", blocks_by_data)):
         for figure, (name, higher) in FIGURES.items():
-            lines += _ranking(
-                f"A block is {title}, ranked by {name}, the mean over seeds", make(groups, figure), higher
-            )
+            lines += _ranking(f"By {name}, mean over seeds; a block is {block}", make(groups, figure), higher)
     return lines
 
 
