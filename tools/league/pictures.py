@@ -15,7 +15,7 @@ from tools.league.ranks import Ranking
 from tools.league.rows import UNIFORM, Group, Row
 from tools.league.tables import FIGURES, cost_of, ranking_of, stability_of
 
-MARKERS = "Do^vsPX*<>"  # with six colours thirty methods have looks of their own
+MARKERS = "Do^vsPXd<>"  # with six colours thirty methods have looks of their own
 SIZES = {"parameters": "embedding parameters", "served_int8_bytes": "bytes of all tables at int8"}
 SHORT = {"parameters": "parameters", "served_int8_bytes": "int8"}
 Look = tuple[str, str]  # colour and marker
@@ -52,7 +52,8 @@ def looks(theme: Theme, methods: Sequence[str]) -> dict[str, Look]:
 
 def draw_quality(theme: Theme, group: Group, size: str, look: dict[str, Look]) -> Figure:
     """AUC and logloss against a size; bars are one standard error over seeds, lines join the budgets of a method."""
-    fig = figure(4.6)
+    columns = 7
+    fig = figure(4.2 + 0.18 * math.ceil((len(group.methods) + 1) / columns))
     panels = fig.subplots(1, 2)
     for axes, key in zip(panels, FIGURES, strict=True):
         values: list[float] = []
@@ -66,7 +67,7 @@ def draw_quality(theme: Theme, group: Group, size: str, look: dict[str, Look]) -
         axes.margins(x=0.06, y=0.1)
         axes.yaxis.get_major_formatter().set_useOffset(False)
     handles, labels = panels[0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside upper left", ncols=7, frameon=False)
+    fig.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False)
     seeds = f"{len(group.seeds)} seeds" if len(group.seeds) > 1 else "one seed"
     fig.supxlabel(f"{group.title}, {seeds}", fontsize=8.5, color=theme.muted)
     return fig
@@ -84,7 +85,7 @@ def curve(
     if points:
         x, y, errors = zip(*sorted(points), strict=True)
         plain = label == UNIFORM
-        style = {"ls": "-" if plain else "--", "lw": 1.4 if plain else 0.9, "ms": 5, "mec": axes.get_facecolor()}
+        style = {"ls": "-" if plain else "--", "lw": 1.4 if plain else 0.9, "ms": 6.5, "mec": axes.get_facecolor()}
         axes.errorbar(x, y, yerr=errors, marker=marker, color=color, capsize=2, label=label, **style)
     return [p[0] for p in points]
 
@@ -95,11 +96,12 @@ def draw_costs(theme: Theme, groups: Sequence[Group]) -> Figure:
     means = {m: statistics.fmean(statistics.fmean(c[m]) for c in found.values() if m in c)
              for m in dict.fromkeys(m for c in found.values() for m in c)}  # fmt: skip
     methods = sorted(means, key=lambda m: -means[m])
-    fig = figure(1.3 + 0.27 * len(methods))
+    fig = figure(1.3 + (0.24 + 0.05 * len(found)) * len(methods))
     axes = fig.subplots()
-    for title, (color, marker) in looks(theme, list(found)).items():
-        costs = found[title]
-        own = [(statistics.fmean(costs[m]), k, deviation(costs[m])) for k, m in enumerate(methods) if m in costs]
+    for place, (title, (color, marker)) in enumerate(looks(theme, list(found)).items()):
+        costs, aside = found[title], 0.12 * ((len(found) - 1) / 2 - place)
+        here = [(costs[m], k + aside) for k, m in enumerate(methods) if m in costs]
+        own = [(statistics.fmean(values), at, deviation(values)) for values, at in here]
         if own:
             x, y, errors = zip(*own, strict=True)
             style = {"ls": "none", "ms": 6, "capsize": 2, "mec": theme.background}

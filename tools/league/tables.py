@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from embsearch_dist.errors import UserError
 from embsearch_dist.report.summary import percent
 from embsearch_dist.report.verdict import judge
 from tools.league.published import Order, published_section
@@ -13,15 +14,32 @@ from tools.league.ranks import Ranking, Stability, complete, rank, stability
 from tools.league.rows import UNIFORM, Group, Row, blocks_by_budget, blocks_by_data, widths_in
 from tools.studies.seeds import spread, with_deviation, with_error
 
+PARTS = ("quality", "cost", "stability", "ranks", "published")
 FIGURES = {"test_auc": ("test AUC", True), "test_logloss": ("test logloss", False)}
 
 
 def page(groups: Sequence[Group], orders: Sequence[Order]) -> str:
     """All tables."""
-    lines = ["# League", "", *provenance(groups), ""]
-    for group in groups:
-        lines += quality(group)
-    lines += [*costs(groups), *stabilities(groups), *ranks(groups), *published_section(groups, orders)]
+    return "# League\n\n" + sections(groups, orders, PARTS)
+
+
+def sections(groups: Sequence[Group], orders: Sequence[Order], wanted: Sequence[str]) -> str:
+    """Some of :data:`PARTS`, with where the figures are from above them.
+
+    Raises:
+        UserError: there is no such part.
+    """
+    made = {
+        "quality": lambda: [line for group in groups for line in quality(group)],
+        "cost": lambda: costs(groups),
+        "stability": lambda: stabilities(groups),
+        "ranks": lambda: ranks(groups),
+        "published": lambda: published_section(groups, orders),
+    }
+    for name in wanted:
+        if name not in made:
+            raise UserError(f"a league has no part {name!r}. Name some of {', '.join(PARTS)}")
+    lines = [*provenance(groups), "", *(line for name in wanted for line in made[name]())]
     return "\n".join(lines).rstrip() + "\n"
 
 
