@@ -11,8 +11,11 @@ import yaml
 
 from embsearch_dist.config.read import load_config
 from embsearch_dist.errors import UserError
+from embsearch_dist.schema import Schema
+from launch import prepare_arguments
 from tests.factories import CONFIGS
 from tools.league.plan import LEFT_OUT, ROOT, LeaguePlan, read_plan
+from tools.make import planted
 from tools.studies.compare_budgets import known
 
 SHIPPED = sorted((ROOT / "tools" / "tables").glob("league_*.yaml"))
@@ -81,6 +84,31 @@ def test_a_wrong_plan_is_told_with_its_key(keys: dict[str, object], message: str
         plan_of(tmp_path, **keys)
 
 
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_the_last_command_of_a_plan_prepares_data_where_its_runs_look_for_them(path: Path, tmp_path: Path) -> None:
+    out, data = tmp_path / "out", tmp_path / "data"
+    jobs = read_plan(path).preparation(out, data, "RAW")
+    for job in jobs:
+        assert (ROOT / job.script).exists()
+        if job.script == "launch/prepare.py":
+            args = prepare_arguments.parser("").parse_args([*job.arguments])
+            prepare_arguments.check(args)
+            assert args.out == data
+    assert jobs[-1].result == data / "schema.json" and str(data) in jobs[-1].arguments
+
+
+def test_planted_data_have_the_idle_fields_that_are_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, idle in (("none", []), ("two", ["20", "40"])):
+        assert planted.main(["--out", str(tmp_path / name), "--rows", "300", "--idle", *idle]) == 0
+    fields = Schema.load(tmp_path / "none").names
+    assert len(fields) == 10 and not any(n.startswith("idle") for n in fields)
+    assert set(Schema.load(tmp_path / "two").names) - set(fields) == {"idle0", "idle1"}
+    assert planted.main(["--out", str(tmp_path / "one"), "--idle", "1"]) == 2
+    assert "--idle 1: a field has at least 2 values" in capsys.readouterr().err
+
+
 def test_settings_become_words_of_the_comparison(tmp_path: Path) -> None:
     settings = {"utilities": {"search.candidates": [0, 4, 8], "search.evidence": 2.0}, "mde": {}}
     plan = plan_of(tmp_path, methods=["mde", "utilities"], settings=settings, extra={"train.epochs": 1})
@@ -103,6 +131,8 @@ def test_raw_data_and_prepared_data_are_asked_for_before_anything_runs(
     assert "no prepared data are there" in told("--plan", movielens, "--data", tmp_path)
     assert "--data is the data of one plan" in told("--plan", movielens, tiny, "--data", tmp_path)
     assert "two plans are of the data set tiny" in told("--plan", tiny, tiny)
+    (tmp_path / "bare.yaml").write_text(yaml.safe_dump(GOOD))
+    assert "x: the plan does not say how its data are prepared" in told("--plan", tmp_path / "bare.yaml")
     (tmp_path / "schema.json").write_text("{}")
     given = ["--plan", str(tiny), "--data", str(tmp_path), "--dry-run"]
     assert tool.main(["run", "--out", str(tmp_path / "out"), *given]) == 0

@@ -94,6 +94,14 @@ def test_ranks_name_who_is_left_out_and_what_the_tests_say() -> None:
     )
 
 
+def test_rounded_shares_put_no_uniform_width_outside_of_its_own_budget() -> None:
+    """Half of UES-32 is UES-16, though the first line's share, as written, makes UES-32 too small by 50 parameters."""
+    rows = [uniform(16, 0, 0.7, parameters=192_608, share_of_ues32="0.500000")]
+    rows = [line("a", "50%", 0, (1, 1), 0.7, parameters=3_800, share_of_ues32="0.009866"), *rows]
+    assert group(rows).within("50%") == "16" and group(rows).reference == 385_216
+    assert group(rows).within("49.9%") == ""
+
+
 def test_search_cost_and_stability_are_told_by_method() -> None:
     text = page(groups_of(small()), [])
     assert "In multiples of one training of UES-32 with the same seed" in text

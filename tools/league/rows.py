@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from embsearch_dist.errors import UserError
-from embsearch_dist.report.verdict import ROUNDING, Model
+from embsearch_dist.report.verdict import Model
 from tools.studies.budget_tables import COLUMNS, key_of, summarise
 
 LEAGUE_COLUMNS = ("data_set", *COLUMNS)
 UNIFORM = "uniform"
+ROUNDED = 1e-5  # a share of UES-32 as a CSV file has it
 Row = dict[str, Any]
 
 
@@ -66,7 +67,7 @@ class Group:
         fits = [
             (model.parameters, label)
             for (method, label), model in self.models.items()
-            if method == UNIFORM and share is not None and model.parameters <= share * self.reference * (1 + ROUNDING)
+            if method == UNIFORM and share is not None and model.parameters <= share * self.reference * (1 + ROUNDED)
         ]
         return max(fits)[1] if fits else ""
 
@@ -136,7 +137,8 @@ def groups_of(rows: Sequence[Row]) -> list[Group]:
         found.setdefault((row["data_set"], row["backbone"]), []).append({**row, "precision": ""})
     groups = []
     for (name, backbone), own in found.items():
-        reference = float(own[0]["parameters"]) / float(own[0]["share_of_ues32"])
+        largest = max(own, key=lambda r: float(r["share_of_ues32"]))  # shares are rounded to six places
+        reference = float(round(float(largest["parameters"]) / float(largest["share_of_ues32"])))
         groups.append(Group(name, backbone, tuple(own), summarise(own), reference))
     return groups
 

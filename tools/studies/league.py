@@ -112,13 +112,15 @@ def preparation(plan: LeaguePlan, args: argparse.Namespace) -> list[Job]:
     """The commands that make the data; none where they are there.
 
     Raises:
-        UserError: ``--data`` names no prepared data, or raw data are needed and not given.
+        UserError: ``--data`` names no prepared data, or data are needed and not given.
     """
     data = data_of(plan, args)
     if ready(data):
         return []
     if args.data is not None:
         raise UserError(f"--data {data}: no prepared data are there. Give the folder that prepare.py wrote")
+    if not plan.prepare:
+        raise UserError(f"{plan.data_set}: the plan does not say how its data are prepared. Give them (--data)")
     return plan.preparation(args.out / plan.data_set, data, args.raw)
 
 
