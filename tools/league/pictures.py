@@ -6,11 +6,12 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from embsearch_dist.report.style import Theme, figure, render, size_axis
+from embsearch_dist.report.style import Draw, Theme, figure, render, size_axis
 from tools.league.ranks import Ranking
 from tools.league.rows import UNIFORM, Group, Row
 from tools.league.tables import FIGURES, cost_of, ranking_of, stability_of
@@ -25,8 +26,8 @@ def draw_all(groups: Sequence[Group], out: Path) -> list[Path]:
     """Write every picture that the lines are enough for; gives the files."""
     names, methods = [], list(dict.fromkeys(m for g in groups for m in g.methods))
 
-    def write(name: str, draw: object) -> None:
-        render(name, draw, out)  # type: ignore[arg-type]
+    def write(name: str, draw: Draw) -> None:
+        render(name, draw, out)
         names.append(out / f"{name}.png")
 
     for group in groups:
@@ -85,7 +86,12 @@ def curve(
     if points:
         x, y, errors = zip(*sorted(points), strict=True)
         plain = label == UNIFORM
-        style = {"ls": "-" if plain else "--", "lw": 1.4 if plain else 0.9, "ms": 6.5, "mec": axes.get_facecolor()}
+        style: dict[str, Any] = {
+            "ls": "-" if plain else "--",
+            "lw": 1.4 if plain else 0.9,
+            "ms": 6.5,
+            "mec": axes.get_facecolor(),
+        }
         axes.errorbar(x, y, yerr=errors, marker=marker, color=color, capsize=2, label=label, **style)
     return [p[0] for p in points]
 
@@ -104,7 +110,7 @@ def draw_costs(theme: Theme, groups: Sequence[Group]) -> Figure:
         own = [(statistics.fmean(values), at, deviation(values)) for values, at in here]
         if own:
             x, y, errors = zip(*own, strict=True)
-            style = {"ls": "none", "ms": 6, "capsize": 2, "mec": theme.background}
+            style: dict[str, Any] = {"ls": "none", "ms": 6, "capsize": 2, "mec": theme.background}
             axes.errorbar(x, y, xerr=errors, marker=marker, color=color, label=title, **style)
     axes.axvline(1.0, color=theme.muted, lw=1.0)
     axes.set_xlim(left=0)
@@ -112,16 +118,16 @@ def draw_costs(theme: Theme, groups: Sequence[Group]) -> Figure:
     axes.set_ylim(-0.6, len(methods) - 0.4)
     references = sorted({r["cost_reference"] for g in groups for r in g.rows if r.get("cost_reference")})
     axes.set_xlabel(f"search of all budgets, in trainings of {' or '.join(references)}")
-    legend_for(fig, axes, found)
+    legend_for(fig, axes, list(found))
     return fig
 
 
-def legend_for(fig: Figure, axes: Axes, of: Sequence[str] | dict[str, object]) -> None:
+def legend_for(fig: Figure, axes: Axes, names: Sequence[str]) -> None:
     """A legend above the picture where it tells apart more than one; the single name as a title otherwise."""
-    if len(of) > 1:
+    if len(names) > 1:
         fig.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False)
     else:
-        axes.set_title(next(iter(of)))
+        axes.set_title(names[0])
 
 
 def deviation(values: Sequence[float]) -> float:

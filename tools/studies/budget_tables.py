@@ -91,8 +91,8 @@ def write_all(out: Path, models: Sequence[Trained], seeds: int) -> str:
     text = markdown(rows, compared, seeds)
     (out / "comparison.md").write_text(text)
     size = "embedding parameters" if measure.size == "parameters" else f"{measure.unit}, all tables"
-    models = list(compared.values())
-    render("comparison", lambda theme: draw(theme, models, "test", len(models) <= LABELLED, size), out)
+    shown = list(compared.values())
+    render("comparison", lambda theme: draw(theme, shown, "test", len(shown) <= LABELLED, size), out)
     return text
 
 
