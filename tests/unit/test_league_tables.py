@@ -13,7 +13,7 @@ from embsearch_dist.errors import UserError
 from tools.league.pictures import draw_all, looks
 from tools.league.published import Order, pairs_of, read_orders
 from tools.league.rows import Group, blocks_by_budget, blocks_by_data, groups_of, read_rows, widths_in, write_rows
-from tools.league.tables import page, quality, ranks
+from tools.league.tables import page, quality, ranks, winners
 
 VALUES = 110  # of both fields: user 100, movie 10
 
@@ -100,6 +100,17 @@ def test_rounded_shares_put_no_uniform_width_outside_of_its_own_budget() -> None
     rows = [line("a", "50%", 0, (1, 1), 0.7, parameters=3_800, share_of_ues32="0.009866"), *rows]
     assert group(rows).within("50%") == "16" and group(rows).reference == 385_216
     assert group(rows).within("49.9%") == ""
+
+
+def test_the_best_at_each_budget_and_who_is_level_with_it() -> None:
+    figures = {"a": (0.76, 0.78, 0.75), "b": (0.75, 0.79, 0.74), "c": (0.75, 0.77, 0.74)}
+    rows = [line(m, "50%", s, (4, 4), auc) for m, values in figures.items() for s, auc in enumerate(values)]
+    rows.append(line("a", "50%", 3, (4, 4), 0.9))  # a seed that the others lack
+    text = "\n".join(winners([group(rows)]))
+    # a - b: 0.01, -0.01, 0.01; a - c: 0.01 in each.
+    assert "| x, deepfm | 50% | a | 0.7633 +- 0.0153 | b (-0.0033, s.e. 0.0067) |" in text
+    one = [r for r in rows if r["seed"] == "0"]
+    assert "| x, deepfm | 50% | a | 0.7600 | one seed |" in "\n".join(winners([group(one)]))
 
 
 def test_search_cost_and_stability_are_told_by_method() -> None:

@@ -14,7 +14,7 @@ from tools.league.ranks import Ranking, Stability, complete, rank, stability
 from tools.league.rows import UNIFORM, Group, Row, blocks_by_budget, blocks_by_data, widths_in
 from tools.studies.seeds import spread, with_deviation, with_error
 
-PARTS = ("quality", "cost", "stability", "ranks", "published")
+PARTS = ("quality", "winners", "cost", "stability", "ranks", "published")
 FIGURES = {"test_auc": ("test AUC", True), "test_logloss": ("test logloss", False)}
 
 
@@ -31,6 +31,7 @@ def sections(groups: Sequence[Group], orders: Sequence[Order], wanted: Sequence[
     """
     made = {
         "quality": lambda: [line for group in groups for line in quality(group)],
+        "winners": lambda: winners(groups),
         "cost": lambda: costs(groups),
         "stability": lambda: stabilities(groups),
         "ranks": lambda: ranks(groups),
@@ -102,6 +103,48 @@ def against_budget(group: Group, method: str, label: str) -> str:
     own = {r["seed"]: float(r["test_auc"]) for r in group.of(method, label)}
     gains = [own[s] - uniform[s] for s in own if s in uniform]
     return f"{with_error(spread(gains), len(gains), '.4f')} UES-{width}"
+
+
+def winners(groups: Sequence[Group]) -> list[str]:
+    """Who is best at each budget, and who is level with it."""
+    lines = [
+        "## Best at each budget",
+        "",
+        "The highest mean test AUC over the seeds that all have, and the methods that are lower by no more than one "
+        "standard error of the difference, paired by seed. uniform is the widest uniform width that the budget holds.",
+        "",
+        "| data set | budget | best | test AUC | level with it |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for group in groups:
+        for budget in group.budgets:
+            auc = shared_auc(group, budget)
+            if auc:
+                best = max(auc, key=lambda m: statistics.fmean(auc[m]))
+                told = with_deviation(spread(auc[best]), ".4f")
+                lines.append(f"| {group.title} | {budget} | {best} | {told} | {level_with(best, auc)} |")
+    return [*lines, ""]
+
+
+def shared_auc(group: Group, budget: str) -> dict[str, list[float]]:
+    """Method -> test AUC of each seed that all methods of the budget have; empty where they share none."""
+    own = {m: {r["seed"]: float(r["test_auc"]) for r in group.at(m, budget)} for m in [*group.methods, UNIFORM]}
+    own = {m: by_seed for m, by_seed in own.items() if by_seed}
+    seeds = sorted(set.intersection(*(set(by_seed) for by_seed in own.values())))
+    return {m: [by_seed[s] for s in seeds] for m, by_seed in own.items()} if seeds else {}
+
+
+def level_with(best: str, auc: dict[str, list[float]]) -> str:
+    """The methods that are at most a standard error below the best one; one seed does not tell."""
+    if len(auc[best]) < 2:
+        return "one seed"
+    found = []
+    for method, values in auc.items():
+        mean, deviation = spread([b - v for b, v in zip(auc[best], values, strict=True)])
+        error = deviation / math.sqrt(len(values))
+        if method != best and mean <= error:
+            found.append(f"{method} ({-mean:+.4f}, s.e. {error:.4f})")
+    return ", ".join(found) or "none"
 
 
 def costs(groups: Sequence[Group]) -> list[str]:

@@ -17,7 +17,7 @@ trained model, with command, commit, seed and hardware. Of any other CSV file a 
 
 Tables of a league (tools/league/tables.py) come from one such file or several, whose data set may be named:
 
-    <!-- league DATA_SET=FILE.csv LEAGUE.csv: quality, cost, stability, ranks, published -->
+    <!-- league DATA_SET=FILE.csv LEAGUE.csv: quality, winners, cost, stability, ranks, published -->
     <!-- end -->
 """
 
