@@ -137,6 +137,16 @@ def test_tables_and_verdicts_come_from_what_is_finished(
     assert (tmp_path / "comparison.png").exists()
 
 
+def test_a_command_in_the_table_names_no_folder_of_the_machine(tool: ModuleType, tmp_path: Path) -> None:
+    words = (
+        f"python launch/retrain.py --config {CONFIG} --data.path={tmp_path}/data --run.dir={tmp_path}/out/seed0/models"
+    )
+    told = "python launch/retrain.py --config configs/synthetic/adass_deepfm.yaml --data.path=PREPARED"
+    assert importlib.import_module("tools.studies.budget_tables").portable(words, tmp_path / "out") == (
+        f"{told} --run.dir=OUT/seed0/models"
+    )
+
+
 def test_at_a_precision_bytes_and_figures_as_served_judge(
     tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

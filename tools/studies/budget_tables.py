@@ -21,7 +21,7 @@ from embsearch_dist.report.style import render
 from embsearch_dist.report.summary import percent
 from embsearch_dist.report.verdict import Model, compare_models, draw, judge
 from embsearch_dist.schema import Schema
-from tools.studies.jobs import recorded
+from tools.studies.jobs import ROOT, recorded
 
 COLUMNS = (
     "commit", "command", "seed", "hardware", "data", "backbone", "budget", "method", "widths", "parameters",
@@ -175,7 +175,8 @@ def as_served(told: dict[str, Any] | None) -> dict[str, Any]:
 
 def portable(command: str, out: Path) -> str:
     """A command without the folders of the machine it ran on."""
-    return re.sub(r"(--data\.path=)\S+", r"\1PREPARED", command.replace(str(out), "OUT"))
+    plain = command.replace(str(out), "OUT").replace(f"{ROOT}/", "")
+    return re.sub(r"(--data\.path=)\S+", r"\1PREPARED", plain)
 
 
 def best_validation(metrics: Path, step: int) -> dict[str, float]:
