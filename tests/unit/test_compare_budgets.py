@@ -37,7 +37,7 @@ def call(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, out: Path, *argument
 
 
 def searched(out: Path, seed: int, method: str, budget: str, widths: dict[str, int]) -> None:
-    folder = "adass" if method == "adass" else "widest"
+    folder = method if method in ("adass", "random") else "widest"
     name = method if budget == "20%" else f"{method}-{budget.replace('%', 'pct')}"
     Allocation(SCHEMA, widths).save(out / f"seed{seed}" / folder / "allocations" / f"{name}.json")
 
@@ -152,6 +152,16 @@ def test_tables_and_verdicts_come_from_what_is_finished(
     assert (tmp_path / "comparison.png").exists()
 
 
+def test_a_command_in_the_table_names_no_folder_of_the_machine(tool: ModuleType, tmp_path: Path) -> None:
+    words = (
+        f"python launch/retrain.py --config {CONFIG} --data.path={tmp_path}/data --run.dir={tmp_path}/out/seed0/models"
+    )
+    told = "python launch/retrain.py --config configs/synthetic/adass_deepfm.yaml --data.path=PREPARED"
+    assert importlib.import_module("tools.studies.budget_tables").portable(words, tmp_path / "out") == (
+        f"{told} --run.dir=OUT/seed0/models"
+    )
+
+
 def test_at_a_precision_bytes_and_figures_as_served_judge(
     tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,3 +195,41 @@ def test_a_comparison_of_nothing_and_wrong_arguments_are_told(
         call(tool, monkeypatch, tmp_path, "--methods", "truncation")
     with pytest.raises(SystemExit, match="--variants plain: write NAME:section.key=value"):
         call(tool, monkeypatch, tmp_path, "--variants", "plain")
+
+
+def test_a_shared_training_counts_in_full_for_each_search_that_needs_it(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Utilities ran first and trained the widest model, which took 30 of their 42 seconds; fdo found it there."""
+    found = {"utilities": FOUND, "fdo": {"f0": 5, "f1": 5, "f2": 4}, "random": {"f0": 4, "f1": 8, "f2": 8}}
+    for method, widths in found.items():
+        searched(tmp_path, 0, method, "20%", widths)
+        trained(tmp_path, 0, f"{method}-20pct", widths, 0.76)
+    trained(tmp_path, 0, "ues-4", dict.fromkeys(SCHEMA.names, 4), 0.75)
+    trained(tmp_path, 0, "ues-8", dict.fromkeys(SCHEMA.names, 8), 0.75)
+    write_json(tmp_path / "seed0" / "widest" / "widest" / "training.json", {"seconds": 30.0, "best_step": 1})
+    jobs = [("search-utilities", 42.0, False), ("search-fdo", 6.0, True), ("search-random", 5.0, None)]
+    jobs += [("ues-4", 16.0, None), ("ues-8", 20.0, None)]
+    lines = [
+        {"job": f"seed0-{j}", "seconds": s, "exit": 0, "commit": "abc", "command": "x", "found": f} for j, s, f in jobs
+    ]
+    (tmp_path / "logs").mkdir()
+    told = [{k: v for k, v in line.items() if v is not None} for line in lines]
+    (tmp_path / "logs" / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    call(tool, monkeypatch, tmp_path, "--only-tables", "--methods", "utilities,fdo,random", "--seeds", "1")
+    rows = {r["method"]: r for r in csv.DictReader((tmp_path / "comparison.csv").open())}
+    cost = {m: (r["search_seconds"], r["search_cost_seconds"], r["search_cost"]) for m, r in rows.items()}
+    assert cost["utilities"] == ("42.0", "42.0", "2.100")
+    assert cost["fdo"] == ("6.0", "36.0", "1.800")
+    assert cost["random"] == ("5.0", "5.0", "0.250")
+    assert (
+        cost["uniform"] == ("", "", "") and rows["fdo"]["cost_reference"] == "UES-8"
+    )  # the widest, as there is no UES-32
+    ours = rows["utilities"]
+    # 60 rows of 6 columns, 30 of 8, 10 of 2: rows of 16 bytes at int8, of 32, 32 and 16 bytes at fp32.
+    assert (ours["served_int8_bytes"], ours["served_fp32_bytes"]) == ("1600", str(60 * 32 + 30 * 32 + 10 * 16))
+    told[1].pop("found")  # a record of before
+    (tmp_path / "logs" / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    call(tool, monkeypatch, tmp_path, "--only-tables", "--methods", "utilities,fdo,random", "--seeds", "1")
+    rows = {r["method"]: r for r in csv.DictReader((tmp_path / "comparison.csv").open())}
+    assert (rows["fdo"]["search_cost"], rows["random"]["search_cost"]) == ("", "0.250")

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 
 from tools.studies.budget_tables import COLUMNS  # noqa: E402
-from tools.studies.results_tables import PAGES, filled  # noqa: E402
+from tools.studies.results_tables import filled, pages  # noqa: E402
 
 
 def write(path: Path, lines: list[dict[str, object]]) -> None:
@@ -63,8 +63,23 @@ def test_a_block_of_columns_shows_those_it_names(tmp_path: Path) -> None:
         filled(text.replace("rows,", "more,"), tmp_path)
 
 
+def test_a_league_block_shows_the_parts_that_it_names(tmp_path: Path) -> None:
+    more = {"data": "y 0f 9 training rows", "backbone": "deepfm"}
+    lines = [line(s, "uniform", 16, 1600, 0.70 + s / 1000) | more | {"budget": ""} for s in range(2)]
+    lines += [line(s, "utilities", 8, 1500, 0.72 + s / 1000) | more for s in range(2)]
+    write(tmp_path / "x.csv", lines)
+    text = "<!-- league my=x.csv: quality, stability -->\nold\n<!-- end -->\n"
+    made = filled(text, tmp_path)
+    assert "### my, deepfm" in made and "### Stability over seeds" in made
+    assert "Ranks" not in made and "old" not in made
+    assert "| utilities 50% | 2 | 1,500 | 47% |" in made and filled(made, tmp_path) == made
+    with pytest.raises(SystemExit, match="a league has no part 'speed'"):
+        filled(text.replace("stability", "speed"), tmp_path)
+
+
 def test_the_pages_of_this_repository_are_up_to_date() -> None:
-    for page in PAGES.glob("*.md"):
-        assert filled(page.read_text(), PAGES) == page.read_text(), (
+    assert {"search.md", "league.md"} <= {page.name for page in pages()}
+    for page in pages():
+        assert filled(page.read_text(), page.parent) == page.read_text(), (
             f"{page.name}: run python tools/studies/results_tables.py"
         )

@@ -26,7 +26,14 @@ ORDER: dict[str, list[str]] = {
     "Start": ["README.md", "docs/searches.md", "docs/running.md", "docs/config.md"],
     "Tutorials": [],
     "Data": ["docs/your_data.md", "docs/data.md", "docs/public_data.md", "docs/ids.md", "docs/object_stores.md"],
-    "Methods": ["docs/adass.md", "docs/utilities.md", "docs/width_table.md", "docs/ihas.md", "docs/nasrec.md"],
+    "Methods": [
+        "docs/adass.md",
+        "docs/utilities.md",
+        "docs/width_table.md",
+        "docs/league.md",
+        "docs/ihas.md",
+        "docs/nasrec.md",
+    ],
     "Use": ["docs/library.md", "docs/api.md", "docs/serving.md"],
     "Scale": [
         "docs/training.md",

@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from embsearch_dist.report.style import render
 from embsearch_dist.report.summary import percent
 from embsearch_dist.report.verdict import Model, compare_models, draw, judge
 from embsearch_dist.schema import Schema
-from tools.studies.jobs import recorded
+from tools.studies.jobs import ROOT, recorded
 
 COLUMNS = (
     "commit", "command", "seed", "hardware", "data", "backbone", "budget", "method", "widths", "parameters",
     "share_of_ues32", "validation_auc", "validation_logloss", "test_auc", "test_logloss", "search_seconds",
     "training_seconds", "precision", "served_bytes", "served_share_of_ues32", "served_auc", "served_logloss",
+    "served_fp32_bytes", "served_int8_bytes", "search_cost_seconds", "cost_reference", "search_cost",
 )  # fmt: skip
 BASELINES = ("fdo", "magnitude")
 LABELLED = 24  # models in the picture whose names have room
@@ -59,7 +60,8 @@ class Measure:
 class Trained:
     """A model of the comparison: its training's directory, and the names of the jobs that made it.
 
-    ``width``: of a uniform one, else 0. Its search found the widths of all budgets at once.
+    ``width``: of a uniform one, else 0. Its search found the widths of all budgets at once. ``shared``: the
+    ``training.json`` of a model that the searches of several methods begin with.
     """
 
     method: str
@@ -69,6 +71,7 @@ class Trained:
     job: str
     search: str
     width: int
+    shared: Path | None = None
 
 
 def write_all(out: Path, models: Sequence[Trained], seeds: int) -> str:
@@ -88,8 +91,8 @@ def write_all(out: Path, models: Sequence[Trained], seeds: int) -> str:
     text = markdown(rows, compared, seeds)
     (out / "comparison.md").write_text(text)
     size = "embedding parameters" if measure.size == "parameters" else f"{measure.unit}, all tables"
-    models = list(compared.values())
-    render("comparison", lambda theme: draw(theme, models, "test", len(models) <= LABELLED, size), out)
+    shown = list(compared.values())
+    render("comparison", lambda theme: draw(theme, shown, "test", len(shown) <= LABELLED, size), out)
     return text
 
 
@@ -99,8 +102,8 @@ def rows_of(out: Path, models: Sequence[Trained]) -> list[dict[str, Any]]:
     for m in models:
         result = json.loads((m.place / "evaluation.json").read_text())
         schema, training = Schema.load(m.place), json.loads((m.place / "training.json").read_text())
-        extra = Allocation.load(m.place / "allocation.json", schema).extra
-        reference = (REFERENCE_WIDTH + extra) * sum(schema.cardinalities)
+        allocation = Allocation.load(m.place / "allocation.json", schema)
+        reference = (REFERENCE_WIDTH + allocation.extra) * sum(schema.cardinalities)
         validation = best_validation(m.place / "metrics.jsonl", training["best_step"])
         job, search = jobs.get(m.job, {}), jobs.get(m.search, {})
         rows.append(
@@ -123,9 +126,38 @@ def rows_of(out: Path, models: Sequence[Trained]) -> list[dict[str, Any]]:
                 "search_seconds": search.get("seconds", ""),
                 "training_seconds": round(training["seconds"], 1),
                 **as_served(result.get("served")),
+                "served_fp32_bytes": allocation.total("served_fp32"),
+                "served_int8_bytes": allocation.total("served_int8"),
+                **(cost_of(m, models, jobs) if m.search else {}),
             }
         )
     return rows
+
+
+def cost_of(model: Trained, models: Sequence[Trained], jobs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The columns of what a model's search costs: seconds, and multiples of a training of a uniform width.
+
+    A stage that several methods share counts in full for each of them, whoever has run it: a method has to pay for it
+    where it is alone. The reference is the training of UES-32, or else of the widest uniform width, with the same seed.
+    Both are whole commands, start and evaluation included, on one thread. Empty where the records do not tell.
+    """
+    search = jobs.get(model.search, {})
+    if "seconds" not in search or (model.shared is not None and "found" not in search):
+        return {}
+    seconds = search["seconds"]
+    if model.shared is not None and search["found"]:
+        if not model.shared.exists():
+            return {}
+        seconds += json.loads(model.shared.read_text())["seconds"]
+    uniform = [m for m in models if m.method == "uniform" and m.seed == model.seed and "seconds" in jobs.get(m.job, {})]
+    if not uniform:
+        return {"search_cost_seconds": round(seconds, 1)}
+    reference = max(uniform, key=lambda m: (m.width == REFERENCE_WIDTH, m.width))
+    return {
+        "search_cost_seconds": round(seconds, 1),
+        "cost_reference": f"UES-{reference.width}",
+        "search_cost": f"{seconds / jobs[reference.job]['seconds']:.3f}",
+    }
 
 
 def as_served(told: dict[str, Any] | None) -> dict[str, Any]:
@@ -143,7 +175,8 @@ def as_served(told: dict[str, Any] | None) -> dict[str, Any]:
 
 def portable(command: str, out: Path) -> str:
     """A command without the folders of the machine it ran on."""
-    return re.sub(r"(--data\.path=)\S+", r"\1PREPARED", command.replace(str(out), "OUT"))
+    plain = command.replace(str(out), "OUT").replace(f"{ROOT}/", "")
+    return re.sub(r"(--data\.path=)\S+", r"\1PREPARED", plain)
 
 
 def best_validation(metrics: Path, step: int) -> dict[str, float]:

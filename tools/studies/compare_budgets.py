@@ -36,9 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from embsearch_dist.config.read import written
 from embsearch_dist.methods import METHODS
-from embsearch_dist.methods.widest import WidestStage
+from embsearch_dist.methods.widest import FOLDER, WidestStage
 from tools.studies.budget_tables import Trained, write_all
-from tools.studies.jobs import Job, run_all, shown
+from tools.studies.jobs import Job, Pace, run_all, shown
 
 USUAL = ("adass", "utilities", "fdo", "magnitude")
 RULES = ("fdo", "magnitude")  # of the method truncation
@@ -59,32 +59,36 @@ class Found:
         return f"{self.method}-{slug(self.budget)}"
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line; its arguments are what a :class:`Plan` is made of."""
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = found.add_argument
+    add("--config", type=Path, required=True, help="config of an adass search, or of another method")
+    add("--data", required=True, help="prepared data set")
+    add("--out", type=Path, required=True)
+    add("--budgets", default="10%,25%,50%,80%", help="as search.budget takes them")
+    add("--seeds", type=int, default=5)
+    add("--methods", default=",".join(USUAL), help=f"some of {', '.join(known())}; empty = none")
+    add("--widths", default="2,4,8,16,32", help="uniform widths")
+    add("--variants", nargs="*", default=[], help="NAME:key=value,... further sets of uniform widths")
+    add("--settings", nargs="*", default=[], help="METHOD:search.key=value,... of one search")
+    add("--extra", nargs="*", default=[], help="further overrides for all runs, section.key=value")
+    add("--precision", default="", help="fp32 | fp16 | int8 | int4: judge tables as served at it")
+    add("--jobs", type=int, default=2, help="runs side by side, one thread each")
+    add("--dry-run", action="store_true", help="print the commands and leave")
+    add("--only-tables", action="store_true", help="run nothing: tables of what is there")
+    return found
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="config of an adass search, or of another method")
-    parser.add_argument("--data", required=True, help="prepared data set")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--budgets", default="10%,25%,50%,80%", help="as search.budget takes them")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--methods", default=",".join(USUAL), help=f"some of {', '.join(known())}; empty = none")
-    parser.add_argument("--widths", default="2,4,8,16,32", help="uniform widths")
-    parser.add_argument("--variants", nargs="*", default=[], help="NAME:key=value,... further sets of uniform widths")
-    parser.add_argument("--settings", nargs="*", default=[], help="METHOD:search.key=value,... of one search")
-    parser.add_argument("--extra", nargs="*", default=[], help="further overrides for all runs, section.key=value")
-    parser.add_argument("--precision", default="", help="fp32 | fp16 | int8 | int4: judge tables as served at it")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands and leave")
-    parser.add_argument("--only-tables", action="store_true", help="run nothing: tables of what is there")
-    args = parser.parse_args()
+    args = parser().parse_args()
     plan = Plan(args)
-    first, second = plan.searches() + plan.uniforms(), plan.trainings()
     if args.dry_run:
-        for job in (job for chain in first + second for job in chain):
+        for job in plan.jobs():
             print(f"{job.name}: {shown(job)}")
         return
     if not args.only_tables:
-        run_all(first, args.out / "logs", args.jobs)
-        run_all(plan.trainings(), args.out / "logs", args.jobs)
+        plan.carry_out()
     print(write_all(args.out, plan.trained(), args.seeds))
 
 
@@ -110,6 +114,23 @@ class Plan:
         self.body: dict[str, Any] = written(args.config)
         if "adass" in self.methods and self.body.get("method") != "adass":
             raise SystemExit(f"--methods adass: {args.config} is a config of {self.body.get('method')}")
+
+    def jobs(self) -> list[Job]:
+        """All that is still to be run, searches first; trainings that may turn out to be the same are all here."""
+        return [job for chain in [*self.searches(), *self.uniforms(), *self.trainings()] for job in chain]
+
+    def carry_out(self) -> None:
+        """Run what is not finished, and say how much is left.
+
+        Raises:
+            SystemExit: a command failed; names its log.
+        """
+        logs, side_by_side = self.out / "logs", self.args.jobs
+        pace = Pace(self.jobs(), logs, side_by_side)
+        run_all(self.searches() + self.uniforms(), logs, side_by_side, pace)
+        found = self.trainings()
+        pace.keep([job for chain in found for job in chain])
+        run_all(found, logs, side_by_side, pace)
 
     def config_of(self, method: str) -> Path:
         """A file with the config's recipe and the search section of another method."""
@@ -161,6 +182,10 @@ class Plan:
         """Methods that cut the widest model down share one run directory, and so the model."""
         return self.out / f"seed{seed}" / ("widest" if cuts_widest(method) else method)
 
+    def shared(self, method: str, seed: int) -> Path | None:
+        """What the training of the widest model leaves, for the methods that share it."""
+        return self.search_dir(method, seed) / FOLDER / "training.json" if cuts_widest(method) else None
+
     def searches(self) -> list[list[Job]]:
         """A chain per seed and run directory. A search whose results are there is not started."""
         chains: dict[Path, list[Job]] = {}
@@ -174,7 +199,8 @@ class Plan:
                 own = [f"search.name={method}", f"search.budget={self.budgets[0]}", f"search.pareto={pareto}"]
                 arguments = ["--config", str(self.config_of(method)), *self.common(directory, seed)]
                 arguments += [f"--{x}" for x in [*own, *self.settings.get(method, [])]]
-                job = Job(f"seed{seed}-search-{method}", "launch/search.py", arguments, None)
+                name, shared = f"seed{seed}-search-{method}", self.shared(method, seed)
+                job = Job(name, "launch/search.py", arguments, None, shared=shared)
                 chains.setdefault(directory, []).append(job)
         return list(chains.values())
 
@@ -233,7 +259,8 @@ class Plan:
             for found in self.found(seed):
                 name, search = self.owner(found), f"seed{seed}-search-{found.method}"
                 place = self.place(seed, name)
-                models.append(Trained(found.method, found.budget, seed, place, f"seed{seed}-{name}", search, 0))
+                shared = self.shared(found.method, seed)
+                models.append(Trained(found.method, found.budget, seed, place, f"seed{seed}-{name}", search, 0, shared))
         return models
 
 

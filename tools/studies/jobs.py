@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
+import statistics
 import subprocess
 import sys
 import threading
@@ -28,7 +30,8 @@ _writing = threading.Lock()
 class Job:
     """One command: a script of launch/ or tools/ with its arguments; done when ``result`` exists.
 
-    Without a ``result`` it is always run: the script itself knows what is done. ``before`` is called first.
+    Without a ``result`` it is always run: the script itself knows what is done. ``before`` is called first. ``shared``
+    is a file that the command makes unless another one has: the record of a job says whether it was there (``found``).
     """
 
     name: str
@@ -36,6 +39,11 @@ class Job:
     arguments: Sequence[str]
     result: Path | None
     before: Callable[[], None] | None = None
+    shared: Path | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.result is not None and self.result.exists()
 
 
 def run_job(job: Job, log_dir: Path) -> float:
@@ -44,19 +52,21 @@ def run_job(job: Job, log_dir: Path) -> float:
     Raises:
         SystemExit: the command failed; names its log.
     """
-    if job.result is not None and job.result.exists():
+    if job.done:
         return 0.0
     if job.before is not None:
         job.before()
     log_dir.mkdir(parents=True, exist_ok=True)
     log = log_dir / f"{job.name}.log"
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    found = {} if job.shared is None else {"found": job.shared.exists()}
     started = time.monotonic()
     with log.open("w") as out:
         command = [sys.executable, "-W", "ignore", str(ROOT / job.script), *job.arguments]
         code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment).returncode
     seconds = time.monotonic() - started
     line = {"job": job.name, "seconds": round(seconds, 1), "exit": code, "commit": commit(), "command": shown(job)}
+    line |= found
     with _writing, (log_dir / RECORD).open("a") as record:
         record.write(json.dumps(line) + "\n")
     if code or (job.result is not None and not job.result.exists()):
@@ -81,23 +91,81 @@ def commit() -> str:
 
 
 def recorded(log_dir: Path) -> dict[str, dict[str, Any]]:
-    """Of every job that was run its last record, with the seconds of all its starts together."""
+    """Of every job that was run its last record, with the seconds of all its starts together; ``found`` where each
+    start has found what it shares."""
     found: dict[str, dict[str, Any]] = {}
     path = log_dir / RECORD
     for text in path.read_text().splitlines() if path.exists() else ():
         line = json.loads(text)
-        before = found.get(line["job"], {}).get("seconds", 0.0)
-        found[line["job"]] = {**line, "seconds": before + line["seconds"]}
+        before = found.get(line["job"], {})
+        found[line["job"]] = {**line, "seconds": before.get("seconds", 0.0) + line["seconds"]}
+        if "found" in line:
+            found[line["job"]]["found"] = before.get("found", True) and line["found"]
     return found
 
 
-def run_all(chains: Sequence[Sequence[Job]], log_dir: Path, jobs: int) -> None:
-    """Run chains of jobs, ``jobs`` chains side by side; the jobs of a chain one after another."""
+class Pace:
+    """How much of some work is done, and how long the rest may take, by the jobs that have ended.
+
+    A job takes as long as those of its kind (its name without the seed) have taken on average, in earlier starts of the
+    tool too; where none has ended, as long as those of its script.
+    """
+
+    def __init__(self, work: Sequence[Job], log_dir: Path, side_by_side: int) -> None:
+        self.side_by_side = side_by_side
+        self.total = len(work)
+        self.open = {job.name: job for job in work if not job.done}
+        self.lengths: dict[str, list[float]] = {}
+        for name, line in recorded(log_dir).items():
+            if not line["exit"]:
+                self._learn(name, line["command"].split()[1], line["seconds"])
+
+    def _learn(self, name: str, script: str, seconds: float) -> None:
+        for kind in (kind_of(name), script):
+            self.lengths.setdefault(kind, []).append(seconds)
+
+    def keep(self, work: Sequence[Job]) -> None:
+        """Of what is open only these jobs are left: the others turned out to be the same as one of them."""
+        left = {job.name for job in work}
+        self.open = {name: job for name, job in self.open.items() if name in left}
+
+    def ended(self, job: Job, seconds: float) -> str:
+        """``3 of 28 done, about 12 min left``; ``seconds`` is 0 where nothing was run."""
+        with _writing:
+            self.open.pop(job.name, None)
+            if seconds:
+                self._learn(job.name, job.script, seconds)
+            told = f"{self.total - len(self.open)} of {self.total} done"
+            return told + (f", {left}" if (left := self.left()) else "")
+
+    def left(self) -> str:
+        """``about 12 min left``; empty where nothing is, or no job like one of the open ones has ended yet."""
+        each = [self.lengths.get(kind_of(j.name)) or self.lengths.get(j.script) for j in self.open.values()]
+        if not each or not all(each):
+            return ""
+        seconds = sum(statistics.fmean(lengths) for lengths in each if lengths) / min(self.side_by_side, len(each))
+        return (
+            f"about {seconds / 3600:.1f} h left" if seconds > 5400 else f"about {max(1, round(seconds / 60))} min left"
+        )
+
+
+def kind_of(name: str) -> str:
+    """What jobs of all seeds have in common: ``seed3-ues-16`` -> ``ues-16``."""
+    return re.sub(r"-?seed\d+-?", "", name)
+
+
+def run_all(chains: Sequence[Sequence[Job]], log_dir: Path, jobs: int, pace: Pace | None = None) -> None:
+    """Run chains of jobs, ``jobs`` chains side by side; the jobs of a chain one after another.
+
+    Prints a line as each job ends, with how much of the work is done: of these jobs, or of those that ``pace`` knows.
+    """
+    told = pace or Pace([job for chain in chains for job in chain], log_dir, jobs)
 
     def work(chain: Sequence[Job]) -> None:
         for job in chain:
             seconds = run_job(job, log_dir)
-            print(f"{job.name}: {'there' if not seconds else f'{seconds:.0f} s'}", flush=True)
+            took = f"{seconds:.0f} s" if seconds else "there"
+            print(f"{job.name}: {took} ({told.ended(job, seconds)})", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
         for done in [pool.submit(work, chain) for chain in chains]:

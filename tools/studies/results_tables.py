@@ -1,4 +1,4 @@
-"""Write the tables of docs/results from the CSV files beside them.
+"""Write the tables of docs/results, and of docs/league.md, from CSV files.
 
     python tools/studies/results_tables.py            rewrite every table that its CSV has outgrown
     python tools/studies/results_tables.py --check    change nothing; exit code 1 and the names of stale pages
@@ -9,11 +9,16 @@ A page says where a table goes:
     ... what stands here is replaced ...
     <!-- end -->
 
-FILE.csv lies beside the page and is the comparison.csv of tools/studies/compare_budgets.py: a line per trained model,
-with command, commit, seed and hardware. ``<!-- backbones FILE.csv -->`` does the same with backbones.csv of
+FILE.csv is seen from the folder of the page. It is the comparison.csv of tools/studies/compare_budgets.py: a line per
+trained model, with command, commit, seed and hardware. ``<!-- backbones FILE.csv -->`` does the same with backbones.csv of
 tools/studies/compare_backbones.py. Of any other CSV file a block shows the columns that it names:
 
     <!-- columns FILE.csv: column, column, ... -->
+    <!-- end -->
+
+Tables of a league (tools/league/tables.py) come from one such file or several, whose data set may be named:
+
+    <!-- league DATA_SET=FILE.csv LEAGUE.csv: quality, winners, cost, stability, ranks, published -->
     <!-- end -->
 """
 
@@ -28,11 +33,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from embsearch_dist.errors import UserError  # noqa: E402
+from tools.league.published import read_orders  # noqa: E402
+from tools.league.rows import groups_of, read_rows  # noqa: E402
+from tools.league.tables import sections  # noqa: E402
 from tools.studies import compare_backbones  # noqa: E402
 from tools.studies.budget_tables import markdown, summarise  # noqa: E402
 
 PAGES = ROOT / "docs" / "results"
 COLUMNS = re.compile(r"(<!-- columns (\S+\.csv): ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+LEAGUE = re.compile(r"(<!-- league ([^>:]+): ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCK = re.compile(r"(<!-- (comparison|backbones) (\S+\.csv) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -41,7 +51,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="change nothing")
     check = parser.parse_args().check
     stale = []
-    for page in sorted(PAGES.glob("*.md")):
+    for page in pages():
         before = page.read_text()
         after = filled(before, page.parent)
         if after != before:
@@ -52,6 +62,11 @@ def main() -> None:
     sys.exit(int(check and bool(stale)))
 
 
+def pages() -> list[Path]:
+    """All pages that may have such blocks."""
+    return [*sorted(PAGES.glob("*.md")), PAGES.parent / "league.md"]
+
+
 def filled(text: str, folder: Path) -> str:
     """The text of a page with each of its blocks made anew from the CSV file it names, in ``folder``.
 
@@ -59,8 +74,24 @@ def filled(text: str, folder: Path) -> str:
         SystemExit: a file is missing or has no line.
     """
     made = {"comparison": table_of, "backbones": backbones_of}
+    text = LEAGUE.sub(lambda found: f"{found[1]}{league_of(folder, found[2], found[3])}{found[4]}", text)
     text = BLOCK.sub(lambda found: f"{found[1]}{made[found[2]](folder / found[3])}{found[4]}", text)
     return COLUMNS.sub(lambda found: f"{found[1]}{columns_of(folder / found[2], found[3])}{found[4]}", text)
+
+
+def league_of(folder: Path, files: str, parts: str) -> str:
+    """Some tables of a league.
+
+    Raises:
+        SystemExit: a file is missing or no part has such a name.
+    """
+    named = [file.rpartition("=") for file in files.split()]
+    try:
+        groups = groups_of(read_rows([(name, folder / path) for name, _, path in named]))
+        text = sections(groups, read_orders(), [part.strip() for part in parts.split(",")])
+    except UserError as e:
+        raise SystemExit(str(e)) from e
+    return re.sub(r"^## ", "### ", text, flags=re.MULTILINE)  # below a heading of the page
 
 
 def lines_of(path: Path) -> list[dict[str, str]]:

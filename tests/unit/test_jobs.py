@@ -1,0 +1,75 @@
+"""Jobs of the studies: how much is left, what a record says, and that nothing runs twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tools.studies.jobs import Job, Pace, kind_of, recorded, run_all
+
+SCRIPT = "tools/tiny.py"
+
+
+def job(name: str, result: Path | None = None, script: str = SCRIPT) -> Job:
+    return Job(name, script, [], result)
+
+
+def record(folder: Path, *lines: dict[str, object]) -> Path:
+    folder.mkdir(exist_ok=True)
+    body = [{"exit": 0, "command": f"python {SCRIPT}", **x} for x in lines]
+    (folder / "jobs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in body))
+    return folder
+
+
+def test_a_job_takes_as_long_as_its_kind_has_taken_and_else_as_its_script(tmp_path: Path) -> None:
+    logs = record(tmp_path / "logs", {"job": "seed0-ues-4", "seconds": 600.0}, {"job": "seed0-mde", "seconds": 60.0})
+    work = [job(n) for n in ("seed0-ues-4", "seed1-ues-4", "seed1-mde", "seed1-pep")]
+    pace = Pace(work, logs, 1)
+    # 600 for another ues-4, 60 for another mde, and 330 for what has not ended yet: 990 s.
+    assert pace.ended(work[0], 0.0) == "1 of 4 done, about 16 min left"
+    assert Pace(work[1:], logs, 2).left() == "about 8 min left"  # two side by side
+    assert pace.ended(work[1], 1200.0) == "2 of 4 done, about 11 min left"  # 60 s, and (600 + 60 + 1200) / 3
+    pace.keep([work[2]])
+    assert pace.ended(work[2], 60.0) == "4 of 4 done"
+
+
+def test_the_time_left_is_not_told_before_a_job_like_the_others_has_ended(tmp_path: Path) -> None:
+    work = [job("seed0-a"), job("seed0-b", script="launch/other.py"), job("seed1-b", script="launch/other.py")]
+    pace = Pace(work, tmp_path, 2)
+    assert pace.ended(work[0], 60.0) == "1 of 3 done"
+    assert pace.ended(work[1], 7200.0) == "2 of 3 done, about 2.0 h left"
+
+
+def test_what_is_there_counts_as_done_and_failures_teach_no_length(tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    there.touch()
+    logs = record(tmp_path / "logs", {"job": "seed0-b", "seconds": 9000.0, "exit": 1})
+    pace = Pace([job("seed0-a", there), job("seed0-b")], logs, 1)
+    assert pace.left() == "" and list(pace.open) == ["seed0-b"]
+    assert kind_of("seed12-ues-16") == "ues-16" and kind_of("deepfm-8-seed0") == "deepfm-8"
+
+
+def test_seconds_of_all_starts_are_added_and_found_means_that_each_has_found(tmp_path: Path) -> None:
+    lines = [("a", 10.0, False), ("a", 5.0, True), ("b", 1.0, True), ("b", 2.0, True)]
+    logs = record(tmp_path / "logs", *({"job": j, "seconds": s, "found": f} for j, s, f in lines))
+    found = recorded(logs)
+    assert (found["a"]["seconds"], found["a"]["found"]) == (15.0, False)
+    assert (found["b"]["seconds"], found["b"]["found"]) == (3.0, True)
+
+
+def test_a_job_runs_once_and_its_record_says_whether_it_found_what_it_shares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tools.studies.jobs.ROOT", tmp_path)
+    (tmp_path / "make.py").write_text("import pathlib, sys\npathlib.Path(sys.argv[1]).touch()\n")
+    shared = tmp_path / "shared"
+    jobs = [Job(f"seed0-{n}", "make.py", [str(p)], p, shared=shared) for n, p in (("x", shared), ("y", tmp_path / "y"))]
+    run_all([jobs], tmp_path / "logs", 1)
+    assert [recorded(tmp_path / "logs")[j.name]["found"] for j in jobs] == [False, True]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("seed0-x: 0 s (1 of 2 done, about 1 min left)") and "(2 of 2 done)" in lines[1]
+    run_all([jobs], tmp_path / "logs", 1)
+    assert capsys.readouterr().out.splitlines()[0] == "seed0-x: there (2 of 2 done)"
+    assert len((tmp_path / "logs" / "jobs.jsonl").read_text().splitlines()) == 2
