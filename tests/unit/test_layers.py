@@ -16,7 +16,7 @@ LAYERS = [  # from the ground up; what stands in one line does not know each oth
     {"precision", "written", "doctor"},
     {"files"},
     {"rundir"},
-    {"config", "schema"},
+    {"config", "schema", "kept_values"},
     {"allocation"},
     {"grouped"},
     {"kernels"},

@@ -10,8 +10,8 @@ A page says where a table goes:
     <!-- end -->
 
 FILE.csv is seen from the folder of the page. It is the comparison.csv of tools/studies/compare_budgets.py: a line per
-trained model, with command, commit, seed and hardware. ``<!-- backbones FILE.csv -->`` does the same with backbones.csv of
-tools/studies/compare_backbones.py. Of any other CSV file a block shows the columns that it names:
+trained model, with command, commit, seed and hardware. ``<!-- backbones FILE.csv -->`` does the same with backbones.csv
+of tools/studies/compare_backbones.py. Of any other CSV file a block shows the columns that it names:
 
     <!-- columns FILE.csv: column, column, ... -->
     <!-- end -->
