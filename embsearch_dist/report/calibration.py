@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from embsearch_dist.report import page
 from embsearch_dist.report.page import Cell, Section
-from embsearch_dist.report.runs import Result
+from embsearch_dist.report.result import Result
 from embsearch_dist.report.style import Theme, figure, render, short
 from embsearch_dist.report.summary import Comparison, Row, Spread, display_name
 

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from embsearch_dist.report import page, plots
 from embsearch_dist.report.page import Cell, Section
 from embsearch_dist.report.plots import Curve
-from embsearch_dist.report.runs import Group, Result, Run, series
+from embsearch_dist.report.result import Result
+from embsearch_dist.report.runs import Group, Run, series
 from embsearch_dist.report.style import Theme, figure, render, short
 from embsearch_dist.report.summary import Comparison, display_name, percent
 from embsearch_dist.schema import SPLITS, Schema

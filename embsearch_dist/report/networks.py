@@ -16,7 +16,8 @@ from embsearch_dist.report import network_plots as plots
 from embsearch_dist.report.network_plots import Mark, Population, populations, usage_of
 from embsearch_dist.report.page import Cell, Section
 from embsearch_dist.report.plots import Curve, curves
-from embsearch_dist.report.runs import Evolution, Network, Result, Run, series
+from embsearch_dist.report.result import Result
+from embsearch_dist.report.runs import Evolution, Network, Run, series
 from embsearch_dist.report.style import render, si
 from embsearch_dist.report.summary import Comparison, Row, auc_difference, display_name, percent, spearman
 

@@ -19,7 +19,17 @@ from embsearch_dist.networks.architecture import FORMAT, KIND, Architecture, rea
 from embsearch_dist.networks.canonical import key
 from embsearch_dist.networks.space import Space
 from embsearch_dist.networks.space import load as load_architecture
-from embsearch_dist.report.reading import config_text, differences_beside, read_lines, there, told_beside
+from embsearch_dist.report.reading import config_text, read_lines, there
+from embsearch_dist.report.result import (
+    AGAIN,
+    BY_OTHER_ROUTER,
+    NETWORK,
+    Result,
+    optional,
+    read_result,
+    split_seed,
+    whole,
+)
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.lines import compare_lines
 from embsearch_dist.written import knows
@@ -34,38 +44,8 @@ FILES = {
     "search/pareto.json": "the trade-off between size and quality among the scored subnets",
     "retrain": "retrained models and their test results",
 }
-NETWORK, SCORED = "architecture.json", "evolution.json"  # of a search for networks: its result, all it scored
+SCORED = "evolution.json"  # of a search for networks: all it scored
 OPTIONAL = ("truth.json", "stability.json", "evaluation.json", GROUPS, NETWORK, SCORED)
-BY_OTHER_ROUTER = "evaluation-fields.json"  # a routed model's result with a router that is not the search's
-AGAIN = "Give the command again that wrote it, or delete it"
-_SEED = re.compile(r"[-_]seed[-_]?(\d+)$")
-
-
-@dataclass
-class Result:
-    """One ``evaluation.json``: a retrained model measured on held-out data.
-
-    ``groups`` and ``router`` are those of a routed result: a model per group, and what sends a row to one.
-    ``served``: ``auc``, ``logloss``, ``bytes`` and ``ues32_bytes`` of tables at ``precision``, where it was measured.
-    ``told``: ``reliability`` and ``by_group``, where they were measured; ``differences``: to others on the same rows.
-    ``network`` is the key of the architecture behind the tables, where one was; ``rank`` its place in its search.
-    """
-
-    name: str
-    split: str
-    seed: int | None
-    numbers: dict[str, float]
-    widths: dict[str, int]
-    source: Path
-    groups: list[dict[str, Any]] = field(default_factory=list)
-    router: dict[str, Any] = field(default_factory=dict)
-    backbone: str = ""
-    network: str | None = None
-    rank: int | None = None
-    precision: str = ""
-    served: dict[str, float] = field(default_factory=dict)
-    told: dict[str, dict[str, Any]] = field(default_factory=dict)
-    differences: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -241,17 +221,17 @@ def load_run(directory: Path) -> Run:
         never.append("allocation.json")  # groups have widths of their own; who weighs rows chooses none
     _note_gone(run, [directory / n for n in (*FILES, *OPTIONAL)])
     run.missing = [name for name in run.missing if name not in never]
-    run.pareto = _optional(directory / "search" / "pareto.json")
-    run.truth = _optional(directory / "truth.json")
-    run.final = _optional(directory / "final.json")
-    run.stability = _optional(directory / "stability.json")
-    _load_result(run, directory)
+    run.pareto = optional(directory / "search" / "pareto.json")
+    run.truth = optional(directory / "truth.json")
+    run.final = optional(directory / "final.json")
+    run.stability = optional(directory / "stability.json")
+    _add_result(run, directory)
     if (directory / "retrain").is_dir():
         for sub in sorted(p for p in (directory / "retrain").iterdir() if p.is_dir()):
             _note_gone(run, [sub / n for n in ("evaluation.json", BY_OTHER_ROUTER)])
-            result = _load_result(run, sub)
-            _load_result(run, sub, BY_OTHER_ROUTER)
-            name, seed = (result.name, result.seed) if result else _split_seed(sub.name)
+            result = _add_result(run, sub)
+            _add_result(run, sub, BY_OTHER_ROUTER)
+            name, seed = (result.name, result.seed) if result else split_seed(sub.name)
             parts = sorted(sub.glob("group-*"), key=lambda p: (len(p.name), p.name))
             for part in (sub, *parts):
                 _note_gone(run, [part / "training.json"])
@@ -310,7 +290,7 @@ def _load_groups(run: Run) -> None:
     else:
         body = read_json(path)
         try:
-            run.groups = [Group(_whole(g["rows"]), _whole(g["widths"])) for g in body["groups"]]
+            run.groups = [Group(whole(g["rows"]), whole(g["widths"])) for g in body["groups"]]
             provenance = dict(body.get("provenance", {}))
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise UserError(f"{path}: not a grouped allocation ({e!r}). Run search.py again") from e
@@ -349,53 +329,10 @@ def _network(numbers: dict[str, Any], body: dict[str, Any], path: Path) -> Netwo
     return Network(architecture, str(numbers.get("key") or key(architecture)), kept)
 
 
-def _load_result(run: Run, directory: Path, file: str = "evaluation.json") -> Result | None:
-    path = directory / file
-    body = _optional(path)
-    if body is None:
-        return None
-    named, seed_in_name = _split_seed(str(body.get("name") or directory.name))
-    seed = body.get("seed", seed_in_name)
-    numbers = {
-        k: float(v) for k, v in body.items() if isinstance(v, int | float) and not isinstance(v, bool) and k != "seed"
-    }
-    if body.get("auc") is None and "auc_undefined" in body:
-        numbers["auc"] = math.nan  # rows of one class: shown as a dash
-    if "auc" not in numbers:
-        raise UserError(f'{path}: key "auc" is missing or not a number; evaluate that retrain again')
-    groups, router = body.get("groups") or [], body.get("router") or {}
-    if not isinstance(router, dict) or not isinstance(groups, list) or not all(isinstance(g, dict) for g in groups):
-        raise UserError(f'{path}: keys "groups" and "router" are not those of a routed model; evaluate it again')
-    if file == BY_OTHER_ROUTER:
-        named += f" (router: {router.get('kind', 'fields')})"
-    widths = _whole(body.get("widths") or {})
-    result = Result(named, str(body.get("split", "test")), seed, numbers, widths, path, groups, router)
-    result.backbone = str(body.get("backbone") or "")
-    result.told, result.differences = told_beside(body, path), differences_beside(path, result.split)
-    if isinstance(body.get("served"), dict):
-        result.precision = str(body["served"].get("precision"))
-        told = {k: math.nan if v is None else v for k, v in body["served"].items()}
-        result.served = {k: float(told[k]) for k in ("auc", "logloss", "bytes", "ues32_bytes") if k in told}
-    if (directory / NETWORK).exists() and result.backbone in ("", "nasrec"):
-        result.network = key(Architecture.load(directory / NETWORK))
-        ranks = {n.key: rank for rank, n in enumerate(run.networks, 1)}
-        result.rank = ranks.get(result.network)
-    run.results.append(result)
+def _add_result(run: Run, directory: Path, file: str = "evaluation.json") -> Result | None:
+    result = read_result(directory, file, {n.key: rank for rank, n in enumerate(run.networks, 1)})
+    run.results += [result] if result else []
     return result
-
-
-def _whole(numbers: dict[str, Any]) -> dict[str, int]:
-    return {str(k): int(v) for k, v in numbers.items()}
-
-
-def _split_seed(name: str) -> tuple[str, int | None]:
-    """``adass-seed3`` -> ``adass``, 3."""
-    match = _SEED.search(name)
-    return (name[: match.start()], int(match.group(1))) if match else (name, None)
-
-
-def _optional(path: Path) -> dict[str, Any] | None:
-    return read_sealed(path, AGAIN) if there(path) else None
 
 
 def _note_gone(run: Run, paths: Sequence[Path]) -> None:
@@ -406,6 +343,6 @@ def _note_gone(run: Run, paths: Sequence[Path]) -> None:
 def _compare(run: Run, directory: Path, marks: dict[str, Path]) -> None:
     """Note the curves that are not those that a finished stage or training has left; ``marks``: by stage."""
     for stage, path in marks.items():
-        body = _optional(path)
+        body = optional(path)
         if body is not None and body.get("state", "done") == "done":
             run.damaged += compare_lines(directory, stage, body.get("lines"))

@@ -9,7 +9,7 @@ from embsearch_dist.errors import script
 from embsearch_dist.precision import MIXED
 from embsearch_dist.report import page, verdict
 from embsearch_dist.report.page import Cell, Section
-from embsearch_dist.report.runs import Result
+from embsearch_dist.report.result import Result
 from embsearch_dist.report.style import render
 from embsearch_dist.report.summary import Comparison, Row, display_name, percent
 

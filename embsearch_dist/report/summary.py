@@ -8,7 +8,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from embsearch_dist.report.runs import Result, Run
+from embsearch_dist.report.result import Result
+from embsearch_dist.report.runs import Run
 
 # Two-sided 95% quantiles of Student's t by degrees of freedom; beyond them the normal one is close enough.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from embsearch_dist.allocation import REFERENCE_WIDTH
 from embsearch_dist.errors import script
-from embsearch_dist.report.runs import Result
+from embsearch_dist.report.result import Result
 from embsearch_dist.report.style import Theme, figure, label_points, short, size_axis
 from embsearch_dist.report.summary import Comparison, Row, display_name, percent
 

@@ -10,7 +10,8 @@ from embsearch_dist.files import write_sealed
 from embsearch_dist.report import history
 from embsearch_dist.report.following import commands
 from embsearch_dist.report.groups import differing_columns, found
-from embsearch_dist.report.runs import Group, Result, Retrain, Run, load_run
+from embsearch_dist.report.result import Result
+from embsearch_dist.report.runs import Group, Retrain, Run, load_run
 
 
 @pytest.mark.parametrize(
