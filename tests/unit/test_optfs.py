@@ -160,7 +160,7 @@ def test_budgets_count_rows_the_shared_ones_and_bits() -> None:
         kept = chosen_under(schema, ranking, 4, Budget("parameters", limit, ""), 0)
         assert cost_of_rows(schema, ranking.counts(kept), 4, "parameters", 0) <= limit
         more = cost_of_rows(schema, ranking.counts(kept + 1), 4, "parameters", 0)
-        assert kept == 14 or more > limit
+        assert kept == ranking.learned or more > limit  # shut ones stay out, whatever a budget holds
     check_one_value([("a", Budget("served_fp32", 2 * 16 + 2, "x"))], schema, 4, 0)
     with pytest.raises(UserError, match=r"does not hold a single value of field 'f2' \(9 values\)"):
         check_one_value([("a", None), ("b", Budget("served_fp32", 2 * 16 + 1, "x"))], schema, 4, 0)
@@ -174,7 +174,7 @@ def test_rare_junk_is_dropped_and_what_makes_the_clicks_is_kept(junk: Path, tmp_
         "search.training.epochs=6",
         "search.lr=0.03",
         "search.penalty=0.5",
-        "search.pareto=[1000]",
+        "search.pareto=[124]",
         "optim.embedding_lr=0.01",
     ]
     run = searched(junk, tmp_path, *words)
@@ -188,8 +188,8 @@ def test_rare_junk_is_dropped_and_what_makes_the_clicks_is_kept(junk: Path, tmp_
     mask = json.loads((tmp_path / "search" / "mask-optfs.json").read_text())
     assert mask["rows"]["item"] == [int(kept.sum()), len(kept)]
     assert mask["served_bytes"]["int8"] == found.total("served_int8") < mask["structured"]["served_bytes"]["int8"] / 3
-    tight = Allocation.load(tmp_path / "allocations" / "optfs-1000.json", run.schema)
-    assert 900 < tight.total("parameters") <= 1000 and tight.values["item"].mask[useful].sum() >= 18
+    tight = Allocation.load(tmp_path / "allocations" / "optfs-124.json", run.schema)
+    assert 100 < tight.total("parameters") <= 124 and tight.values["item"].mask[useful].sum() >= 15
 
 
 def test_it_cannot_find_that_narrow_tables_would_do(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_it_cannot_find_that_narrow_tables_would_do(tmp_path: Path) -> None:
     plan = Plan(pairs=(Pair(1, (24, 24), 3.0),), idle=(4,), main_effects=(), main_variance=0.0, zipf=0.0, intercept=0.0)
     make_synthetic(tmp_path / "data", 8000, plan=plan, quiet=True)
     words = ["search.width=8", "search.training.batch_size=256", "search.training.epochs=4", "search.budget=ues-2"]
-    words += ["train.epochs=6", "train.batch_size=256", "optim.embedding_lr=0.02"]
+    words += ["train.epochs=3", "train.batch_size=256", "optim.embedding_lr=0.02"]
     run = searched(tmp_path / "data", tmp_path / "run", *words)
     found = Allocation.load(tmp_path / "run" / "allocation.json", run.schema)
     narrow = Allocation.uniform(run.schema, 2)

@@ -19,8 +19,9 @@ Where this departs:
   :data:`~.gates.EVERY` steps). In the published code it goes through Adam with the clicks: Adam divides by the size of
   the gradient, so a gate that no batch looks up moves by a whole step for whatever small penalty there is.
   Here ``penalty`` is about four times the share of steps in which a value has to be met, and to help, to stay open.
-* A budget is met by a shift of the threshold: the values of the largest w that it holds, be that fewer or more than
-  those with ``w > 0``; ``learned_share`` says how many these are. The published code has no budget.
+* A budget is met by a higher threshold: of the values with ``w > 0`` those of the largest w that it holds. Values
+  whose gates are shut stay out where it would hold them too. ``learned_share`` says how many have ``w > 0``. The
+  published code has no budget.
 * A dropped value shares the row of the rare ones, which is trained; as published its embedding is zero.
 * The value's own weight in the linear part (``model.first_order value``) is gated too; the published DeepFM has none.
 * In a field of lists the gate is that of the mean of w over the ids of the list.

@@ -33,7 +33,7 @@ from embsearch_dist.train.monitor import Monitor
 class OptFSConfig(BudgetOptions):
     """OptFS: a gate for each value of each field, learned with the tables."""
 
-    width: int = option(32, "width of every field, in the search and in its result", low=1)
+    width: int = option(16, "width of every field, in the search and in its result; 16 as published", low=1)
     lr: float = option(1e-2, "learning rate of the gates", above=0)
     penalty: float = option(0.02, "lambda: weight of the sum of all gates; higher shuts more of them", low=0)
     tau: float = option(200.0, "of the last epoch; it grows from 1, and gates with it from soft to hard", low=1)
@@ -99,15 +99,16 @@ def cost_of_rows(schema: Schema, rows: Sequence[int], width: int, resource: str,
 
 
 def chosen_under(schema: Schema, ranking: Ranking, width: int, budget: Budget | None, extra: int) -> int:
-    """How many values are kept: the most that a budget holds (:func:`check_one_value`: at least one); without a budget
-    those with ``w > 0``, or the best one."""
+    """How many values are kept: those with ``w > 0``, or of them as many as a budget holds; at least one, which
+    :func:`check_one_value` has found room for."""
+    most = max(ranking.learned, 1)
     if budget is None:
-        return max(ranking.learned, 1)
+        return most
 
     def fits(kept: float) -> bool:
         return cost_of_rows(schema, ranking.counts(int(kept)), width, budget.resource, extra) <= budget.limit
 
-    return int(last_that_fits(range(len(ranking.order) + 1), fits))
+    return int(last_that_fits(range(most + 1), fits))
 
 
 def check_one_value(found: Sequence[tuple[str, Budget | None]], schema: Schema, width: int, extra: int) -> None:
