@@ -1,1 +1,1 @@
-"""Methods whose gates or choices held-out rows train: iHAS, AdaFS, AutoField, AutoDim, AutoEmb, ESAPN."""
+"""Methods whose gates or choices held-out rows train: iHAS, AdaFS, AutoField, AutoDim, AutoEmb, ESAPN, AutoSrh."""
