@@ -226,8 +226,8 @@ def _kept_picture(run: Run, runs: Sequence[Run], directory: Path) -> str:
     caption = "Colour: share of a field's columns that are open, mean over the rows of the group. "
     if texts:
         caption += (
-            "Number: the width the field gets, which is how many of its columns are open in enough rows "
-            "(search.groups.keep). "
+            "Number: the width the field gets; iHAS counts the columns that are open in enough rows "
+            "(search.groups.keep), ihas_widths measures what a width saves. "
         )
     caption += f"Fields stand in the order of the schema. {_label(run, runs)}"
     return page.picture(image, caption, "Kept per field and group")

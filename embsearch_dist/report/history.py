@@ -209,10 +209,10 @@ def _curve_caption(stage: str, networks: bool) -> str:
             "Training of tables and head: first with everything open, then with gates that choose, row by row, which "
             "columns pass. A step in the curves is where the gates set in; the bold line is the running median."
         )
-    if stage == "widest":
+    if stage.startswith("widest"):
         return (
-            "Training of the widest model, from which the widths were read off: one uniform width, and the recipe of "
-            "every retrained model. The bold line is the running median."
+            "Training of the widest model, of all rows or of a group's, from which the widths were read off: one "
+            "uniform width, and the recipe of every retrained model. The bold line is the running median."
         )
     return f"Stage {stage}: training loss (bold line: running median) and quality on validation data."
 

@@ -149,7 +149,7 @@ class Run:
     @property
     def without_policy(self) -> bool:
         """Whether there is no policy to show; a directory without a config tells it by the stages that ran."""
-        widest = any(line.get("stage") == "widest" for line in self.metrics)
+        widest = any(str(line.get("stage")).startswith("widest") for line in self.metrics)
         return widest or (self.method is not None and not self.method.policy)
 
     @property
@@ -207,13 +207,16 @@ def load_run(directory: Path) -> Run:
     _load_groups(run)
     _load_networks(run)
     run.metrics, bad = read_lines(directory / "metrics.jsonl")
-    widest, bad_widest = read_lines(directory / "widest" / "metrics.jsonl")
-    run.metrics += [{**line, "stage": "widest"} for line in widest]
-    bad += bad_widest
+    folders = [directory / "widest", *sorted((directory / "widest").glob("group-*"))]
+    for folder in folders:
+        lines, bad_lines = read_lines(folder / "metrics.jsonl")
+        run.metrics += [{**line, "stage": " ".join(folder.relative_to(directory).parts)} for line in lines]
+        bad += bad_lines
     run.heatmaps, bad_maps = read_lines(directory / "heatmaps.jsonl")
     run.skipped_lines = bad + bad_maps
     _compare(run, directory, {p.stem: p for p in sorted((directory / "stages").glob("*.json"))})
-    _compare(run, directory / "widest", {"retrain": directory / "widest" / "training.json"})
+    for folder in folders:
+        _compare(run, folder, {"retrain": folder / "training.json"})
     never = ["search/pareto.json"] * run.by_instance + ["metrics.jsonl", "heatmaps.jsonl"] * run.without_policy
     if run.by_network:
         never += ["allocation.json", "search/pareto.json", "heatmaps.jsonl"]

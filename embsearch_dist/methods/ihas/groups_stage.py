@@ -44,8 +44,8 @@ class RowGroupStage(Stage[IHASConfig]):
     repeatable = True  # gates cost hours, groups minutes: another K or share to keep only clusters again
 
     def inputs(self, run: Run[IHASConfig]) -> dict[str, Any]:
-        own = {"schema": run.schema.fingerprint, "run.seed": run.config.run.seed}
-        return {**own, "search.groups": dataclasses.asdict(run.config.search.groups)}
+        groups = {k: v for k, v in dataclasses.asdict(run.config.search.groups).items() if k != "keep"}
+        return {"schema": run.schema.fingerprint, "run.seed": run.config.run.seed, "search.groups": groups}
 
     def lacks(self, run: Run[IHASConfig]) -> str:
         """A group whose rows are gone or are others: reads what opening them would read."""
@@ -120,7 +120,8 @@ class GroupStage(RowGroupStage):
     """And chooses the widths of each group: the dimensions that are open in enough of its rows."""
 
     def inputs(self, run: Run[IHASConfig]) -> dict[str, Any]:
-        return {**super().inputs(run), "search.name": run.config.search.name}
+        search = run.config.search
+        return {**super().inputs(run), "search.name": search.name, "search.groups.keep": search.groups.keep}
 
     def allocate(self, run: Run[IHASConfig], monitor: Monitor, means: torch.Tensor) -> None:
         search = run.config.search
