@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import csv
 import importlib
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TextIO
 
 import pytest
 
@@ -44,18 +43,17 @@ def test_a_dry_run_lists_a_training_for_each_seed_width_and_backbone(
 def test_a_tiny_comparison_leaves_figures_with_their_origin_and_trains_nothing_twice(
     tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: Path, config: Path
 ) -> None:
-    plain, started = subprocess.run, []
+    started = []
 
-    def run(command: list[str], **keys: Any) -> subprocess.CompletedProcess[str]:
-        if command[0] != sys.executable:  # git
-            return plain(command, **keys)
+    def run(command: list[str], printed: TextIO, environment: dict[str, str]) -> tuple[int, float]:
         started.append(command[command.index("--name") + 1])
-        done = fork_script(Path(command[3]), command[4:], ROOT, keys["env"] | {"PYTHONPATH": str(ROOT)}, 120, tmp_path)
+        env = environment | {"PYTHONPATH": str(ROOT)}
+        done = fork_script(Path(command[3]), command[4:], ROOT, env, 120, tmp_path)
         assert done is not None
-        keys["stdout"].write(done.stdout + done.stderr)
-        return done
+        printed.write(done.stdout + done.stderr)
+        return done.returncode, 0.0
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr("tools.studies.jobs.run_command", run)
     out = tmp_path / "out"
     words = ["--config", config, "--data", data, "--out", out, "--widths", "2", "--seeds", "2", "--jobs", "1"]
     words += ["--backbones", "deepfm,dcnv2", "--extra", "train.steps=3", "run.threads=1"]

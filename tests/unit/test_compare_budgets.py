@@ -207,24 +207,31 @@ def test_a_shared_training_counts_in_full_for_each_search_that_needs_it(
         trained(tmp_path, 0, f"{method}-20pct", widths, 0.76)
     trained(tmp_path, 0, "ues-4", dict.fromkeys(SCHEMA.names, 4), 0.75)
     trained(tmp_path, 0, "ues-8", dict.fromkeys(SCHEMA.names, 8), 0.75)
-    write_json(tmp_path / "seed0" / "widest" / "widest" / "training.json", {"seconds": 30.0, "best_step": 1})
-    jobs = [("search-utilities", 42.0, False), ("search-fdo", 6.0, True), ("search-random", 5.0, None)]
-    jobs += [("ues-4", 16.0, None), ("ues-8", 20.0, None)]
-    lines = [
-        {"job": f"seed0-{j}", "seconds": s, "exit": 0, "commit": "abc", "command": "x", "found": f} for j, s, f in jobs
+    write_json(tmp_path / "seed0" / "widest" / "widest" / "training.json", {"seconds": 60.0, "best_step": 1})
+    # By the clock twice as long as on the processor: the machine did something else, too; of fdo three times.
+    jobs = [
+        ("search-utilities", 84.0, 42.0, False),
+        ("search-fdo", 18.0, 6.0, True),
+        ("search-random", 10.0, 5.0, None),
     ]
+    jobs += [("ues-4", 32.0, 16.0, None), ("ues-8", 40.0, 20.0, None)]
     (tmp_path / "logs").mkdir()
-    told = [{k: v for k, v in line.items() if v is not None} for line in lines]
+    told: list[dict[str, object]] = []
+    for name, seconds, processor, there in jobs:
+        line = {"job": f"seed0-{name}", "seconds": seconds, "cpu_seconds": processor, "exit": 0}
+        shared = {} if there is None else {"found": there, "shared": "seed0/widest/widest/training.json"}
+        told.append({**line, "commit": "abc", "command": "x", **shared})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (tmp_path / "logs" / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
     call(tool, monkeypatch, tmp_path, "--only-tables", "--methods", "utilities,fdo,random", "--seeds", "1")
     rows = {r["method"]: r for r in csv.DictReader((tmp_path / "comparison.csv").open())}
     cost = {m: (r["search_seconds"], r["search_cost_seconds"], r["search_cost"]) for m, r in rows.items()}
-    assert cost["utilities"] == ("42.0", "42.0", "2.100")
-    assert cost["fdo"] == ("6.0", "36.0", "1.800")
-    assert cost["random"] == ("5.0", "5.0", "0.250")
-    assert (
-        cost["uniform"] == ("", "", "") and rows["fdo"]["cost_reference"] == "UES-8"
-    )  # the widest, as there is no UES-32
+    assert cost["utilities"] == ("84.0", "42.0", "2.100")
+    assert cost["fdo"] == ("18.0", "36.0", "1.800")
+    assert cost["random"] == ("10.0", "5.0", "0.250")
+    assert {r["cost_clock"] for m, r in rows.items() if m != "uniform"} == {"processor"}
+    assert cost["uniform"] == ("", "", "")
+    assert rows["fdo"]["cost_reference"] == "UES-8"  # the widest, as there is no UES-32
     ours = rows["utilities"]
     # 60 rows of 6 columns, 30 of 8, 10 of 2: rows of 16 bytes at int8, of 32, 32 and 16 bytes at fp32.
     assert (ours["served_int8_bytes"], ours["served_fp32_bytes"]) == ("1600", str(60 * 32 + 30 * 32 + 10 * 16))

@@ -154,10 +154,12 @@ def costs(groups: Sequence[Group]) -> list[str]:
     if not methods:
         return ["## Search cost", "", "No file tells what the searches cost.", ""]
     references = sorted({r["cost_reference"] for g in groups for r in g.rows if r.get("cost_reference")})
+    clocks = sorted({r["cost_clock"] for g in groups for r in g.rows if r.get("cost_clock")})
     lines = [
         "## Search cost",
         "",
-        f"In multiples of one training of {' or '.join(references)} with the same seed; whole commands, wall time. A "
+        f"In multiples of one training of {' or '.join(references)} with the same seed; whole commands, "
+        f"{' or '.join(clocks)} time. A "
         "search is that of all budgets of a data set together. A model that several methods begin with counts in full "
         "for each of them.",
         "",

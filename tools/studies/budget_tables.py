@@ -27,9 +27,11 @@ COLUMNS = (
     "commit", "command", "seed", "hardware", "data", "backbone", "budget", "method", "widths", "parameters",
     "share_of_ues32", "validation_auc", "validation_logloss", "test_auc", "test_logloss", "search_seconds",
     "training_seconds", "precision", "served_bytes", "served_share_of_ues32", "served_auc", "served_logloss",
-    "served_fp32_bytes", "served_int8_bytes", "search_cost_seconds", "cost_reference", "search_cost",
+    "served_fp32_bytes", "served_int8_bytes", "search_cost_seconds", "cost_clock", "cost_reference",
+    "search_cost",
 )  # fmt: skip
 BASELINES = ("fdo", "magnitude")
+CLOCKS = {"wall": "seconds", "processor": "cpu_seconds"}  # of a search's cost -> what the records of jobs call it
 LABELLED = 24  # models in the picture whose names have room
 
 
@@ -128,36 +130,49 @@ def rows_of(out: Path, models: Sequence[Trained]) -> list[dict[str, Any]]:
                 **as_served(result.get("served")),
                 "served_fp32_bytes": allocation.total("served_fp32"),
                 "served_int8_bytes": allocation.total("served_int8"),
-                **(cost_of(m, models, jobs) if m.search else {}),
+                **(cost_of(m, models, jobs, out) if m.search else {}),
             }
         )
     return rows
 
 
-def cost_of(model: Trained, models: Sequence[Trained], jobs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def cost_of(
+    model: Trained, models: Sequence[Trained], jobs: Mapping[str, Mapping[str, Any]], out: Path
+) -> dict[str, Any]:
     """The columns of what a model's search costs: seconds, and multiples of a training of a uniform width.
 
     A stage that several methods share counts in full for each of them, whoever has run it: a method has to pay for it
     where it is alone. The reference is the training of UES-32, or else of the widest uniform width, with the same seed.
-    Both are whole commands, start and evaluation included, on one thread. Empty where the records do not tell.
+    Both are whole commands, start and evaluation included, on one thread, in processor time; with a GPU by the clock.
+    Empty where the records do not tell.
     """
-    search = jobs.get(model.search, {})
-    if "seconds" not in search or (model.shared is not None and "found" not in search):
+    clock = "wall" if torch.cuda.is_available() else "processor"
+    key, search = CLOCKS[clock], jobs.get(model.search, {})
+    if key not in search or (model.shared is not None and "found" not in search):
         return {}
-    seconds = search["seconds"]
+    seconds = search[key]
     if model.shared is not None and search["found"]:
         if not model.shared.exists():
             return {}
-        seconds += json.loads(model.shared.read_text())["seconds"]
-    uniform = [m for m in models if m.method == "uniform" and m.seed == model.seed and "seconds" in jobs.get(m.job, {})]
+        seconds += shared_seconds(model.shared, search, jobs, out, key)
+    told = {"search_cost_seconds": round(seconds, 1), "cost_clock": clock}
+    uniform = [m for m in models if m.method == "uniform" and m.seed == model.seed and key in jobs.get(m.job, {})]
     if not uniform:
-        return {"search_cost_seconds": round(seconds, 1)}
+        return told
     reference = max(uniform, key=lambda m: (m.width == REFERENCE_WIDTH, m.width))
-    return {
-        "search_cost_seconds": round(seconds, 1),
-        "cost_reference": f"UES-{reference.width}",
-        "search_cost": f"{seconds / jobs[reference.job]['seconds']:.3f}",
-    }
+    multiple = seconds / jobs[reference.job][key]
+    return {**told, "cost_reference": f"UES-{reference.width}", "search_cost": f"{multiple:.3f}"}
+
+
+def shared_seconds(
+    training: Path, search: Mapping[str, Any], jobs: Mapping[str, Mapping[str, Any]], out: Path, key: str
+) -> float:
+    """Seconds of a shared training: its own by the clock; of the processor as many of them as the command had that ran
+    it, or, where that left no record, as this search had."""
+    name = os.path.relpath(training, out)
+    ran = [j for j in jobs.values() if j.get("shared") == name and not j["found"] and key in j]
+    command = (ran or [search])[0]
+    return float(json.loads(training.read_text())["seconds"]) * command[key] / command["seconds"]
 
 
 def as_served(told: dict[str, Any] | None) -> dict[str, Any]:

@@ -15,11 +15,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = "jobs.jsonl"  # in the folder of the logs: what was run, how long, and at which commit
@@ -59,20 +59,30 @@ def run_job(job: Job, log_dir: Path) -> float:
     log_dir.mkdir(parents=True, exist_ok=True)
     log = log_dir / f"{job.name}.log"
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    found = {} if job.shared is None else {"found": job.shared.exists()}
+    line: dict[str, Any] = {"job": job.name}
+    if job.shared is not None:
+        line |= {"shared": os.path.relpath(job.shared, log_dir.parent), "found": job.shared.exists()}
     started = time.monotonic()
     with log.open("w") as out:
         command = [sys.executable, "-W", "ignore", str(ROOT / job.script), *job.arguments]
-        code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment).returncode
+        code, processor = run_command(command, out, environment)
     seconds = time.monotonic() - started
-    line = {"job": job.name, "seconds": round(seconds, 1), "exit": code, "commit": commit(), "command": shown(job)}
-    line |= found
+    line |= {"seconds": round(seconds, 1), "cpu_seconds": round(processor, 1), "exit": code}
+    line |= {"commit": commit(), "command": shown(job)}
     with _writing, (log_dir / RECORD).open("a") as record:
         record.write(json.dumps(line) + "\n")
     if code or (job.result is not None and not job.result.exists()):
         tail = "\n".join(log.read_text().splitlines()[-5:])
         raise SystemExit(f"{job.name} failed (exit code {code}); see {log}\n{tail}")
     return seconds
+
+
+def run_command(command: Sequence[str], out: TextIO, environment: Mapping[str, str]) -> tuple[int, float]:
+    """Run a command to its end; its exit code, and the processor seconds of it and the children that it waited for."""
+    with subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, usage.ru_utime + usage.ru_stime
 
 
 def shown(job: Job) -> str:
@@ -91,14 +101,16 @@ def commit() -> str:
 
 
 def recorded(log_dir: Path) -> dict[str, dict[str, Any]]:
-    """Of every job that was run its last record, with the seconds of all its starts together; ``found`` where each
-    start has found what it shares."""
+    """Of every job that was run its last record, with the seconds of all its starts together, by the clock and of
+    the processor; ``found`` where each start has found what it shares."""
     found: dict[str, dict[str, Any]] = {}
     path = log_dir / RECORD
     for text in path.read_text().splitlines() if path.exists() else ():
         line = json.loads(text)
         before = found.get(line["job"], {})
         found[line["job"]] = {**line, "seconds": before.get("seconds", 0.0) + line["seconds"]}
+        if "cpu_seconds" in line:
+            found[line["job"]]["cpu_seconds"] = before.get("cpu_seconds", 0.0) + line["cpu_seconds"]
         if "found" in line:
             found[line["job"]]["found"] = before.get("found", True) and line["found"]
     return found
