@@ -19,6 +19,7 @@ from embsearch_dist.data.load.making import BatchMaker
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.models.model import Head, SubnetModel
 from embsearch_dist.models.pooled import Pooled
+from embsearch_dist.models.tables import MixedTables
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
@@ -196,14 +197,16 @@ def table_moments(
     """
     width = model.tables.widths[0]
     found = Moments(len(schema.fields), width, context.device)
-    for x, inside, passed in blocks_of(model, schema, context):
+    for x, inside, passed in blocks_of(model.tables, schema, context):
         found.add(x, inside)
         tick(passed)
     return found.sum(context)
 
 
 @torch.no_grad()
-def blocks_of(model: SubnetModel, schema: Schema, context: Context) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+def blocks_of(
+    tables: MixedTables, schema: Schema, context: Context
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
     """All rows of all tables, on some rank each: ``x [F, n, w]``, ``inside [F, n]`` (0 for what is no row of a table),
     and how many rows of the longest table the block has passed.
 
@@ -216,7 +219,7 @@ def blocks_of(model: SubnetModel, schema: Schema, context: Context) -> Iterator[
         # A rank whose part lies beyond the end looks one row up for nothing: all must look up together.
         ids = ids[: max(1, max(schema.cardinalities) - start - context.rank * BLOCK_ROWS)]
         inside = ids < cardinalities[:, None]
-        x = model.tables(single_ids(schema, torch.minimum(ids, cardinalities[:, None] - 1).int())).stack()
+        x = tables(single_ids(schema, torch.minimum(ids, cardinalities[:, None] - 1).int())).stack()
         yield x, inside.double(), min(step, max(schema.cardinalities) - start)
 
 

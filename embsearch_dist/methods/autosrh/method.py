@@ -108,7 +108,7 @@ class GroupTask(GatedTask):
         run, start = self.run, 0
         rows = torch.tensor(run.schema.cardinalities, device=run.context.device)
         total = torch.zeros(len(rows), self.model.width, dtype=torch.float64, device=run.context.device)
-        for x, inside, passed in blocks_of(self.model, run.schema, run.context):
+        for x, inside, passed in blocks_of(self.model.tables, run.schema, run.context):
             ids = torch.arange(x.shape[1], device=rows.device) + start + run.context.rank * BLOCK_ROWS
             group = self.popularity.of_values(torch.minimum(ids, rows[:, None] - 1))
             total += ((x * self.weights[group]).abs().double() * inside[..., None]).sum(1)
