@@ -17,7 +17,7 @@ from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.data.load.making import BatchMaker
 from embsearch_dist.methods.stages import Stage
-from embsearch_dist.models.model import Head, SubnetModel
+from embsearch_dist.models.model import CTRModel, Head, SubnetModel
 from embsearch_dist.models.pooled import Pooled
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.run import Run
@@ -203,7 +203,7 @@ def table_moments(
 
 
 @torch.no_grad()
-def blocks_of(model: SubnetModel, schema: Schema, context: Context) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+def blocks_of(model: CTRModel, schema: Schema, context: Context) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
     """All rows of all tables, on some rank each: ``x [F, n, w]``, ``inside [F, n]`` (0 for what is no row of a table),
     and how many rows of the longest table the block has passed.
 
