@@ -152,6 +152,13 @@ class AutoEmb(Method):
     """AutoEmb (Zhao et al. 2020), a controller a field."""
 
     config = AutoEmbConfig
+    planted = {
+        "search": {
+            "candidates": [1, 2, 4, 8],
+            "training": {"batch_size": 512, "eval_batch_size": 6000, "epochs": 6, "patience": 0},
+            "outer": {"pretrain_epochs": 1.0, "every": 2, "lr": 0.002},
+        }
+    }
     trial = {
         "search": {
             "candidates": [0, 2, 4],

@@ -152,6 +152,13 @@ class AutoSrh(Method):
     """DNIS (Cheng et al. 2020), published anew as AutoSrh."""
 
     config = AutoSrhConfig
+    planted = {
+        "search": {
+            "width": 8,
+            "training": {"batch_size": 512, "eval_batch_size": 6000, "epochs": 6, "patience": 0},
+            "outer": {"pretrain_epochs": 1.0, "every": 2, "lr": 0.005},
+        }
+    }
     trial = {
         "search": {
             "width": 4,

@@ -246,6 +246,13 @@ class ESAPN(Method):
     """ESAPN (Liu et al. 2020), a policy a field."""
 
     config = ESAPNConfig
+    planted = {
+        "search": {
+            "candidates": [1, 2, 4, 8],
+            "training": {"batch_size": 512, "eval_batch_size": 6000, "epochs": 6, "patience": 0},
+            "outer": {"pretrain_epochs": 0.5, "every": 1, "lr": 0.002},
+        }
+    }
     trial = {
         "search": {
             "candidates": [1, 2, 4],
