@@ -18,7 +18,7 @@ from tests.launch.processes import ROOT
 from tests.scripts import fork_script
 from tools.studies import league
 
-TINY = ROOT / "tools" / "tables" / "league_tiny.yaml"
+TINY = ROOT / "tools" / "league" / "plans" / "tiny.yaml"
 
 
 @dataclass

@@ -18,7 +18,7 @@ from tools.league.plan import LEFT_OUT, ROOT, LeaguePlan, read_plan
 from tools.make import planted
 from tools.studies.compare_budgets import known
 
-SHIPPED = sorted((ROOT / "tools" / "tables").glob("league_*.yaml"))
+SHIPPED = sorted((ROOT / "tools" / "league" / "plans").glob("*.yaml"))
 GOOD = {"data_set": "x", "config": "configs/synthetic/adass_deepfm.yaml", "budgets": ["10%"], "widths": [4], "seeds": 1}
 
 
@@ -39,7 +39,7 @@ def test_there_is_a_plan_for_every_kind_of_data() -> None:
     assert {read_plan(p).data_set for p in SHIPPED} == set(kinds)
     for path in SHIPPED:
         plan = read_plan(path)
-        assert path.stem == f"league_{plan.data_set}"
+        assert path.stem == plan.data_set
         assert plan.data_set == "tiny" or set(plan.methods) == set(known()) - set(LEFT_OUT)
 
 
@@ -126,7 +126,7 @@ def test_raw_data_and_prepared_data_are_asked_for_before_anything_runs(
         assert tool.main(["run", "--out", str(tmp_path), "--dry-run", *map(str, words)]) == 2
         return capsys.readouterr().err
 
-    tiny, movielens = (ROOT / "tools" / "tables" / f"league_{n}.yaml" for n in ("tiny", "movielens_1m_time"))
+    tiny, movielens = (ROOT / "tools" / "league" / "plans" / f"{n}.yaml" for n in ("tiny", "movielens_1m_time"))
     assert "movielens_1m_time: its data are made from raw files. Give their folder (--raw)" in told("--plan", movielens)
     assert "no prepared data are there" in told("--plan", movielens, "--data", tmp_path)
     assert "--data is the data of one plan" in told("--plan", movielens, tiny, "--data", tmp_path)

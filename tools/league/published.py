@@ -1,6 +1,6 @@
 """The orders of methods that papers publish, beside ours: which pairs agree, which do not.
 
-tools/tables/published_orders.yaml holds what papers print, each entry with its source.
+tools/league/published_orders.yaml holds what papers print, each entry with its source.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from embsearch_dist.errors import UserError
 from tools.league.rows import UNIFORM, Group
 from tools.studies.jobs import ROOT
 
-FILE = ROOT / "tools" / "tables" / "published_orders.yaml"
+FILE = ROOT / "tools" / "league" / "published_orders.yaml"
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The league of embedding searches: every method at equal budgets on several data sets, ranks and all, in one command.
 
-    python tools/studies/league.py run --plan tools/tables/league_tiny.yaml --out runs/tiny
-    python tools/studies/league.py run --plan tools/tables/league_movielens_1m_time.yaml --raw ml-1m/ --out runs/league
-    python tools/studies/league.py run --plan tools/tables/league_planted_*.yaml --out runs/league --seeds 3 --jobs 2
+    python tools/studies/league.py run --plan tools/league/plans/tiny.yaml --out runs/tiny
+    python tools/studies/league.py run --plan tools/league/plans/movielens_1m_time.yaml --raw ml-1m/ --out runs/league
+    python tools/studies/league.py run --plan tools/league/plans/planted_*.yaml --out runs/league --seeds 3 --jobs 2
     python tools/studies/league.py run --plan ... --out runs/league --dry-run        list the commands
     python tools/studies/league.py tables runs/league/league.csv more.csv --out runs/pages
 
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="prepare, search, train, tables")
     run.set_defaults(command=run_plans)
     run.add_argument(
-        "--plan", type=Path, nargs="+", required=True, help="YAML files, e.g. tools/tables/league_tiny.yaml"
+        "--plan", type=Path, nargs="+", required=True, help="YAML files, e.g. tools/league/plans/tiny.yaml"
     )
     run.add_argument("--out", type=Path, required=True)
     run.add_argument("--data", type=Path, help="prepared data of the plan; only with one plan")
