@@ -64,6 +64,7 @@ def test_names_that_lead_to_127_0_1_1_do_not_keep_hosts_apart(
     assert result(tmp_path / "debian") == one_host
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_is_started_again_on_both_hosts(
     train: Callable[..., Told], tmp_path: Path, one_host: dict[str, Any]
 ) -> None:

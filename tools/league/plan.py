@@ -1,4 +1,4 @@
-"""Plans of a league: what a file under tools/league/plans says, how its data are made, and its comparison at equal budgets.
+"""Plans of a league: what a file under tools/league/plans says, how its data are made, and how it is carried out.
 
 A plan is YAML:
 
