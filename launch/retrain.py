@@ -36,13 +36,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from embsearch_dist.allocation import REFERENCE_WIDTH
 from embsearch_dist.ranks.environment import reexec_with_tuned_environment
 
 if __name__ == "__main__":
     reexec_with_tuned_environment()  # before anything loads torch, or it would be loaded twice
 
-from embsearch_dist.allocation import Allocation
+from embsearch_dist.allocation import REFERENCE_WIDTH, Allocation
 from embsearch_dist.config.read import split_arguments
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.results import searched_network

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from graphlib import CycleError, TopologicalSorter
@@ -144,3 +145,19 @@ def test_what_tools_import_is_there() -> None:
                 if not base.with_suffix(".py").exists() and not (base / "__init__.py").exists():
                     gone.append(f"{path.relative_to(ROOT)} imports {node.module}")
     assert not gone, "\n".join(gone)
+
+
+@pytest.mark.parametrize("script", ["search", "retrain", "evaluate", "export", "predict"])
+def test_a_script_loads_nothing_before_it_starts_itself_anew(script: str) -> None:
+    """It does so for the threads' environment: what was loaded before would be loaded twice, torch in over a second."""
+    before: set[str] = set()
+    for node in ast.parse((ROOT / "launch" / f"{script}.py").read_text()).body:
+        if isinstance(node, ast.If) and "reexec_with_tuned_environment" in ast.unparse(node):
+            break
+        if isinstance(node, ast.ImportFrom) and node.module:
+            before.add(node.module)
+        elif isinstance(node, ast.Import):
+            before |= {alias.name for alias in node.names}
+    else:
+        pytest.fail("it does not start itself anew")
+    assert before - set(sys.stdlib_module_names) - {"collections.abc"} == {"embsearch_dist.ranks.environment"}
