@@ -31,7 +31,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-@pytest.mark.parametrize("sharding", [[], ["--dist.sharding", "planner"]])
+@pytest.mark.parametrize(
+    "sharding", [[], pytest.param(["--dist.sharding", "planner"], marks=pytest.mark.slow)], ids=["by hand", "planner"]
+)
 def test_odd_names_from_search_to_report(
     plain: Path, tmp_path: Path, run_script: Callable, sharding: list[str]
 ) -> None:

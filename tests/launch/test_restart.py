@@ -133,6 +133,7 @@ def test_torchrun_can_be_told_not_to_start_the_ranks_again(
     assert [told.count(f"rank {n} leaves by itself") for n in (0, 1)] == ([1, 1] if attempts == 1 else [0, 2])
 
 
+@pytest.mark.slow
 def test_an_error_that_would_only_repeat_is_told_once(
     data: Path, config: Path, tmp_path: Path, start: Callable
 ) -> None:

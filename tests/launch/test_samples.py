@@ -37,7 +37,10 @@ TINY = {
 BUDGET = 0.8  # of UES-32, in both configs
 
 
-@pytest.mark.parametrize(("form", "raw", "config", "rows", "fields"), SAMPLES, ids=[s[0] for s in SAMPLES])
+@pytest.mark.parametrize(
+    ("form", "raw", "config", "rows", "fields"),
+    [pytest.param(*s, id=s[0], marks=[pytest.mark.slow] if s[0] == "avazu" else []) for s in SAMPLES],
+)
 def test_prepare_search_retrain_evaluate_report(
     form: str,
     raw: str,
