@@ -44,7 +44,8 @@ embsearch --help > /dev/null
 where=$(python -c 'import embsearch_dist; print(embsearch_dist.__file__)')
 [[ $where == "$folder/venv/"* ]] || { echo "wheel: embsearch_dist comes from $where" >&2; exit 1; }
 step embsearch doctor
-embsearch search --help | head -n 3
+embsearch search --help > help.txt  # not into a pipe that head closes: that would end this script
+head -n 3 help.txt
 configs=$(python -c 'import pathlib, launch; print(pathlib.Path(launch.__file__).parents[1] / "configs")')
 step embsearch prepare --format synthetic --rows "$rows" --out runs/data/synthetic
 step embsearch search --config "$configs/synthetic/adass_deepfm.yaml" --run.dir runs/demo
