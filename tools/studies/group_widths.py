@@ -27,6 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from embsearch_dist.data.planted.populations import ROWS, Pair, Plan, make_populations
+from tools.studies.budget_tables import hardware
 from tools.studies.jobs import ROOT, Job, commit, run_all
 
 CONFIGS = ROOT / "configs" / "populations"
@@ -45,7 +46,19 @@ SMALL = Plan(
 SMALL_ROWS = 60_000
 SMALL_RECIPE = ("train.batch_size=512", "train.epochs=15")  # narrow tables of so few rows still learn after six
 SMALL_GATES = ("training.batch_size=512", "training.epochs=10", "outer.pretrain_epochs=3", "outer.lr=0.02")
-COLUMNS = ("seed", "share", "budget", "model", "router", "parameters", "auc", "logloss", "commit")
+COLUMNS = (
+    "seed",
+    "share",
+    "budget",
+    "model",
+    "router",
+    "parameters",
+    "auc",
+    "logloss",
+    "commit",
+    "command",
+    "hardware",
+)
 
 
 def main() -> None:
@@ -66,9 +79,11 @@ def main() -> None:
         make_data(args, seed)
     run_all([plain(args, seed) for seed in seeds], args.out / "logs", args.jobs)
     run_all([budgeted(args, seed) for seed in seeds], args.out / "logs", args.jobs)
-    found = [line for seed in seeds for line in measure(args, seed)]
+    small = " --small" if args.small else f" --data {args.data.name}" if args.data else ""
+    same = {"commit": commit(), "command": f"python tools/studies/group_widths.py{small}", "hardware": hardware()}
+    found = [line | same for seed in seeds for line in measure(args, seed)]
     with (args.out / "group_widths.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(found)
     print(table(found))
@@ -138,7 +153,7 @@ def measure(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     home, lines = args.out / f"seed{seed}", []
     size = size_of(home / "ihas")
     for share in args.shares:
-        head = {"seed": seed, "share": share, "budget": int(share * size), "commit": commit()}
+        head = {"seed": seed, "share": share, "budget": int(share * size)}
         plain_ihas = [("ihas", home / "ihas")] if share == 1 else []
         for name, run in [*plain_ihas, ("ihas_widths", home / f"ihas_widths-{share:g}")]:
             for router in ("centres", "fields"):
