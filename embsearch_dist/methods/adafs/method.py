@@ -29,7 +29,6 @@ from embsearch_dist.train.monitor import Monitor
 
 STAGE = "controller"
 OWN = ("mode", "k", "renormalise", "scale", "norm", "dropout")
-PICTURES = 40  # pictures of the weights over a whole training
 
 
 class AdaFSTask(gated.GatedTask):
@@ -76,18 +75,12 @@ class AdaFSTask(gated.GatedTask):
         return self._weigh(u, self.model.bare_selector(u))
 
     def select_outer(self, u: torch.Tensor, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if (step - self.warmup) % self._every == 0:
+        if (step - self.warmup) % self.between_pictures == 0:
             self._shown = self._look(u)
         return self._weigh(u, self.model.selector(u)), None
 
     def select_final(self, u: torch.Tensor, batch: Batch) -> torch.Tensor:
         return self._weigh(u, self.model.bare_selector(u))
-
-    @property
-    def _every(self) -> int:
-        """Steps between two pictures, a multiple of the outer steps' distance."""
-        outer = self.outer.every
-        return outer * max(1, (self.total - self.warmup) // (outer * PICTURES))
 
     @torch.no_grad()
     def _look(self, u: torch.Tensor) -> torch.Tensor:

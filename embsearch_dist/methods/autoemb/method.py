@@ -28,8 +28,6 @@ from embsearch_dist.models.tables import check_candidates
 from embsearch_dist.run import Run
 from embsearch_dist.train.monitor import Monitor
 
-PICTURES = 40  # of the weights over a whole training
-
 
 @dataclass
 class AutoEmbConfig(BudgetOptions):
@@ -101,9 +99,7 @@ class AutoEmbTask(GatedTask):
 
     def after_step(self, step: int, monitor: Monitor) -> None:
         super().after_step(step, monitor)
-        outer = self.outer.every
-        every = outer * max(1, (self.total - self.warmup) // (outer * PICTURES))
-        if step > self.warmup and (step - self.warmup) % every == 0:
+        if self.picture_due(step):
             names = self.run.schema.names
             widths = [str(d) for d in self.model.candidates]
             monitor.heatmap(step, "probabilities", self.probabilities().numpy(), names, widths)

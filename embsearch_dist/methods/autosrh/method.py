@@ -25,8 +25,6 @@ from embsearch_dist.methods.widest import BLOCK_ROWS, blocks_of
 from embsearch_dist.run import Run
 from embsearch_dist.train.monitor import Monitor
 
-PICTURES = 40  # of the weights over a whole training
-
 
 @dataclass
 class AutoSrhConfig(BudgetOptions):
@@ -94,9 +92,7 @@ class GroupTask(GatedTask):
 
     def after_step(self, step: int, monitor: Monitor) -> None:
         super().after_step(step, monitor)
-        outer = self.outer.every
-        every = outer * max(1, (self.total - self.warmup) // (outer * PICTURES))
-        if step > self.warmup and (step - self.warmup) % every == 0:
+        if self.picture_due(step):
             groups, width = self.weights.shape
             names = [str(g) for g in range(groups)], [str(k) for k in range(width)]
             monitor.heatmap(step, "weights of groups", self.weights, *names)

@@ -36,7 +36,6 @@ from embsearch_dist.train.monitor import Monitor
 
 BASELINES = ("rows", "last")
 LAST = 5  # held-out losses that the baseline of that name is the mean of
-PICTURES = 40  # of the probabilities over a whole training
 
 
 @dataclass
@@ -170,14 +169,13 @@ class GrowthTask(GatedTask):
 
     def after_step(self, step: int, monitor: Monitor) -> None:
         super().after_step(step, monitor)
-        since, every = step - self.warmup, self.outer.every
-        if since <= 0 or since % every:
+        if step <= self.warmup or (step - self.warmup) % self.outer.every:
             return
         probability = self.enlarging()
         own = probability.gather(1, self.sizes.clamp(max=self.largest - 1)[:, None])[:, 0]
         if self.growth.enlarge(step, own.tolist(), self.largest):
             self._take(self.growth)
-        if since % (every * max(1, (self.total - self.warmup) // (every * PICTURES))) == 0:
+        if self.picture_due(step):
             widths = [self.search.candidates[k] for k in self.growth.sizes]
             reward = sum(self.rewards) / len(self.rewards) if self.rewards else math.nan
             monitor.scalars(step, {"reward": reward, "mean width": sum(widths) / len(widths)})

@@ -21,7 +21,6 @@ from embsearch_dist.run import Run
 from embsearch_dist.train.monitor import Monitor
 
 STAGE = "choice"
-PICTURES = 40  # of the probabilities over a whole training
 
 
 @dataclass
@@ -77,9 +76,7 @@ class ChoiceTask(gated.GatedTask):
 
     def after_step(self, step: int, monitor: Monitor) -> None:
         super().after_step(step, monitor)
-        outer = self.outer.every
-        every = outer * max(1, (self.total - self.warmup) // (outer * PICTURES))
-        if step > self.warmup and (step - self.warmup) % every == 0:
+        if self.picture_due(step):
             shown = self.log_probabilities().exp()
             monitor.heatmap(step, "probabilities", shown.numpy(), self.run.schema.names, self.names)
 

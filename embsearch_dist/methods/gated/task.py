@@ -32,6 +32,8 @@ from embsearch_dist.train.position import Progress
 from embsearch_dist.train.task import Task
 from embsearch_dist.train.trainer import Trainer
 
+PICTURES = 40  # of a selector over a whole training
+
 
 @dataclass
 class OuterConfig:
@@ -140,6 +142,15 @@ class GatedTask(ABC):
         """Let go of the held-out batches; the next outer step, if there is one, opens them again."""
         if self._held_out is not None:
             self._held_out.close()
+
+    @property
+    def between_pictures(self) -> int:
+        """Steps from one picture of the selector to the next, a multiple of the outer steps' distance."""
+        return self.outer.every * max(1, (self.total - self.warmup) // (self.outer.every * PICTURES))
+
+    def picture_due(self, step: int) -> bool:
+        """Whether the selector, which learns behind the warm-up, is to be drawn after this step."""
+        return step > self.warmup and (step - self.warmup) % self.between_pictures == 0
 
     def after_step(self, step: int, monitor: Monitor) -> None:
         self.steps = step

@@ -28,7 +28,6 @@ from embsearch_dist.train.monitor import Monitor
 
 STAGE = "gates"
 HISTOGRAM_BINS = 50
-PICTURES = 40  # histograms over a whole training
 
 
 class GatesTask(gated.GatedTask):
@@ -90,9 +89,7 @@ class GatesTask(gated.GatedTask):
 
     def after_step(self, step: int, monitor: Monitor) -> None:
         super().after_step(step, monitor)
-        outer = step - self.warmup
-        every = self.outer.every * max(1, (self.total - self.warmup) // (self.outer.every * PICTURES))
-        if outer > 0 and outer % every == 0 and self._histogram is not None:
+        if self.picture_due(step) and self._histogram is not None:
             counts = self.run.context.sum(self._histogram.double())
             share = (counts / counts.sum()).cpu()
             edges = [f"{k / HISTOGRAM_BINS:.2f}" for k in range(HISTOGRAM_BINS)]
