@@ -36,7 +36,7 @@ from embsearch_dist.grouped import GroupedAllocation
 from embsearch_dist.library.supernet import Supernet
 from embsearch_dist.library.widths import search_widths
 from embsearch_dist.methods import CONFIGS, METHODS
-from embsearch_dist.methods.results import kept_network, read_result, searched_network
+from embsearch_dist.methods.results import read_result, searched_network
 from embsearch_dist.methods.retraining import Wish
 from embsearch_dist.ranks.context import Context, start
 from embsearch_dist.run import Run
@@ -199,9 +199,7 @@ def evaluate(
     home = Path(directory)
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}. Use one of {', '.join(SPLITS)}")
-    check_text(home / "config.yaml")
-    words = [*kept_network(home), *_data_words(data), f"run.dir={home}"]
-    config: Config = load_config(CONFIGS, home / "config.yaml", words)
+    config = running.trained_config(home, "es.evaluate:", _data_words(data))
     try:
         with _handed_over(data), _alone(config.run, config.dist) as context:
             run = Run(config, open_checked(config, context), context)

@@ -254,17 +254,13 @@ def retrain_one(
     training = run.stream("train", config.train.batch_size, shuffle=True)
     validation = run.stream("validation", config.train.eval_batch_size, shuffle=False)
     test = run.stream("test", config.train.eval_batch_size, shuffle=False)
-    first = partial(begin, allocation) if begin else _as_it_is
+    first = partial(begin, allocation) if begin else None
     task = retrain(config, allocation, training, validation, context, directory, begin=first, start=start)
     result = evaluate_model(task, test, context, config, name, allocation)
     result |= as_served(task, allocation, test, "test", run)
     result |= {} if start is None else {"start": start.facts()}
     context.first("writing evaluation.json", lambda: write_sealed(directory / "evaluation.json", result))
     return task, result
-
-
-def _as_it_is(task: SubnetTask) -> None:
-    """Fresh weights."""
 
 
 def as_served(

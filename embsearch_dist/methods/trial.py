@@ -13,6 +13,8 @@ Settings = Mapping[str, Mapping[str, Any]]
 
 TRAINING = {"batch_size": 128, "eval_batch_size": 120, "epochs": 1, "log_every": 1, "save_every": 2}
 """For a training inside a search: steps are few, and every second one is saved."""
+PLANTED_TRAINING = {"batch_size": 512, "eval_batch_size": 6000, "epochs": 6, "patience": 0}
+"""For a training inside a search that is to find planted widths (``Method.planted``)."""
 COMMON: Settings = {
     "model": {"hidden": [8, 4], "unified_width": 8},
     "optim": {"embedding_lr": 0.05, "dense_lr": 0.01},

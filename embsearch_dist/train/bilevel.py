@@ -55,12 +55,17 @@ class HeldOut:
         self._next, self._batches = -1, iter(())
 
 
-@contextlib.contextmanager
-def frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def frozen(parameters: Sequence[nn.Parameter]) -> contextlib.AbstractContextManager[None]:
     """No gradient for these parameters inside."""
+    return requiring_gradient(parameters, False)
+
+
+@contextlib.contextmanager
+def requiring_gradient(parameters: Sequence[nn.Parameter], required: bool = True) -> Iterator[None]:
+    """A gradient for these parameters inside, or none, whatever they had; behind it as before."""
     before = [p.requires_grad for p in parameters]
     for p in parameters:
-        p.requires_grad_(False)
+        p.requires_grad_(required)
     try:
         yield
     finally:

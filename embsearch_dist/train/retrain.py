@@ -84,7 +84,7 @@ def retrain(
     context: Context,
     directory: Path,
     quiet: bool = False,
-    begin: Callable[[SubnetTask], None] = lambda task: None,
+    begin: Callable[[SubnetTask], None] | None = None,
     start: Start | None = None,
 ) -> SubnetTask:
     """Train to the early stop and return the task with its best weights; continues if it was stopped.
@@ -96,7 +96,8 @@ def retrain(
     """
     torch.manual_seed(config.run.seed)  # dropout
     task = SubnetTask(config, allocation, context)
-    begin(task)
+    if begin is not None:
+        begin(task)
     with Monitor(directory, STAGE, context.rank, quiet) as monitor:
         monitor.say(
             f"retrain: {len(allocation.kept)} fields, {allocation.total('parameters'):,} embedding parameters, "

@@ -23,7 +23,7 @@ from embsearch_dist.methods.gated.popularity import (
 from embsearch_dist.methods.gated.stage import SelectorStage
 from embsearch_dist.methods.gated.task import GatedTask, OuterConfig
 from embsearch_dist.methods.stages import Stage
-from embsearch_dist.methods.trial import TRAINING
+from embsearch_dist.methods.trial import PLANTED_TRAINING, TRAINING
 from embsearch_dist.models.tables import check_candidates
 from embsearch_dist.run import Run
 from embsearch_dist.train.monitor import Monitor
@@ -151,7 +151,7 @@ class AutoEmb(Method):
     planted = {
         "search": {
             "candidates": [1, 2, 4, 8],
-            "training": {"batch_size": 512, "eval_batch_size": 6000, "epochs": 6, "patience": 0},
+            "training": PLANTED_TRAINING,
             "outer": {"pretrain_epochs": 1.0, "every": 2, "lr": 0.002},
         }
     }

@@ -15,7 +15,7 @@ from embsearch_dist.methods.gated.choosing import ChoiceOptions, ChoiceStage, Ch
 from embsearch_dist.methods.gated.model import GatedModel
 from embsearch_dist.methods.gated.relaxed import Choice
 from embsearch_dist.methods.stages import Stage
-from embsearch_dist.methods.trial import TRAINING
+from embsearch_dist.methods.trial import PLANTED_TRAINING, TRAINING
 from embsearch_dist.run import Run
 from embsearch_dist.train.monitor import Monitor
 
@@ -87,7 +87,7 @@ class AutoField(Method):
     planted = {
         "search": {
             "width": 8,
-            "training": {"batch_size": 512, "eval_batch_size": 6000, "epochs": 6, "patience": 0},
+            "training": PLANTED_TRAINING,
             "outer": {"pretrain_epochs": 1.0, "every": 2},
         }
     }

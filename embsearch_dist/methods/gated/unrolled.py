@@ -11,13 +11,13 @@ The difference quotient stands for the product of the mixed second derivative wi
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from embsearch_dist.ranks.context import Context
+from embsearch_dist.train.bilevel import requiring_gradient
 
 STEP = 0.01  # norm of the change of w in the difference quotient
 
@@ -44,7 +44,7 @@ def unrolled_loss(
         rate: r, of the virtual step.
     """
     start = [p.detach().clone() for p in inner]
-    with _learning(inner):
+    with requiring_gradient(inner):
         try:
             _move(inner, start, _gradients(train(), inner, ranks), -rate)
             loss = held_out()
@@ -61,18 +61,6 @@ def unrolled_loss(
     for a, g, above, below in zip(outer, direct, *sides, strict=True):
         value = value + ((a - a.detach()) * (g - rate * (above - below) / (2 * size))).sum()
     return value
-
-
-@contextlib.contextmanager
-def _learning(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    before = [p.requires_grad for p in parameters]
-    for p in parameters:
-        p.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for p, wanted in zip(parameters, before, strict=True):
-            p.requires_grad_(wanted)
 
 
 @torch.no_grad()

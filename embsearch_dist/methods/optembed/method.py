@@ -25,7 +25,7 @@ from embsearch_dist.methods.noise import uniform_noise
 from embsearch_dist.methods.optembed.evolution import Evolution, EvolutionConfig, Widths
 from embsearch_dist.methods.optembed.rows import RowThreshold, kept_rows
 from embsearch_dist.methods.stages import Stage
-from embsearch_dist.methods.trial import TRAINING
+from embsearch_dist.methods.trial import PLANTED_TRAINING, TRAINING
 from embsearch_dist.methods.values import mask_told, values_of
 from embsearch_dist.methods.widest import Sample, logits_of, sample_of, unified
 from embsearch_dist.ranks.context import Context
@@ -199,7 +199,7 @@ class OptEmbed(Method):
         "search": {
             "width": 8,
             "rows": 6000,
-            "training": {"batch_size": 512, "eval_batch_size": 6000, "epochs": 6, "patience": 0},
+            "training": PLANTED_TRAINING,
             "evolution": {"generations": 6, "mutations": 10, "crossovers": 10, "keep": 5},
         }
     }

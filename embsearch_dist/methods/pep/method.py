@@ -14,7 +14,7 @@ from embsearch_dist.methods.pep.margins import BIN, REACH, Margins, edge_of
 from embsearch_dist.methods.pep.thresholds import PEPConfig, ThresholdStage, ThresholdTask
 from embsearch_dist.methods.pep.tickets import TicketStage
 from embsearch_dist.methods.stages import Stage
-from embsearch_dist.methods.trial import TRAINING
+from embsearch_dist.methods.trial import PLANTED_TRAINING, TRAINING
 from embsearch_dist.methods.widest import blocks_of
 from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
@@ -92,9 +92,7 @@ class PEP(Method):
     """PEP (Liu et al. 2021)."""
 
     config = PEPConfig
-    planted = {
-        "search": {"width": 8, "training": {"batch_size": 512, "eval_batch_size": 6000, "epochs": 6, "patience": 0}}
-    }
+    planted = {"search": {"width": 8, "training": PLANTED_TRAINING}}
     trial = {"search": {"width": 4, "tickets": True, "training": TRAINING}}
 
     def stages(self) -> list[Stage]:
