@@ -186,10 +186,17 @@ class WidthTable:
 
         return scored
 
+    def of_seed(self, choice: Sequence[int], seed: int, figure: str = "test_auc") -> float:
+        """A figure of one allocation trained with one seed.
+
+        Raises:
+            KeyError: the table has no such seed, figure or choice.
+        """
+        return self._found[self.widths(choice)][seed][figure]
+
     def truth(self, choice: Sequence[int], figure: str = "test_auc") -> float:
         """A figure of one allocation, its mean over the seeds."""
-        by_seed = self._found[self.widths(choice)]
-        return statistics.fmean(by_seed[s][figure] for s in self.seeds)
+        return statistics.fmean(self.of_seed(choice, s, figure) for s in self.seeds)
 
     def within(self, limit: float) -> list[list[int]]:
         """All choices of at most ``limit`` parameters."""

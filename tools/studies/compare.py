@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tools.studies.jobs import Job, run_all
+from tools.studies.jobs import Job, run_all, trained_in
 from tools.studies.seeds import spread, with_deviation, with_error
 
 # The paper's two modes (section 4.2), each with the hard budget that the mode promises.
@@ -91,8 +91,7 @@ def read(out: Path, name: str, seed: int) -> dict[str, Any]:
 
 
 def retrain_dir(out: Path, seed: int, name: str) -> Path:
-    """Where retrain.py puts a result: it adds the seed to the name when it is not the config's own (0)."""
-    return out / f"seed{seed}" / "retrain" / (name if seed == 0 else f"{name}-seed{seed}")
+    return trained_in(out / f"seed{seed}", name, seed)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -32,7 +32,7 @@ from embsearch_dist.config.read import written
 from embsearch_dist.schema import Schema
 from tools.studies.budget_tables import best_validation, hardware, portable
 from tools.studies.compare_budgets import named, words
-from tools.studies.jobs import Job, recorded, run_all, shown
+from tools.studies.jobs import Job, recorded, run_all, shown, trained_in
 from tools.studies.seeds import spread, with_deviation, with_error
 
 BACKBONES = "deepfm,dcnv2,autoint,xdeepfm,masknet,finalmlp"
@@ -98,8 +98,7 @@ def plan(args: argparse.Namespace) -> list[Model]:
                 keys += [f"model.backbone={backbone}", *args.extra, *own.get(backbone, [])]
                 arguments = ["--config", str(args.config), *(f"--{k}" for k in keys)]
                 arguments += ["--allocation", f"ues-{width}", "--name", name]
-                # retrain.py adds a seed that is not the config's own to the name.
-                place = args.out / "models" / "retrain" / (name if seed == first_seed else f"{name}-seed{seed}")
+                place = trained_in(args.out / "models", name, seed, first_seed)
                 job = Job(f"{name}-seed{seed}", "launch/retrain.py", arguments, place / "evaluation.json")
                 models.append(Model(backbone, int(width), seed, job, place))
     return models

@@ -38,7 +38,7 @@ from embsearch_dist.config.read import written
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.widest import FOLDER, WidestStage
 from tools.studies.budget_tables import Trained, write_all
-from tools.studies.jobs import Job, Pace, run_all, shown
+from tools.studies.jobs import Job, Pace, run_all, shown, trained_in
 
 USUAL = ("adass", "utilities", "fdo", "magnitude")
 RULES = ("fdo", "magnitude")  # of the method truncation
@@ -233,9 +233,7 @@ class Plan:
         return Job(f"seed{seed}-{name}", "launch/retrain.py", arguments, self.place(seed, name) / "evaluation.json")
 
     def place(self, seed: int, name: str) -> Path:
-        """Where retrain.py puts a result: it adds a seed that is not the config's own to the name."""
-        own = self.body.get("run", {}).get("seed", 0)
-        return self.out / f"seed{seed}" / "models" / "retrain" / (name if seed == own else f"{name}-seed{seed}")
+        return trained_in(self.out / f"seed{seed}" / "models", name, seed, self.body.get("run", {}).get("seed", 0))
 
     def owner(self, found: Found) -> str:
         """The name under which these tables are trained in this seed."""

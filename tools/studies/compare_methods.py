@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tools.studies.jobs import Job, run_all, validation_logloss
+from tools.studies.jobs import Job, run_all, trained_in, validation_logloss
 from tools.studies.seeds import spread, with_deviation, with_error
 
 KEYS = {"config", "search", "retrain", "leaves", "begin_as"}
@@ -137,7 +137,7 @@ def chain_of(args: argparse.Namespace, run: Planned, seed: int) -> list[Job]:
     else:
         start = ["--config", run.config, *common]
     for name, overrides in run.retrain.items():
-        result = directory / "retrain" / (name if run.search is not None or not seed else f"{name}-seed{seed}")
+        result = trained_in(directory, name, 0 if run.search is not None else seed)
         overrides = {k: v.replace("{run}", str(directory)) if isinstance(v, str) else v for k, v in overrides.items()}
         arguments = [*start, "--name", name, *options(overrides)]
         jobs.append(Job(f"seed{seed}-{run.name}-{name}", "launch/retrain.py", arguments, result / "evaluation.json"))

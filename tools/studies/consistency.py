@@ -1,19 +1,30 @@
-"""Kendall's tau between subnets scored with inherited weights and the same subnets trained alone (Table 4).
+"""How well a supernet ranks subnets: Kendall's tau between inherited scores and subnets trained alone (Table 4).
 
-    python tools/studies/consistency.py --config configs/movielens_1m/adass_deepfm.yaml --data PREPARED --out runs/tau
+    python tools/studies/consistency.py --config configs/movielens_1m_time/adass_deepfm.yaml --data PREPARED \\
+        --out runs/tau --subnets 40 --truths 3 --seeds 3
+    python tools/studies/consistency.py --space tools/tables/movielens_100k.yaml \\
+        --table tools/tables/movielens_100k.csv --data PREPARED --out runs/tau --seeds 5
+    python tools/studies/consistency.py ... --settings "printed:search.sampling.eq5=layernorm"
 
-Draws random subnets once, trains each alone with the config's recipe, trains one supernet for every scheme and
-sampling mode, scores the subnets with each supernet on the validation split, and ranks. Everything is
-resumable; writes OUT/consistency.json and OUT/consistency.md.
+The second command takes every allocation of a table as a subnet, so nothing is trained alone.
+
+The truth of a subnet is the mean test AUC of its trainings alone, with seeds of their own. The ceiling is what one
+more training alone is worth as a score: the tau between the validation AUC of one seed and the mean test AUC of the
+others. Each setting trains its supernet once per seed and scores all subnets on the whole validation split; settings
+that differ in scoring alone share a supernet. All is resumable; writes OUT/consistency.csv and OUT/consistency.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
+import csv
+import shlex
+import statistics
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,119 +34,273 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config.read import load_config
-from embsearch_dist.methods import METHODS
+from embsearch_dist.errors import UserError
+from embsearch_dist.files import read_json
 from embsearch_dist.methods.adass.config import MODES
 from embsearch_dist.methods.adass.search_stage import make_scorer
 from embsearch_dist.models.tables import SCHEMES
 from embsearch_dist.ranks.context import start
 from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
-from tools.studies.jobs import Job, run_all
+from embsearch_dist.width_table import Space, WidthTable
+from launch.common import CONFIGS
+from tools.gpucheck.facts import commit
+from tools.studies.budget_tables import best_validation
+from tools.studies.compare_budgets import named
+from tools.studies.jobs import ROOT, Job, run_all, trained_in
+from tools.studies.width_table import hardware
+
+# Keys that change what is scored and how, and leave the trained supernet as it is.
+SCORING = ("search.policy.", "search.supernet.keep")
+# The config as it is, its changes to the printed method taken back one at a time, and options that are off by default.
+SETTINGS = {
+    "as configured": [],
+    "Eq. 5 as printed": ["search.sampling.eq5=layernorm"],
+    **{mode: [f"search.sampling.mode={mode}"] for mode in MODES[1:]},
+    **{f"{scheme} tables": [f"search.scheme={scheme}"] for scheme in SCHEMES},
+    "no warm-up": ["search.sampling.warmup=0"],
+    "widest subnet judges": ["search.supernet.panel=1"],
+    "last weights": ["search.supernet.keep=last"],
+    "2,000 scored rows": ["search.policy.rows=2000"],
+    "heads refitted": ["search.policy.refit=linear"],
+    "sandwich of 4 subnets": ["search.sampling.subnets=4"],
+}
+COLUMNS = ("setting", "seed", "subnets", "tau_test", "tau_validation", "ceiling", "noise", "regret")
+FACTS = ("commit", "hardware", "command")
+
+
+@dataclass
+class Truth:
+    """Subnets that were trained alone.
+
+    Attributes:
+        choices: ``[K, fields]`` indices of candidates.
+        validation: ``[seeds, K]`` AUC on the validation split, of the best weights.
+        test: ``[seeds, K]`` AUC of the same weights on the test split.
+    """
+
+    choices: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+    def ceiling(self) -> float:
+        """What one more training alone is worth as a score; NaN of a single seed."""
+        return self._against_others(self.validation)
+
+    def noise(self) -> float:
+        """Tau of the test AUC of one seed and the mean of the others; NaN of a single seed."""
+        return self._against_others(self.test)
+
+    def _against_others(self, of_one: np.ndarray) -> float:
+        seeds = range(len(self.test))
+        if len(seeds) < 2:
+            return float("nan")
+        others = [np.delete(self.test, k, axis=0).mean(0) for k in seeds]
+        return statistics.fmean(tau(of_one[k], others[k]) for k in seeds)
+
+
+def tau(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
+    """Kendall's tau-b of two scores of the same subnets."""
+    return float(kendalltau(a, b).statistic)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--data", required=True, help="prepared data set")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--subnets", type=int, default=40)
-    parser.add_argument("--seed", type=int, default=0, help="of the drawn subnets; the runs use the config's seed")
-    parser.add_argument("--schemes", default=",".join(SCHEMES))
-    parser.add_argument("--modes", default=",".join(MODES))
-    parser.add_argument("--extra", nargs="*", default=[], help="further overrides for all runs, section.key=value")
-    parser.add_argument("--jobs", type=int, default=2)
-    args = parser.parse_args()
-    schema = Schema.load(args.data)
-    common = [f"--{x}" for x in [f"data.path={args.data}", *args.extra]]
-    config = read(args, args.out / "alone")
-    candidates = list(config.search.candidates)
-    rng = np.random.default_rng(args.seed)
-    choices = rng.integers(len(candidates), size=(args.subnets, len(schema.fields)))
-    alone = [[alone_job(args, schema, candidates, choices, k, common)] for k in range(args.subnets)]
-    variants = list(itertools.product(args.schemes.split(","), args.modes.split(",")))
-    supernets = [[supernet_job(args, scheme, mode, common)] for scheme, mode in variants]
-    run_all([*supernets, *alone], args.out / "logs", args.jobs)
-    truth = {
-        "validation": [best_validation(alone_dir(args, k)) for k in range(args.subnets)],
-        "test": [json.loads((alone_dir(args, k) / "evaluation.json").read_text()) for k in range(args.subnets)],
+    args = parser().parse_args()
+    settings = named("--settings", args.settings) or SETTINGS
+    args.out.mkdir(parents=True, exist_ok=True)
+    study = Study(args)
+    chains = [[study.supernet(setting, seed)] for seed in range(args.seeds) for setting in settings.values()]
+    run_all([*unique(chains), *study.alone()], args.out / "logs", args.jobs)
+    truth = study.truth()
+    facts = {"commit": commit(ROOT), "hardware": hardware(), "command": told(args)}
+    rows = [
+        measured(truth, study.scores(setting, seed, truth.choices)) | {"setting": name, "seed": seed} | facts
+        for name, setting in settings.items()
+        for seed in range(args.seeds)
+    ]
+    with (args.out / "consistency.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*COLUMNS, *FACTS])
+        writer.writeheader()
+        writer.writerows(rows)
+    text = markdown(rows)
+    (args.out / "consistency.md").write_text(text)
+    print(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = found.add_argument
+    add("--config", type=Path, help="config of an adass search; of a table it is that of its space")
+    add("--data", type=Path, required=True, help="prepared data set")
+    add("--out", type=Path, required=True)
+    add("--subnets", type=int, default=40, help="subnets drawn at random and trained alone")
+    add("--truths", type=int, default=3, help="trainings alone of each subnet")
+    add("--draw", type=int, default=0, help="seed of the drawn subnets")
+    add("--space", type=Path, help="with --table: groups of fields and their widths, YAML")
+    add("--table", type=Path, help="CSV of tools/studies/width_table.py: its allocations are the subnets")
+    add("--seeds", type=int, default=3, help="supernets of each setting")
+    add("--settings", nargs="*", default=[], help="NAME:key=value,... in place of the built-in ones")
+    add("--extra", nargs="*", default=[], help="further overrides for all runs, section.key=value")
+    add("--jobs", type=int, default=2, help="trainings side by side, one thread each")
+    return found
+
+
+def told(args: argparse.Namespace) -> str:
+    """The command as it was given, without the folders of this machine."""
+    paths = {str(args.out): "OUT", str(args.data): "PREPARED"}
+    return shlex.join(["python", "tools/studies/consistency.py", *(paths.get(x, x) for x in sys.argv[1:])])
+
+
+def unique(chains: list[list[Job]]) -> list[list[Job]]:
+    """Settings that share a supernet have one job."""
+    return list({chain[0].name: chain for chain in chains}.values())
+
+
+class Study:
+    """The runs, by the command line's arguments."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """
+        Raises:
+            UserError: neither a config nor a table with its space is given.
+        """
+        self.args, self.schema = args, Schema.load(args.data)
+        self.extra: list[str] = [*args.extra, f"data.path={args.data}"]
+        self.table: WidthTable | None = None
+        if args.table and args.space:
+            space = Space.load(args.space)
+            space.check(self.schema)
+            self.table = WidthTable.load(args.table, space)
+            self.config = args.config or ROOT / space.config
+            widths = sorted({w for g in space.groups for w in g.widths})
+            self.extra += [f"{key}={value}" for key, value in space.overrides.items() if not key.startswith("train.")]
+            self.extra += [f"search.candidates={widths}", "search.budget="]
+        elif args.config:
+            self.config = args.config
+        else:
+            raise UserError("give --config, or --space together with --table")
+        as_it_is = self.read([])
+        self.candidates: list[int] = as_it_is.search.candidates
+        self.own_seed = int(as_it_is.run.seed)
+
+    def read(self, more: Sequence[str]) -> Any:
+        return load_config(CONFIGS, self.config, [*self.extra, *more])
+
+    def supernet(self, setting: Sequence[str], seed: int) -> Job:
+        """A search whose policy is a token: only the supernet is wanted."""
+        directory = self.directory(setting, seed)
+        short = ["search.policy.steps=1", "search.policy.refine=false", "search.policy.rows=1000"]
+        wanted = [*self.extra, *training_only(setting), f"run.seed={seed}", f"run.dir={directory}", *short]
+        arguments = ["--config", str(self.config), *(f"--{x}" for x in wanted)]
+        return Job(directory.name, "launch/search.py", arguments, directory / "allocation.json")
+
+    def directory(self, setting: Sequence[str], seed: int) -> Path:
+        plain = "_".join(x.removeprefix("search.").replace("=", "-") for x in training_only(setting)) or "configured"
+        return Path(self.args.out / f"seed{seed}-{plain}")
+
+    def scores(self, setting: Sequence[str], seed: int, choices: np.ndarray) -> list[float]:
+        """Validation AUC of all subnets under one supernet."""
+        exact = ["search.policy.rows=10000000", "search.policy.precision=float32"]
+        config = self.read([*exact, *setting, f"run.seed={seed}", f"run.dir={self.directory(setting, seed)}"])
+        with start(config.run, config.dist) as context:
+            scored = make_scorer(Run(config, self.schema, context)).score(torch.from_numpy(choices))
+        return [float(s["auc"]) for s in scored]
+
+    def alone(self) -> list[list[Job]]:
+        """Trainings of the drawn subnets; none for a table, which has them."""
+        if self.table is not None:
+            return []
+        return [[self.alone_job(k, seed)] for seed in range(self.args.truths) for k in range(self.args.subnets)]
+
+    def alone_job(self, k: int, seed: int) -> Job:
+        path = self.args.out / "subnets" / f"subnet{k}.json"
+        if not path.exists():
+            chosen = [self.candidates[j] for j in self.drawn()[k].tolist()]
+            widths = dict(zip(self.schema.names, chosen, strict=True))
+            Allocation(self.schema, widths, {"method": "random", "name": path.stem}).save(path)
+        wanted = [*self.extra, f"run.seed={seed}", f"run.dir={self.args.out / 'alone'}"]
+        arguments = [
+            "--config",
+            str(self.config),
+            *(f"--{x}" for x in wanted),
+            "--allocation",
+            str(path),
+            "--name",
+            path.stem,
+        ]
+        result = self.trained(k, seed) / "evaluation.json"
+        return Job(f"seed{seed}-{path.stem}", "launch/retrain.py", arguments, result)
+
+    def trained(self, k: int, seed: int) -> Path:
+        return trained_in(self.args.out / "alone", f"subnet{k}", seed, self.own_seed)
+
+    def drawn(self) -> np.ndarray:
+        """``[subnets, fields]``: every field's candidate at random."""
+        rng = np.random.default_rng(self.args.draw)
+        return rng.integers(len(self.candidates), size=(self.args.subnets, len(self.schema.names)))
+
+    def truth(self) -> Truth:
+        """What is known of the subnets when all of them were trained."""
+        if self.table is not None:
+            return of_table(self.table, self.schema)
+        trained = [[self.trained(k, s) for k in range(self.args.subnets)] for s in range(self.args.truths)]
+        test = [[read_json(d / "evaluation.json")["auc"] for d in each] for each in trained]
+        validation = [[kept(d)["auc"] for d in each] for each in trained]
+        return Truth(self.drawn(), np.array(validation), np.array(test))
+
+
+def training_only(setting: Sequence[str]) -> list[str]:
+    return [x for x in setting if not x.startswith(SCORING)]
+
+
+def of_table(table: WidthTable, schema: Schema) -> Truth:
+    """Every allocation of a table as a subnet, with a candidate for each field of its groups."""
+    found = [table.choice(widths) for widths in table.space.every]
+    of_field = [next(g for g, group in enumerate(table.space.groups) if n in group.fields) for n in schema.names]
+    figures = (
+        np.array([[table.of_seed(c, seed, name) for c in found] for seed in table.seeds])
+        for name in ("validation_auc", "test_auc")
+    )
+    return Truth(np.array(found)[:, of_field], *figures)
+
+
+def kept(directory: Path) -> dict[str, float]:
+    """The validation figures of the weights that a training kept."""
+    return best_validation(directory / "metrics.jsonl", read_json(directory / "training.json")["best_step"])
+
+
+def measured(truth: Truth, scores: Sequence[float]) -> dict[str, Any]:
+    """Taus of one supernet's scores, and what the truth allows."""
+    test = truth.test.mean(0)
+    figures = {
+        "tau_test": tau(scores, test),
+        "tau_validation": tau(scores, truth.validation.mean(0)),
+        "ceiling": truth.ceiling(),
+        "noise": truth.noise(),
+        "regret": float(test.max() - test[int(np.argmax(scores))]),
     }
-    rows = []
-    for scheme, mode in variants:
-        scores = inherited(args, scheme, mode, torch.from_numpy(choices))
-        row = {"scheme": scheme, "mode": mode, "subnets": args.subnets}
-        for metric in ("auc", "logloss"):
-            row[f"inherited_{metric}"] = [s[metric] for s in scores]
-            for split in truth:
-                row[f"tau_{metric}_{split}"] = tau(truth[split], scores, metric)
-        rows.append(row)
-    ceiling = {m: tau(truth["validation"], truth["test"], m) for m in ("auc", "logloss")}
-    (args.out / "consistency.json").write_text(json.dumps({"alone": truth, "ceiling": ceiling, "rows": rows}, indent=2))
+    return {"subnets": len(test), **{key: round(value, 4) for key, value in figures.items()}}
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """A line for each setting: means over its supernets."""
+    first = rows[0]
     lines = [
-        "| scheme | sampling | logloss, validation | AUC, validation | logloss, test | AUC, test |",
-        "| --- | --- | --- | --- | --- | --- |",
+        f"{first['subnets']} subnets. One training alone ranks them with tau {first['ceiling']:.3f} by its validation "
+        f"AUC against the mean test AUC of the other seeds (the ceiling), with {first['noise']:.3f} by its test AUC. "
+        "Regret: the test AUC that the best subnet has more than the one with the best score.\n",
+        "| setting | tau, test AUC | of the ceiling | tau, validation AUC | regret |",
+        "| --- | --- | --- | --- | --- |",
     ]
-    keys = ("tau_logloss_validation", "tau_auc_validation", "tau_logloss_test", "tau_auc_test")
-    lines += [f"| {r['scheme']} | {r['mode']} | " + " | ".join(f"{r[k]:.3f}" for k in keys) + " |" for r in rows]
-    aucs = [t["auc"] for t in truth["test"]]
-    lines += [
-        "",
-        f"{args.subnets} subnets; stand-alone test AUC {min(aucs):.4f} to {max(aucs):.4f}. Tau between the same "
-        f"stand-alone models on validation and on test: AUC {ceiling['auc']:.3f}, logloss {ceiling['logloss']:.3f}.",
-    ]
-    (args.out / "consistency.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-
-
-def tau(a: list[dict[str, float]], b: list[dict[str, float]], metric: str) -> float:
-    """Kendall's tau-b of one metric over the same subnets."""
-    return float(kendalltau([x[metric] for x in a], [x[metric] for x in b]).statistic)
-
-
-def best_validation(directory: Path) -> dict[str, float]:
-    """Validation metrics of the checkpoint that was kept: the best AUC of the training."""
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return max((x for x in lines if x.get("split") == "validation"), key=lambda x: x["auc"])
-
-
-def read(args: argparse.Namespace, run_dir: Path, *more: str):
-    overrides = [f"data.path={args.data}", f"run.dir={run_dir}", *args.extra, *more]
-    return load_config({n: m.config for n, m in METHODS.items()}, args.config, overrides)
-
-
-def alone_dir(args: argparse.Namespace, k: int) -> Path:
-    return args.out / "alone" / "retrain" / f"subnet{k}"
-
-
-def alone_job(
-    args: argparse.Namespace, schema: Schema, candidates: list[int], choices: np.ndarray, k: int, common: list[str]
-) -> Job:
-    path = args.out / "subnets" / f"subnet{k}.json"
-    widths = {n: candidates[j] for n, j in zip(schema.names, choices[k].tolist(), strict=True)}
-    Allocation(schema, widths, {"method": "random", "name": f"subnet{k}"}).save(path)
-    arguments = ["--config", args.config, *common, f"--run.dir={args.out / 'alone'}", "--allocation", str(path)]
-    return Job(f"subnet{k}", "launch/retrain.py", arguments, alone_dir(args, k) / "evaluation.json")
-
-
-def supernet_dir(args: argparse.Namespace, scheme: str, mode: str) -> Path:
-    return args.out / f"{scheme}-{mode}"
-
-
-def supernet_job(args: argparse.Namespace, scheme: str, mode: str, common: list[str]) -> Job:
-    directory = supernet_dir(args, scheme, mode)
-    kind = [f"--run.dir={directory}", f"--search.scheme={scheme}", f"--search.sampling.mode={mode}"]
-    # Only the supernet is wanted; the search after it is kept to a token.
-    short = ["--search.policy.steps=1", "--search.policy.refine=false", "--search.policy.rows=1000"]
-    arguments = ["--config", args.config, *common, *kind, *short]
-    return Job(f"{scheme}-{mode}", "launch/search.py", arguments, directory / "allocation.json")
-
-
-def inherited(args: argparse.Namespace, scheme: str, mode: str, choices: torch.Tensor) -> list[dict[str, float]]:
-    """Metrics of the subnets under one supernet, on the whole validation split."""
-    kind = [f"search.scheme={scheme}", f"search.sampling.mode={mode}"]
-    kind += ["search.policy.rows=10000000", "search.policy.precision=float32"]
-    config = read(args, supernet_dir(args, scheme, mode), *kind)
-    with start(config.run, config.dist) as context:
-        return make_scorer(Run(config, Schema.load(args.data), context)).score(choices)
+    for name in dict.fromkeys(r["setting"] for r in rows):
+        mine = [r for r in rows if r["setting"] == name]
+        mean = {key: statistics.fmean(r[key] for r in mine) for key in ("tau_test", "tau_validation", "regret")}
+        spread = {key: statistics.stdev([r[key] for r in mine]) if len(mine) > 1 else 0.0 for key in mean}
+        cells = {key: f"{mean[key]:.3f} +- {spread[key]:.3f}" for key in ("tau_test", "tau_validation")}
+        share = f"{mean['tau_test'] / first['ceiling']:.2f}"
+        regret = f"{mean['regret']:.4f}"
+        lines.append(f"| {name} | {cells['tau_test']} | {share} | {cells['tau_validation']} | {regret} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -46,6 +46,11 @@ class Job:
         return self.result is not None and self.result.exists()
 
 
+def trained_in(run_dir: Path, name: str, seed: int, own: int = 0) -> Path:
+    """Where retrain.py puts a model: it adds a seed that is not the config's ``own`` to the name."""
+    return run_dir / "retrain" / (name if seed == own else f"{name}-seed{seed}")
+
+
 def run_job(job: Job, log_dir: Path) -> float:
     """Run one job with one thread; returns its seconds (0 when it was done before).
 

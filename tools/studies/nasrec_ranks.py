@@ -24,7 +24,7 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tools.studies.jobs import Job, run_all, validation_logloss
+from tools.studies.jobs import Job, run_all, trained_in, validation_logloss
 
 SCHEMES = ("single_operator_any_connection", "single_operator_single_connection", "any_operator_any_connection")
 TUNING = {"tuned": [], "plain": ["--search.scoring.tune_steps=0"]}
@@ -120,8 +120,7 @@ def architectures_of(out: Path, scheme: str) -> dict[str, Path]:
 
 
 def result_of(args: argparse.Namespace, key: str) -> Path:
-    name = f"{key}-seed{args.seed}" if args.seed else key
-    return args.out / "alone" / "retrain" / name / "evaluation.json"
+    return trained_in(args.out / "alone", key, args.seed) / "evaluation.json"
 
 
 def trained_of(args: argparse.Namespace, scheme: str) -> dict[str, float]:

@@ -28,7 +28,7 @@ from embsearch_dist.config.read import written
 from embsearch_dist.data.store.manifest import MANIFEST
 from embsearch_dist.files import read_json, read_sealed, write_json, write_sealed
 from tools.studies.budget_tables import hardware
-from tools.studies.jobs import Job, recorded, run_all
+from tools.studies.jobs import Job, recorded, run_all, trained_in
 
 EXCHANGED = {"validation": "test", "test": "validation"}
 FIGURES = ("seed", "budget", "parameters", "validation_auc", "test_auc", "test_logloss", "widths")
@@ -115,7 +115,7 @@ def name_of(number: int, budget: str) -> str:
 
 
 def trained(home: Path, name: str, seed: int) -> Path:
-    return home / "models" / "retrain" / (name if not seed else f"{name}-seed{seed}")
+    return trained_in(home / "models", name, seed)
 
 
 def write_table(out: Path, budgets: list[str], seeds: int, command: str) -> None:

@@ -1,0 +1,88 @@
+"""Ranking by inherited scores: its taus by hand, subnets of a table, and a tiny study from start to table."""
+
+from __future__ import annotations
+
+import csv
+import math
+import sys
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import pytest
+
+from embsearch_dist.schema import Field, Schema
+from embsearch_dist.width_table import Space, WidthTable
+from tests.launch.processes import ROOT
+from tests.scripts import fork_script
+from tools.studies import consistency
+from tools.studies.consistency import SETTINGS, Truth, measured, of_table, tau, training_only
+
+
+def test_taus_and_ceiling_of_hand_made_scores() -> None:
+    truth = Truth(np.zeros((3, 1), int), np.array([[1, 2, 3], [3, 2, 1]]) / 10, np.array([[1, 2, 3], [1, 3, 2]]) / 10)
+    assert tau([1, 2, 3], [1, 3, 2]) == pytest.approx(1 / 3)
+    assert truth.noise() == pytest.approx(1 / 3)
+    # Seed 0's validation ranks seed 1's test rows by 1/3, seed 1's those of seed 0 by -1.
+    assert truth.ceiling() == pytest.approx((1 / 3 - 1) / 2)
+    row = measured(truth, [0.5, 0.4, 0.3])
+    assert row["subnets"] == 3 and row["tau_test"] == pytest.approx(-0.8165, abs=1e-4)  # means .1, .25, .25
+    assert row["regret"] == pytest.approx(0.15)
+    assert math.isnan(Truth(truth.choices, truth.validation[:1], truth.test[:1]).ceiling())
+
+
+def test_every_allocation_of_a_table_is_a_subnet(tmp_path: Path) -> None:
+    (tmp_path / "space.yaml").write_text(
+        "config: any.yaml\n"
+        "groups:\n  a: {fields: [big], widths: [0, 4]}\n  b: {fields: [left, right], widths: [2, 4]}\n"
+    )
+    space = Space.load(tmp_path / "space.yaml")
+    rows = [
+        {"a": a, "b": b, "seed": s, "parameters": 100 * a + 40 * b}
+        | {key: a + 10 * b + 100 * s + k for k, key in enumerate(("validation_auc", "test_auc"))}
+        | {"validation_logloss": 1, "test_logloss": 1}
+        for a, b in space.every
+        for s in (0, 1)
+    ]
+    table = WidthTable(space, [{k: str(v) for k, v in row.items()} for row in rows])
+    truth = of_table(table, Schema("any", (Field("left", 10), Field("big", 100), Field("right", 30))))
+    assert truth.choices.tolist() == [[1, 0, 1], [2, 0, 2], [1, 2, 1], [2, 2, 2]]
+    assert truth.test[1].tolist() == [121, 141, 125, 145] and truth.validation[0].tolist() == [20, 40, 24, 44]
+
+
+def test_settings_that_differ_in_scoring_share_a_supernet() -> None:
+    plain = [name for name, setting in SETTINGS.items() if not training_only(setting)]
+    assert plain == ["as configured", "last weights", "2,000 scored rows", "heads refitted"]
+
+
+def test_a_tiny_study_from_start_to_table(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: Path, config: Path
+) -> None:
+    started: list[str] = []
+
+    def run(command: list[str], printed: TextIO, environment: dict[str, str]) -> tuple[int, float]:
+        started.append(Path(printed.name).stem)
+        done = fork_script(Path(command[3]), command[4:], ROOT, environment | {"PYTHONPATH": str(ROOT)}, 120, tmp_path)
+        assert done is not None
+        printed.write(done.stdout + done.stderr)
+        return done.returncode, 0.0
+
+    monkeypatch.setattr("tools.studies.jobs.run_command", run)
+    out = tmp_path / "out"
+    words = ["--config", config, "--data", data, "--out", out, "--subnets", 3, "--truths", 2, "--seeds", 1, "--jobs", 1]
+    words += ["--extra", "train.steps=3", "search.supernet.steps=3", "run.threads=1", "--settings"]
+    words += [
+        "plain:run.threads=1",
+        "last:search.supernet.keep=last,run.threads=1",
+        "layer:search.sampling.eq5=layernorm",
+    ]
+    monkeypatch.setattr(sys, "argv", ["consistency.py", *map(str, words)])
+    consistency.main()
+    assert len(started) == 2 + 3 * 2
+    consistency.main()
+    assert len(started) == 2 + 3 * 2
+    rows = list(csv.DictReader((out / "consistency.csv").open()))
+    assert [r["setting"] for r in rows] == ["plain", "last", "layer"]
+    assert all(-1 <= float(r[key]) <= 1 for r in rows for key in ("tau_test", "tau_validation", "ceiling", "noise"))
+    assert all(float(r["regret"]) >= 0 and str(out) not in r["command"] and str(data) not in r["command"] for r in rows)
+    assert (out / "consistency.md").read_text().count("\n| ") == 5  # a head, a rule, three settings
