@@ -63,6 +63,16 @@ def test_a_block_of_columns_shows_those_it_names(tmp_path: Path) -> None:
         filled(text.replace("rows,", "more,"), tmp_path)
 
 
+def test_a_block_of_ranks_has_means_over_supernets(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text(
+        "setting,seed,subnets,tau_test,tau_validation,regret,ceiling,noise,commit,hardware,command\n"
+        "plain,0,40,0.5,0.6,0.001,0.8,0.7,abc,CPU,python c.py\nplain,1,40,0.7,0.6,0.003,0.8,0.7,abc,CPU,python c.py\n"
+    )
+    made = filled("<!-- consistency x.csv -->\n<!-- end -->\n", tmp_path)
+    assert "    python c.py\n\nCommit abc; CPU.\n" in made
+    assert "| plain | 0.600 +- 0.141 | 0.75 | 0.600 +- 0.000 | 0.0020 |" in made
+
+
 def test_a_league_block_shows_the_parts_that_it_names(tmp_path: Path) -> None:
     more = {"data": "y 0f 9 training rows", "backbone": "deepfm"}
     lines = [line(s, "uniform", 16, 1600, 0.70 + s / 1000) | more | {"budget": ""} for s in range(2)]

@@ -107,7 +107,9 @@ def test_every_search_obeys_the_budget_and_the_thorough_ones_find_the_best(table
     quick = {"uniform", "policy"}
     assert {r["regret"] for r in rows if r["search"] not in quick} == {0}
     assert next(r["regret"] for r in rows if r["search"] == "uniform") == pytest.approx(0.01)
-    assert markdown(rows, table).count("\n| ") == len(SEARCHES) + 2
+    same = {"allocations": 6, "table_seeds": 2, "noise": table.noise()}
+    text = markdown([row | same for row in rows])
+    assert text.count("\n| ") == len(SEARCHES) + 2 and "6 allocations, 2 seeds" in text
 
 
 def test_uniform_is_clipped_to_what_a_group_may_have(table: WidthTable) -> None:

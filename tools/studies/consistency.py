@@ -65,7 +65,8 @@ SETTINGS = {
     "heads refitted": ["search.policy.refit=linear"],
     "sandwich of 4 subnets": ["search.sampling.subnets=4"],
 }
-COLUMNS = ("setting", "seed", "subnets", "tau_test", "tau_validation", "ceiling", "noise", "regret")
+SCORED = ("tau_test", "tau_validation", "regret")
+COLUMNS = ("setting", "seed", "subnets", *SCORED, "ceiling", "noise")
 FACTS = ("commit", "hardware", "command")
 
 
@@ -285,19 +286,20 @@ def measured(truth: Truth, scores: Sequence[float]) -> dict[str, Any]:
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """A line for each setting: means over its supernets."""
     first = rows[0]
+    ceiling, noise = float(first["ceiling"]), float(first["noise"])
     lines = [
-        f"{first['subnets']} subnets. One training alone ranks them with tau {first['ceiling']:.3f} by its validation "
-        f"AUC against the mean test AUC of the other seeds (the ceiling), with {first['noise']:.3f} by its test AUC. "
+        f"{first['subnets']} subnets. One training alone ranks them with tau {ceiling:.3f} by its validation "
+        f"AUC against the mean test AUC of the other seeds (the ceiling), with {noise:.3f} by its test AUC. "
         "Regret: the test AUC that the best subnet has more than the one with the best score.\n",
         "| setting | tau, test AUC | of the ceiling | tau, validation AUC | regret |",
         "| --- | --- | --- | --- | --- |",
     ]
     for name in dict.fromkeys(r["setting"] for r in rows):
-        mine = [r for r in rows if r["setting"] == name]
-        mean = {key: statistics.fmean(r[key] for r in mine) for key in ("tau_test", "tau_validation", "regret")}
-        spread = {key: statistics.stdev([r[key] for r in mine]) if len(mine) > 1 else 0.0 for key in mean}
+        mine = [{key: float(r[key]) for key in SCORED} for r in rows if r["setting"] == name]
+        mean = {key: statistics.fmean(r[key] for r in mine) for key in SCORED}
+        spread = {key: statistics.stdev([r[key] for r in mine]) if len(mine) > 1 else 0.0 for key in SCORED}
         cells = {key: f"{mean[key]:.3f} +- {spread[key]:.3f}" for key in ("tau_test", "tau_validation")}
-        share = f"{mean['tau_test'] / first['ceiling']:.2f}"
+        share = f"{mean['tau_test'] / ceiling:.2f}"
         regret = f"{mean['regret']:.4f}"
         lines.append(f"| {name} | {cells['tau_test']} | {share} | {cells['tau_validation']} | {regret} |")
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""Write the tables of docs/results, and of docs/league.md, from CSV files.
+"""Write the tables of the pages under docs/ from CSV files.
 
     python tools/studies/results_tables.py            rewrite every table that its CSV has outgrown
     python tools/studies/results_tables.py --check    change nothing; exit code 1 and the names of stale pages
@@ -10,8 +10,8 @@ A page says where a table goes:
     <!-- end -->
 
 FILE.csv is seen from the folder of the page. It is the comparison.csv of tools/studies/compare_budgets.py: a line per
-trained model, with command, commit, seed and hardware. ``<!-- backbones FILE.csv -->`` does the same with backbones.csv
-of tools/studies/compare_backbones.py. Of any other CSV file a block shows the columns that it names:
+trained model, with command, commit, seed and hardware. ``backbones``, ``consistency`` and ``search_table`` in its place
+do the same with what the tools of these names leave. Of any other CSV file a block shows the columns that it names:
 
     <!-- columns FILE.csv: column, column, ... -->
     <!-- end -->
@@ -28,6 +28,7 @@ import argparse
 import csv
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,13 +38,15 @@ from embsearch_dist.errors import UserError  # noqa: E402
 from tools.league.published import read_orders  # noqa: E402
 from tools.league.rows import groups_of, read_rows  # noqa: E402
 from tools.league.tables import sections  # noqa: E402
-from tools.studies import compare_backbones  # noqa: E402
+from tools.studies import compare_backbones, consistency, search_table  # noqa: E402
 from tools.studies.budget_tables import markdown, summarise  # noqa: E402
 
 PAGES = ROOT / "docs" / "results"
 COLUMNS = re.compile(r"(<!-- columns (\S+\.csv): ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 LEAGUE = re.compile(r"(<!-- league ([^>:]+): ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-BLOCK = re.compile(r"(<!-- (comparison|backbones) (\S+\.csv) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- (comparison|backbones|consistency|search_table) (\S+\.csv) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
 def main() -> None:
@@ -64,7 +67,7 @@ def main() -> None:
 
 def pages() -> list[Path]:
     """All pages that may have such blocks."""
-    return [*sorted(PAGES.glob("*.md")), PAGES.parent / "league.md"]
+    return sorted(PAGES.parent.rglob("*.md"))
 
 
 def filled(text: str, folder: Path) -> str:
@@ -73,7 +76,12 @@ def filled(text: str, folder: Path) -> str:
     Raises:
         SystemExit: a file is missing or has no line.
     """
-    made = {"comparison": table_of, "backbones": backbones_of}
+    made = {
+        "comparison": table_of,
+        "backbones": backbones_of,
+        "consistency": lambda path: measured_by(consistency.markdown, path),
+        "search_table": lambda path: measured_by(search_table.markdown, path),
+    }
     text = LEAGUE.sub(lambda found: f"{found[1]}{league_of(folder, found[2], found[3])}{found[4]}", text)
     text = BLOCK.sub(lambda found: f"{found[1]}{made[found[2]](folder / found[3])}{found[4]}", text)
     return COLUMNS.sub(lambda found: f"{found[1]}{columns_of(folder / found[2], found[3])}{found[4]}", text)
@@ -111,10 +119,11 @@ def columns_of(path: Path, names: str) -> str:
     unknown = [name for name in wanted if name not in rows[0]]
     if unknown:
         raise SystemExit(f"{path}: a page wants column {unknown[0]!r}, the file has {', '.join(rows[0])}")
-    first = rows[0]
-    head = [f"    {first['command']}", "", f"Commit {first['commit']}; {first['hardware']}.", ""]
     titles = [f"| {' | '.join(name.replace('_', ' ') for name in wanted)} |", "| --- " * len(wanted) + "|"]
-    return "\n".join([*head, *titles, *(f"| {' | '.join(row[name] for name in wanted)} |" for row in rows)]) + "\n"
+    return (
+        "\n".join([*head(rows[0]), *titles, *(f"| {' | '.join(row[name] for name in wanted)} |" for row in rows)])
+        + "\n"
+    )
 
 
 def table_of(path: Path) -> str:
@@ -126,6 +135,16 @@ def table_of(path: Path) -> str:
 def backbones_of(path: Path) -> str:
     """The table of one comparison of backbones."""
     return compare_backbones.markdown([compare_backbones.typed(row) for row in lines_of(path)])
+
+
+def measured_by(markdown: Callable[[list[dict[str, str]]], str], path: Path) -> str:
+    """A table below what all lines of its file share."""
+    rows = lines_of(path)
+    return "\n".join([*head(rows[0]), markdown(rows)])
+
+
+def head(first: dict[str, str]) -> list[str]:
+    return [f"    {first['command']}", "", f"Commit {first['commit']}; {first['hardware']}.", ""]
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import shlex
 import statistics
 import sys
 import time
@@ -35,8 +36,11 @@ from embsearch_dist.methods.adass.local import Problem, refine, sweep
 from embsearch_dist.methods.adass.policy import search
 from embsearch_dist.methods.budget import knapsack
 from embsearch_dist.width_table import Score, Space, WidthTable
+from tools.gpucheck.facts import ROOT, commit
+from tools.studies.width_table import hardware
 
 COLUMNS = ("budget", "search", "table_seed", "seed", "widths", "parameters", "regret", "scored", "seconds")
+FACTS = ("allocations", "table_seeds", "noise", "commit", "hardware", "command")  # the same in all lines
 
 
 @dataclass
@@ -176,16 +180,30 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10, help="random seeds of each search")
     args = parser.parse_args()
     table = WidthTable.load(args.table, Space.load(args.space))
-    rows = compare(table, [float(b) for b in args.budgets.split(",")], args.repeats)
+    same = facts_of(table, args)
+    rows = [row | same for row in compare(table, [float(b) for b in args.budgets.split(",")], args.repeats)]
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "search_table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, [*COLUMNS, *FACTS])
         writer.writeheader()
         writer.writerows(rows)
-    text = markdown(rows, table)
+    text = markdown(rows)
     (args.out / "search_table.md").write_text(text)
-    draw(rows, table, args.out / "search_table.png")
+    draw(rows, args.out / "search_table.png")
     print(text)
+
+
+def facts_of(table: WidthTable, args: argparse.Namespace) -> dict[str, Any]:
+    """What every line of the CSV says of the table and the command."""
+    told = ["--space", str(args.space), "--table", args.table.name, "--budgets", args.budgets]
+    return {
+        "allocations": len(table.space.every),
+        "table_seeds": len(table.seeds),
+        "noise": round(table.noise(), 6),
+        "commit": commit(ROOT),
+        "hardware": hardware(),
+        "command": shlex.join(["python", "tools/studies/search_table.py", *told, "--repeats", str(args.repeats)]),
+    }
 
 
 def compare(table: WidthTable, budgets: list[float], repeats: int) -> list[dict[str, Any]]:
@@ -217,17 +235,17 @@ def compare(table: WidthTable, budgets: list[float], repeats: int) -> list[dict[
 def summary(rows: list[dict[str, Any]], budget: str, name: str) -> tuple[float, float, float]:
     """Mean regret, its standard error over the runs, and the mean number of allocations that were scored."""
     chosen = [r for r in rows if (r["budget"], r["search"]) == (budget, name)]
-    regret = [r["regret"] for r in chosen]
+    regret = [float(r["regret"]) for r in chosen]
     error = statistics.stdev(regret) / math.sqrt(len(regret)) if len(regret) > 1 else 0.0
-    return statistics.fmean(regret), error, statistics.fmean(r["scored"] for r in chosen)
+    return statistics.fmean(regret), error, statistics.fmean(float(r["scored"]) for r in chosen)
 
 
-def markdown(rows: list[dict[str, Any]], table: WidthTable) -> str:
-    budgets = list(dict.fromkeys(r["budget"] for r in rows))
+def markdown(rows: list[dict[str, Any]]) -> str:
+    budgets, first = list(dict.fromkeys(r["budget"] for r in rows)), rows[0]
     lines = [
         f"Test AUC below the best allocation of the budget, x 1000 (+- standard error over runs). "
-        f"{len(table.space.every)} allocations, {len(table.seeds)} seeds; one allocation's test AUC differs by "
-        f"{1000 * table.noise():.2f} between seeds (standard deviation).\n",
+        f"{first['allocations']} allocations, {first['table_seeds']} seeds; one allocation's test AUC differs by "
+        f"{1000 * float(first['noise']):.2f} between seeds (standard deviation).\n",
         "| search | scored | " + " | ".join(budgets) + " |",
         "| --- | --- |" + " --- |" * len(budgets),
     ]
@@ -238,8 +256,9 @@ def markdown(rows: list[dict[str, Any]], table: WidthTable) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(rows: list[dict[str, Any]], table: WidthTable, path: Path) -> None:
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Regret of each search at each budget; a band as wide as the noise between seeds."""
+    noise = 1000 * float(rows[0]["noise"])
     budgets, names = (list(dict.fromkeys(r[key] for r in rows)) for key in ("budget", "search"))
     with matplotlib.rc_context({"font.size": 9}):
         figure = Figure(figsize=(8, 4.2), dpi=150, layout="constrained")
@@ -249,8 +268,8 @@ def draw(rows: list[dict[str, Any]], table: WidthTable, path: Path) -> None:
             places = np.arange(len(budgets)) + (k - (len(names) - 1) / 2) * 0.09
             means, errors = [1000 * e[0] for e in each], [1000 * e[1] for e in each]
             axis.errorbar(places, means, yerr=errors, fmt="os^vD<>pX"[k % 9], capsize=2, markersize=5, label=name)
-        if math.isfinite(table.noise()):
-            axis.axhspan(0, 1000 * table.noise(), color="0.9", zorder=0, label="noise between seeds (1 s.d.)")
+        if math.isfinite(noise):
+            axis.axhspan(0, noise, color="0.9", zorder=0, label="noise between seeds (1 s.d.)")
         axis.set_xticks(range(len(budgets)), [f"at most {b}" for b in budgets])
         axis.set_xlabel("embedding parameters, of the widest allocation")
         axis.set_ylabel("test AUC below the best, x 1000")
