@@ -110,6 +110,32 @@ def test_widths_that_are_the_same_are_trained_once(
     assert names == ["seed0-ues-4", "seed0-ues-8", "seed0-utilities-20pct"]
 
 
+def test_all_is_fine_tuned_from_the_widest_uniform_model_and_judged_apart(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    searched(tmp_path, 0, "utilities", "20%", FOUND)
+    searched(tmp_path, 0, "utilities", "50%", dict.fromkeys(SCHEMA.names, 4))
+    words = ["--methods", "utilities", "--seeds", "1", "--finetuned"]
+    call(tool, monkeypatch, tmp_path, "--dry-run", *words)
+    lines = {line.split(":")[0]: line for line in capsys.readouterr().out.splitlines()}
+    fresh = ["seed0-ues-4", "seed0-ues-8", "seed0-utilities-20pct"]
+    assert list(lines) == [*fresh, *(f"{name}-finetuned" for name in fresh)]
+    widest = tmp_path / "seed0" / "models" / "retrain" / "ues-8"
+    for name in fresh:
+        assert f"--from {widest} --from-optimizer false" in lines[f"{name}-finetuned"] and "--from" not in lines[name]
+    trained(tmp_path, 0, "utilities-20pct", FOUND, 0.70)
+    trained(tmp_path, 0, "utilities-20pct-finetuned", FOUND, 0.75)
+    for width, auc in ((4, 0.68), (8, 0.71)):
+        trained(tmp_path, 0, f"ues-{width}", dict.fromkeys(SCHEMA.names, width), auc)
+        trained(tmp_path, 0, f"ues-{width}-finetuned", dict.fromkeys(SCHEMA.names, width), auc + 0.02)
+    call(tool, monkeypatch, tmp_path, "--only-tables", *words)
+    text = capsys.readouterr().out
+    assert "- **utilities, budget 20%**: at 19% of UES-32: -0.0100 AUC over UES-8, " in text
+    assert "- **utilities fine-tuned, budget 20%**: at 19% of UES-32: +0.0200 AUC over UES-8 fine-tuned, " in text
+    # Both budgets of utilities that gave uniform widths are those models.
+    assert "| utilities fine-tuned 50% | 400 | 12% | 0.7000 (one seed) |" in text
+
+
 def test_tables_of_the_same_widths_and_other_values_are_trained_each(
     tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,6 +31,7 @@ COLUMNS = (
     "search_cost",
 )  # fmt: skip
 BASELINES = ("fdo", "magnitude")
+FINETUNED = " fine-tuned"  # behind the method of models that began with the widest uniform one
 CLOCKS = {"wall": "seconds", "processor": "cpu_seconds"}  # of a search's cost -> what the records of jobs call it
 LABELLED = 24  # models in the picture whose names have room
 
@@ -236,10 +237,12 @@ def verdicts(models: dict[tuple[str, str], Model], reference: float) -> list[str
     for (method, budget), model in models.items():
         if model.uniform:
             continue
-        verdict = judge(model, every, reference)
+        tuned = FINETUNED if method.endswith(FINETUNED) else ""
+        # What began with fresh weights stands against uniform models that did; what was fine-tuned against all.
+        verdict = judge(model, [m for m in every if tuned or not m.group.endswith(FINETUNED)], reference)
         texts = [verdict.sentence() if verdict else "no verdict: no uniform width that is not smaller was trained"]
-        for baseline in BASELINES if method not in BASELINES else ():
-            other = models.get((baseline, budget))
+        for baseline in BASELINES if method.removesuffix(FINETUNED) not in BASELINES else ():
+            other = models.get((baseline + tuned, budget))
             against = compare_models(model, other, reference) if other else None
             if against is not None:
                 texts.append(against.sentence(why=""))

@@ -6,6 +6,7 @@
     python tools/studies/compare_budgets.py ... --methods utilities,mde,sseds,autofield,autodim
     python tools/studies/compare_budgets.py ... --variants plain:model.unify=mixed       uniform widths in this way too
     python tools/studies/compare_budgets.py ... --settings utilities:search.evidence=2   keys of one method's search
+    python tools/studies/compare_budgets.py ... --finetuned      all once more, begun with the widest uniform model
     python tools/studies/compare_budgets.py ... --precision int8 --budgets ues-12,ues-28 --widths 12,28
                                                               judge by bytes and AUC of tables as served at int8
 
@@ -15,7 +16,10 @@ width, all with the config's own recipe (its train, optim and model sections; st
 several), or the method's defaults; `fdo` and `magnitude` are the two rules of `truncation`. Every
 run is an ordinary run directory under OUT; what is finished is skipped, so a stopped comparison continues and one that
 is given more seeds, budgets or methods keeps what it has. Widths that two searches of a seed have in common are trained
-once. Validation figures are those of the best epoch, test figures those of its weights.
+once. With --finetuned each allocation and each uniform width is trained a second time, not from fresh weights but from
+the model of the widest uniform width of its seed, whose tables are cut to the new widths (retrain.py --from). That
+one itself is trained further, too, so that longer training is not taken for a gain. Validation figures are those of
+the best epoch, test figures those of its weights.
 
 Leaves OUT/comparison.csv (a line per seed and model), comparison.md (verdicts and table), comparison.png.
 """
@@ -37,11 +41,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from embsearch_dist.config.read import written
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.widest import FOLDER, WidestStage
-from tools.studies.budget_tables import Trained, write_all
+from tools.studies.budget_tables import FINETUNED, Trained, write_all
 from tools.studies.jobs import Job, Pace, run_all, shown, trained_in
 
 USUAL = ("adass", "utilities", "fdo", "magnitude")
 RULES = ("fdo", "magnitude")  # of the method truncation
+TUNED = "-finetuned"  # behind the name of a model that began with the widest one
 WIDEST = 32  # of the model that utilities and baselines cut down, unless a candidate is wider
 
 
@@ -71,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     add("--methods", default=",".join(USUAL), help=f"some of {', '.join(known())}; empty = none")
     add("--widths", default="2,4,8,16,32", help="uniform widths")
     add("--variants", nargs="*", default=[], help="NAME:key=value,... further sets of uniform widths")
+    add("--finetuned", action="store_true", help="everything once more, begun with the widest uniform model")
     add("--settings", nargs="*", default=[], help="METHOD:search.key=value,... of one search")
     add("--extra", nargs="*", default=[], help="further overrides for all runs, section.key=value")
     add("--precision", default="", help="fp32 | fp16 | int8 | int4: judge tables as served at it")
@@ -117,7 +123,8 @@ class Plan:
 
     def jobs(self) -> list[Job]:
         """All that is still to be run, searches first; trainings that may turn out to be the same are all here."""
-        return [job for chain in [*self.searches(), *self.uniforms(), *self.trainings()] for job in chain]
+        chains = [*self.searches(), *self.uniforms(), *self.trainings(), *self.tuned()]
+        return [job for chain in chains for job in chain]
 
     def carry_out(self) -> None:
         """Run what is not finished, and say how much is left.
@@ -128,9 +135,10 @@ class Plan:
         logs, side_by_side = self.out / "logs", self.args.jobs
         pace = Pace(self.jobs(), logs, side_by_side)
         run_all(self.searches() + self.uniforms(), logs, side_by_side, pace)
-        found = self.trainings()
-        pace.keep([job for chain in found for job in chain])
+        found, tuned = self.trainings(), self.tuned()
+        pace.keep([job for chain in [*found, *tuned] for job in chain])
         run_all(found, logs, side_by_side, pace)
+        run_all(tuned, logs, side_by_side, pace)
 
     def config_of(self, method: str) -> Path:
         """A file with the config's recipe and the search section of another method."""
@@ -226,6 +234,20 @@ class Plan:
                     chains.append([self.training(seed, found.name, str(found.allocation), [])])
         return chains
 
+    def tuned(self) -> list[list[Job]]:
+        """Uniform widths and found allocations once more, each begun with the widest uniform model of its seed."""
+        if not self.args.finetuned:
+            return []
+        chains = []
+        for seed in range(self.args.seeds):
+            widest = ["--from", str(self.place(seed, uniform_name(max(self.widths), ""))), "--from-optimizer", "false"]
+            wanted = {uniform_name(width, ""): f"ues-{width}" for width in self.widths}
+            wanted |= {f.name: str(f.allocation) for f in self.found(seed) if self.owner(f) == f.name}
+            for name, allocation in wanted.items():
+                job = self.training(seed, name + TUNED, allocation, [])
+                chains.append([dataclasses.replace(job, arguments=[*job.arguments, *widest])])
+        return chains
+
     def training(self, seed: int, name: str, allocation: str, overrides: list[str]) -> Job:
         arguments = ["--config", str(self.args.config), *self.common(self.out / f"seed{seed}" / "models", seed)]
         arguments += [f"--{x}" for x in overrides]
@@ -254,11 +276,20 @@ class Plan:
                     name = uniform_name(width, variant)
                     method = f"uniform {variant}".strip()
                     models.append(Trained(method, "", seed, self.place(seed, name), f"seed{seed}-{name}", "", width))
+            for width in self.widths if self.args.finetuned else ():
+                name = uniform_name(width, "") + TUNED
+                place = self.place(seed, name)
+                models.append(Trained(f"uniform{FINETUNED}", "", seed, place, f"seed{seed}-{name}", "", width))
             for found in self.found(seed):
                 name, search = self.owner(found), f"seed{seed}-search-{found.method}"
                 place = self.place(seed, name)
                 shared = self.shared(found.method, seed)
-                models.append(Trained(found.method, found.budget, seed, place, f"seed{seed}-{name}", search, 0, shared))
+                first = Trained(found.method, found.budget, seed, place, f"seed{seed}-{name}", search, 0, shared)
+                models.append(first)
+                if self.args.finetuned:
+                    place, job = self.place(seed, name + TUNED), first.job + TUNED
+                    method = found.method + FINETUNED
+                    models.append(dataclasses.replace(first, method=method, place=place, job=job))
         return models
 
 
