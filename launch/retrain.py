@@ -5,6 +5,7 @@ test split.
     python launch/retrain.py --run runs/my --allocation ues-32        the uniform baseline
     python launch/retrain.py --run runs/my --allocation bracket       the uniform widths around what was found
     python launch/retrain.py --run runs/my --or-uniform               what was found, or the uniform width if better
+    python launch/retrain.py --run runs/my --finetune                 begin with the widest model, cut down
     python launch/retrain.py --run runs/my --allocation runs/my/allocations/small.json
     python launch/retrain.py --run runs/my --model.backbone fm --name other    another model behind what was found
     python launch/retrain.py --run runs/my --model.architecture runs/my/architectures/rank-2.json --name second
@@ -17,15 +18,17 @@ Options: --run DIR or --config FILE, --allocation FILE, ues-WIDTH or bracket (de
 allocation.json or groups.json), --name NAME of the result under RUN/retrain (default: from the allocation; -seedN is
 added for a seed other than the run's), --or-uniform, --best K to train the K best networks that a search kept and keep
 the one of least validation logloss, --refit to train that one again on training and validation rows,
---from OLD to begin with the tables, the dense part and the state of the optimizers of an earlier training (without
---run or --config its config and widths are taken too; docs/daily.md), --from-optimizer false for its weights alone,
+--finetune to begin with the widest uniform model, cut down to the widths (that of the search, or one that is trained
+first; the default of utilities and auto where columns can be turned; --finetune false for fresh weights), --from OLD
+to begin with the tables, the dense part and the state of the optimizers of an earlier training (without --run or
+--config its config and widths are taken too; docs/daily.md), --from-optimizer false for its weights alone,
 --section.key VALUE (train, optim and model keys may be new ones).
 Leaves RUN/retrain/NAME/{allocation.json, evaluation.json, metrics.jsonl, checkpoints}; of a search that found
 groups, one such training per group in RUN/retrain/NAME/group-K, and in RUN/retrain/NAME the evaluation of all as
-one model. With --or-uniform the widest uniform width that fits the allocation's budget is trained too; the better one
-on the validation split is named, with the reason, in RUN/final.json. With --best the winner is in RUN/retrain/NAME
-with choice.json, the others in NAME-rank-K; NAME ends in -best unless it is given. A killed training continues when
-the same command is given again.
+one model. With --or-uniform the widest uniform width that fits the allocation's budget is trained too (where what was
+found is fine-tuned, from fresh weights and fine-tuned); the better one on the validation split is named, with the
+reason, in RUN/final.json. With --best the winner is in RUN/retrain/NAME with choice.json, the others in NAME-rank-K;
+NAME ends in -best unless it is given. A killed training continues when the same command is given again.
 """
 
 from __future__ import annotations
@@ -56,9 +59,8 @@ from launch.common import DEFAULT_CONFIG, known_options, override, read_config, 
 
 def main(argv: Sequence[str]) -> None:
     plain, overrides = split_arguments(argv)
-    known_options(
-        plain, ["run", "config", "allocation", "name", "or-uniform", "best", "refit", "from", "from-optimizer"]
-    )
+    beginnings = ["from", "from-optimizer", "finetune"]
+    known_options(plain, ["run", "config", "allocation", "name", "or-uniform", "best", "refit", *beginnings])
     wish = Wish.of(plain, overrides)
     goes_on = bool(wish.start) and "run" not in plain and "config" not in plain
     if goes_on:

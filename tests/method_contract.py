@@ -16,7 +16,7 @@ from embsearch_dist.grouped import GROUPS, GroupedAllocation
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.results import kept_network, read_result, searched_network
-from embsearch_dist.methods.retraining import Retraining, Wish
+from embsearch_dist.methods.retraining import BRACKET, Retraining, Wish
 from embsearch_dist.methods.stages import check_stages, run_stages
 from embsearch_dist.methods.trial import overrides, words_of
 from embsearch_dist.networks.architecture import RESULT, Architecture
@@ -83,9 +83,9 @@ class Case:
         config = self.config(search, *searched_network(search, []))
         run = Run(config, open_data(config, context), context)
         wish = Wish(**{"allocation": "", "name": "", "or_uniform": False, "best": 0, "refit": False, **wished})
-        name, found = read_result(wish.allocation, search, run.schema)
+        name, found = read_result("" if wish.allocation == BRACKET else wish.allocation, search, run.schema)
         found = found.counted(config.model.extra)
-        return self.method.retrain(Retraining(wish, run, search, name, "", found))
+        return self.method.retrain(Retraining(wish, run, search, wish.name or name, "", found))
 
     def evaluate(self, trained: Path, context: Context) -> dict[str, Any]:
         """As ``evaluate.py`` does it."""

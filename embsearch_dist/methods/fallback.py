@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +106,18 @@ class Trained:
     size: int
     logits: np.ndarray
     unit: str = "parameters"
+
+
+def choose_of(trained: Sequence[Trained], labels: np.ndarray, metric: str) -> dict[str, Any]:
+    """:func:`choose` between the found model, the first one, and the best uniform one of the others by ``metric``."""
+    found, *uniform = trained
+    measured = auc if metric == "auc" and len(np.unique(labels > 0.5)) == 2 else _less_loss
+    final = choose(found, max(uniform, key=lambda m: measured(m.logits, labels)), labels, metric)
+    return final | {"size": {m.name: m.size for m in trained}}
+
+
+def _less_loss(logits: np.ndarray, labels: np.ndarray) -> float:
+    return paired_logloss(logits, np.zeros_like(logits), labels)[0]
 
 
 def choose(found: Trained, uniform: Trained, labels: np.ndarray, metric: str) -> dict[str, Any]:

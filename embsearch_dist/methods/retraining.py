@@ -16,8 +16,10 @@ from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import write_sealed
 from embsearch_dist.grouped import GroupedAllocation
-from embsearch_dist.methods.fallback import Trained, bracket, choose, predictions, uniform_like, widest_within
+from embsearch_dist.methods.fallback import Trained, bracket, choose_of, predictions, uniform_like, widest_within
+from embsearch_dist.methods.finetuning import FINETUNED, by_default, widest_start
 from embsearch_dist.methods.results import read_result
+from embsearch_dist.methods.widest import FOLDER
 from embsearch_dist.precision import MIXED, served
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.ranks.shared import open_shared
@@ -51,6 +53,7 @@ class Wish:
         refit: the winner of them once more, on training and validation rows.
         start: directory of an earlier training to begin with; empty: fresh weights.
         start_optimizer: take the state of its optimizers along.
+        finetune: begin with the widest model, cut down; None: as the method does by default.
     """
 
     allocation: str
@@ -60,6 +63,7 @@ class Wish:
     refit: bool
     start: str = ""
     start_optimizer: bool = True
+    finetune: bool | None = None
 
     @classmethod
     def of(cls, plain: Mapping[str, str], overrides: Sequence[str]) -> Wish:
@@ -74,7 +78,13 @@ class Wish:
             "refit" in plain,
             plain.get("from", ""),
             plain.get("from-optimizer", "true") == "true",
+            plain["finetune"] == "true" if "finetune" in plain else None,
         )
+        if plain.get("finetune", "true") not in ("true", "false"):
+            raise UserError(f"--finetune {plain['finetune']!r}: write true or false")
+        if wish.finetune and (wish.start or wish.best):
+            other = "--from" if wish.start else "--best"
+            raise UserError(f"--finetune begins with the widest model, {other} with other weights. Give one of them")
         if wish.start == "true" or ("from-optimizer" in plain and not wish.start):
             raise UserError("--from wants the directory of an earlier training, RUN/retrain/NAME. Write it behind")
         if plain.get("from-optimizer", "true") not in ("true", "false"):
@@ -149,9 +159,10 @@ def read_wish(wish: Wish, config: Config, run_dir: Path, schema: Schema) -> tupl
     text = "" if wish.allocation == BRACKET else text
     name, found = read_result(text, run_dir, schema, carried=bool(wish.start))
     if isinstance(found, GroupedAllocation):
-        if wish.start:
+        if wish.start or wish.finetune:
+            option = "--from" if wish.start else "--finetune"
             raise UserError(
-                "--from begins one model; this run has found groups. Give --allocation, or leave --from out"
+                f"{option} begins one model; this run has found groups. Give --allocation, or leave {option} out"
             )
         if wish.best:
             raise UserError("--best: groups of rows have widths of their own, and no network. Leave it out")
@@ -187,23 +198,52 @@ def beside_uniform(name: str, found: Allocation) -> dict[str, Allocation]:
     return {name: found, f"ues-{width}": uniform_like(found, width)}
 
 
-def retrain_models(job: Retraining) -> Results:
-    """Train what was found, or what the wish puts in its place or beside it; with ``or_uniform`` choose between two,
-    in ``final.json``."""
+def finetunes(job: Retraining) -> bool:
+    """Whether what is trained begins with the widest model. By default a uniform width that is asked for by name does
+    not: it is what others are compared with."""
+    wish = job.wish
+    if wish.finetune is not None:
+        return wish.finetune
+    by_name = (wish.allocation or job.run.config.model.allocation).startswith("ues-")
+    return not wish.start and not by_name and by_default(job.run.config)
+
+
+def planned(job: Retraining, widest: Start | None) -> dict[str, tuple[Allocation, Start | None]]:
+    """Name -> allocation and beginning of each model of the wish.
+
+    Args:
+        widest: what is fine-tuned begins with; uniform widths beside it are trained in both ways.
+    """
     wish, found = job.wish, job.found
     assert isinstance(found, Allocation)  # groups are their method's
-    models = {job.name: found}
+    name = job.name
+    if widest is not None and not wish.name and name.startswith("ues-"):
+        name += FINETUNED
+    models = {name: (found, widest or job.start)}
     if wish.allocation == BRACKET:
-        models = {f"ues-{w}": uniform_like(found, w) for w in bracket(found)}
+        models = {f"ues-{w}": (uniform_like(found, w), job.start) for w in bracket(found)}
     elif wish.or_uniform:
-        models = beside_uniform(job.name, found)
+        models |= {n: (a, job.start) for n, a in beside_uniform(name, found).items() if a is not found}
+    if widest is not None:
+        models |= {n + FINETUNED: (a, widest) for n, (a, _) in models.items() if a is not found}
+    return models
+
+
+def retrain_models(job: Retraining) -> Results:
+    """Train what was found, or what the wish puts in its place or beside it; with ``or_uniform`` choose one of them, in
+    ``final.json``."""
+    wish, found = job.wish, job.found
+    widest = None
+    if finetunes(job):
+        beside = f"{FOLDER}-{job.name}{job.suffix}"
+        widest = widest_start(job.run, job.run_dir, beside, retrain_one)
     results: Results = {}
     trained: list[Trained] = []
-    for name, allocation in models.items():
+    for name, (allocation, start) in planned(job, widest).items():
         run = job.run_in(name)
         with mirroring(run.config, run.context):
             begin = job.begin if allocation is found else None
-            task, results[run.dir.name] = retrain_one(run, allocation, run.dir, run.dir.name, job.start, begin)
+            task, results[run.dir.name] = retrain_one(run, allocation, run.dir, run.dir.name, start, begin)
         if wish.or_uniform:
             one, labels = _as_chosen_from(task, allocation, run)
             trained.append(one)
@@ -224,8 +264,8 @@ def _as_chosen_from(task: SubnetTask, allocation: Allocation, run: Run) -> tuple
 
 
 def _choose(job: Retraining, trained: list[Trained], labels: Any) -> None:
-    if len(trained) == 2:
-        final = choose(trained[0], trained[1], labels, job.run.config.train.metric)
+    if len(trained) > 1:
+        final = choose_of(trained, labels, job.run.config.train.metric)
     else:
         final = {"name": trained[0].name, "fallback": False, "reason": "no other uniform width fits its budget"}
     final["model"] = f"retrain/{final['name']}"

@@ -359,26 +359,24 @@ def _retrain_panel(theme: Theme, axes: Axes, comparison: Comparison, bayes_auc: 
         size, spread = row.parameters, row.auc
         if not size or math.isnan(spread.mean):
             continue
-        uniform = row.uniform_width is not None
-        color = theme.uniform if uniform else theme.color(1)
+        plain = row.uniform_width is not None
+        color = theme.uniform if plain else theme.color(1)
         axes.errorbar(
-            size, spread.mean, yerr=spread.sd, fmt="s" if uniform else "D", ms=5.5 if uniform else 7, color=color,
+            size, spread.mean, yerr=spread.sd, fmt="s" if plain else "D", ms=5.5 if plain else 7, color=color,
             mec=theme.background, capsize=3, lw=1.2, zorder=3,
         )  # fmt: skip
-    uniform_rows = sorted(
-        (r.parameters or 0, r.auc.mean)
-        for r in comparison.rows
-        if r.uniform_width is not None and not math.isnan(r.auc.mean)
-    )
-    if len(uniform_rows) > 1:
-        axes.plot(*zip(*uniform_rows, strict=True), color=theme.uniform, lw=1, zorder=1)
+    uniform = [r for r in comparison.rows if r.uniform_width is not None and not math.isnan(r.auc.mean)]
+    for begun, style in ((False, "-"), (True, ":")):
+        of_kind = sorted((r.parameters or 0, r.auc.mean) for r in uniform if r.finetuned is begun)
+        if len(of_kind) > 1:
+            axes.plot(*zip(*of_kind, strict=True), color=theme.uniform, lw=1, ls=style, zorder=1)
     if bayes_auc is not None:
         axes.axhline(bayes_auc, color=theme.muted, lw=1, ls=(0, (4, 4)))
         axes.annotate(
             f"best possible {bayes_auc:.4f}", (0.02, bayes_auc), xycoords=("axes fraction", "data"),
             xytext=(0, 3), textcoords="offset points", color=theme.muted, fontsize=7.5,
         )  # fmt: skip
-    axes.set_title("Retrained from scratch")
+    axes.set_title("Retrained")
     axes.set_ylabel(f"{comparison.split} AUC")
     size_axis(axes, [float(r.parameters) for r in comparison.rows if r.parameters])
     axes.margins(x=0.12, y=0.12)

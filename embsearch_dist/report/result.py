@@ -28,6 +28,7 @@ class Result:
     ``groups`` and ``router`` are those of a routed result: a model per group, and what sends a row to one.
     ``served``: ``auc``, ``logloss``, ``bytes`` and ``ues32_bytes`` of tables at ``precision``, where it was measured.
     ``told``: ``reliability`` and ``by_group``, where they were measured; ``differences``: to others on the same rows.
+    ``begun``: its training began with another model, and not with fresh weights.
     ``network`` is the key of the architecture behind the tables, where one was; ``rank`` its place in its search.
     """
 
@@ -46,6 +47,7 @@ class Result:
     served: dict[str, float] = field(default_factory=dict)
     told: dict[str, dict[str, Any]] = field(default_factory=dict)
     differences: list[dict[str, Any]] = field(default_factory=list)
+    begun: bool = False
 
 
 def read_result(directory: Path, file: str, ranks: Mapping[str, int]) -> Result | None:
@@ -78,7 +80,7 @@ def read_result(directory: Path, file: str, ranks: Mapping[str, int]) -> Result 
         named += f" (router: {router.get('kind', 'fields')})"
     widths = whole(body.get("widths") or {})
     result = Result(named, str(body.get("split", "test")), seed, numbers, widths, path, groups, router)
-    result.backbone = str(body.get("backbone") or "")
+    result.backbone, result.begun = str(body.get("backbone") or ""), bool(body.get("start"))
     result.told, result.differences = told_beside(body, path), differences_beside(path, result.split)
     if isinstance(body.get("served"), dict):
         result.precision = str(body["served"].get("precision"))

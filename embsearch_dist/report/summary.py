@@ -13,7 +13,7 @@ from embsearch_dist.report.runs import Run
 
 # Two-sided 95% quantiles of Student's t by degrees of freedom; beyond them the normal one is close enough.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-_UES = re.compile(r"^(?:ues|uniform)[-_ ]?(\d+)$", re.IGNORECASE)
+_UES = re.compile(r"^(?:ues|uniform)[-_ ]?(\d+)(-finetuned)?$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,11 @@ class Row:
     name: str
     results: tuple[Result, ...]
     uniform_width: int | None
+
+    @property
+    def finetuned(self) -> bool:
+        """Whether its trainings began with another model, and not with fresh weights."""
+        return any(r.begun for r in self.results)
 
     @property
     def seeds(self) -> list[int]:
@@ -91,7 +96,14 @@ class Comparison:
 
 def display_name(row: Row) -> str:
     """``UES-32`` for a uniform row, otherwise the name as given."""
-    return f"UES-{row.uniform_width}" if row.uniform_width is not None else row.name
+    if row.uniform_width is None:
+        return row.name
+    return f"UES-{row.uniform_width}{' fine-tuned' if _tuned(row.name) else ''}"
+
+
+def _tuned(name: str) -> bool:
+    match = _UES.match(name)
+    return bool(match and match.group(2))
 
 
 def compare(runs: Sequence[Run]) -> Comparison | None:
@@ -109,8 +121,8 @@ def compare(runs: Sequence[Run]) -> Comparison | None:
         if result.split == split:
             grouped.setdefault(result.name, []).append(result)
     rows = [Row(name, tuple(group), _uniform_width(group[0])) for name, group in grouped.items()]
-    rows.sort(key=lambda r: (r.uniform_width is not None, -(r.uniform_width or 0), -_known(r.auc.mean)))
-    uniform = [r for r in rows if r.uniform_width is not None]
+    rows.sort(key=lambda r: (r.uniform_width is not None, _tuned(r.name), -(r.uniform_width or 0), -_known(r.auc.mean)))
+    uniform = [r for r in rows if r.uniform_width is not None and not _tuned(r.name)]
     baseline = next((r for r in uniform if r.uniform_width == 32), uniform[0] if uniform else None)
     schema = next((run.schema for run in runs if run.schema is not None), None)
     ues32: float | None = None
@@ -167,7 +179,11 @@ def uniform_auc_at(parameters: float | None, comparison: Comparison) -> float | 
 
     None outside the range of the uniform rows: going beyond them would be a guess.
     """
-    points = sorted((r.parameters, r.auc.mean) for r in comparison.rows if r.uniform_width and r.parameters)
+    best: dict[float, float] = {}  # of one width trained in two ways the better one
+    for row in comparison.rows:
+        if row.uniform_width and row.parameters:
+            best[row.parameters] = max(best.get(row.parameters, -math.inf), _known(row.auc.mean))
+    points = sorted(best.items())
     if not parameters:
         return None
     for (small, low), (large, high) in zip(points, points[1:], strict=False):

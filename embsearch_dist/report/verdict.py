@@ -143,7 +143,8 @@ def _model(row: Row) -> Model:
     for result in row.results:
         if not math.isnan(result.numbers["auc"]):
             auc[result.seed] = result.numbers["auc"]
-    return Model(display_name(row), row.parameters or 0.0, auc, "uniform" if uniform else display_name(row), uniform)
+    group = ("uniform, fine-tuned" if row.finetuned else "uniform") if uniform else display_name(row)
+    return Model(display_name(row), row.parameters or 0.0, auc, group, uniform)
 
 
 def sentences(comparison: Comparison | None, directory: str) -> list[str]:
@@ -153,6 +154,7 @@ def sentences(comparison: Comparison | None, directory: str) -> list[str]:
         return []
     models, reference = models_of(comparison), comparison.ues32_parameters
     found = [m for m in models if m.name in comparison.found]
+    begun = {display_name(row) for row in comparison.rows if row.finetuned}
     add = f"{script('retrain')} --run {directory} --allocation bracket"
     texts = []
     for model in found:
@@ -162,6 +164,11 @@ def sentences(comparison: Comparison | None, directory: str) -> list[str]:
             text = verdict.sentence()
             texts.append(f"{who or text[:1].upper()}{text if who else text[1:]} ({comparison.split} split).")
         width = missing_width(model, models, reference / REFERENCE_WIDTH)
+        if verdict is not None and model.name in begun and not any(m.uniform and m.name in begun for m in models):
+            texts.append(
+                f"{model.name} began with a wider model, the uniform widths with fresh weights. This trains uniform "
+                f"widths in both ways: {add}"
+            )
         if width is not None:
             lack = "No verdict" if verdict is None else "Not yet the whole verdict"
             texts.append(

@@ -153,7 +153,7 @@ def pareto(runs: Sequence[Run], comparison: Comparison | None, directory: Path) 
             parts.append(f"Shown for {source.label}.")
     if measured:
         parts.append(
-            f"{'Right' if points or scored else 'Each mark'}: models retrained from scratch; squares joined by a "
+            f"{'Right' if points or scored else 'Each mark'}: retrained models; squares joined by a "
             "line are "
             "uniform widths, diamonds are searched ones. A search is worth its cost where a diamond lies above "
             "that line."

@@ -7,7 +7,15 @@ import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.methods.fallback import Trained, bracket, choose, paired_auc, paired_logloss, widest_within
+from embsearch_dist.methods.fallback import (
+    Trained,
+    bracket,
+    choose,
+    choose_of,
+    paired_auc,
+    paired_logloss,
+    widest_within,
+)
 from tests.factories import small_schema
 
 SCHEMA = small_schema(60, 30, 10)
@@ -81,3 +89,12 @@ def test_the_better_model_is_kept_and_of_level_ones_the_smaller(metric: str) -> 
     level = choose(found, Trained("ues-6", 600, good), labels, metric)
     assert (level["name"], level["fallback"]) == ("ues-6", True)
     assert "level, so the smaller one" in level["reason"]
+
+
+def test_of_several_uniform_models_the_best_stands_against_what_was_found() -> None:
+    labels, good, poor = drawn(4000, 1.0, 1)
+    models = [Trained("auto", 700, poor), Trained("ues-8", 800, poor), Trained("ues-8-finetuned", 800, good)]
+    for metric in ("auc", "logloss"):
+        final = choose_of(models, labels, metric)
+        assert final["name"] == "ues-8-finetuned" and final["fallback"]
+        assert final["size"] == {"auto": 700, "ues-8": 800, "ues-8-finetuned": 800}

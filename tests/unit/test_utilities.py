@@ -20,7 +20,7 @@ from embsearch_dist.methods.fallback import widest_within
 from embsearch_dist.methods.stages import check_stages, run_stages
 from embsearch_dist.methods.truncated import Changes, TruncatedModel, as_stored, principal
 from embsearch_dist.methods.utilities.config import UtilitiesConfig
-from embsearch_dist.methods.utilities.search_stage import Searcher, choose, spend, supported
+from embsearch_dist.methods.utilities.search_stage import Searcher, choose, rising, spend, supported
 from embsearch_dist.methods.widest import Moments, Sample
 from embsearch_dist.report import write_report
 from tests.factories import one_rank, open_run, prepared, small_config
@@ -171,6 +171,15 @@ def test_a_search_with_a_budget_spends_more_of_it_than_evidence_asks_for(planted
     assert spending.ranks(spending.find(None)) == PLANTED
 
 
+def test_nothing_is_spent_on_columns_that_save_no_more_than_rounding() -> None:
+    """A table of few values has few directions: its losses at wider candidates differ by rounding alone."""
+    more = torch.tensor([[0.1, 0.0, -2e-9, -8e-9], [0.2, 0.0, -0.05, -0.1]], dtype=torch.float64)
+    changes = Changes(0.5, 1000, more, torch.zeros(2, 4, 4, dtype=torch.float64))
+    costs = torch.tensor([[0.0, 6.0, 12.0, 24.0], [0.0, 60.0, 120.0, 240.0]], dtype=torch.float64)
+    assert spend([1, 1], changes, [0, 2, 4, 8], costs, 1000.0) == [1, 3]
+    assert rising(torch.tensor([0.0, 1e-7, 0.5, 0.4])).tolist() == pytest.approx([0.0, 0.0, 0.5, 0.5])
+
+
 def search(data: Path, folder: Path, *overrides: str) -> Allocation:
     small = ["search.width=8", "search.candidates=[0,2,4,8]", "search.rounds=2"]
     run = open_run(small_config(data, folder, *small, *overrides, method="utilities"), one_rank())
@@ -208,8 +217,12 @@ def test_auto_trains_the_uniform_width_of_the_budget_too_and_says_which_one_to_u
     run = case.search(tmp_path, one_rank())
     figures = case.retrain(run.dir, one_rank())
     final = read_sealed(run.dir / "final.json")
-    assert sorted(figures) == ["auto", f"ues-{widest_within(Allocation.load(run.dir / 'allocation.json', run.schema))}"]
+    uniform = f"ues-{widest_within(Allocation.load(run.dir / 'allocation.json', run.schema))}"
+    assert sorted(figures) == ["auto", uniform, f"{uniform}-finetuned"] == sorted(final["size"])
     assert final["name"] in figures and "validation" in final["reason"]
+    started = {name: "start" in figures[name] for name in figures}
+    assert started == {"auto": True, uniform: False, f"{uniform}-finetuned": True}
+    assert Path(figures["auto"]["start"]["from"]).name == "widest"
     assert list(case.retrain(run.dir, one_rank(), allocation="ues-2")) == ["ues-2"]
 
 

@@ -103,6 +103,28 @@ def test_a_report_opens_with_the_verdict_or_says_how_to_get_one(tmp_path: Path) 
     assert (tmp_path / "report" / "verdict.png").exists()
 
 
+def test_what_was_fine_tuned_asks_for_uniform_widths_that_were(tmp_path: Path) -> None:
+    widths = {"f0": 8, "f1": 8, "f2": 6}
+    SCHEMA.save(tmp_path)
+    Allocation(SCHEMA, widths, {"method": "auto"}).save(tmp_path / "allocation.json")
+
+    def evaluated(name: str, widths: dict[str, int], auc: float, begun: bool) -> None:
+        size = Allocation(SCHEMA, widths).total("parameters")
+        body = {"name": name, "split": "test", "auc": auc, "logloss": 0.5, "embedding_parameters": size, "seed": 0}
+        start = {"start": {"from": "runs/my/widest"}} if begun else {}
+        write_json(tmp_path / "retrain" / name / "evaluation.json", body | {"widths": widths} | start)
+
+    evaluated("auto", widths, 0.76, True)
+    evaluated("ues-8", dict.fromkeys(SCHEMA.names, 8), 0.74, False)
+    page = write_report([tmp_path]).read_text()
+    assert "+0.0200 AUC over UES-8, " in page
+    assert "auto began with a wider model, the uniform widths with fresh weights. This trains uniform widths in" in page
+    evaluated("ues-8-finetuned", dict.fromkeys(SCHEMA.names, 8), 0.755, True)
+    page = write_report([tmp_path]).read_text()
+    assert "+0.0050 AUC over UES-8 fine-tuned, " in page and "began with a wider model" not in page
+    assert page.index("UES-8<") < page.index("UES-8 fine-tuned<")
+
+
 def test_a_search_under_served_bytes_is_judged_by_them(tmp_path: Path) -> None:
     def evaluated(name: str, allocation: Allocation, auc: float) -> None:
         body = {"name": name, "seed": 0, "split": "test", "auc": 0.5, "logloss": 0.5, "widths": allocation.widths}

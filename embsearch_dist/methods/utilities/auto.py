@@ -1,9 +1,10 @@
 """The method to begin with: width utilities under a budget, and the uniform width in their place where it is better.
 
 A search can lose: on data that it has not been tried on, with a model it was not made for. So ``retrain.py`` trains the
-widest uniform width that fits the same budget beside what was found, compares both on the validation split, and says in
-``final.json`` which one is to be used and why: the better one by more than a standard error, of two that are level the
-smaller one (:func:`embsearch_dist.methods.fallback.choose`).
+widest uniform width that fits the same budget beside what was found, from fresh weights and, as what was found, from
+the widest model. It compares them on the validation split, and says in ``final.json`` which one is to be used and why:
+the better one by more than a standard error, of two that are level the smaller one
+(:func:`embsearch_dist.methods.fallback.choose`).
 """
 
 from __future__ import annotations

@@ -58,6 +58,11 @@ class UtilitiesConfig(MeasuredSearch):
         "loss", "loss (measured on validation rows) | saliency (first order, of one backward pass)", choices=UTILITIES
     )
     pareto: list[str] = option([], "further budgets to derive allocations for, e.g. [20%, 40%, 80%]")
+    finetune: bool = option(
+        True,
+        "what was found begins with the widest model, cut down; false = with fresh weights (retrain.py --finetune)",
+        before=False,
+    )
 
     def check(self) -> None:
         super().check()

@@ -113,7 +113,7 @@ def spend(
     worth = torch.full(costs.shape, -torch.inf, dtype=torch.float64)
     for f, j in enumerate(choice):
         stop = len(widths) if widths[j] else j + 1
-        worth[f, j:stop] = (-changes.more[f, j:stop]).cummax(0).values
+        worth[f, j:stop] = rising(-changes.more[f, j:stop])
         if harms is not None:
             worth[f, j + 1 :][harms[f, j + 1 :]] = -torch.inf
     top = float(worth.max())
@@ -125,6 +125,18 @@ def spend(
             j -= 1
         found[f] = j
     return found
+
+
+def rising(saved: torch.Tensor) -> torch.Tensor:
+    """``[n]``: the most that is saved so far; what a candidate saves beyond it by rounding alone does not count.
+
+    A table of three values has no more than three directions: all widths from there on save the same but for rounding.
+    """
+    best, found = -float("inf"), []
+    for value in saved.tolist():
+        best = value if value > best + LEAST_GAIN else best
+        found.append(best)
+    return saved.new_tensor(found)
 
 
 def harming(choice: Sequence[int], around: Changes, evidence: float) -> torch.Tensor:
