@@ -150,6 +150,7 @@ def retrain(
     settings: Settings | None = None,
     start: str | Path = "",
     start_optimizer: bool = True,
+    finetune: bool | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Train what a search found as ``launch/retrain.py`` does, in this process, and measure it on the test split.
 
@@ -161,6 +162,7 @@ def retrain(
         settings: ``train``, ``optim`` and ``model`` keys that are to be other ones.
         start: directory of an earlier training (``run_dir/retrain/NAME``) to begin with; empty: fresh weights.
         start_optimizer: take the state of its optimizers along.
+        finetune: begin with the widest model of the search, cut down; None: as the method does by default.
 
     Returns:
         Directory name under ``run_dir/retrain`` -> figures (auc, logloss, embedding_parameters, ...).
@@ -172,7 +174,7 @@ def retrain(
     check_text(home / "config.yaml")
     words = [*_words(settings), *_data_words(data)]
     config: Config = load_config(CONFIGS, home / "config.yaml", [*searched_network(home, words), *words])
-    wish = Wish(str(allocation), name, False, 0, False, str(start), start_optimizer)
+    wish = Wish(str(allocation), name, False, 0, False, str(start), start_optimizer, finetune)
     try:
         with _handed_over(data), _alone(config.run, config.dist) as context:
             return running.retrain(config, context, home, wish).results

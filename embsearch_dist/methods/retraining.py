@@ -200,8 +200,14 @@ def beside_uniform(name: str, found: Allocation) -> dict[str, Allocation]:
 
 def finetunes(job: Retraining) -> bool:
     """Whether what is trained begins with the widest model. By default a uniform width that is asked for by name does
-    not: it is what others are compared with."""
+    not: it is what others are compared with.
+
+    Raises:
+        UserError: the wish names another beginning, too.
+    """
     wish = job.wish
+    if wish.finetune and wish.start:
+        raise UserError(f"finetune begins with the widest model, start with {wish.start}. Give one of them")
     if wish.finetune is not None:
         return wish.finetune
     by_name = (wish.allocation or job.run.config.model.allocation).startswith("ues-")

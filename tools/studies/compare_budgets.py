@@ -30,6 +30,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from tools.studies.jobs import Job, Pace, run_all, shown, trained_in
 
 USUAL = ("adass", "utilities", "fdo", "magnitude")
 RULES = ("fdo", "magnitude")  # of the method truncation
+FRESH = ("--finetune", "false")  # whatever the method of --config does by itself
 TUNED = "-finetuned"  # behind the name of a model that began with the widest one
 WIDEST = 32  # of the model that utilities and baselines cut down, unless a candidate is wider
 
@@ -244,14 +246,15 @@ class Plan:
             wanted = {uniform_name(width, ""): f"ues-{width}" for width in self.widths}
             wanted |= {f.name: str(f.allocation) for f in self.found(seed) if self.owner(f) == f.name}
             for name, allocation in wanted.items():
-                job = self.training(seed, name + TUNED, allocation, [])
-                chains.append([dataclasses.replace(job, arguments=[*job.arguments, *widest])])
+                chains.append([self.training(seed, name + TUNED, allocation, [], widest)])
         return chains
 
-    def training(self, seed: int, name: str, allocation: str, overrides: list[str]) -> Job:
+    def training(
+        self, seed: int, name: str, allocation: str, overrides: list[str], start: Sequence[str] = FRESH
+    ) -> Job:
         arguments = ["--config", str(self.args.config), *self.common(self.out / f"seed{seed}" / "models", seed)]
         arguments += [f"--{x}" for x in overrides]
-        arguments += ["--allocation", allocation, "--name", name]
+        arguments += ["--allocation", allocation, "--name", name, *start]
         return Job(f"seed{seed}-{name}", "launch/retrain.py", arguments, self.place(seed, name) / "evaluation.json")
 
     def place(self, seed: int, name: str) -> Path:

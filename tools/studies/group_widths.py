@@ -118,7 +118,9 @@ def budgeted(args: argparse.Namespace, seed: int) -> list[Job]:
             search = [*common(args, config, run, seed), *own]
             jobs.append(Job(label, "launch/search.py", search, found, copying(before[name], run)))
             uniform = args.uniform and name == "utilities"
-            train = ["--run", str(run), *(["--or-uniform"] if uniform else [])]
+            # The models of groups begin with fresh weights, so this one does, too.
+            fresh = ["--finetune", "false"] if name == "utilities" else []
+            train = ["--run", str(run), *fresh, *(["--or-uniform"] if uniform else [])]
             done = run / ("final.json" if uniform else f"retrain/{name}/evaluation.json")
             jobs.append(Job(f"{label}-models", "launch/retrain.py", train, done))
             before[name] = run
