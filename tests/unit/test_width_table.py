@@ -14,7 +14,7 @@ from embsearch_dist.schema import Field, Schema
 from embsearch_dist.width_table import Space, WidthTable
 from tests.factories import CONFIGS
 from tools.studies.jobs import ROOT
-from tools.studies.search_table import SEARCHES, compare, markdown
+from tools.studies.search_table import SEARCHES, Task, compare, markdown
 from tools.studies.width_table import missing
 
 SPACE = """
@@ -130,3 +130,16 @@ def test_a_shipped_space_names_a_config_and_some_hundred_allocations(path: Path)
     overrides = [f"{key}={value}" for key, value in space.overrides.items()]
     assert load_config(CONFIGS, ROOT / space.config, overrides).method == "adass"
     assert 300 <= len(space.every) <= 500
+
+
+@pytest.mark.parametrize("percent", [10, 25, 50, 80])
+def test_in_the_table_of_this_repository_the_additive_knapsack_is_above_uniform_widths(percent: int) -> None:
+    tables = ROOT / "tools" / "tables"
+    whole = WidthTable.load(tables / "movielens_100k.csv", Space.load(tables / "movielens_100k.yaml"))
+    limit = percent / 100 * float(whole.costs.max(1).values.sum())
+    for seed in whole.seeds:
+        task = Task(whole, whole.score(seed), limit, 0)
+        found, plain = SEARCHES["additive"](task), SEARCHES["uniform"](task)
+        assert whole.size(found) <= limit and whole.regret(found, limit) < whole.regret(plain, limit)
+        climbed, best = SEARCHES["additive + local"](task), SEARCHES["every allocation"](task)
+        assert task.value(found) <= task.value(climbed) <= task.value(best)

@@ -195,7 +195,7 @@ def main() -> None:
 
 def facts_of(table: WidthTable, args: argparse.Namespace) -> dict[str, Any]:
     """What every line of the CSV says of the table and the command."""
-    told = ["--space", str(args.space), "--table", args.table.name, "--budgets", args.budgets]
+    told = ["--space", str(args.space), "--table", str(args.table), "--budgets", args.budgets]
     return {
         "allocations": len(table.space.every),
         "table_seeds": len(table.seeds),
