@@ -58,7 +58,7 @@ def widest_start(run: Run, run_dir: Path, beside: str, train: Trainer) -> Start:
         context.first("completing the widest model", lambda: leave_facts(folder, old, run.schema, whole))
     else:
         here = Run(copy.deepcopy(config), run.schema, context)
-        here.config.run.dir, here.config.run.overwrite = str(folder), False
+        here.config.run.dir = str(folder)
         here.config.run.mirror = below(config.run.mirror, run_dir, folder)
         if context.rank == 0:
             print(f"{folder} is trained first: width {width} everywhere, which then is cut down", flush=True)
@@ -83,12 +83,14 @@ def searched_with(run_dir: Path, like: Config) -> Config | None:
 
 
 def leave_facts(folder: Path, config: Config | None, schema: Schema, allocation: Allocation) -> None:
-    """Write beside the search's widest model what makes it one that others can begin with."""
-    if config is None or (folder / "allocation.json").exists():
-        return
-    config.save(folder)
-    schema.save(folder)
-    allocation.save(folder / "allocation.json")
+    """Write beside the search's widest model what makes it one that others can begin with.
+
+    Each time: a search with another ``search.width`` trains it anew in the same place.
+    """
+    if config is not None:
+        config.save(folder)
+        schema.save(folder)
+        allocation.save(folder / "allocation.json")
 
 
 def _alike(old: Config, new: Config) -> bool:
