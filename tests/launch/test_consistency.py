@@ -78,11 +78,11 @@ def test_a_tiny_study_from_start_to_table(
     ]
     monkeypatch.setattr(sys, "argv", ["consistency.py", *map(str, words)])
     consistency.main()
-    assert len(started) == 2 + 3 * 2
+    assert len(started) == 2 + 1 + 3 * 2
     consistency.main()
-    assert len(started) == 2 + 3 * 2
+    assert len(started) == 2 + 1 + 3 * 2
     rows = list(csv.DictReader((out / "consistency.csv").open()))
-    assert [r["setting"] for r in rows] == ["plain", "last", "layer"]
+    assert [r["setting"] for r in rows] == ["plain", "last", "layer", consistency.CUT_DOWN]
     assert all(-1 <= float(r[key]) <= 1 for r in rows for key in ("tau_test", "tau_validation", "ceiling", "noise"))
     assert all(float(r["regret"]) >= 0 and str(out) not in r["command"] and str(data) not in r["command"] for r in rows)
-    assert (out / "consistency.md").read_text().count("\n| ") == 5  # a head, a rule, three settings
+    assert (out / "consistency.md").read_text().count("\n| ") == 6  # a head, a rule, four settings

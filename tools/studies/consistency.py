@@ -8,6 +8,8 @@
 
 The second command takes every allocation of a table as a subnet, so nothing is trained alone.
 
+The last setting is no supernet: the widest model, trained once per seed, is cut down to every subnet (as utilities do).
+
 The truth of a subnet is the mean test AUC of its trainings alone, with seeds of their own. The ceiling is what one
 more training alone is worth as a score: the tau between the validation AUC of one seed and the mean test AUC of the
 others. Each setting trains its supernet once per seed and scores all subnets on the whole validation split; settings
@@ -28,16 +30,18 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from scipy.stats import kendalltau
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config.read import load_config
+from embsearch_dist.config.read import load_config, written
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_json
 from embsearch_dist.methods.adass.config import MODES
 from embsearch_dist.methods.adass.search_stage import make_scorer
+from embsearch_dist.methods.utilities.search_stage import make_searcher
 from embsearch_dist.models.tables import SCHEMES
 from embsearch_dist.ranks.context import start
 from embsearch_dist.run import Run
@@ -65,6 +69,7 @@ SETTINGS = {
     "heads refitted": ["search.policy.refit=linear"],
     "sandwich of 4 subnets": ["search.sampling.subnets=4"],
 }
+CUT_DOWN = "widest model, cut down"
 SCORED = ("tau_test", "tau_validation", "regret")
 COLUMNS = ("setting", "seed", "subnets", *SCORED, "ceiling", "noise")
 FACTS = ("commit", "hardware", "command")
@@ -111,12 +116,17 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     study = Study(args)
     chains = [[study.supernet(setting, seed)] for seed in range(args.seeds) for setting in settings.values()]
+    chains += [[study.widest(seed)] for seed in range(args.seeds)]
     run_all([*unique(chains), *study.alone()], args.out / "logs", args.jobs)
     truth = study.truth()
     facts = {"commit": commit(ROOT), "hardware": hardware(), "command": told(args)}
     rows = [
         measured(truth, study.scores(setting, seed, truth.choices)) | {"setting": name, "seed": seed} | facts
         for name, setting in settings.items()
+        for seed in range(args.seeds)
+    ]
+    rows += [
+        measured(truth, study.cut_down(seed, truth.choices)) | {"setting": CUT_DOWN, "seed": seed} | facts
         for seed in range(args.seeds)
     ]
     with (args.out / "consistency.csv").open("w", newline="") as file:
@@ -206,6 +216,35 @@ class Study:
         with start(config.run, config.dist) as context:
             scored = make_scorer(Run(config, self.schema, context)).score(torch.from_numpy(choices))
         return [float(s["auc"]) for s in scored]
+
+    def widest(self, seed: int) -> Job:
+        """A search by utilities with little to search: its trained widest model is wanted."""
+        directory = self.args.out / f"seed{seed}-widest"
+        wanted = [*self.shared(), f"run.seed={seed}", f"run.dir={directory}", "search.rows=1000", "search.rounds=1"]
+        arguments = ["--config", str(self.utilities()), *(f"--{x}" for x in wanted)]
+        return Job(directory.name, "launch/search.py", arguments, directory / "allocation.json")
+
+    def shared(self) -> list[str]:
+        """Overrides that are not those of AdaS&S's search."""
+        return [x for x in self.extra if not x.startswith("search.")]
+
+    def utilities(self) -> Path:
+        """The recipe of the config with a search by utilities in it."""
+        search = {"candidates": self.candidates, "width": max(self.candidates)}
+        path = Path(self.args.out / "utilities.yaml")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        body = {**written(self.config), "method": "utilities", "search": search}
+        path.write_text(yaml.safe_dump(body, sort_keys=False))
+        return path
+
+    def cut_down(self, seed: int, choices: np.ndarray) -> list[float]:
+        """Validation AUC of the widest model, cut down to each subnet."""
+        directory = self.args.out / f"seed{seed}-widest"
+        words = [*self.shared(), f"run.seed={seed}", f"run.dir={directory}", "search.rows=10000000"]
+        config = load_config(CONFIGS, self.utilities(), words)
+        with start(config.run, config.dist) as context:
+            model = make_searcher(Run(config, self.schema, context)).model
+            return [float(model.metrics([self.candidates[j] for j in c])["auc"]) for c in choices.tolist()]
 
     def alone(self) -> list[list[Job]]:
         """Trainings of the drawn subnets; none for a table, which has them."""
