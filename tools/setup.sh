@@ -109,6 +109,15 @@ pip_install() {
         fail "pip install $* failed; run this again to start over"
 }
 
+# Compiled kernels lie in the working tree, where git clean takes them; without a compiler there are none.
+kernels() { find embsearch_dist -name '*.so' | wc -l; }
+
+install_itself() {
+    say "embsearch_dist itself (editable)"
+    pip_install --no-deps --no-build-isolation --editable .
+    kernels > "$folder/.embsearch-kernels"
+}
+
 level=--quick
 if ! done_before "$stamp" "$common_digest"; then
     level=
@@ -128,8 +137,7 @@ if ! done_before "$stamp" "$common_digest"; then
     "$python" -m pip uninstall --quiet --yes fbgemm-gpu fbgemm-gpu-cpu > /dev/null 2>&1 || true
     say "TorchRec and FBGEMM for $kind"
     pip_install --no-deps -r "$requirements/$variant.txt"
-    say "embsearch_dist itself (editable)"
-    pip_install --no-deps --no-build-isolation --editable .
+    install_itself
     echo "$common_digest $here" > "$stamp"
     [[ $test == 1 ]] && echo "$test_digest $here" > "$folder/.embsearch-test"
     rm -f "$mark"
@@ -138,6 +146,7 @@ elif [[ $test == 1 ]] && ! done_before "$folder/.embsearch-test" "$test_digest";
     pip_install -r "$requirements/test.txt"
     echo "$test_digest $here" > "$folder/.embsearch-test"
 fi
+[[ "$(cat "$folder/.embsearch-kernels" 2> /dev/null)" == "$(kernels)" ]] || install_itself
 
 say "checking the installation"
 if ! "$python" -m embsearch_dist.doctor $level; then

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
 
@@ -13,6 +14,7 @@ import pytest
 
 from embsearch_dist.schema import Field, Schema
 from embsearch_dist.width_table import Space, WidthTable
+from tests.factories import one_rank
 from tests.launch.processes import ROOT
 from tests.scripts import fork_script
 from tools.studies import consistency
@@ -68,6 +70,7 @@ def test_a_tiny_study_from_start_to_table(
         return done.returncode, 0.0
 
     monkeypatch.setattr("tools.studies.jobs.run_command", run)
+    monkeypatch.setattr(consistency, "start", lambda run, dist: nullcontext(one_rank()))
     out = tmp_path / "out"
     words = ["--config", config, "--data", data, "--out", out, "--subnets", 3, "--truths", 2, "--seeds", 1, "--jobs", 1]
     words += ["--extra", "train.steps=3", "search.supernet.steps=3", "run.threads=1", "--settings"]
