@@ -57,6 +57,7 @@ def test_settings_that_differ_in_scoring_share_a_supernet() -> None:
     assert plain == ["as configured", "last weights", "2,000 scored rows", "heads refitted"]
 
 
+@pytest.mark.slow
 def test_a_tiny_study_from_start_to_table(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: Path, config: Path
 ) -> None:
