@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -21,7 +20,7 @@ from embsearch_dist.report.style import render
 from embsearch_dist.report.summary import percent
 from embsearch_dist.report.verdict import Model, compare_models, draw, judge
 from embsearch_dist.schema import Schema
-from tools.studies.jobs import ROOT, recorded
+from tools.studies.jobs import ROOT, recorded, write_csv
 
 COLUMNS = (
     "commit", "command", "seed", "hardware", "data", "backbone", "budget", "method", "widths", "parameters",
@@ -86,10 +85,7 @@ def write_all(out: Path, models: Sequence[Trained], seeds: int) -> str:
     rows = rows_of(out, [m for m in models if (m.place / "evaluation.json").exists()])
     if not rows:
         raise SystemExit(f"{out}: no training is finished yet")
-    with (out / "comparison.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(out / "comparison.csv", COLUMNS, rows)
     compared, measure = summarise(rows), Measure.of(rows)
     text = markdown(rows, compared, seeds)
     (out / "comparison.md").write_text(text)

@@ -19,7 +19,6 @@ that differ in scoring alone share a supernet. All is resumable; writes OUT/cons
 from __future__ import annotations
 
 import argparse
-import csv
 import shlex
 import statistics
 import sys
@@ -51,7 +50,7 @@ from launch.common import CONFIGS
 from tools.gpucheck.facts import commit
 from tools.studies.budget_tables import best_validation
 from tools.studies.compare_budgets import named
-from tools.studies.jobs import ROOT, Job, run_all, trained_in
+from tools.studies.jobs import ROOT, Job, run_all, trained_in, write_csv
 from tools.studies.width_table import hardware
 
 # Keys that change what is scored and how, and leave the trained supernet as it is.
@@ -129,10 +128,7 @@ def main() -> None:
         measured(truth, study.cut_down(seed, truth.choices)) | {"setting": CUT_DOWN, "seed": seed} | facts
         for seed in range(args.seeds)
     ]
-    with (args.out / "consistency.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *FACTS])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(args.out / "consistency.csv", [*COLUMNS, *FACTS], rows)
     text = markdown(rows)
     (args.out / "consistency.md").write_text(text)
     print(text)

@@ -15,7 +15,6 @@ finished is skipped. Writes OUT/group_widths.csv and prints a table with differe
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import shutil
 import statistics
@@ -28,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from embsearch_dist.data.planted.populations import ROWS, Pair, Plan, make_populations
 from tools.studies.budget_tables import hardware
-from tools.studies.jobs import ROOT, Job, commit, run_all
+from tools.studies.jobs import ROOT, Job, commit, run_all, write_csv
 
 CONFIGS = ROOT / "configs" / "populations"
 RESULTS = ("groups.json", "retrain", "allocation*", "config.yaml", "report")  # not copied with what was trained
@@ -82,10 +81,7 @@ def main() -> None:
     small = " --small" if args.small else f" --data {args.data.name}" if args.data else ""
     same = {"commit": commit(), "command": f"python tools/studies/group_widths.py{small}", "hardware": hardware()}
     found = [line | same for seed in seeds for line in measure(args, seed)]
-    with (args.out / "group_widths.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(found)
+    write_csv(args.out / "group_widths.csv", COLUMNS, found)
     print(table(found))
 
 

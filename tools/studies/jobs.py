@@ -6,6 +6,7 @@ entry scripts, so each figure can be looked at, repeated or continued by hand.
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,15 @@ class Job:
 def trained_in(run_dir: Path, name: str, seed: int, own: int = 0) -> Path:
     """Where retrain.py puts a model: it adds a seed that is not the config's ``own`` to the name."""
     return run_dir / "retrain" / (name if seed == own else f"{name}-seed{seed}")
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a table whose cells may be left out."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n", restval="")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def run_job(job: Job, log_dir: Path) -> float:

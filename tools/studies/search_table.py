@@ -12,7 +12,6 @@ budget stands beside them. Writes OUT/search_table.csv, .md and .png.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import shlex
 import statistics
@@ -37,6 +36,7 @@ from embsearch_dist.methods.adass.policy import search
 from embsearch_dist.methods.budget import knapsack
 from embsearch_dist.width_table import Score, Space, WidthTable
 from tools.gpucheck.facts import ROOT, commit
+from tools.studies.jobs import write_csv
 from tools.studies.width_table import hardware
 
 COLUMNS = ("budget", "search", "table_seed", "seed", "widths", "parameters", "regret", "scored", "seconds")
@@ -182,11 +182,7 @@ def main() -> None:
     table = WidthTable.load(args.table, Space.load(args.space))
     same = facts_of(table, args)
     rows = [row | same for row in compare(table, [float(b) for b in args.budgets.split(",")], args.repeats)]
-    args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "search_table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *FACTS])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(args.out / "search_table.csv", [*COLUMNS, *FACTS], rows)
     text = markdown(rows)
     (args.out / "search_table.md").write_text(text)
     draw(rows, args.out / "search_table.png")
