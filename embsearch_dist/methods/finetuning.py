@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,11 @@ def widest_start(run: Run, run_dir: Path, beside: str, train: Trainer) -> Start:
     """
     context, config, width = run.context, run.config, width_of(run.config)
     with context.together("reading the widest model"):
-        old = searched_with(run_dir, config)
-        own = old is not None and _alike(old, config) and not _other_data(run_dir, run.schema)
-    folder = run_dir / (FOLDER if own else beside)
+        own = _own_search(run, run_dir)
+    folder = run_dir / (beside if own is None else FOLDER)
     whole = Allocation.uniform(run.schema, width).counted(config.model.extra)
-    if own:
-        context.first("completing the widest model", lambda: leave_facts(folder, old, run.schema, whole))
+    if own is not None:
+        context.first("completing the widest model", partial(leave_facts, folder, own, run.schema, whole))
     else:
         here = Run(copy.deepcopy(config), run.schema, context)
         here.config.run.dir = str(folder)
@@ -75,22 +75,21 @@ def width_of(config: Config) -> int:
     return int(getattr(search, "width", 0) or max(candidates))
 
 
-def searched_with(run_dir: Path, like: Config) -> Config | None:
-    """The config of the search in ``run_dir``, where it has trained a widest model; None where it has not."""
+def leave_facts(folder: Path, config: Config, schema: Schema, allocation: Allocation) -> None:
+    """Write beside the search's widest model what makes it one that others can begin with."""
+    config.save(folder)
+    schema.save(folder)
+    allocation.save(folder / "allocation.json")
+
+
+def _own_search(run: Run, run_dir: Path) -> Config | None:
+    """The config of the search in ``run_dir``, where it has trained a widest model of the seed, model and data of
+    ``run``; else None."""
     if not (run_dir / FOLDER / "training.json").exists() or not (run_dir / "config.yaml").exists():
         return None
-    return read_own_config(run_dir, like)
-
-
-def leave_facts(folder: Path, config: Config | None, schema: Schema, allocation: Allocation) -> None:
-    """Write beside the search's widest model what makes it one that others can begin with.
-
-    Each time: a search with another ``search.width`` trains it anew in the same place.
-    """
-    if config is not None:
-        config.save(folder)
-        schema.save(folder)
-        allocation.save(folder / "allocation.json")
+    old = read_own_config(run_dir, run.config)
+    same = old is not None and _alike(old, run.config) and not _other_data(run_dir, run.schema)
+    return old if same else None
 
 
 def _alike(old: Config, new: Config) -> bool:

@@ -41,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from embsearch_dist.config.read import written
 from embsearch_dist.methods import METHODS
+from embsearch_dist.methods.finetuning import FINETUNED as TUNED
 from embsearch_dist.methods.widest import FOLDER, WidestStage
 from tools.studies.budget_tables import FINETUNED, Trained, write_all
 from tools.studies.jobs import Job, Pace, run_all, shown, trained_in
@@ -48,7 +49,6 @@ from tools.studies.jobs import Job, Pace, run_all, shown, trained_in
 USUAL = ("adass", "utilities", "fdo", "magnitude")
 RULES = ("fdo", "magnitude")  # of the method truncation
 FRESH = ("--finetune", "false")  # whatever the method of --config does by itself
-TUNED = "-finetuned"  # behind the name of a model that began with the widest one
 WIDEST = 32  # of the model that utilities and baselines cut down, unless a candidate is wider
 
 
