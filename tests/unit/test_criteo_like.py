@@ -71,6 +71,7 @@ def test_a_row_depends_on_seed_and_number_alone() -> None:
     assert b"".join(CriteoLike(0).text(a, b)[0] for a, b in zip(cuts, cuts[1:], strict=False)) == whole
     lines = whole.splitlines()
     assert model(0).text(20_000, 20_003)[0].splitlines() == lines[20_000:20_003]
+    assert model(0).text(5, 40_000, 2)[0].splitlines() == lines[5::2]
     other = CriteoLike(1).text(0, 100)[0].splitlines()
     assert not set(other) & set(lines)
 
@@ -90,6 +91,18 @@ def test_parts_and_workers_change_no_byte(tmp_path: Path, capsys: pytest.Capture
     labels = [line[:1] for line in whole.splitlines()]
     assert one["base_rate"] == labels.count(b"1") / len(labels)
     assert capsys.readouterr() == ("", "")
+
+
+def test_every_tenth_row_in_parts(tmp_path: Path) -> None:
+    tenth, options = tmp_path / "tenth", ["--parts", "2", "--workers", "2", "--quiet"]
+    assert main(["--out", str(tenth), "--rows", "7001", "--every", "10", "--start", "3", *options]) == 0
+    written = [p.read_bytes().splitlines() for p in sorted(tenth.glob("train-*.txt"))]
+    assert [len(lines) for lines in written] == [3_500, 3_501]
+    assert written[0] + written[1] == model(0).text(3, 70_013)[0].splitlines()[::10]
+    truth = read_json(tenth / "truth.json")
+    assert (truth["rows"], truth["every"]) == (7_001, 10)
+    # The effects are those of the rows that were passed over, too.
+    assert truth["bayes_auc"] == model(0).bayes_auc(3, 70_013)
 
 
 def test_names_are_one_to_one_and_look_arbitrary() -> None:
@@ -216,10 +229,12 @@ def test_a_pair_has_the_stated_rank(pair: criteo_like.Pair) -> None:
     [
         ({"rows": 0}, "--rows must be at least 1, got 0"),
         ({"rows": 5, "start": -1}, "--start must be at least 0"),
+        ({"rows": 5, "every": 0}, "--every must be at least 1"),
         ({"rows": 5, "workers": 0}, "--workers must be at least 1"),
         ({"rows": 5, "parts": 6}, "--parts 6 is more than the 5 rows"),
         ({"rows": 5, "seed": -1}, "--seed must be at least 0, got -1"),
         ({"rows": 5, "start": 10**12}, "--start plus --rows is 1,000,000,000,005"),
+        ({"rows": 5, "every": 10**11}, "--start plus --rows times --every is 500,000,000,000. Give less"),
     ],
 )
 def test_impossible_numbers_are_refused(tmp_path: Path, options: dict[str, int], message: str) -> None:

@@ -4,6 +4,7 @@
     python tools/make/criteo.py --out runs/small --rows 300000
     python tools/make/criteo.py --out runs/parts --parts 8 --workers 8         # train-00000.txt ... train-00007.txt
     python tools/make/criteo.py --out runs/late --start 45000000 --rows 300000 # a stretch from near the end
+    python tools/make/criteo.py --out runs/tenth --every 10 --rows 4584061     # a tenth of the rows, of all times
     python tools/make/criteo.py --out runs/crosses --rows 2000000 --clicks crosses     # not inner products alone
     python launch/prepare.py --format criteo --input runs/small --out runs/data/criteo_like --split time
 
@@ -57,32 +58,36 @@ def make(
     workers: int = 1,
     quiet: bool = False,
     clicks: str = "pairs",
+    every: int = 1,
 ) -> list[Path]:
-    """Write rows ``start`` to ``start + rows`` and ``truth.json``; gives the data files.
+    """Write ``rows`` rows, each ``every``-th from ``start`` on, and ``truth.json``; gives the data files.
 
     Raises:
         UserError: impossible numbers, something is there already, or the disk is full or read-only.
     """
-    for option, value, least in (("rows", rows, 1), ("start", start, 0), ("parts", parts, 1), ("workers", workers, 1)):
+    counts = {"rows": rows, "every": every, "parts": parts, "workers": workers}
+    for option, value, least in (("start", start, 0), *((k, n, 1) for k, n in counts.items())):
         if value < least:
             raise UserError(f"--{option} must be at least {least}, got {value}. Give more")
     if parts > rows:
         raise UserError(f"--parts {parts} is more than the {rows} rows. Give fewer")
-    if start + rows > LAST_ROW:
-        raise UserError(f"rows end at {LAST_ROW:,} and --start plus --rows is {start + rows:,}. Give less")
+    stop = start + rows * every
+    if stop > LAST_ROW:
+        times = " times --every" * (every > 1)
+        raise UserError(f"rows end at {LAST_ROW:,} and --start plus --rows{times} is {stop:,}. Give less")
     files = targets(out, parts)
     truth_file = files[0].with_name(TRUTH)
     _refuse_existing([*files, truth_file])
     model = criteo_like.model(seed, clicks)
-    bayes_auc = model.bayes_auc(start, start + rows, SAMPLE_ROWS)
+    bayes_auc = model.bayes_auc(start, stop, SAMPLE_ROWS)
     try:
         files[0].parent.mkdir(parents=True, exist_ok=True)
         need, free = rows * BYTES_PER_ROW, shutil.disk_usage(files[0].parent).free
         if need > free:
             raise UserError(f"{rows:,} rows take {need / 1e9:.1f} GB, {free / 1e9:.1f} are free. Give fewer --rows")
-        edges = [start + rows * i // parts for i in range(parts + 1)]
+        edges = [start + rows * i // parts * every for i in range(parts + 1)]
         with whole_files(files, truth_file) as written:
-            clicked = _fill(written, edges, seed, workers, quiet, clicks)
+            clicked = _fill(written, edges, every, seed, workers, quiet, clicks)
     except OSError as e:
         raise UserError(f"{e.filename or out}: {e.strerror or e}. Check the disk and its permissions") from e
     write_json(
@@ -94,6 +99,7 @@ def make(
             "base_rate": clicked / rows,
             "rows": rows,
             "start": start,
+            **({} if every == 1 else {"every": every}),
             "seed": seed,
             "reference_rows": REFERENCE_ROWS,
             "files": [f.name for f in files],
@@ -160,38 +166,42 @@ def _refuse_existing(paths: list[Path]) -> None:
 
 
 def _fill(
-    files: list[BufferedWriter], edges: list[int], seed: int, workers: int, quiet: bool, kind: str = "pairs"
+    files: list[BufferedWriter], edges: list[int], every: int, seed: int, workers: int, quiet: bool, kind: str
 ) -> int:
-    """Write rows ``edges[i]`` to ``edges[i + 1]`` to file i; gives the number of clicks. ``kind`` is ``--clicks``."""
+    """Write each ``every``-th row from ``edges[i]`` to ``edges[i + 1]`` to file i; gives the number of clicks.
+    ``kind`` is ``--clicks``."""
     # Here and not above: it brings polars, which the worker processes have no use for.
     from embsearch_dist.data.prepare.pipeline import Progress
 
     clicks = 0
-    with Progress("write", edges[-1] - edges[0], "rows", quiet) as bar:
-        for part, n, (data, clicked) in _chunks(edges, seed, workers, kind):
+    with Progress("write", (edges[-1] - edges[0]) // every, "rows", quiet) as bar:
+        for part, n, (data, clicked) in _chunks(edges, every, seed, workers, kind):
             files[part].write(data)
             clicks += clicked
             bar.add(n)
     return clicks
 
 
-def _chunks(edges: list[int], seed: int, workers: int, kind: str) -> Iterator[tuple[int, int, tuple[bytes, int]]]:
+def _chunks(
+    edges: list[int], every: int, seed: int, workers: int, kind: str
+) -> Iterator[tuple[int, int, tuple[bytes, int]]]:
     """(part, rows, (text, clicks)) of all chunks in order."""
     plan = (
-        (part, first, min(first + CHUNK_ROWS, stop))
+        (part, first, min(first + CHUNK_ROWS * every, stop))
         for part, (start, stop) in enumerate(zip(edges, edges[1:], strict=False))
-        for first in range(start, stop, CHUNK_ROWS)
+        for first in range(start, stop, CHUNK_ROWS * every)
     )
     if workers == 1:
         for part, first, stop in plan:
-            yield part, stop - first, criteo_like.text(seed, first, stop, kind)
+            yield part, (stop - first) // every, criteo_like.text(seed, first, stop, kind, every)
         return
     waiting: deque[tuple[int, int, Future[tuple[bytes, int]]]] = deque()
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_ignore_interrupt)
     try:
         for part, first, stop in plan:
-            waiting.append((part, stop - first, pool.submit(criteo_like.text, seed, first, stop, kind)))
+            chunk = pool.submit(criteo_like.text, seed, first, stop, kind, every)
+            waiting.append((part, (stop - first) // every, chunk))
             # As much ahead as keeps every process busy, so that memory does not grow when the disk is slow.
             if len(waiting) > 2 * workers:
                 part, n, future = waiting.popleft()
@@ -214,6 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="directory, or file if the name has a suffix")
     parser.add_argument("--rows", type=int, default=REFERENCE_ROWS, metavar="N", help="default %(default)s")
     parser.add_argument("--start", type=int, default=0, metavar="N", help="number of the first row (default 0)")
+    parser.add_argument("--every", type=int, default=1, metavar="K", help="only each K-th row (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="another seed plants other effects (default 0)")
     parser.add_argument("--clicks", choices=crosses.CLICKS, default="pairs", help="how they come about (default pairs)")
     parser.add_argument("--parts", type=int, default=1, metavar="K", help="files to write (default 1)")

@@ -286,11 +286,11 @@ class CriteoLike:
         # Rounded, so that the last bits of a sum, which differ between machines, cannot matter.
         return round(low, 4)
 
-    def text(self, start: int, stop: int) -> tuple[bytes, int]:
-        """Rows ``start`` to ``stop`` as Criteo writes them, and the clicks among them."""
+    def text(self, start: int, stop: int, every: int = 1) -> tuple[bytes, int]:
+        """Each ``every``-th row from ``start`` to ``stop`` as Criteo writes them, and the clicks among them."""
         pieces, clicks = [], 0
-        for first in range(start, stop, BLOCK_ROWS):
-            drawn = self.draw(np.arange(first, min(first + BLOCK_ROWS, stop), dtype=np.uint64))
+        for first in range(start, stop, BLOCK_ROWS * every):
+            drawn = self.draw(np.arange(first, min(first + BLOCK_ROWS * every, stop), every, dtype=np.uint64))
             pieces.append(_render(drawn))
             clicks += int(drawn.label.sum())
         return b"".join(pieces), clicks
@@ -311,9 +311,9 @@ def model(seed: int, clicks: str = "pairs") -> CriteoLike:
     return CriteoLike(seed, clicks)
 
 
-def text(seed: int, start: int, stop: int, clicks: str = "pairs") -> tuple[bytes, int]:
+def text(seed: int, start: int, stop: int, clicks: str = "pairs", every: int = 1) -> tuple[bytes, int]:
     """:meth:`CriteoLike.text` for a pool of processes, which takes only functions of a module."""
-    return model(seed, clicks).text(start, stop)
+    return model(seed, clicks).text(start, stop, every)
 
 
 def _present(x: np.ndarray, missing: np.ndarray | None) -> np.ndarray:
