@@ -13,6 +13,7 @@ import pytest
 
 from tests.launch.processes import ROOT
 from tests.scripts import fork_script
+from tools.studies.jobs import Ended
 
 
 @pytest.fixture
@@ -45,13 +46,13 @@ def test_a_tiny_comparison_leaves_figures_with_their_origin_and_trains_nothing_t
 ) -> None:
     started = []
 
-    def run(command: list[str], printed: TextIO, environment: dict[str, str]) -> tuple[int, float]:
+    def run(command: list[str], printed: TextIO, environment: dict[str, str]) -> Ended:
         started.append(command[command.index("--name") + 1])
         env = environment | {"PYTHONPATH": str(ROOT)}
         done = fork_script(Path(command[3]), command[4:], ROOT, env, 120, tmp_path)
         assert done is not None
         printed.write(done.stdout + done.stderr)
-        return done.returncode, 0.0
+        return Ended(done.returncode, 0.0, 0.5)
 
     monkeypatch.setattr("tools.studies.jobs.run_command", run)
     out = tmp_path / "out"

@@ -19,6 +19,7 @@ from tests.launch.processes import ROOT
 from tests.scripts import fork_script
 from tools.studies import consistency
 from tools.studies.consistency import SETTINGS, Truth, measured, of_table, tau, training_only
+from tools.studies.jobs import Ended
 
 
 def test_taus_and_ceiling_of_hand_made_scores() -> None:
@@ -63,12 +64,12 @@ def test_a_tiny_study_from_start_to_table(
 ) -> None:
     started: list[str] = []
 
-    def run(command: list[str], printed: TextIO, environment: dict[str, str]) -> tuple[int, float]:
+    def run(command: list[str], printed: TextIO, environment: dict[str, str]) -> Ended:
         started.append(Path(printed.name).stem)
         done = fork_script(Path(command[3]), command[4:], ROOT, environment | {"PYTHONPATH": str(ROOT)}, 120, tmp_path)
         assert done is not None
         printed.write(done.stdout + done.stderr)
-        return done.returncode, 0.0
+        return Ended(done.returncode, 0.0, 0.5)
 
     monkeypatch.setattr("tools.studies.jobs.run_command", run)
     monkeypatch.setattr(consistency, "start", lambda run, dist: nullcontext(one_rank()))

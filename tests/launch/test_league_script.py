@@ -17,6 +17,7 @@ import yaml
 from tests.launch.processes import ROOT
 from tests.scripts import fork_script
 from tools.studies import league
+from tools.studies.jobs import Ended
 
 TINY = ROOT / "tools" / "league" / "plans" / "tiny.yaml"
 
@@ -34,16 +35,16 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Started:
     """What the tool starts runs in forks of a process that has torch loaded."""
     found = Started()
 
-    def run(command: list[str], printed: TextIO, environment: dict[str, str]) -> tuple[int, float]:
+    def run(command: list[str], printed: TextIO, environment: dict[str, str]) -> Ended:
         found.names.append(Path(printed.name).stem)
         if found.names[-1] == found.failing:
             found.failing = ""
-            return 1, 0.0
+            return Ended(1, 0.0, 0.0)
         env = environment | {"PYTHONPATH": str(ROOT)}
         done = fork_script(Path(command[3]), command[4:], ROOT, env, 120, tmp_path)
         assert done is not None
         printed.write(done.stdout + done.stderr)
-        return done.returncode, 2.0
+        return Ended(done.returncode, 2.0, 0.5)
 
     monkeypatch.setattr("tools.studies.jobs.run_command", run)
     return found

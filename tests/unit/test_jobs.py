@@ -54,11 +54,12 @@ def test_what_is_there_counts_as_done_and_failures_teach_no_length(tmp_path: Pat
 
 def test_seconds_of_all_starts_are_added_and_found_means_that_each_has_found(tmp_path: Path) -> None:
     lines = [("a", 10.0, False), ("a", 5.0, True), ("b", 1.0, True), ("b", 2.0, True)]
-    told = [{"job": j, "seconds": s, "cpu_seconds": s / 2, "found": f} for j, s, f in lines]
+    told = [{"job": j, "seconds": s, "cpu_seconds": s / 2, "memory_gib": s, "found": f} for j, s, f in lines]
     logs = record(tmp_path / "logs", *told)
     found = recorded(logs)
     assert (found["a"]["seconds"], found["a"]["cpu_seconds"], found["a"]["found"]) == (15.0, 7.5, False)
     assert (found["b"]["seconds"], found["b"]["found"]) == (3.0, True)
+    assert [found[j]["memory_gib"] for j in "ab"] == [10.0, 2.0]  # of the start that took most
 
 
 def test_a_job_runs_once_and_its_record_says_whether_it_found_what_it_shares(
@@ -66,13 +67,17 @@ def test_a_job_runs_once_and_its_record_says_whether_it_found_what_it_shares(
 ) -> None:
     monkeypatch.setattr("tools.studies.jobs.ROOT", tmp_path)
     busy = "while time.process_time() < 0.15: pass"
-    (tmp_path / "make.py").write_text(f"import pathlib, sys, time\n{busy}\npathlib.Path(sys.argv[1]).touch()\n")
+    held = "held = bytes(1) * (200_000_000 if sys.argv[1].endswith('y') else 1)"
+    write = "pathlib.Path(sys.argv[1]).touch()"
+    (tmp_path / "make.py").write_text(f"import pathlib, sys, time\n{held}\n{busy}\n{write}\n")
     shared = tmp_path / "shared"
     jobs = [Job(f"seed0-{n}", "make.py", [str(p)], p, shared=shared) for n, p in (("x", shared), ("y", tmp_path / "y"))]
     run_all([jobs], tmp_path / "logs", 1)
     found = recorded(tmp_path / "logs")
     assert [(found[j.name]["found"], found[j.name]["shared"]) for j in jobs] == [(False, "shared"), (True, "shared")]
     assert all(found[j.name]["cpu_seconds"] >= 0.1 for j in jobs)  # the loop alone takes more
+    # The second one holds 200 MB more.
+    assert 0.15 < found["seed0-y"]["memory_gib"] - found["seed0-x"]["memory_gib"] < 0.25
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"seed0-x: \d+ s \(1 of 2 done, about \d+ min left\)", lines[0])
     assert re.fullmatch(r"seed0-y: \d+ s \(2 of 2 done\)", lines[1])

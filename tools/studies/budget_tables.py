@@ -27,7 +27,7 @@ COLUMNS = (
     "share_of_ues32", "validation_auc", "validation_logloss", "test_auc", "test_logloss", "search_seconds",
     "training_seconds", "precision", "served_bytes", "served_share_of_ues32", "served_auc", "served_logloss",
     "served_fp32_bytes", "served_int8_bytes", "search_cost_seconds", "cost_clock", "cost_reference",
-    "search_cost",
+    "search_cost", "search_memory_gib", "training_memory_gib",
 )  # fmt: skip
 BASELINES = ("fdo", "magnitude")
 FINETUNED = " fine-tuned"  # behind the method of models that began with the widest uniform one
@@ -124,6 +124,8 @@ def rows_of(out: Path, models: Sequence[Trained]) -> list[dict[str, Any]]:
                 "test_logloss": result["logloss"],
                 "search_seconds": search.get("seconds", ""),
                 "training_seconds": round(training["seconds"], 1),
+                "search_memory_gib": search.get("memory_gib", ""),
+                "training_memory_gib": job.get("memory_gib", ""),
                 **as_served(result.get("served")),
                 "served_fp32_bytes": allocation.total("served_fp32"),
                 "served_int8_bytes": allocation.total("served_int8"),
@@ -259,7 +261,7 @@ def markdown(rows: Sequence[dict[str, Any]], models: dict[tuple[str, str], Model
         "",
         *verdicts(models, reference),
         "",
-        sizes + "| test AUC (s.e.) | test logloss | validation AUC | search s | training s |",
+        sizes + "| test AUC (s.e.) | test logloss | validation AUC | search s, GiB | training s, GiB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for key, model in models.items():
@@ -268,9 +270,16 @@ def markdown(rows: Sequence[dict[str, Any]], models: dict[tuple[str, str], Model
         head.append(
             f"| {model.name} | {model.parameters:,.0f} | {percent(model.parameters / reference)} "
             f"| {model.mean:.4f} ({error}) | {mean(own, measure.logloss)} | {mean(own, 'validation_auc')} "
-            f"| {mean(own, 'search_seconds', '.0f')} | {mean(own, 'training_seconds', '.0f')} |"
+            f"| {mean(own, 'search_seconds', '.0f')}{memory(own, 'search')} "
+            f"| {mean(own, 'training_seconds', '.0f')}{memory(own, 'training')} |"
         )
     return "\n".join(head) + "\n"
+
+
+def memory(rows: Sequence[dict[str, Any]], stage: str) -> str:
+    """``, 1.2``: the largest resident size of the stage's command, GiB; empty where no record tells."""
+    values = [float(r[f"{stage}_memory_gib"]) for r in rows if r.get(f"{stage}_memory_gib")]
+    return f", {max(values):.1f}" if values else ""
 
 
 def mean(rows: Sequence[dict[str, Any]], key: str, form: str = ".4f") -> str:

@@ -20,11 +20,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = "jobs.jsonl"  # in the folder of the logs: what was run, how long, and at which commit
+LOOK_S = 0.1  # between two looks at a running command
 _writing = threading.Lock()
+
+
+class Ended(NamedTuple):
+    """How a command ended: its exit code, the processor seconds of it and the children that it waited for, and the
+    largest resident size of its own process."""
+
+    code: int
+    cpu_seconds: float
+    memory_gib: float
 
 
 @dataclass(frozen=True)
@@ -80,24 +90,40 @@ def run_job(job: Job, log_dir: Path) -> float:
     started = time.monotonic()
     with log.open("w") as out:
         command = [sys.executable, "-W", "ignore", str(ROOT / job.script), *job.arguments]
-        code, processor = run_command(command, out, environment)
+        ended = run_command(command, out, environment)
     seconds = time.monotonic() - started
-    line |= {"seconds": round(seconds, 1), "cpu_seconds": round(processor, 1), "exit": code}
-    line |= {"commit": commit(), "command": shown(job)}
+    line |= {"seconds": round(seconds, 1), "cpu_seconds": round(ended.cpu_seconds, 1), "exit": ended.code}
+    line |= {"memory_gib": round(ended.memory_gib, 2), "commit": commit(), "command": shown(job)}
     with _writing, (log_dir / RECORD).open("a") as record:
         record.write(json.dumps(line) + "\n")
-    if code or (job.result is not None and not job.result.exists()):
+    if ended.code or (job.result is not None and not job.result.exists()):
         tail = "\n".join(log.read_text().splitlines()[-5:])
-        raise SystemExit(f"{job.name} failed (exit code {code}); see {log}\n{tail}")
+        raise SystemExit(f"{job.name} failed (exit code {ended.code}); see {log}\n{tail}")
     return seconds
 
 
-def run_command(command: Sequence[str], out: TextIO, environment: Mapping[str, str]) -> tuple[int, float]:
-    """Run a command to its end; its exit code, and the processor seconds of it and the children that it waited for."""
+def run_command(command: Sequence[str], out: TextIO, environment: Mapping[str, str]) -> Ended:
+    """Run a command to its end."""
+    memory, ended = 0.0, 0
     with subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment) as process:
-        _, status, usage = os.wait4(process.pid, 0)
+        while not ended:
+            # Looked at while it runs: what wait4 tells counts this process's own size, too, from before the exec.
+            memory = max(memory, peak_gib(process.pid))
+            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if not ended:
+                time.sleep(LOOK_S)
         process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, usage.ru_utime + usage.ru_stime
+    return Ended(process.returncode, usage.ru_utime + usage.ru_stime, memory)
+
+
+def peak_gib(pid: int) -> float:
+    """The largest resident size that a process has had; 0 where the system does not tell, or it has ended."""
+    try:
+        told = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0.0
+    found = re.search(r"^VmHWM:\s+(\d+) kB", told, re.MULTILINE)
+    return int(found[1]) / 2**20 if found else 0.0
 
 
 def shown(job: Job) -> str:
@@ -117,13 +143,15 @@ def commit() -> str:
 
 def recorded(log_dir: Path) -> dict[str, dict[str, Any]]:
     """Of every job that was run its last record, with the seconds of all its starts together, by the clock and of
-    the processor; ``found`` where each start has found what it shares."""
+    the processor, and the memory of the start that took most; ``found`` where each start has found what it shares."""
     found: dict[str, dict[str, Any]] = {}
     path = log_dir / RECORD
     for text in path.read_text().splitlines() if path.exists() else ():
         line = json.loads(text)
         before = found.get(line["job"], {})
         found[line["job"]] = {**line, "seconds": before.get("seconds", 0.0) + line["seconds"]}
+        if "memory_gib" in before:
+            found[line["job"]]["memory_gib"] = max(before["memory_gib"], line.get("memory_gib", 0.0))
         if "cpu_seconds" in line:
             found[line["job"]]["cpu_seconds"] = before.get("cpu_seconds", 0.0) + line["cpu_seconds"]
         if "found" in line:
