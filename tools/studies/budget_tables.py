@@ -99,40 +99,48 @@ def rows_of(out: Path, models: Sequence[Trained]) -> list[dict[str, Any]]:
     """A line of the CSV for each model."""
     jobs, machine, rows = recorded(out / "logs"), hardware(), []
     for m in models:
-        result = json.loads((m.place / "evaluation.json").read_text())
-        schema, training = Schema.load(m.place), json.loads((m.place / "training.json").read_text())
-        allocation = Allocation.load(m.place / "allocation.json", schema)
-        reference = (REFERENCE_WIDTH + allocation.extra) * sum(schema.cardinalities)
-        validation = best_validation(m.place / "metrics.jsonl", training["best_step"])
         job, search = jobs.get(m.job, {}), jobs.get(m.search, {})
         rows.append(
             {
                 "commit": job.get("commit", "unknown"),
                 "command": portable(job.get("command", ""), out),
-                "seed": m.seed,
                 "hardware": machine,
-                "data": f"{schema.dataset} {schema.fingerprint} {schema.rows.get('train', 0)} training rows",
-                "backbone": result["backbone"],
                 "budget": m.budget,
                 "method": m.method,
-                "widths": " ".join(f"{n}={w}" for n, w in result["widths"].items()),
-                "parameters": result["embedding_parameters"],
-                "share_of_ues32": f"{result['embedding_parameters'] / reference:.6f}",
-                "validation_auc": validation.get("auc", ""),
-                "validation_logloss": validation.get("logloss", ""),
-                "test_auc": result["auc"],
-                "test_logloss": result["logloss"],
+                **model_columns(m.place),
+                "seed": m.seed,
                 "search_seconds": search.get("seconds", ""),
-                "training_seconds": round(training["seconds"], 1),
                 "search_memory_gib": search.get("memory_gib", ""),
                 "training_memory_gib": job.get("memory_gib", ""),
-                **as_served(result.get("served")),
-                "served_fp32_bytes": allocation.total("served_fp32"),
-                "served_int8_bytes": allocation.total("served_int8"),
                 **(cost_of(m, models, jobs, out) if m.search else {}),
             }
         )
     return rows
+
+
+def model_columns(place: Path) -> dict[str, Any]:
+    """The columns that tell of one trained and measured model, by its directory."""
+    result = json.loads((place / "evaluation.json").read_text())
+    schema, training = Schema.load(place), json.loads((place / "training.json").read_text())
+    allocation = Allocation.load(place / "allocation.json", schema)
+    reference = (REFERENCE_WIDTH + allocation.extra) * sum(schema.cardinalities)
+    validation = best_validation(place / "metrics.jsonl", training["best_step"])
+    return {
+        "seed": result.get("seed", ""),
+        "data": f"{schema.dataset} {schema.fingerprint} {schema.rows.get('train', 0)} training rows",
+        "backbone": result["backbone"],
+        "widths": " ".join(f"{n}={w}" for n, w in result["widths"].items()),
+        "parameters": result["embedding_parameters"],
+        "share_of_ues32": f"{result['embedding_parameters'] / reference:.6f}",
+        "validation_auc": validation.get("auc", ""),
+        "validation_logloss": validation.get("logloss", ""),
+        "test_auc": result["auc"],
+        "test_logloss": result["logloss"],
+        "training_seconds": round(training["seconds"], 1),
+        **as_served(result.get("served")),
+        "served_fp32_bytes": allocation.total("served_fp32"),
+        "served_int8_bytes": allocation.total("served_int8"),
+    }
 
 
 def cost_of(

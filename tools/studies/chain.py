@@ -1,15 +1,20 @@
 """All of a config on several ranks: search and retrain, seconds and memory of each stage, and kills on order.
 
+    python tools/studies/chain.py --config configs/criteo/auto_deepfm_scale.yaml --data PREPARED --out runs/scale \
+        --ranks 1 --threads 2 --beside ues-16 ues-32 magnitude
     python tools/studies/chain.py --config configs/criteo/adass_deepfm_scale.yaml --data PREPARED --out runs/scale
     python tools/studies/chain.py --config configs/criteo/nasrec_scale.yaml --data PREPARED --out runs/nasrec_scale
     python tools/studies/chain.py ... --out runs/scale_killed --kill
     python tools/studies/chain.py --out runs/scale_killed --compare runs/scale
 
+``--beside`` trains further models with the same recipe, from fresh weights: uniform widths, and what ``fdo`` or
+``magnitude`` finds under the budget of the config, which cut down the widest model of the search if it has one.
 ``--kill`` sends SIGKILL to the last rank in mid-stage, and torchrun starts the ranks again. ``--compare``
 runs nothing: it says whether two such runs came to the same allocation or history of architectures, the same metrics
 and, bit by bit, tables and weights.
 Each stage goes into OUT/chain.json: wall seconds with all starts, how often the ranks were started, and the largest
-memory of the whole process tree (PSS: what processes share counts once), looked at every two seconds.
+memory of the whole process tree (PSS: what processes share counts once), looked at every two seconds. OUT/chain.csv
+has a line per stage, with the figures of the model that it left. Give the same command again after a stop.
 """
 
 from __future__ import annotations
@@ -28,9 +33,17 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tools.studies.jobs import ROOT
+from embsearch_dist.config.read import written
+from tools.studies.budget_tables import hardware, model_columns, portable
+from tools.studies.jobs import ROOT, commit, write_csv
 
 SAMPLE_S = 2.0
+RULES = ("fdo", "magnitude")
+COLUMNS = (
+    "commit", "command", "seed", "hardware", "data", "ranks", "threads", "stage", "seconds", "peak_gib", "starts",
+    "kills", "model", "widths", "parameters", "share_of_ues32", "validation_auc", "validation_logloss", "test_auc",
+    "test_logloss",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -39,6 +52,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="prepared data set")
     parser.add_argument("--out", type=Path, required=True, help="run directory")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="of each rank")
+    parser.add_argument("--beside", nargs="*", default=[], help="further models: ues-WIDTH, fdo, magnitude")
     parser.add_argument("--kill", action="store_true", help="SIGKILL one rank in the middle of each stage")
     parser.add_argument("--compare", type=Path, metavar="OTHER", help="only compare OUT with another run directory")
     parser.add_argument("--extra", nargs="*", default=[], help="further overrides, section.key=value")
@@ -47,16 +62,86 @@ def main() -> None:
         sys.exit(compare(args.out, args.compare))
     if not args.data:
         parser.error("--data is needed: a folder that launch/prepare.py wrote")
+    for name in args.beside:
+        if name not in RULES and not (name.startswith("ues-") and name[4:].isdigit()):
+            parser.error(f"--beside {name}: neither ues-WIDTH nor one of {', '.join(RULES)}")
     args.out.mkdir(parents=True, exist_ok=True)
-    options = [f"--data.path={args.data}", f"--run.dir={args.out}", *(f"--{x}" for x in args.extra)]
-    found = watch(args, "search.py", ["--config", str(args.config), *options])
-    found |= watch(args, "retrain.py", ["--run", str(args.out)])
-    (args.out / "chain.json").write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps(found, indent=2))
+    record = Record(args)
+    for label, script, arguments in plan(args):
+        if label not in record.finished:
+            watch(args, label, script, arguments, record)
+            record.finish(label, script, arguments)
+    write_csv(args.out / "chain.csv", COLUMNS, record.rows())
+    print(json.dumps(record.stages, indent=2))
 
 
-def watch(args: argparse.Namespace, script: str, arguments: list[str]) -> dict[str, dict[str, Any]]:
-    """Run one script under torchrun; the figures of each of its stages.
+def plan(args: argparse.Namespace) -> list[tuple[str, str, list[str]]]:
+    """(what for, script, arguments) of every command, in order."""
+    own = [f"--data.path={args.data}", f"--run.dir={args.out}", *(f"--{x}" for x in args.extra)]
+    steps = [("chain", "search.py", ["--config", str(args.config), *own])]
+    steps.append(("retrain", "retrain.py", ["--run", str(args.out)]))
+    for name in args.beside:
+        allocation = name
+        if name in RULES:
+            allocation = str(args.out / "allocations" / f"{name}.json")
+            config = rule_config(args, name)
+            steps.append((f"search {name}", "search.py", ["--config", str(config), *own, f"--search.name={name}"]))
+        fresh = ["--run", str(args.out), "--allocation", allocation, "--name", name, "--finetune", "false"]
+        # What follows reads the run's config, which the search of a rule has replaced by its own: same recipe.
+        steps.append((f"retrain {name}", "retrain.py", fresh))
+    return steps
+
+
+def rule_config(args: argparse.Namespace, rule: str) -> Path:
+    """A file with the recipe and the budget of the config for a rule of ``truncation``."""
+    body = written(args.config)
+    search = body.get("search", {})
+    width = max(32, int(search.get("width", 0)), *search.get("candidates", [0]))
+    kept = {"budget": search["budget"]} if "budget" in search else {}
+    body |= {"method": "truncation", "search": {"rule": rule, "width": width, "weighted": rule == "magnitude", **kept}}
+    path = args.out / f"{rule}.yaml"
+    path.write_text(yaml.safe_dump(body, sort_keys=False))
+    return path
+
+
+class Record:
+    """OUT/chain.json: stages with their figures, and which commands have ended."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.path = args, args.out / "chain.json"
+        body = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.stages: dict[str, dict[str, Any]] = body.get("stages", {})
+        self.finished: dict[str, str] = body.get("finished", {})  # label -> command
+
+    def stage(self, label: str, name: str) -> dict[str, Any]:
+        """The figures of a stage, which may have had an earlier start."""
+        new = {"seconds": 0.0, "peak_gib": 0.0, "kills": 0, "starts": 0, "command": label, "commit": commit()}
+        return self.stages.setdefault(name, new)
+
+    def save(self) -> None:
+        self.path.write_text(json.dumps({"stages": self.stages, "finished": self.finished}, indent=2) + "\n")
+
+    def finish(self, label: str, script: str, arguments: list[str]) -> None:
+        self.finished[label] = portable(f"python launch/{script} {' '.join(arguments)}", self.args.out)
+        self.save()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A line of the CSV for each stage."""
+        facts = {"hardware": hardware(), "ranks": self.args.ranks, "threads": self.args.threads}
+        rows = []
+        for stage, told in self.stages.items():
+            figures = {k: told[k] for k in ("peak_gib", "kills", "starts", "commit")}
+            row = {**facts, **figures, "stage": stage, "seconds": round(told["seconds"])}
+            place = self.args.out / "retrain" / stage.removeprefix("retrain ")
+            if stage.startswith("retrain ") and (place / "evaluation.json").exists():
+                row |= {"model": place.name, **model_columns(place)}
+            row["command"] = self.finished.get(told["command"], "")
+            rows.append({k: row.get(k, "") for k in COLUMNS})
+        return rows
+
+
+def watch(args: argparse.Namespace, label: str, script: str, arguments: list[str], record: Record) -> None:
+    """Run one script under torchrun and record the figures of each of its stages.
 
     Raises:
         SystemExit: the script failed; its output stands above.
@@ -67,56 +152,55 @@ def watch(args: argparse.Namespace, script: str, arguments: list[str]) -> dict[s
         "--max-restarts", "3" if args.kill else "0", "--", str(ROOT / "launch" / script), *arguments,
     ]
     # fmt: on
-    stages: dict[str, dict[str, Any]] = {}
-    started = time.monotonic()
-    child = subprocess.Popen(command, cwd=ROOT, env={"OMP_NUM_THREADS": "1", **os.environ})
+    seen: dict[str, set[int]] = {}
+    began = started = time.time()
+    child = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(args.threads)})
     while child.poll() is None:
         time.sleep(SAMPLE_S)
         ranks = rank_processes(child.pid)
-        stage, step, steps = where(args.out, script)
-        now = stages.setdefault(stage, {"seconds": 0.0, "peak_gib": 0.0, "kills": 0, "starts": []})
-        now["seconds"] += time.monotonic() - started
-        started = time.monotonic()
-        now["peak_gib"] = max(now["peak_gib"], tree_gib(child.pid))
-        now["starts"] = sorted({*now["starts"], *(p.pid for p in ranks.values())})
+        stage, step, steps = where(args.out, script, began)
+        name = f"{stage} {label.split()[1]}" if label.startswith("search ") else stage
+        now, pids = record.stage(label, name), seen.setdefault(name, set())
+        now["seconds"] += time.time() - started
+        started = time.time()
+        now["peak_gib"] = round(max(now["peak_gib"], tree_gib(child.pid)), 2)
+        new = {p.pid for p in ranks.values()} - pids
+        pids |= new
+        now["starts"] += len(new) / args.ranks
         if args.kill and not now["kills"] and steps and step >= steps // 2 and args.ranks - 1 in ranks:
             print(f"chain: SIGKILL to rank {args.ranks - 1} in {stage}, step {step} of {steps}", flush=True)
             ranks[args.ranks - 1].kill()
             now["kills"] += 1
+        record.save()
     if child.returncode:
         raise SystemExit(f"{script} failed with exit code {child.returncode}")
-    return {
-        k: {
-            **v,
-            "seconds": round(v["seconds"]),
-            "peak_gib": round(v["peak_gib"], 2),
-            "starts": len(v["starts"]) // args.ranks,
-        }
-        for k, v in stages.items()
-    }
 
 
-def where(out: Path, script: str) -> tuple[str, int, int]:
-    """(stage, its last recorded step, its number of steps; 0 when unknown) of the run that is under way."""
-    directory = out
+def where(out: Path, script: str, began: float) -> tuple[str, int, int]:
+    """(stage, its last recorded step, its number of steps; 0 when unknown) of the run that is under way since
+    ``began``."""
+    directory, kind = out, "retrain"
     if script == "retrain.py":
-        stage = "retrain"
-        directory = max((out / "retrain").glob("*"), key=lambda p: p.stat().st_mtime, default=out)
+        places = [p for p in (out / "retrain").glob("*") if p.stat().st_mtime >= began]
+        directory = max(places, key=lambda p: p.stat().st_mtime, default=out)
+        stage = f"retrain {directory.name}" if places else "retrain"
     else:
-        marks = sorted((out / "stages").glob("*.json"), key=lambda p: p.stat().st_mtime)
-        stage = marks[-1].stem if marks else "supernet"
+        marks = [p for p in (out / "stages").glob("*.json") if p.stat().st_mtime >= began]
+        marks.sort(key=lambda p: p.stat().st_mtime)
+        stage = marks[-1].stem if marks else "start"
+        directory, kind = (out / "widest", kind) if stage == "widest" else (out, stage)
     if not (out / "config.yaml").exists():
         return stage, 0, 0
     config = yaml.safe_load((out / "config.yaml").read_text())
     if stage == "search":
-        steps = int(config["search"]["policy"]["steps"])
+        steps = int(config["search"].get("policy", {}).get("steps", 0))
     elif stage == "evolution":
         steps = int(config["search"]["evolution"]["generations"])
     else:
-        section = config["train"] if stage == "retrain" else config["search"]["supernet"]
+        section = config["search"]["supernet"] if stage == "supernet" else config["train"]
         rows = json.loads((Path(config["data"]["path"]) / "schema.json").read_text())["rows"]["train"]
         steps = int(section["epochs"]) * (rows // int(section["batch_size"]))
-    return stage, last_step(directory / "metrics.jsonl", stage), steps
+    return stage, last_step(directory / "metrics.jsonl", kind), steps
 
 
 def last_step(path: Path, stage: str) -> int:
