@@ -35,10 +35,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from embsearch_dist.config.read import written
 from tools.studies.budget_tables import hardware, model_columns, portable
+from tools.studies.compare_budgets import RULES, WIDEST
 from tools.studies.jobs import ROOT, commit, write_csv
 
 SAMPLE_S = 2.0
-RULES = ("fdo", "magnitude")
 COLUMNS = (
     "commit", "command", "seed", "hardware", "data", "ranks", "threads", "stage", "seconds", "peak_gib", "starts",
     "kills", "model", "widths", "parameters", "share_of_ues32", "validation_auc", "validation_logloss", "test_auc",
@@ -96,7 +96,7 @@ def rule_config(args: argparse.Namespace, rule: str) -> Path:
     """A file with the recipe and the budget of the config for a rule of ``truncation``."""
     body = written(args.config)
     search = body.get("search", {})
-    width = max(32, int(search.get("width", 0)), *search.get("candidates", [0]))
+    width = int(search.get("width") or max(WIDEST, *search.get("candidates", [0])))
     kept = {"budget": search["budget"]} if "budget" in search else {}
     body |= {"method": "truncation", "search": {"rule": rule, "width": width, "weighted": rule == "magnitude", **kept}}
     path = args.out / f"{rule}.yaml"
@@ -126,16 +126,17 @@ class Record:
         self.save()
 
     def rows(self) -> list[dict[str, Any]]:
-        """A line of the CSV for each stage."""
+        """A line of the CSV for each stage, and for each model whose training was too short to be seen."""
         facts = {"hardware": hardware(), "ranks": self.args.ranks, "threads": self.args.threads}
+        places = {f"retrain {p.parent.name}": p.parent for p in self.args.out.glob("retrain/*/evaluation.json")}
         rows = []
-        for stage, told in self.stages.items():
-            figures = {k: told[k] for k in ("peak_gib", "kills", "starts", "commit")}
-            row = {**facts, **figures, "stage": stage, "seconds": round(told["seconds"])}
-            place = self.args.out / "retrain" / stage.removeprefix("retrain ")
-            if stage.startswith("retrain ") and (place / "evaluation.json").exists():
-                row |= {"model": place.name, **model_columns(place)}
-            row["command"] = self.finished.get(told["command"], "")
+        for stage in [*self.stages, *(name for name in sorted(places) if name not in self.stages)]:
+            told = self.stages.get(stage, {})
+            row = {**facts, **told, "stage": stage, "command": self.finished.get(told.get("command", ""), "")}
+            if told:
+                row["seconds"] = round(told["seconds"])
+            if stage in places:
+                row |= {"model": places[stage].name, **model_columns(places[stage])}
             rows.append({k: row.get(k, "") for k in COLUMNS})
         return rows
 
