@@ -34,5 +34,7 @@ def test_a_chain_and_further_models(data: Path, tmp_path: Path) -> None:
     whole = int(models["ues-4"]["parameters"])
     assert all(int(models[m]["parameters"]) <= whole / 2 for m in ("auto", "fdo"))
     assert all(float(r["test_auc"]) > 0 and r["seed"] == "0" for r in models.values())
+    # The search's widest model is UES-4: it is measured, not trained again.
+    assert models["ues-4"]["stage"] == "widest" and not (out / "retrain" / "ues-4").exists()
     assert max(float(r["peak_gib"] or 0) for r in rows) > 0.2
     assert subprocess.run([*tool, "--out", str(out), "--compare", str(out)], cwd=tmp_path).returncode == 0

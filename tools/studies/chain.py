@@ -8,7 +8,8 @@
     python tools/studies/chain.py --out runs/scale_killed --compare runs/scale
 
 ``--beside`` trains further models with the same recipe, from fresh weights: uniform widths, and what ``fdo`` or
-``magnitude`` finds under the budget of the config, which cut down the widest model of the search if it has one.
+``magnitude`` finds under the budget of the config, which cut down the widest model of the search if it has one. The
+uniform width of that model is not trained once more, which would give the same bits: the model itself is measured.
 ``--kill`` sends SIGKILL to the last rank in mid-stage, and torchrun starts the ranks again. ``--compare``
 runs nothing: it says whether two such runs came to the same allocation or history of architectures, the same metrics
 and, bit by bit, tables and weights.
@@ -34,6 +35,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from embsearch_dist.config.read import written
+from embsearch_dist.methods.widest import FOLDER as WIDEST_FOLDER
 from tools.studies.budget_tables import hardware, model_columns, portable
 from tools.studies.compare_budgets import RULES, WIDEST
 from tools.studies.jobs import ROOT, commit, write_csv
@@ -69,6 +71,7 @@ def main() -> None:
     record = Record(args)
     for label, script, arguments in plan(args):
         if label not in record.finished:
+            script, arguments = measured(args.out, label, script, arguments)
             watch(args, label, script, arguments, record)
             record.finish(label, script, arguments)
     write_csv(args.out / "chain.csv", COLUMNS, record.rows())
@@ -90,6 +93,16 @@ def plan(args: argparse.Namespace) -> list[tuple[str, str, list[str]]]:
         # What follows reads the run's config, which the search of a rule has replaced by its own: same recipe.
         steps.append((f"retrain {name}", "retrain.py", fresh))
     return steps
+
+
+def measured(out: Path, label: str, script: str, arguments: list[str]) -> tuple[str, list[str]]:
+    """A command as it is planned, or one that measures the widest model of the search where that is what it trains."""
+    model, widest = label.removeprefix("retrain "), out / WIDEST_FOLDER
+    if label.startswith("retrain ues-") and (widest / "allocation.json").exists():
+        widths = json.loads((widest / "allocation.json").read_text())["widths"]
+        if {f"ues-{w}" for w in widths.values()} == {model}:
+            return "evaluate.py", ["--run", str(widest)]
+    return script, arguments
 
 
 def rule_config(args: argparse.Namespace, rule: str) -> Path:
@@ -128,7 +141,10 @@ class Record:
     def rows(self) -> list[dict[str, Any]]:
         """A line of the CSV for each stage, and for each model whose training was too short to be seen."""
         facts = {"hardware": hardware(), "ranks": self.args.ranks, "threads": self.args.threads}
-        places = {f"retrain {p.parent.name}": p.parent for p in self.args.out.glob("retrain/*/evaluation.json")}
+        out = self.args.out
+        places = {f"retrain {p.parent.name}": p.parent for p in out.glob("retrain/*/evaluation.json")}
+        if (out / WIDEST_FOLDER / "evaluation.json").exists():
+            places[WIDEST_FOLDER] = out / WIDEST_FOLDER
         rows = []
         for stage in [*self.stages, *(name for name in sorted(places) if name not in self.stages)]:
             told = self.stages.get(stage, {})
@@ -136,7 +152,8 @@ class Record:
             if told:
                 row["seconds"] = round(told["seconds"])
             if stage in places:
-                row |= {"model": places[stage].name, **model_columns(places[stage])}
+                row |= model_columns(places[stage])
+                row["model"] = f"ues-{row['widths'].split('=')[-1]}" if stage == WIDEST_FOLDER else places[stage].name
             rows.append({k: row.get(k, "") for k in COLUMNS})
         return rows
 
@@ -181,6 +198,8 @@ def where(out: Path, script: str, began: float) -> tuple[str, int, int]:
     """(stage, its last recorded step, its number of steps; 0 when unknown) of the run that is under way since
     ``began``."""
     directory, kind = out, "retrain"
+    if script == "evaluate.py":
+        return "evaluate", 0, 0
     if script == "retrain.py":
         places = [p for p in (out / "retrain").glob("*") if p.stat().st_mtime >= began]
         directory = max(places, key=lambda p: p.stat().st_mtime, default=out)
@@ -189,7 +208,7 @@ def where(out: Path, script: str, began: float) -> tuple[str, int, int]:
         marks = [p for p in (out / "stages").glob("*.json") if p.stat().st_mtime >= began]
         marks.sort(key=lambda p: p.stat().st_mtime)
         stage = marks[-1].stem if marks else "start"
-        directory, kind = (out / "widest", kind) if stage == "widest" else (out, stage)
+        directory, kind = (out / WIDEST_FOLDER, kind) if stage == WIDEST_FOLDER else (out, stage)
     if not (out / "config.yaml").exists():
         return stage, 0, 0
     config = yaml.safe_load((out / "config.yaml").read_text())
