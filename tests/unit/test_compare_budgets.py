@@ -80,7 +80,7 @@ def test_every_method_with_budgets_can_be_compared_under_one_recipe(
 ) -> None:
     """Search sections are those of the configs in the folder, or the methods' defaults."""
     monkeypatch.setattr(sys.modules[__name__], "CONFIG", ROOT / "configs" / "movielens_1m_time" / "ues_deepfm.yaml")
-    methods = [m for m in tool.known() if m != "adass"]
+    methods = [m for m in tool.comparable() if m != "adass"]
     assert {"utilities", "fdo", "magnitude", "random", "mde", "sseds", "autofield", "autodim"} <= set(methods)
     call(tool, monkeypatch, tmp_path, "--dry-run", "--methods", ",".join(methods))
     lines = {line.split(":")[0]: line for line in capsys.readouterr().out.splitlines()}
@@ -108,6 +108,75 @@ def test_widths_that_are_the_same_are_trained_once(
     call(tool, monkeypatch, tmp_path, "--dry-run", "--methods", "utilities,fdo", "--seeds", "1")
     names = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
     assert names == ["seed0-ues-4", "seed0-ues-8", "seed0-utilities-20pct"]
+
+
+def test_what_an_earlier_table_tells_is_not_run_again_and_joins_the_new_one(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Run directories of seed 0 are gone; its file goes on with a third budget and with seed 1."""
+    data = tmp_path / "data"
+    SCHEMA.save(data)
+    old, new = tmp_path / "old", tmp_path / "new"
+    searched(old, 0, "utilities", "20%", FOUND)
+    trained(old, 0, "utilities-20pct", FOUND, 0.75)
+    trained(old, 0, "ues-8", dict.fromkeys(SCHEMA.names, 8), 0.74)
+    words = ["--methods", "utilities", "--data", str(data)]
+    call(tool, monkeypatch, old, "--only-tables", "--seeds", "1", *words)
+    earlier = ["--earlier", str(old / "comparison.csv"), *words]
+
+    def names(*more: str) -> list[str]:
+        capsys.readouterr()
+        call(tool, monkeypatch, new, "--dry-run", *earlier, *more)
+        return [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+
+    # UES-4 and 50% are not in the file; the search has to be made again, as it was not made for 50%.
+    assert names("--seeds", "1") == ["seed0-search-utilities", "seed0-ues-4", "seed0-utilities-50pct"]
+    assert names("--seeds", "1", "--budgets", "20%") == ["seed0-ues-4"]
+    # Fine-tuned models begin with the widest uniform one, which is made again.
+    tuned = names("--seeds", "1", "--budgets", "20%", "--finetuned")
+    own = ["ues-4", "ues-8", "ues-4-finetuned", "ues-8-finetuned", "utilities-20pct-finetuned"]
+    assert tuned == ["seed0-search-utilities", *(f"seed0-{n}" for n in own)]
+    assert {n[:5] for n in names("--first-seed", "1", "--seeds", "1")} == {"seed1"}
+    # What is found again for 20% is no reason to train it.
+    for budget, widths in (("20%", FOUND), ("50%", dict.fromkeys(SCHEMA.names, 8))):
+        searched(new, 0, "utilities", budget, widths)
+    assert names("--seeds", "1") == ["seed0-ues-4", "seed0-utilities-50pct"]
+
+    trained(new, 0, "utilities-50pct", dict.fromkeys(SCHEMA.names, 8), 0.76)
+    searched(new, 1, "utilities", "20%", FOUND)
+    trained(new, 1, "utilities-20pct", FOUND, 0.77)
+    call(tool, monkeypatch, new, "--only-tables", *earlier)
+    with (new / "comparison.csv").open() as file:
+        rows = [(r["seed"], r["method"], r["budget"], r["test_auc"]) for r in csv.DictReader(file)]
+    assert rows == [
+        ("0", "uniform", "", "0.74"),
+        ("0", "utilities", "20%", "0.75"),
+        ("0", "utilities", "50%", "0.76"),
+        ("1", "utilities", "20%", "0.77"),
+    ]
+    assert "up to 2 seeds" in (new / "comparison.md").read_text()
+
+
+def test_an_earlier_table_of_other_data_or_another_backbone_is_refused(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    SCHEMA.save(data)
+    trained(out, 0, "ues-8", dict.fromkeys(SCHEMA.names, 8), 0.74)
+    words = ["--methods", "", "--data", str(data), "--only-tables"]
+    call(tool, monkeypatch, out, *words)
+    told = (out / "comparison.csv").read_text()
+    file = tmp_path / "earlier.csv"
+    for text, message in (
+        (told.replace("deepfm", "fm").replace(",0,", ",1,", 1), "lines of more than one backbone: deepfm, fm"),
+        (told.replace(SCHEMA.fingerprint, "abc"), r"seed 0 of uniform was trained on \S+ abc \d+ training rows, and"),
+        ("a,b\n1,2\n", "not a comparison.csv; it has the columns a, b"),
+    ):
+        file.write_text(text)
+        with pytest.raises(SystemExit, match=message):
+            call(tool, monkeypatch, out, *words, "--earlier", str(file))
+    with pytest.raises(SystemExit, match="gone.csv: no such file"):
+        call(tool, monkeypatch, out, *words, "--earlier", str(tmp_path / "gone.csv"))
 
 
 def test_all_is_fine_tuned_from_the_widest_uniform_model_and_judged_apart(

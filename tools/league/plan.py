@@ -30,7 +30,7 @@ from typing import Any
 import yaml
 
 from embsearch_dist.errors import UserError
-from tools.studies.compare_budgets import known, parser
+from tools.studies.compare_budgets import comparable, parser
 from tools.studies.jobs import ROOT, Job
 
 NEEDED = ("data_set", "config", "budgets", "widths", "seeds")
@@ -132,10 +132,10 @@ def read_plan(path: Path) -> LeaguePlan:
     for k, step in enumerate(steps):
         _check_keys(path, f"prepare, command {k + 1}: ", step, ("command", "leaves"), ("command", "leaves"))
     methods = body.pop("methods", ALL)
-    names = [m for m in known() if m not in LEFT_OUT] if methods == ALL else list(methods)
+    names = [m for m in comparable() if m not in LEFT_OUT] if methods == ALL else list(methods)
     for name in names:
-        if name not in known():
-            raise UserError(f"{path}: methods: {name} is none of {', '.join(known())}; {ALL} means all but auto")
+        if name not in comparable():
+            raise UserError(f"{path}: methods: {name} is none of {', '.join(comparable())}; {ALL} means all but auto")
     for name in body.get("settings", {}):
         if name not in names:
             raise UserError(f"{path}: settings: {name} is not among the methods {', '.join(names)}")

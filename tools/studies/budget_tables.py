@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ COLUMNS = (
 BASELINES = ("fdo", "magnitude")
 FINETUNED = " fine-tuned"  # behind the method of models that began with the widest uniform one
 CLOCKS = {"wall": "seconds", "processor": "cpu_seconds"}  # of a search's cost -> what the records of jobs call it
+Row = dict[str, Any]
 LABELLED = 24  # models in the picture whose names have room
 
 
@@ -76,18 +77,21 @@ class Trained:
     shared: Path | None = None
 
 
-def write_all(out: Path, models: Sequence[Trained], seeds: int) -> str:
+def write_all(out: Path, models: Sequence[Trained], add: Callable[[list[Row]], list[Row]] = list) -> str:
     """Write comparison.csv, .md and .png of what is finished; returns the text of comparison.md.
+
+    Args:
+        add: puts the lines of earlier comparisons beside the new ones.
 
     Raises:
         SystemExit: nothing is.
     """
-    rows = rows_of(out, [m for m in models if (m.place / "evaluation.json").exists()])
+    rows = add(rows_of(out, [m for m in models if (m.place / "evaluation.json").exists()]))
     if not rows:
         raise SystemExit(f"{out}: no training is finished yet")
     write_csv(out / "comparison.csv", COLUMNS, rows)
     compared, measure = summarise(rows), Measure.of(rows)
-    text = markdown(rows, compared, seeds)
+    text = markdown(rows, compared, len({row["seed"] for row in rows}))
     (out / "comparison.md").write_text(text)
     size = "embedding parameters" if measure.size == "parameters" else f"{measure.unit}, all tables"
     shown = list(compared.values())
@@ -118,6 +122,11 @@ def rows_of(out: Path, models: Sequence[Trained]) -> list[dict[str, Any]]:
     return rows
 
 
+def data_told(schema: Schema) -> str:
+    """What a line says of the data: name, fingerprint and training rows."""
+    return f"{schema.dataset} {schema.fingerprint} {schema.rows.get('train', 0)} training rows"
+
+
 def model_columns(place: Path) -> dict[str, Any]:
     """The columns that tell of one trained and measured model, by its directory."""
     result = json.loads((place / "evaluation.json").read_text())
@@ -127,7 +136,7 @@ def model_columns(place: Path) -> dict[str, Any]:
     validation = best_validation(place / "metrics.jsonl", training["best_step"])
     return {
         "seed": result.get("seed", ""),
-        "data": f"{schema.dataset} {schema.fingerprint} {schema.rows.get('train', 0)} training rows",
+        "data": data_told(schema),
         "backbone": result["backbone"],
         "widths": " ".join(f"{n}={w}" for n, w in result["widths"].items()),
         "parameters": result["embedding_parameters"],

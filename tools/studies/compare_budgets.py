@@ -6,6 +6,7 @@
     python tools/studies/compare_budgets.py ... --methods utilities,mde,sseds,autofield,autodim
     python tools/studies/compare_budgets.py ... --variants plain:model.unify=mixed       uniform widths in this way too
     python tools/studies/compare_budgets.py ... --settings utilities:search.evidence=2   keys of one method's search
+    python tools/studies/compare_budgets.py ... --first-seed 3 --seeds 2 --earlier FILE.csv      two more seeds
     python tools/studies/compare_budgets.py ... --finetuned      all once more, begun with the widest uniform model
     python tools/studies/compare_budgets.py ... --precision int8 --budgets ues-12,ues-28 --widths 12,28
                                                               judge by bytes and AUC of tables as served at int8
@@ -21,6 +22,9 @@ the model of the widest uniform width of its seed, whose tables are cut to the n
 one itself is trained further, too, so that longer training is not taken for a gain. Validation figures are those of
 the best epoch, test figures those of its weights.
 
+What --earlier tells (a comparison.csv of the same recipe and data) is not run again and stands in the new tables, so
+that a comparison can go on with more seeds, methods or budgets where its run directories are gone.
+
 Leaves OUT/comparison.csv (a line per seed and model), comparison.md (verdicts and table), comparison.png.
 """
 
@@ -30,7 +34,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +48,7 @@ from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.finetuning import FINETUNED as TUNED
 from embsearch_dist.methods.widest import FOLDER, WidestStage
 from tools.studies.budget_tables import FINETUNED, Trained, write_all
+from tools.studies.earlier import Earlier
 from tools.studies.jobs import Job, Pace, run_all, shown, trained_in
 
 USUAL = ("adass", "utilities", "fdo", "magnitude")
@@ -74,8 +79,10 @@ def parser() -> argparse.ArgumentParser:
     add("--data", required=True, help="prepared data set")
     add("--out", type=Path, required=True)
     add("--budgets", default="10%,25%,50%,80%", help="as search.budget takes them")
-    add("--seeds", type=int, default=5)
-    add("--methods", default=",".join(USUAL), help=f"some of {', '.join(known())}; empty = none")
+    add("--seeds", type=int, default=5, help="how many")
+    add("--first-seed", type=int, default=0, help="number of the first one")
+    add("--earlier", type=Path, help="comparison.csv whose lines are not run again and join the tables")
+    add("--methods", default=",".join(USUAL), help=f"some of {', '.join(comparable())}; empty = none")
     add("--widths", default="2,4,8,16,32", help="uniform widths")
     add("--variants", nargs="*", default=[], help="NAME:key=value,... further sets of uniform widths")
     add("--finetuned", action="store_true", help="everything once more, begun with the widest uniform model")
@@ -97,23 +104,28 @@ def main() -> None:
         return
     if not args.only_tables:
         plan.carry_out()
-    print(write_all(args.out, plan.trained(), args.seeds))
+    print(write_all(args.out, plan.trained(), plan.earlier.with_new))
 
 
 class Plan:
     """All runs of a comparison, by the command line's arguments."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, data_set: str = "") -> None:
         """
+        Args:
+            data_set: whose lines of ``--earlier`` count, where it is the file of a league.
+
         Raises:
             SystemExit: an argument that is not of its form; names it.
         """
         self.args, self.out = args, args.out
+        self.seeds = range(args.first_seed, args.first_seed + args.seeds)
+        self.earlier = Earlier.read(args.earlier, Path(args.data), data_set)
         self.budgets = words(args.budgets)
         self.methods, self.widths = words(args.methods), [int(w) for w in words(args.widths)]
         for method in self.methods:
-            if method not in known():
-                raise SystemExit(f"--methods {method}: none of {', '.join(known())}")
+            if method not in comparable():
+                raise SystemExit(f"--methods {method}: none of {', '.join(comparable())}")
         self.variants = {"": [], **named("--variants", args.variants)}
         self.settings = named("--settings", args.settings)
         for method in self.settings:
@@ -199,11 +211,11 @@ class Plan:
     def searches(self) -> list[list[Job]]:
         """A chain per seed and run directory. A search whose results are there is not started."""
         chains: dict[Path, list[Job]] = {}
-        for seed in range(self.args.seeds):
+        for seed in self.seeds:
             for method in self.methods:
                 directory = self.search_dir(method, seed)
                 mine = [f for f in self.found(seed) if f.method == method]
-                if all(f.allocation.exists() for f in mine):
+                if all(f.allocation.exists() or self.told(f) for f in mine):
                     continue
                 pareto = "[" + ", ".join(json.dumps(b) for b in self.budgets[1:]) + "]"
                 own = [f"search.name={method}", f"search.budget={self.budgets[0]}", f"search.pareto={pareto}"]
@@ -222,32 +234,50 @@ class Plan:
     def uniforms(self) -> list[list[Job]]:
         return [
             [self.training(seed, uniform_name(width, variant), f"ues-{width}", overrides)]
-            for seed in range(self.args.seeds)
+            for seed in self.seeds
             for variant, overrides in self.variants.items()
             for width in self.widths
+            if not self.known(seed, uniform_method(variant), width)
+            or (not variant and width == max(self.widths) and next(self.to_tune(seed), None))  # others begin with it
         ]
 
     def trainings(self) -> list[list[Job]]:
         """The found allocations; of equal ones of a seed the first."""
         chains = []
-        for seed in range(self.args.seeds):
+        for seed in self.seeds:
             for found in self.found(seed):
-                if self.owner(found) == found.name:
+                if self.owner(found) == found.name and not self.known(seed, found.method, found.budget):
                     chains.append([self.training(seed, found.name, str(found.allocation), [])])
         return chains
 
     def tuned(self) -> list[list[Job]]:
         """Uniform widths and found allocations once more, each begun with the widest uniform model of its seed."""
-        if not self.args.finetuned:
-            return []
         chains = []
-        for seed in range(self.args.seeds):
+        for seed in self.seeds:
             widest = ["--from", str(self.place(seed, uniform_name(max(self.widths), ""))), "--from-optimizer", "false"]
-            wanted = {uniform_name(width, ""): f"ues-{width}" for width in self.widths}
-            wanted |= {f.name: str(f.allocation) for f in self.found(seed) if self.owner(f) == f.name}
-            for name, allocation in wanted.items():
+            for name, allocation in self.to_tune(seed):
                 chains.append([self.training(seed, name + TUNED, allocation, [], widest)])
         return chains
+
+    def to_tune(self, seed: int) -> Iterator[tuple[str, str]]:
+        """(name, allocation) of what is to be fine-tuned, without what an earlier comparison tells."""
+        if not self.args.finetuned:
+            return
+        for width in self.widths:
+            if not self.known(seed, uniform_method("") + FINETUNED, width):
+                yield uniform_name(width, ""), f"ues-{width}"
+        for found in self.found(seed):
+            if self.owner(found) == found.name and not self.known(seed, found.method + FINETUNED, found.budget):
+                yield found.name, str(found.allocation)
+
+    def known(self, seed: int, method: str, label: str | int) -> bool:
+        """Whether an earlier comparison has a line of this budget or width."""
+        return (seed, method, str(label)) in self.earlier.keys
+
+    def told(self, found: Found) -> bool:
+        """Whether an earlier comparison has all lines that would come of what is found."""
+        methods = [found.method, *([found.method + FINETUNED] if self.args.finetuned else [])]
+        return all(self.known(found.seed, method, found.budget) for method in methods)
 
     def training(
         self, seed: int, name: str, allocation: str, overrides: list[str], start: Sequence[str] = FRESH
@@ -266,23 +296,26 @@ class Plan:
         if tables is None:
             return found.name
         widths, values = tables
-        if not values and len(set(widths.values())) == 1 and next(iter(widths.values())) in self.widths:
-            return uniform_name(next(iter(widths.values())), "")
-        return next(f.name for f in self.found(found.seed) if tables_of(f.allocation) == tables)
+        width = next(iter(widths.values()))
+        uniform = not values and len(set(widths.values())) == 1 and width in self.widths
+        if uniform and not self.known(found.seed, uniform_method(""), width):
+            return uniform_name(width, "")
+        alike = (f for f in self.found(found.seed) if tables_of(f.allocation) == tables)
+        return next((f.name for f in alike if not self.known(f.seed, f.method, f.budget)), found.name)
 
     def trained(self) -> list[Trained]:
         """Every model of the comparison, finished or not."""
         models = []
-        for seed in range(self.args.seeds):
+        for seed in self.seeds:
             for variant in self.variants:
                 for width in self.widths:
                     name = uniform_name(width, variant)
-                    method = f"uniform {variant}".strip()
+                    method = uniform_method(variant)
                     models.append(Trained(method, "", seed, self.place(seed, name), f"seed{seed}-{name}", "", width))
             for width in self.widths if self.args.finetuned else ():
                 name = uniform_name(width, "") + TUNED
                 place = self.place(seed, name)
-                models.append(Trained(f"uniform{FINETUNED}", "", seed, place, f"seed{seed}-{name}", "", width))
+                models.append(Trained(uniform_method("") + FINETUNED, "", seed, place, f"seed{seed}-{name}", "", width))
             for found in self.found(seed):
                 name, search = self.owner(found), f"seed{seed}-search-{found.method}"
                 place = self.place(seed, name)
@@ -296,7 +329,7 @@ class Plan:
         return models
 
 
-def known() -> list[str]:
+def comparable() -> list[str]:
     """What may be compared: methods that find allocations for budgets, truncation by its rules."""
     fields = {n: {f.name for f in dataclasses.fields(m.config)} for n, m in METHODS.items()}
     found = [n for n, own in fields.items() if {"name", "budget", "pareto"} <= own and n != "truncation"]
@@ -306,6 +339,11 @@ def known() -> list[str]:
 def cuts_widest(method: str) -> bool:
     """Whether its search begins with the widest model, which such searches can share."""
     return any(isinstance(s, WidestStage) for s in METHODS["truncation" if method in RULES else method]().stages())
+
+
+def uniform_method(variant: str) -> str:
+    """What the CSV calls uniform widths that are trained in this way."""
+    return f"uniform {variant}".strip()
 
 
 def uniform_name(width: int, variant: str) -> str:

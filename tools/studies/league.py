@@ -4,12 +4,15 @@
     python tools/studies/league.py run --plan tools/league/plans/movielens_1m_time.yaml --raw ml-1m/ --out runs/league
     python tools/studies/league.py run --plan tools/league/plans/planted_*.yaml --out runs/league --seeds 3 --jobs 2
     python tools/studies/league.py run --plan ... --out runs/league --dry-run        list the commands
+    python tools/studies/league.py run --plan ... --first-seed 3 --seeds 2 --earlier docs/results/league.csv
     python tools/studies/league.py tables runs/league/league.csv more.csv --out runs/pages
 
 ``run`` prepares the data of each plan where they are not there yet, then searches and trains with the functions of
 tools/studies/compare_budgets.py, in OUT/DATA_SET. What is finished is skipped, so a stopped league continues, and one
 that is given more plans, seeds or methods keeps what it has. It leaves OUT/league.csv, a line for each data set, seed,
 method and budget, and what ``tables`` makes of it. tools/league/plan.py says what a plan may hold.
+
+What --earlier tells (a league.csv of the same plans and data) is not run again and stands in the new league.csv.
 
 ``tables`` makes OUT/league.md and pictures from CSV files alone: those of ``run``, and comparison.csv files of
 compare_budgets.py, of which NAME=FILE names the data set. docs/league.md says how to read them.
@@ -59,6 +62,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--data", type=Path, help="prepared data of the plan; only with one plan")
     run.add_argument("--raw", default="", help="folder of raw data, for plans that prepare from it")
     run.add_argument("--seeds", type=int, default=0, help="0, the default: as many as each plan says")
+    run.add_argument("--first-seed", type=int, default=0, help="number of the first one")
+    run.add_argument("--earlier", type=Path, help="league.csv whose lines are not run again and join the tables")
     run.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     run.add_argument("--dry-run", action="store_true", help="print the commands and leave")
     tables = commands.add_parser("tables", help="tables and pictures from CSV files")
@@ -99,13 +104,15 @@ def run_plan(plan: LeaguePlan, args: argparse.Namespace) -> None:
     before = preparation(plan, args)
     if not args.dry_run:
         run_all([before], out / "logs", 1)
-    comparison = Plan(plan.arguments(out, data, args.jobs, args.seeds))
+    asked = plan.arguments(out, data, args.jobs, args.seeds)
+    asked.first_seed, asked.earlier = args.first_seed, args.earlier
+    comparison = Plan(asked, plan.data_set)
     if args.dry_run:
         for job in [*before, *comparison.jobs()]:
             print(f"{job.name}: {shown(job)}")
         return
     comparison.carry_out()
-    write_all(out, comparison.trained(), comparison.args.seeds)
+    write_all(out, comparison.trained(), comparison.earlier.with_new)
 
 
 def preparation(plan: LeaguePlan, args: argparse.Namespace) -> list[Job]:
