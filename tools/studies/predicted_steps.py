@@ -36,7 +36,8 @@ def main() -> None:
     args = parser.parse_args()
     sizes = [int(n) for n in args.world_sizes.split(",")]
     plans = {n: planned(args, n) for n in sizes}
-    rows = [row_of(name, plans) | {"commit": commit(), "command": command_of(args)} for name in plans[sizes[0]]]
+    facts = {"commit": commit(), "hardware": "predicted, no GPU was used", "command": command_of(args)}
+    rows = [row_of(name, plans) | facts for name in plans[sizes[0]]]
     write_csv(args.out / "predicted.csv", list(rows[0]), rows)
     for row in rows:
         told = "  ".join(f"{n} GPUs {row[f'ms_{n}']} ms" for n in sizes)
