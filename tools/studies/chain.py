@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from embsearch_dist.config.read import written
 from embsearch_dist.methods.widest import FOLDER as WIDEST_FOLDER
 from tools.studies.budget_tables import hardware, model_columns, portable
-from tools.studies.compare_budgets import RULES, WIDEST
+from tools.studies.compare_budgets import RULES, WIDEST, rule_section
 from tools.studies.jobs import ROOT, commit, write_csv
 
 SAMPLE_S = 2.0
@@ -111,7 +111,7 @@ def rule_config(args: argparse.Namespace, rule: str) -> Path:
     search = body.get("search", {})
     width = int(search.get("width") or max(WIDEST, *search.get("candidates", [0])))
     kept = {"budget": search["budget"]} if "budget" in search else {}
-    body |= {"method": "truncation", "search": {"rule": rule, "width": width, "weighted": rule == "magnitude", **kept}}
+    body |= {"method": "truncation", "search": rule_section(rule, width) | kept}
     path = args.out / f"{rule}.yaml"
     path.write_text(yaml.safe_dump(body, sort_keys=False))
     return path

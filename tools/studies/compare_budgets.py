@@ -172,8 +172,7 @@ class Plan:
         if method == "utilities":
             return {"candidates": candidates, "width": width}
         if method in RULES:
-            # A row of a table counts as often as it is looked up where that makes the stronger baseline.
-            return {"rule": method, "width": width, "weighted": method == "magnitude"}
+            return rule_section(method, width)
         search = dict(self.neighbour(method).get("search", {}))
         options = {f.name for f in dataclasses.fields(METHODS[method].config)}
         if "training" in options:
@@ -339,6 +338,12 @@ def comparable() -> list[str]:
 def cuts_widest(method: str) -> bool:
     """Whether its search begins with the widest model, which such searches can share."""
     return any(isinstance(s, WidestStage) for s in METHODS["truncation" if method in RULES else method]().stages())
+
+
+def rule_section(rule: str, width: int) -> dict[str, Any]:
+    """The ``search`` section of a rule of ``truncation``. A row of a table counts as often as it is looked up where
+    that makes the stronger baseline."""
+    return {"rule": rule, "width": width, "weighted": rule == "magnitude"}
 
 
 def uniform_method(variant: str) -> str:
