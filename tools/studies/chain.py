@@ -171,7 +171,7 @@ def watch(args: argparse.Namespace, label: str, script: str, arguments: list[str
     ]
     # fmt: on
     seen: dict[str, set[int]] = {}
-    began = started = time.time()
+    began, started = time.time(), time.monotonic()  # the first is compared with times of files
     child = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(args.threads)})
     while child.poll() is None:
         time.sleep(SAMPLE_S)
@@ -179,8 +179,8 @@ def watch(args: argparse.Namespace, label: str, script: str, arguments: list[str
         stage, step, steps = where(args.out, script, began)
         name = f"{stage} {label.split()[1]}" if label.startswith("search ") else stage
         now, pids = record.stage(label, name), seen.setdefault(name, set())
-        now["seconds"] += time.time() - started
-        started = time.time()
+        now["seconds"] += time.monotonic() - started
+        started = time.monotonic()
         now["peak_gib"] = round(max(now["peak_gib"], tree_gib(child.pid)), 2)
         new = {p.pid for p in ranks.values()} - pids
         pids |= new
