@@ -66,7 +66,8 @@ def test_a_job_runs_once_and_its_record_says_whether_it_found_what_it_shares(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("tools.studies.jobs.ROOT", tmp_path)
-    busy = "while time.process_time() < 0.15: pass"
+    # Asleep at the end: what a process holds is looked at from time to time, and a busy machine may look late.
+    busy = "while time.process_time() < 0.15: pass\ntime.sleep(1)"
     held = "held = bytes(1) * (200_000_000 if sys.argv[1].endswith('y') else 1)"
     write = "pathlib.Path(sys.argv[1]).touch()"
     (tmp_path / "make.py").write_text(f"import pathlib, sys, time\n{held}\n{busy}\n{write}\n")
