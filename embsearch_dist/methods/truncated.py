@@ -164,6 +164,10 @@ class Truncated(ABC):
         """``[n]`` bool: this rank's rows that hold a value with an id of its own of each of these fields."""
 
     @abstractmethod
+    def known_shares(self) -> torch.Tensor:
+        """``[F]`` float64: the share of the rows of all ranks that hold a value with an id of its own of each field."""
+
+    @abstractmethod
     def changes(
         self,
         choice: Sequence[int],
@@ -234,6 +238,10 @@ class TruncatedModel(Truncated):
         if self.sample.known is None or not fields:
             return torch.ones_like(self.sample.label, dtype=torch.bool)
         return self.sample.known[list(fields)].all(0)
+
+    def known_shares(self) -> torch.Tensor:
+        own = torch.stack([self.knowing([f]).sum() for f in range(self.fields)]).double()
+        return self.context.sum(own).cpu() / max(self.rows, 1)
 
     @torch.no_grad()
     def changes(

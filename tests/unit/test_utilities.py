@@ -18,9 +18,9 @@ from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.budget import parse_budget, total_cost
 from embsearch_dist.methods.fallback import widest_within
 from embsearch_dist.methods.stages import check_stages, run_stages
-from embsearch_dist.methods.truncated import Changes, TruncatedModel, as_stored, principal
+from embsearch_dist.methods.truncated import Bases, Changes, Truncated, TruncatedModel, as_stored, principal
 from embsearch_dist.methods.utilities.config import UtilitiesConfig
-from embsearch_dist.methods.utilities.search_stage import Searcher, choose, rising, spend, supported
+from embsearch_dist.methods.utilities.search_stage import Searcher, choose, mostly_new, rising, spend, supported
 from embsearch_dist.methods.widest import Moments, Sample
 from embsearch_dist.report import write_report
 from tests.factories import one_rank, open_run, prepared, small_config
@@ -162,13 +162,40 @@ def test_what_a_budget_leaves_goes_to_kept_fields_by_what_training_saves() -> No
         assert total_cost(found, costs) <= limit and all(a >= b for a, b in zip(found, chosen, strict=True))
 
 
-def test_a_search_with_a_budget_spends_more_of_it_than_evidence_asks_for(planted: Searcher) -> None:
+def with_ids_of(model: Truncated, known: torch.Tensor) -> TruncatedModel:
+    """The planted model with other rows known, ``[F, n]``."""
+    assert isinstance(model, TruncatedModel)
+    return TruncatedModel(planted_model()[0], replace(model.sample, known=known), model.bases, one_rank())
+
+
+def test_what_evidence_leaves_of_a_budget_is_spent_only_where_values_are_new(planted: Searcher) -> None:
     budget = parse_budget(str(sum(30 * w for w in PLANTED) + 400), SCHEMA)
-    assert planted.ranks(planted.find(budget)) == PLANTED
-    spending = replace(planted, trained=planted.model)
-    found = spending.ranks(spending.find(budget))
-    assert all(a >= b for a, b in zip(found, PLANTED, strict=True)) and 30 * sum(found) <= budget.limit
-    assert spending.ranks(spending.find(None)) == PLANTED
+    costs, narrow = planted.costs(budget), [WIDTHS.index(w) for w in [1, 1, 2, 2, 4, 2, 0, 0]]
+    known = torch.ones(8, planted.model.rows, dtype=torch.bool)
+    seen = replace(planted, trained=with_ids_of(planted.model, known), measured={})
+    assert seen._spent(narrow, costs, float(budget.limit)) == narrow
+    known = known.clone()
+    known[4, : 6 * planted.model.rows // 10] = False
+    new = replace(seen, model=with_ids_of(planted.model, known), measured={})
+    assert new.ranks(new._spent(narrow, costs, float(budget.limit))) == PLANTED
+    for searcher in (seen, new):
+        assert searcher.ranks(searcher.find(budget)) == PLANTED
+        assert searcher.ranks(searcher.find(None)) == PLANTED
+
+
+def test_values_are_new_only_where_training_rows_knew_more_of_the_field() -> None:
+    held_out, trained = torch.tensor([0.2, 0.2, 0.2, 0.9]), torch.tensor([0.3, 0.9, 0.9, 1.0])
+    assert mostly_new([4, 4, 0, 4], held_out, trained).tolist() == [False, True, False, False]
+    assert planted_shares(0.25) == pytest.approx([0.25] + [1.0] * 7)
+
+
+def planted_shares(share: float) -> list[float]:
+    model, batches = planted_model()
+    sample = Sample.of(model, iter(batches), torch.device("cpu"))
+    known = torch.ones(8, len(sample.label), dtype=torch.bool)
+    known[0, int(share * len(sample.label)) :] = False
+    bases = Bases.of(torch.zeros(8, 8), torch.eye(8).repeat(8, 1, 1), torch.eye(8).repeat(8, 1, 1))
+    return TruncatedModel(model, replace(sample, known=known), bases, one_rank()).known_shares().tolist()
 
 
 def test_nothing_is_spent_on_columns_that_save_no_more_than_rounding() -> None:

@@ -47,6 +47,10 @@ class TruncatedGroups(Truncated):
         asked = [[f % count for f in fields if f // count == k] for k in range(len(self.groups))]
         return torch.cat([g.knowing(own) for g, own in zip(self.groups, asked, strict=True)])
 
+    def known_shares(self) -> torch.Tensor:
+        """Of the rows of a table's own group."""
+        return torch.cat([g.known_shares() for g in self.groups])
+
     def changes(
         self,
         choice: Sequence[int],

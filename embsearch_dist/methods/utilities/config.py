@@ -34,7 +34,8 @@ class MeasuredSearch:
     basis_rows: int = option(50_000, "training rows that the directions are taken from", low=1)
     spend: bool = option(
         True,
-        "what a budget leaves goes to kept fields, by what wider candidates save on training rows; false = it is left",
+        "where values of some field are mostly new in validation rows, what a budget leaves goes to kept fields, by "
+        "what wider candidates save on training rows; false = it is left",
         before=False,
     )
     rounds: int = option(3, "allocations that are measured for a budget, each found from the ones before", low=1)

@@ -29,6 +29,7 @@ from embsearch_dist.train.monitor import Monitor
 
 LEAST_GAIN = 1e-6  # nats; below it lies the rounding of float32 logits
 SHARES = (1.0, 0.5, 0.25)  # of what evidence leaves of a budget, that spending it is tried with
+NEW = 0.5  # of the share of training rows that know a field: where fewer validation rows do, its values are mostly new
 SCALE = 1e4  # of the scores: the knapsack's solver stops within 1e-6 of the best sum
 
 
@@ -99,9 +100,9 @@ def spend(
 ) -> list[int]:
     """What ``choice`` leaves of a budget, spent on wider candidates of kept fields by what they save on training rows.
 
-    Validation rows cannot speak for everything: where most of them are of users that training never met, no width of
-    the users' table shows there. Who names a budget is ready to pay it, so what no evidence asks for goes to what
-    training itself could use. Dropped fields stay dropped.
+    Where most validation rows are of users that training never met, no width of the users' table shows there, and none
+    of what meets it. Who names a budget is ready to pay it, so what no evidence asks for goes to what training itself
+    could use. Dropped fields stay dropped.
 
     Args:
         choice: candidates that evidence asks for.
@@ -125,6 +126,17 @@ def spend(
             j -= 1
         found[f] = j
     return found
+
+
+def mostly_new(widths: Sequence[int], held_out: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
+    """``[F]`` bool: kept fields whose values in held-out rows are mostly new, so that no width of theirs shows there.
+
+    Args:
+        widths: ``[F]``; 0 drops a field.
+        held_out: ``[F]``: of each field the share of held-out rows whose value has an id of its own.
+        trained: the same of training rows: rare values have no id there either, and are not new.
+    """
+    return (torch.tensor(list(widths)) > 0) & (held_out < NEW * trained)
 
 
 def rising(saved: torch.Tensor) -> torch.Tensor:
@@ -238,8 +250,11 @@ class Searcher:
 
     def _spent(self, choice: list[int], costs: torch.Tensor, limit: float) -> list[int]:
         """With what the budget leaves, or a part of it: see :func:`spend`. No more is spent than validation rows bear,
-        field by field or all together: their losses may not rise by more than ``evidence`` standard errors."""
-        if self.trained is None:
+        field by field or all together: their losses may not rise by more than ``evidence`` standard errors.
+
+        Nothing is where values of all fields come back in validation rows: these speak for every width, and what
+        training saves beyond what they ask for was learned by heart."""
+        if self.trained is None or not self._new(choice).any():
             return choice
         changes = self.trained.changes(choice, self.widths, self.precisions)
         context, before = self.model.context, self._losses(choice)
@@ -252,6 +267,10 @@ class Searcher:
             if worse <= self.config.evidence * error + LEAST_GAIN:
                 return found
         return choice
+
+    def _new(self, choice: Sequence[int]) -> torch.Tensor:
+        assert self.trained is not None
+        return mostly_new(self.ranks(choice), self.model.known_shares(), self.trained.known_shares())
 
     def _speaking(self, choice: Sequence[int], other: Sequence[int]) -> torch.Tensor:
         """``[n]`` bool: this rank's rows that can tell two allocations apart: they know all fields that differ."""
