@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks import THREADS, run_ranks
+from tests.ranks import NOT_CONNECTED, THREADS, run_ranks
 
 
 def add_up(rank: int, world_size: int, scale: int) -> dict[str, int]:
@@ -35,6 +35,15 @@ def fail_on_one(rank: int, world_size: int, folder: str) -> None:
 def hang_here(rank: int, world_size: int) -> None:
     if rank == 0:
         time.sleep(60)
+
+
+def cut_off(rank: int, world_size: int, folder: str, times: int) -> int:
+    tries = Path(folder, f"tries{rank}")
+    done = len(tries.read_text()) if tries.exists() else 0
+    tries.write_text("x" * (done + 1))
+    if done < times:
+        raise RuntimeError(f"{NOT_CONNECTED} with [pair.cc:553] Connection closed by peer [127.0.0.1]:3809")
+    return done
 
 
 def own_group(rank: int, world_size: int) -> int:
@@ -70,6 +79,15 @@ def test_a_hang_is_cut_short_and_located(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="not done in time") as caught:
         run_ranks(hang_here, 2, tmp_path, timeout=10)
     assert "in hang_here" in str(caught.value)
+
+
+def test_a_handshake_that_was_cut_is_tried_once_more(tmp_path: Path) -> None:
+    assert run_ranks(cut_off, 2, tmp_path, str(tmp_path), 1) == [1, 1]
+
+
+def test_a_handshake_that_is_cut_again_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=NOT_CONNECTED):
+        run_ranks(cut_off, 2, tmp_path, str(tmp_path), 2)
 
 
 def test_code_may_open_its_own_group(tmp_path: Path) -> None:
