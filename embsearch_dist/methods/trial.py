@@ -11,14 +11,14 @@ from typing import Any
 
 Settings = Mapping[str, Mapping[str, Any]]
 
-TRAINING = {"batch_size": 128, "eval_batch_size": 120, "epochs": 1, "log_every": 1, "save_every": 2}
-"""For a training inside a search: steps are few, and every second one is saved."""
+TRAINING = {"batch_size": 128, "eval_batch_size": 120, "epochs": 1, "log_every": 1, "save_every": 4}
+"""For a training inside a search: steps are few, and every fourth one is saved."""
 PLANTED_TRAINING = {"batch_size": 512, "eval_batch_size": 6000, "epochs": 6, "patience": 0}
 """For a training inside a search that is to find planted widths (``Method.planted``)."""
 COMMON: Settings = {
     "model": {"hidden": [8, 4], "unified_width": 8},
     "optim": {"embedding_lr": 0.05, "dense_lr": 0.01},
-    "train": {**TRAINING, "epochs": 2, "save_every": 3, "patience": 0},
+    "train": {**TRAINING, "epochs": 2, "save_every": 10, "patience": 0},
 }
 
 

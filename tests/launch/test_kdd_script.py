@@ -50,6 +50,7 @@ def test_prepare_and_train_with_the_shipped_config(raw: Path, tmp_path: Path, ru
     assert body["rows"] == schema.rows["test"] and 0 < body["logloss"] < 1
 
 
+@pytest.mark.slow
 def test_two_processes_under_torchx_give_the_bytes_of_one(
     raw: Path, tmp_path: Path, start: Callable[..., subprocess.Popen[str]], run_script: Callable
 ) -> None:

@@ -26,6 +26,7 @@ def search_and_train(data: Path, config: Path, run: Path, run_script: Callable, 
     return body
 
 
+@pytest.mark.slow
 def test_weighted_and_averaged_lists_go_from_the_file_to_the_report(
     config: Path, tmp_path: Path, run_script: Callable
 ) -> None:

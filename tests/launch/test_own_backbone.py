@@ -46,6 +46,7 @@ def empty(folder: Path) -> Path:
     return folder / "empty.yaml"
 
 
+@pytest.mark.slow
 def test_searched_retrained_measured_exported_and_predicted(
     folder: Path, empty: Path, data: Path, run_script: Run
 ) -> None:

@@ -33,6 +33,7 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_64_ranks_in_a_process_of_its_own(tmp_path: Path, data: Path, run_script: Callable) -> None:
     schema = Schema.load(data)
     widths = {"user": 8, "item": 32, "hour": 0}

@@ -78,6 +78,7 @@ class Chain:
         return [*SMALL, *SEARCH[self.method], *own, *given, f"model.norm={self.norm}", *self.more]
 
 
+LONG = ("nasrec", "ihas")
 # Every method with every optimizer; of norms and kinds of fields every pair with a method and with an optimizer.
 CHAINS = [
     Chain("adass", "adam", "field"),
@@ -185,5 +186,10 @@ def check_killed(worker: Worker, chain: Chain, data: Path, folder: Path) -> None
 
 
 def chains_of(*methods: str) -> Any:
-    """A test for each chain of these methods."""
-    return pytest.mark.parametrize("chain", [c for c in CHAINS if c.method in methods], ids=lambda c: c.label)
+    """A test for each chain of these methods; of the methods that take longest all but the first one is slow."""
+    found: list[Any] = []
+    for method in methods:
+        for number, chain in enumerate(c for c in CHAINS if c.method == method):
+            slow = [pytest.mark.slow] if number and method in LONG else []
+            found.append(pytest.param(chain, marks=slow, id=chain.label))
+    return pytest.mark.parametrize("chain", found)

@@ -4,6 +4,7 @@ run without torch."""
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,3 +33,14 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copied(trained: Path, tmp_path: Path) -> Path:
     """The same in a run directory of the test's own."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rough_pictures() -> Iterator[None]:
+    """The parts of a picture lie where they fall: two thirds of a report's time go into their places. Tests of the
+    scripts draw as users see it."""
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ConstrainedLayoutEngine, "execute", lambda self, figure: None)
+        yield

@@ -34,8 +34,8 @@ def plan_of(folder: Path, **keys: object) -> LeaguePlan:
 
 
 def test_there_is_a_plan_for_every_kind_of_data() -> None:
-    kinds = ("movielens_1m_time", "movielens_100k_time", "planted_widths", "planted_idle", "populations", "criteo_like_pairs",
-             "criteo_like_crosses", "tiny")  # fmt: skip
+    kinds = ("movielens_1m_time", "movielens_100k_time", "planted_widths", "planted_idle", "populations",
+             "criteo_like_pairs", "criteo_like_crosses", "tiny")  # fmt: skip
     assert {read_plan(p).data_set for p in SHIPPED} == set(kinds)
     for path in SHIPPED:
         plan = read_plan(path)
