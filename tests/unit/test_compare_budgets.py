@@ -290,6 +290,20 @@ def test_a_comparison_of_nothing_and_wrong_arguments_are_told(
         call(tool, monkeypatch, tmp_path, "--methods", "truncation")
     with pytest.raises(SystemExit, match="--variants plain: write NAME:section.key=value"):
         call(tool, monkeypatch, tmp_path, "--variants", "plain")
+    with pytest.raises(SystemExit, match="--finetuned begins with the widest uniform width: name one"):
+        call(tool, monkeypatch, tmp_path, "--finetuned", "--widths", "")
+
+
+def test_searches_alone_are_a_comparison_without_verdict(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = ["--methods", "utilities", "--widths", ""]
+    call(tool, monkeypatch, tmp_path, *alone, "--dry-run")
+    assert all("utilities" in line.split(":")[0] for line in capsys.readouterr().out.splitlines())
+    searched(tmp_path, 0, "utilities", "20%", FOUND)
+    trained(tmp_path, 0, "utilities-20pct", FOUND, 0.76)
+    call(tool, monkeypatch, tmp_path, *alone, "--only-tables")
+    assert "no verdict: no uniform width that is not smaller was trained" in capsys.readouterr().out
 
 
 def test_a_shared_training_counts_in_full_for_each_search_that_needs_it(

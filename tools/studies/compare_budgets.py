@@ -123,6 +123,8 @@ class Plan:
         self.earlier = Earlier.read(args.earlier, Path(args.data), data_set)
         self.budgets = words(args.budgets)
         self.methods, self.widths = words(args.methods), [int(w) for w in words(args.widths)]
+        if args.finetuned and not self.widths:
+            raise SystemExit("--finetuned begins with the widest uniform width: name one or more under --widths")
         for method in self.methods:
             if method not in comparable():
                 raise SystemExit(f"--methods {method}: none of {', '.join(comparable())}")
@@ -251,8 +253,8 @@ class Plan:
 
     def tuned(self) -> list[list[Job]]:
         """Uniform widths and found allocations once more, each begun with the widest uniform model of its seed."""
-        chains = []
-        for seed in self.seeds:
+        chains: list[list[Job]] = []
+        for seed in self.seeds if self.args.finetuned else ():
             widest = ["--from", str(self.place(seed, uniform_name(max(self.widths), ""))), "--from-optimizer", "false"]
             for name, allocation in self.to_tune(seed):
                 chains.append([self.training(seed, name + TUNED, allocation, [], widest)])
