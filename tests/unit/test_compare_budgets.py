@@ -170,7 +170,7 @@ def test_an_earlier_table_of_other_data_or_another_backbone_is_refused(
     for text, message in (
         (told.replace("deepfm", "fm").replace(",0,", ",1,", 1), "lines of more than one backbone: deepfm, fm"),
         (told.replace(SCHEMA.fingerprint, "abc"), r"seed 0 of uniform was trained on \S+ abc \d+ training rows, and"),
-        ("a,b\n1,2\n", "not a comparison.csv; it has the columns a, b"),
+        ("a,b\n1,2\n", "column data is missing. Give the league.csv or comparison.csv"),
     ):
         file.write_text(text)
         with pytest.raises(SystemExit, match=message):

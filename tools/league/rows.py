@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,8 @@ from typing import Any
 from embsearch_dist.errors import UserError
 from embsearch_dist.report.verdict import Model
 from tools.studies.budget_tables import COLUMNS, key_of, summarise
+from tools.studies.earlier import lines_of
+from tools.studies.jobs import write_csv
 
 LEAGUE_COLUMNS = ("data_set", *COLUMNS)
 UNIFORM = "uniform"
@@ -96,7 +97,7 @@ def read_rows(files: Sequence[tuple[str, Path]]) -> list[Row]:
     """
     found: dict[tuple[str, ...], tuple[Row, Path]] = {}
     for name, path in files:
-        for row in _lines(path):
+        for row in lines_of(path):
             row["data_set"] = name or row.get("data_set") or row["data"].split(" ")[0]
             key = tuple(row[k] for k in ("data_set", "backbone", "seed", "budget")) + key_of(row)
             if key in found and found[key][0]["test_auc"] != row["test_auc"]:
@@ -108,26 +109,9 @@ def read_rows(files: Sequence[tuple[str, Path]]) -> list[Row]:
     return [row for row, _ in found.values()]
 
 
-def _lines(path: Path) -> list[Row]:
-    if not path.exists():
-        raise UserError(f"{path}: no such file. Give the league.csv or comparison.csv of a run")
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows:
-        raise UserError(f"{path}: no line below the head. Wait until a training of the run is finished")
-    for column in ("data", "backbone", "seed", "budget", "method", "widths", "parameters", "test_auc", "test_logloss"):
-        if column not in rows[0]:
-            raise UserError(f"{path}: column {column} is missing. Give the league.csv or comparison.csv of a run")
-    return rows
-
-
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write lines as ``league.csv`` has them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, LEAGUE_COLUMNS, lineterminator="\n", restval="", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(path, LEAGUE_COLUMNS, ({k: v for k, v in row.items() if k in LEAGUE_COLUMNS} for row in rows))
 
 
 def groups_of(rows: Sequence[Row]) -> list[Group]:

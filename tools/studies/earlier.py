@@ -9,10 +9,30 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Schema
 from tools.studies.budget_tables import data_told, key_of
 
 Key = tuple[int, str, str]
+NEEDED = ("data", "backbone", "seed", "budget", "method", "widths", "parameters", "test_auc", "test_logloss")
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """Of a file that ``compare_budgets.py`` or ``league.py run`` wrote.
+
+    Raises:
+        UserError: it is missing, empty or lacks a column.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file. Give the league.csv or comparison.csv of a run")
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise UserError(f"{path}: no line below the head. Wait until a training of the run is finished")
+    for column in NEEDED:
+        if column not in rows[0]:
+            raise UserError(f"{path}: column {column} is missing. Give the league.csv or comparison.csv of a run")
+    return rows
 
 
 @dataclass(frozen=True)
@@ -34,12 +54,11 @@ class Earlier:
         """
         if path is None:
             return cls()
-        if not path.exists():
-            raise SystemExit(f"--earlier {path}: no such file. Give the comparison.csv of an earlier run")
-        with path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if not data_set or row.get("data_set", data_set) == data_set]
-        if rows and not {"seed", "method", "budget", "widths", "data", "test_auc"} <= set(rows[0]):
-            raise SystemExit(f"--earlier {path}: not a comparison.csv; it has the columns {', '.join(rows[0])}")
+        try:
+            lines = lines_of(path)
+        except UserError as e:
+            raise SystemExit(f"--earlier {e}") from e
+        rows = [row for row in lines if not data_set or row.get("data_set", data_set) == data_set]
         told = data_told(Schema.load(data))
         for row in rows:
             if row["data"] != told:
