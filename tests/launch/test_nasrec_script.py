@@ -186,6 +186,7 @@ def test_a_random_search_goes_on_as_well(data: Path, tmp_path: Path, run: Path, 
     assert (run / "evolution.json").read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_two_ranks_under_torchrun(data: Path, tmp_path: Path, start: Callable, run_script: Callable) -> None:
     run = tmp_path / "run"
     words = words_for(tmp_path, data, run, *SHORT, "search.sampling.same_network=false")

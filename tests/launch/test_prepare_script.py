@@ -39,6 +39,7 @@ def start(tmp_path: Path, repo_root: Path):
     return run
 
 
+@pytest.mark.slow
 def test_two_processes_under_torchx_and_several_files(start, tmp_path: Path) -> None:
     pytest.importorskip("torchx")
     files = make_criteo(tmp_path, files=3, rows=400)

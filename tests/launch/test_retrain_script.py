@@ -115,6 +115,7 @@ def test_the_uniform_widths_around_the_found_size_and_the_choice_between_two(run
     assert "names its results ues-WIDTH" in refused.stderr
 
 
+@pytest.mark.slow
 def test_two_ranks_under_torchrun_get_what_one_gets(run: Path, run_script: Callable, start: Callable) -> None:
     short = ["--train.epochs", 1, "--search.precision", "int8"]
     finish(start(*TORCHRUN, "--", LAUNCH / "retrain.py", "--run", run, *short, "--name", "two"))
