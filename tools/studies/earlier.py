@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import Any
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Schema
 from tools.studies.budget_tables import data_told, key_of
+from tools.studies.jobs import read_csv
 
 Key = tuple[int, str, str]
 NEEDED = ("data", "backbone", "seed", "budget", "method", "widths", "parameters", "test_auc", "test_logloss")
@@ -25,8 +25,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         raise UserError(f"{path}: no such file. Give the league.csv or comparison.csv of a run")
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows: list[dict[str, Any]] = list(read_csv(path))
     if not rows:
         raise UserError(f"{path}: no line below the head. Wait until a training of the run is finished")
     for column in NEEDED:

@@ -71,6 +71,12 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
         writer.writerows(rows)
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The lines of a table below its head."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def run_job(job: Job, log_dir: Path) -> float:
     """Run one job with one thread; returns its seconds (0 when it was done before).
 

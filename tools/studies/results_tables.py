@@ -25,7 +25,6 @@ Tables of a league (tools/league/tables.py) come from one such file or several, 
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import sys
 from collections.abc import Callable
@@ -40,6 +39,7 @@ from tools.league.rows import groups_of, read_rows  # noqa: E402
 from tools.league.tables import sections  # noqa: E402
 from tools.studies import compare_backbones, consistency, search_table  # noqa: E402
 from tools.studies.budget_tables import markdown, summarise  # noqa: E402
+from tools.studies.jobs import read_csv  # noqa: E402
 
 PAGES = ROOT / "docs" / "results"
 COLUMNS = re.compile(r"(<!-- columns (\S+\.csv): ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -106,8 +106,7 @@ def lines_of(path: Path) -> list[dict[str, str]]:
     """Of a CSV file."""
     if not path.exists():
         raise SystemExit(f"{path}: a page names this file, but it is not there")
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(path)
     if not rows:
         raise SystemExit(f"{path}: no line below the head")
     return rows
