@@ -21,7 +21,6 @@ compare_budgets.py, of which NAME=FILE names the data set. docs/league.md says h
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +35,7 @@ from tools.league.rows import Row, groups_of, read_rows, write_rows
 from tools.league.tables import page
 from tools.studies.budget_tables import write_all
 from tools.studies.compare_budgets import Plan
-from tools.studies.jobs import Job, run_all, shown
+from tools.studies.jobs import Job, read_csv, run_all, shown
 
 LEAGUE = "league.csv"
 
@@ -138,16 +137,14 @@ def data_of(plan: LeaguePlan, args: argparse.Namespace) -> Path:
 
 def rows_of(out: Path, data_set: str) -> list[Row]:
     """The lines of one plan's comparison, with the name of its data set."""
-    with (out / data_set / "comparison.csv").open(newline="") as file:
-        return [{"data_set": data_set, **row} for row in csv.DictReader(file)]
+    return [{"data_set": data_set, **row} for row in read_csv(out / data_set / "comparison.csv")]
 
 
 def merged(path: Path, rows: list[Row], names: Sequence[str]) -> list[Row]:
     """New lines, behind those that an earlier league left there of other data sets."""
     if not path.exists():
         return rows
-    with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if row["data_set"] not in names] + rows
+    return [row for row in read_csv(path) if row["data_set"] not in names] + rows
 
 
 def make_tables(args: argparse.Namespace) -> int:

@@ -28,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from embsearch_dist.data.planted.synthetic import make_synthetic
 from embsearch_dist.files import read_json, read_sealed
+from embsearch_dist.schema import Schema
 from tools.studies.budget_tables import hardware
-from tools.studies.jobs import Job, recorded, run_all, write_csv
+from tools.studies.jobs import Job, recorded, run_all, trained_in, write_csv
 
 WIDEST = 32  # sizes are told as a share of this uniform width
 
@@ -76,7 +77,7 @@ def jobs(args: argparse.Namespace, seed: int) -> list[Job]:
 
 
 def trained(run: Path, name: str) -> Path:
-    return run / "retrain" / name / "evaluation.json"
+    return trained_in(run, name, 0) / "evaluation.json"
 
 
 def row(args: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -105,26 +106,25 @@ def write_lines(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     command += [
         part for name in ("beside", "extra") if getattr(args, name) for part in (f"--{name}", *getattr(args, name))
     ]
-    lines, record = [], recorded(args.out / "logs")
+    lines, above, record = [], [], recorded(args.out / "logs")
     for r in rows:
         seed, auc = r["seed"], r["test_auc"]
         line = {"commit": record.get(f"seed{seed}", {}).get("commit", ""), "hardware": hardware()}
         line |= {"command": shlex.join(command), "seed": seed, "spearman": f"{r['spearman']:.3f}"}
         line |= {"idle_fields_kept": sum(w > 0 for w in r["rank0_widths"].values())}
         if auc:
-            schema = read_json(args.out / f"data{seed}" / "schema.json")
-            whole = WIDEST * sum(f["cardinality"] for f in schema["fields"])
+            whole = WIDEST * sum(Schema.load(args.out / f"data{seed}").cardinalities)
             best = max(args.beside, key=lambda name: auc[name])
             line |= {
                 "parameters": r["parameters"]["found"],
                 "share_of_ues32": f"{r['parameters']['found'] / whole:.1%}",
             }
             line |= {n.replace("-", "_"): f"{a:.4f}" for n, a in auc.items()}
-            line |= {"best_other": best, "above_it": f"{auc['found'] - auc[best]:+.4f}"}
+            above.append(auc["found"] - auc[best])
+            line |= {"best_other": best, "above_it": f"{above[-1]:+.4f}"}
         lines.append(line)
     write_csv(args.out / "planted.csv", list(lines[0]), lines)
-    if args.beside:
-        above = [r["test_auc"]["found"] - max(r["test_auc"][n] for n in args.beside) for r in rows]
+    if above:
         print(f"test AUC above the best of {', '.join(args.beside)}: {statistics.fmean(above):+.4f} on average, "
               f"{min(above):+.4f} at least")  # fmt: skip
     print(args.out / "planted.csv")
