@@ -13,12 +13,14 @@ from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_json
 from embsearch_dist.grouped import GROUPS, GroupedAllocation
 from embsearch_dist.methods.budget import check_feasible, knapsack, parse_budget, total_cost
+from embsearch_dist.methods.directions import principal
 from embsearch_dist.methods.ihas.retraining import read_kept
 from embsearch_dist.methods.ihas_widths.config import IHASWidthsConfig
 from embsearch_dist.methods.ihas_widths.joined import TruncatedGroups, joined
 from embsearch_dist.methods.ihas_widths.widths_stage import most_open
-from embsearch_dist.methods.truncated import Changes, TruncatedModel, principal
-from embsearch_dist.methods.utilities.search_stage import Searcher, choose
+from embsearch_dist.methods.truncated import Changes, TruncatedModel
+from embsearch_dist.methods.utilities.search_stage import Searcher
+from embsearch_dist.methods.utilities.worth import choose
 from embsearch_dist.methods.widest import Moments, Sample
 from embsearch_dist.report import write_report
 from tests.factories import one_rank, prepared, small_config, small_schema

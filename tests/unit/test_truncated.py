@@ -11,16 +11,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.methods.truncated import (
-    Bases,
-    Changes,
-    TruncatedModel,
-    by_columns,
-    calibration,
-    logit_gram,
-    principal,
-    sensitive,
-)
+from embsearch_dist.methods.directions import Bases, by_columns, principal, sensitive
+from embsearch_dist.methods.truncated import Changes, TruncatedModel, calibration, logit_gram
 from embsearch_dist.methods.widest import Moments, Sample, known_in, single_ids, table_moments
 from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.schema import Field, Schema

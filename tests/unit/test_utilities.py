@@ -16,11 +16,13 @@ from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_sealed
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.budget import parse_budget, total_cost
+from embsearch_dist.methods.directions import Bases, principal
 from embsearch_dist.methods.fallback import widest_within
 from embsearch_dist.methods.stages import check_stages, run_stages
-from embsearch_dist.methods.truncated import Bases, Changes, Truncated, TruncatedModel, as_stored, principal
+from embsearch_dist.methods.truncated import Changes, Truncated, TruncatedModel, as_stored
 from embsearch_dist.methods.utilities.config import UtilitiesConfig
-from embsearch_dist.methods.utilities.search_stage import Searcher, choose, mostly_new, rising, spend, supported
+from embsearch_dist.methods.utilities.search_stage import Searcher
+from embsearch_dist.methods.utilities.worth import choose, mostly_new, rising, spend, supported
 from embsearch_dist.methods.widest import Moments, Sample
 from embsearch_dist.report import write_report
 from tests.factories import one_rank, open_run, prepared, small_config

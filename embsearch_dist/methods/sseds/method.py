@@ -13,8 +13,9 @@ from embsearch_dist.methods.allocating import AllocateStage, BudgetOptions, Chos
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.budget import Budget
 from embsearch_dist.methods.columns import best_columns, best_columns_under, check_one_column, cost_of
+from embsearch_dist.methods.directions import columns_by
 from embsearch_dist.methods.stages import Stage
-from embsearch_dist.methods.truncated import TruncatedModel, columns_by
+from embsearch_dist.methods.truncated import TruncatedModel
 from embsearch_dist.methods.widest import (
     Moments,
     Sample,

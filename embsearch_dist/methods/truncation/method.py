@@ -10,9 +10,10 @@ from embsearch_dist.allocation import Allocation
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.budget import Budget
 from embsearch_dist.methods.columns import best_columns, best_columns_under, check_one_column, cost_of
+from embsearch_dist.methods.directions import by_columns, principal
 from embsearch_dist.methods.found import Point, budget_told, budgets, describe, write_points
 from embsearch_dist.methods.stages import Stage
-from embsearch_dist.methods.truncated import TruncatedModel, by_columns, principal
+from embsearch_dist.methods.truncated import TruncatedModel
 from embsearch_dist.methods.truncation.config import TruncationConfig
 from embsearch_dist.methods.truncation.rules import fdo_under, fdo_widths
 from embsearch_dist.methods.widest import (

@@ -1,0 +1,147 @@
+"""What each candidate of each field is worth by measured losses, and the choice that a budget allows.
+
+Evidence comes first: a wider candidate counts where held-out rows say so by more than their noise. What that leaves of
+a budget may be spent by what training rows save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from embsearch_dist.methods.budget import knapsack, total_cost
+from embsearch_dist.methods.truncated import Changes
+
+LEAST_GAIN = 1e-6  # nats; below it lies the rounding of float32 logits
+NEW = 0.5  # of the share of training rows that know a field: where fewer validation rows do, its values are mostly new
+SCALE = 1e4  # of the scores: the knapsack's solver stops within 1e-6 of the best sum
+
+
+def supported(changes: Changes, evidence: float, held: torch.Tensor | None = None) -> torch.Tensor:
+    """Worth ``[F, T]`` of each candidate of each field, in nats of logloss saved against the field's narrowest.
+
+    A candidate is worth more than a narrower one only if its rows' losses, paired, are lower by more than ``evidence``
+    standard errors. Else it is worth the same, so that nothing is paid for what noise may have given. What a field
+    loses by a wider candidate does not count against it: the directions added last are the least important ones.
+
+    To drop a field asks for evidence as well. One that does nothing for validation rows may have done much in training:
+    user ids that are new in every later split take up there what items would have to explain without them. So unless
+    some width of it is worse than none, and none is better, its first width is worth what it is on training rows.
+
+    Args:
+        held: ``[F]``: worth of the first candidate above 0 on training rows; None where no candidate drops a field.
+    """
+    fields, count = changes.more.shape
+    worth = torch.zeros(fields, count, dtype=torch.float64)
+    for f in range(fields):
+        best, first = 0, 1
+        if held is not None:
+            gains = [changes.gain(f, 0, j) for j in range(1, count)]
+            helps = any(gain > max(evidence * error, LEAST_GAIN) for gain, error in gains)
+            hurts = any(gain < -max(evidence * error, LEAST_GAIN) for gain, error in gains)
+            if helps or not hurts:
+                worth[f, 1] = max(float(held[f]), gains[0][0], 0.0)
+                best, first = 1, 2
+        for j in range(first, count):
+            gain, error = changes.gain(f, best, j)
+            worth[f, j] = worth[f, j - 1]
+            if gain > max(evidence * error, LEAST_GAIN):
+                worth[f, j] = worth[f, best] + gain
+                best = j
+    return worth
+
+
+def choose(worth: torch.Tensor, costs: torch.Tensor, limit: float | None, groups: int = 1) -> list[int]:
+    """The candidates ``[F]`` of the highest summed worth whose cost is at most ``limit``; of equal worth the cheapest.
+
+    Args:
+        worth: ``[F, T]``, not falling along T.
+        costs: ``[F, T]``, rising along T.
+        groups: F counts the fields of each, group by group, and each keeps at least one.
+    """
+    bound = float(costs[:, -1].sum()) if limit is None else limit
+    choice = knapsack(worth * (SCALE / max(float(worth.max()), 1e-30)), costs, bound, groups)
+    for f, j in enumerate(choice):
+        while j > 0 and worth[f, j - 1] >= worth[f, j]:
+            j -= 1
+        choice[f] = j
+    own = len(choice) // groups
+    for fields in (range(k * own, (k + 1) * own) for k in range(groups)):
+        if not any(costs[f, choice[f]] for f in fields):  # all dropped is no model
+            room = bound - total_cost(choice, costs)
+            order = sorted(fields, key=lambda f: (-float(worth[f, 1]), float(costs[f, 1])))
+            choice[next(f for f in order if float(costs[f, 1]) <= room)] = 1
+    return choice
+
+
+def spend(
+    choice: Sequence[int],
+    changes: Changes,
+    widths: Sequence[int],
+    costs: torch.Tensor,
+    limit: float,
+    harms: torch.Tensor | None = None,
+) -> list[int]:
+    """What ``choice`` leaves of a budget, spent on wider candidates of kept fields by what they save on training rows.
+
+    Where most validation rows are of users that training never met, no width of the users' table shows there, and none
+    of what meets it. Who names a budget is ready to pay it, so what no evidence asks for goes to what training itself
+    could use. Dropped fields stay dropped.
+
+    Args:
+        choice: candidates that evidence asks for.
+        changes: around ``choice``, on training rows.
+        widths: of the candidates.
+        costs: ``[F, T]``, rising along T.
+        harms: ``[F, T]`` bool: candidates that validation rows speak against; None: they speak against none.
+    """
+    worth = torch.full(costs.shape, -torch.inf, dtype=torch.float64)
+    for f, j in enumerate(choice):
+        stop = len(widths) if widths[j] else j + 1
+        worth[f, j:stop] = rising(-changes.more[f, j:stop])
+        if harms is not None:
+            worth[f, j + 1 :][harms[f, j + 1 :]] = -torch.inf
+    top = float(worth.max())
+    if top <= LEAST_GAIN:
+        return list(choice)
+    found = knapsack(worth * (SCALE / top), costs, limit)
+    for f, j in enumerate(found):
+        while j > choice[f] and worth[f, choice[f] : j].max() >= worth[f, j]:
+            j -= 1
+        found[f] = j
+    return found
+
+
+def mostly_new(widths: Sequence[int], held_out: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
+    """``[F]`` bool: kept fields whose values in held-out rows are mostly new, so that no width of theirs shows there.
+
+    Args:
+        widths: ``[F]``; 0 drops a field.
+        held_out: ``[F]``: of each field the share of held-out rows whose value has an id of its own.
+        trained: the same of training rows: rare values have no id there either, and are not new.
+    """
+    return (torch.tensor(list(widths)) > 0) & (held_out < NEW * trained)
+
+
+def rising(saved: torch.Tensor) -> torch.Tensor:
+    """``[n]``: the most that is saved so far; what a candidate saves beyond it by rounding alone does not count.
+
+    A table of three values has no more than three directions: all widths from there on save the same but for rounding.
+    """
+    best, found = -float("inf"), []
+    for value in saved.tolist():
+        best = value if value > best + LEAST_GAIN else best
+        found.append(best)
+    return saved.new_tensor(found)
+
+
+def harming(choice: Sequence[int], around: Changes, evidence: float) -> torch.Tensor:
+    """``[F, T]`` bool: candidates under which the measured rows lose more than ``evidence`` standard errors against
+    ``choice``, all other fields being as they are."""
+    found = torch.zeros(around.more.shape, dtype=torch.bool)
+    for f, j in enumerate(choice):
+        for k in range(around.more.shape[1]):
+            gain, error = around.gain(f, j, k)
+            found[f, k] = gain < -max(evidence * error, LEAST_GAIN)
+    return found
