@@ -39,7 +39,7 @@ from embsearch_dist.serving.predict import Job, Scorer, logits_of
 from embsearch_dist.serving.programs import OnnxRunner, Program
 from embsearch_dist.serving.requests import RequestEncoder, rows_of
 from tools.bench.serving_table import markdown, write_csv
-from tools.studies.budget_tables import hardware
+from tools.gpucheck.facts import hardware
 from tools.studies.jobs import commit
 
 ROOT = Path(__file__).resolve().parents[2]

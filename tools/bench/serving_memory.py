@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from embsearch_dist.errors import UserError
 from embsearch_dist.serving.directory import open_directory
 from embsearch_dist.serving.predict import Job, Scorer
-from tools.studies.budget_tables import hardware
+from tools.gpucheck.facts import hardware
 from tools.studies.jobs import commit
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -38,7 +38,7 @@ from embsearch_dist.serving.programs import RUNNERS, Program
 from embsearch_dist.serving.tables import Ids
 from embsearch_dist.serving.trained import trained
 from embsearch_dist.train.metrics import score
-from tools.studies.budget_tables import hardware
+from tools.gpucheck.facts import hardware
 from tools.studies.jobs import commit
 
 BATCHES = (1, 256, 8192)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import subprocess
 from pathlib import Path
 
@@ -47,6 +48,15 @@ def sources_hash(root: Path) -> str:
     for path in sorted(p for folder in SOURCES for p in (root / folder).rglob("*.py")):
         total.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes() + b"\0")
     return total.hexdigest()[:12]
+
+
+def hardware(used: str = "") -> str:
+    """This machine in one line of a table: processor, what of it was ``used`` (e.g. ``1 thread``; by default all
+    cores), the GPU where there is one, and the version of torch."""
+    import torch
+
+    gpu = f"; {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{_processor()}, {used or f'{os.cpu_count()} cores'}{gpu}; torch {torch.__version__}"
 
 
 def _device(kind: str) -> tuple[str, str]:

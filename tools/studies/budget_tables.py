@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from embsearch_dist.report.style import render
 from embsearch_dist.report.summary import percent
 from embsearch_dist.report.verdict import Model, compare_models, draw, judge
 from embsearch_dist.schema import Schema
+from tools.gpucheck.facts import hardware
 from tools.studies.jobs import ROOT, recorded, write_csv
 
 COLUMNS = (
@@ -214,15 +214,6 @@ def best_validation(metrics: Path, step: int) -> dict[str, float]:
     """The validation figures of the weights that were kept."""
     lines = map(json.loads, metrics.read_text().splitlines())
     return next((x for x in lines if x.get("split") == "validation" and x.get("step") == step), {})
-
-
-def hardware() -> str:
-    """Processor, cores and, where there is one, GPU of this machine; and the version of torch."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor())
-    gpu = f"; {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{model or platform.machine()}, {os.cpu_count()} cores{gpu}; torch {torch.__version__}"
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], Model]:

@@ -36,8 +36,8 @@ from embsearch_dist.methods.budget import parse_budget
 from embsearch_dist.schema import Schema
 from embsearch_dist.width_table import FACTS, FIGURES, read_rows
 from launch.common import CONFIGS
-from tools.gpucheck.facts import ROOT, commit
-from tools.studies.width_table import hardware, train
+from tools.gpucheck.facts import ROOT, commit, hardware
+from tools.studies.width_table import train
 
 TRIES = 1000  # random changes in a row that were all trained before, or do not fit: the neighbourhood is done
 Widths = tuple[int, ...]
@@ -134,7 +134,7 @@ class Climb:
         row = train((str(self.space), str(self.args.data), seed, widths))
         row |= {
             "commit": commit(ROOT),
-            "hardware": hardware(),
+            "hardware": hardware("1 thread"),
             "command": " ".join(["python tools/studies/ceiling.py", *told]),
         }
         columns = [*self.schema.names, "seed", "parameters", *FIGURES, *FACTS]

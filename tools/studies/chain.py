@@ -36,7 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from embsearch_dist.config.read import written
 from embsearch_dist.methods.widest import FOLDER as WIDEST_FOLDER
-from tools.studies.budget_tables import hardware, model_columns, portable
+from tools.gpucheck.facts import hardware
+from tools.studies.budget_tables import model_columns, portable
 from tools.studies.compare_budgets import RULES, WIDEST, rule_section
 from tools.studies.jobs import ROOT, commit, write_csv
 

@@ -47,11 +47,10 @@ from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
 from embsearch_dist.width_table import Space, WidthTable
 from launch.common import CONFIGS
-from tools.gpucheck.facts import commit
+from tools.gpucheck.facts import commit, hardware
 from tools.studies.budget_tables import best_validation
 from tools.studies.compare_budgets import named
 from tools.studies.jobs import ROOT, Job, run_all, trained_in, write_csv
-from tools.studies.width_table import hardware
 
 # Keys that change what is scored and how, and leave the trained supernet as it is.
 SCORING = ("search.policy.", "search.supernet.keep")
@@ -118,7 +117,7 @@ def main() -> None:
     chains += [[study.widest(seed)] for seed in range(args.seeds)]
     run_all([*unique(chains), *study.alone()], args.out / "logs", args.jobs)
     truth = study.truth()
-    facts = {"commit": commit(ROOT), "hardware": hardware(), "command": told(args)}
+    facts = {"commit": commit(ROOT), "hardware": hardware("1 thread"), "command": told(args)}
     rows = [
         measured(truth, study.scores(setting, seed, truth.choices)) | {"setting": name, "seed": seed} | facts
         for name, setting in settings.items()

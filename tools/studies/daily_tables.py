@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+
+from tools.gpucheck.facts import hardware
 
 Line = dict[str, Any]
 
@@ -19,19 +20,9 @@ def write_tables(out: Path, lines: Sequence[Line]) -> None:
     with (out / "daily.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [*lines[0], "hardware"])
         writer.writeheader()
-        writer.writerows({**line, "hardware": hardware()} for line in lines)
+        writer.writerows({**line, "hardware": hardware("1 thread")} for line in lines)
     (out / "daily.md").write_text(table(lines))
     draw(out / "daily.png", lines)
-
-
-def hardware() -> str:
-    """The processor, as the system names it."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-        name = next(line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, 1 thread"
 
 
 def of(lines: Sequence[Line], arm: str, day: int, key: str) -> np.ndarray:

@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from embsearch_dist.data.planted.populations import ROWS, Pair, Plan, make_populations
-from tools.studies.budget_tables import hardware
+from tools.gpucheck.facts import hardware
 from tools.studies.jobs import ROOT, Job, commit, run_all, write_csv
 
 CONFIGS = ROOT / "configs" / "populations"

@@ -27,7 +27,7 @@ import yaml
 from embsearch_dist.config.read import written
 from embsearch_dist.data.store.manifest import MANIFEST
 from embsearch_dist.files import read_json, read_sealed, write_json, write_sealed
-from tools.studies.budget_tables import hardware
+from tools.gpucheck.facts import hardware
 from tools.studies.jobs import Job, recorded, run_all, trained_in
 
 EXCHANGED = {"validation": "test", "test": "validation"}

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from embsearch_dist.data.planted.synthetic import make_synthetic
 from embsearch_dist.files import read_json, read_sealed
 from embsearch_dist.schema import Schema
-from tools.studies.budget_tables import hardware
+from tools.gpucheck.facts import hardware
 from tools.studies.jobs import Job, recorded, run_all, trained_in, write_csv
 
 WIDEST = 32  # sizes are told as a share of this uniform width

@@ -35,9 +35,8 @@ from embsearch_dist.methods.adass.local import Problem, refine, sweep
 from embsearch_dist.methods.adass.policy import search
 from embsearch_dist.methods.budget import knapsack
 from embsearch_dist.width_table import Score, Space, WidthTable
-from tools.gpucheck.facts import ROOT, commit
+from tools.gpucheck.facts import ROOT, commit, hardware
 from tools.studies.jobs import write_csv
-from tools.studies.width_table import hardware
 
 COLUMNS = ("budget", "search", "table_seed", "seed", "widths", "parameters", "regret", "scored", "seconds")
 FACTS = ("allocations", "table_seeds", "noise", "commit", "hardware", "command")  # the same in all lines
@@ -197,7 +196,7 @@ def facts_of(table: WidthTable, args: argparse.Namespace) -> dict[str, Any]:
         "table_seeds": len(table.seeds),
         "noise": round(table.noise(), 6),
         "commit": commit(ROOT),
-        "hardware": hardware(),
+        "hardware": hardware("1 thread"),
         "command": shlex.join(["python", "tools/studies/search_table.py", *told, "--repeats", str(args.repeats)]),
     }
 

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tqdm import tqdm
 
 from embsearch_dist.width_table import FACTS, FIGURES, Space, read_rows
-from tools.gpucheck.facts import ROOT, commit, facts
+from tools.gpucheck.facts import ROOT, commit, hardware
 
 open_group = ExitStack()  # of this process, to its end
 
@@ -50,7 +50,7 @@ def main() -> None:
     todo = missing(space, args.out, args.seeds)
     columns = [g.name for g in space.groups] + ["seed", "parameters", *FIGURES, *FACTS]
     started = not args.out.exists()
-    same = {"commit": commit(ROOT), "hardware": hardware(), "command": command(args)}
+    same = {"commit": commit(ROOT), "hardware": hardware("1 thread"), "command": command(args)}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     work = [(str(args.space), str(args.data), *t) for t in todo[: args.limit or None]]
     # A process trains one allocation after another; started anew, not forked: torch is not safe in a fork.
@@ -125,10 +125,6 @@ def opened(path: str, data: str) -> tuple[Any, Any, Any, Any]:
     schema = Schema.load(Path(data))
     space.check(schema)
     return space, config, open_group.enter_context(start(config.run, config.dist)), schema
-
-
-def hardware() -> str:
-    return f"{facts('cpu')['device']}, 1 thread"
 
 
 def command(args: argparse.Namespace) -> str:
