@@ -99,7 +99,7 @@ class ModelConfig:
     dropout: float = option(0.0, "dropout after each hidden layer", low=0, below=1)
     precision: str = option(
         "float32",
-        "float32 | bfloat16: products of the MLP; bfloat16 where hardware has it",
+        "float32 | bfloat16: products of the MLP of fm, deepfm, wide_deep, mlp; bfloat16 where hardware has it",
         choices=("float32", "bfloat16"),
     )
     transform: str = option(
@@ -135,7 +135,7 @@ class ModelConfig:
         given = (self.backbone == "nasrec") == bool(self.architecture)
         require(given, "model.architecture", "belongs to model.backbone nasrec, and that needs it: a file of a search")
         require(self.backbone != "mlp" or bool(self.hidden), "model.hidden", "an mlp needs at least one hidden layer")
-        rounded = self.precision == "float32" or self.backbone in (*ADDITIVE, "dlrm", "nasrec")
+        rounded = self.precision == "float32" or self.backbone in ADDITIVE
         require(rounded, "model.precision", f"{self.backbone} has products in float32 alone, got {self.precision}")
         for key in ("hidden", "bottom"):
             widths = getattr(self, key)

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config.sections import Config, OptimConfig
 from embsearch_dist.data.load.batch import Batch
+from embsearch_dist.kernels.bfloat16 import warn_if_slow
 from embsearch_dist.models.backbones.making import backbone_of
 from embsearch_dist.models.folded import FoldedMLP, can_fold
 from embsearch_dist.models.head import Head, common_width, make_head, make_unify
@@ -36,6 +37,8 @@ class CTRModel(nn.Module):
 
     def _wrap(self, module: nn.Module, context: Context) -> nn.Module:
         module = module.to(context.device)
+        if context.rank == 0 and getattr(getattr(module, "backbone", None), "precision", None) is torch.bfloat16:
+            warn_if_slow(context.device)
         if context.world_size == 1 or not any(p.requires_grad for p in module.parameters()):
             return module
         # Running statistics are equal on all ranks already (UnifyNorm reduces them).

@@ -167,6 +167,12 @@ def test_the_method_decides_the_search_section() -> None:
         load("search.candidates=[2,4]", method="ues")
 
 
+def test_products_that_are_not_rounded_are_not_said_to_be() -> None:
+    assert load("model.precision=bfloat16", "model.backbone=wide_deep").model.precision == "bfloat16"
+    with pytest.raises(UserError, match="model.precision: dlrm has products in float32 alone, got bfloat16"):
+        load("model.precision=bfloat16", "model.backbone=dlrm")
+
+
 @pytest.mark.parametrize(
     ("key", "hint"),
     [

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch.nn import functional
 
+from embsearch_dist.allocation import Allocation
+from embsearch_dist.kernels.bfloat16 import INSTRUCTIONS
 from embsearch_dist.kernels.linear import Linear, fm, linear, pair_products, pairs
 from embsearch_dist.models.backbones.additive import make_backbone
+from embsearch_dist.models.model import SubnetModel
+from tests.factories import one_rank, small_config, small_schema
 
 
 def values(*shape: int, seed: int) -> torch.Tensor:
@@ -67,6 +73,20 @@ def test_bfloat16_is_for_hidden_products_only() -> None:
     torch.testing.assert_close(g, h, rtol=0.05, atol=0.02)
     flat = make_backbone("fm", 5, 8, 2, (), precision="bfloat16")
     torch.testing.assert_close(flat(u, dense), make_backbone_like(flat)(u, dense), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("able", [False, True])
+def test_a_model_says_that_bfloat16_is_slow_where_no_instruction_does_it(
+    monkeypatch: pytest.MonkeyPatch, able: bool
+) -> None:
+    for name in INSTRUCTIONS:
+        monkeypatch.setattr(torch.cpu, name, lambda: able, raising=False)
+    config = small_config("no-data", "no-run", "model.precision=bfloat16", method="ues")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        SubnetModel(config, Allocation.uniform(small_schema(11, 7), 4), one_rank())
+    told = [str(w.message) for w in caught if "model.precision" in str(w.message)]
+    assert len(told) == (0 if able else 1) and all("float32 is several times faster" in text for text in told)
 
 
 def make_backbone_like(other: torch.nn.Module) -> torch.nn.Module:

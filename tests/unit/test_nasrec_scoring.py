@@ -363,6 +363,7 @@ def test_a_history_with_a_hole_is_named(data: Path, copied: Path) -> None:
 
 
 def test_a_setting_that_no_supernet_can_have_is_refused_before_anything_is_marked(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="config key optim.weight_decay"):
-        run_stages(NASRec(), nasrec_run(data, tmp_path / "run", "optim.weight_decay=0.1"))
+    for setting in ("optim.weight_decay=0.1", "model.precision=bfloat16"):
+        with pytest.raises(UserError, match=f"config key {setting.split('=')[0]}: "):
+            run_stages(NASRec(), nasrec_run(data, tmp_path / "run", setting))
     run_stages(NASRec(), nasrec_run(data, tmp_path / "run", "search.supernet.steps=1"))  # put right, as told

@@ -12,14 +12,17 @@ from sklearn.metrics import roc_auc_score
 
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.errors import UserError
+from embsearch_dist.kernels.bfloat16 import INSTRUCTIONS, multiplies_bfloat16
 from embsearch_dist.methods.adass import layout as layouts
 from embsearch_dist.methods.adass.layout import ACCELERATOR, CPU, Layout, layout_for
 from embsearch_dist.methods.adass.passes import relu_
 from embsearch_dist.methods.adass.refit import HeadFit, Inherited
 from embsearch_dist.methods.adass.scorer import SubnetScorer
+from embsearch_dist.methods.adass.search_stage import precision_on
 from embsearch_dist.methods.adass.terms import STATES, sample_rows, slices
 from embsearch_dist.models.backbones.additive import Backbone
 from embsearch_dist.models.model import SupernetModel
+from embsearch_dist.ranks.context import Context
 from embsearch_dist.sharding.sharded_tables import ShardedTables
 from embsearch_dist.train.metrics import score
 from tests.factories import one_rank, random_batch, small_config, small_schema
@@ -164,6 +167,23 @@ def test_bfloat16_changes_the_metrics_by_its_rounding_only(backbone: str) -> Non
     a, b = exact.logits(CHOICES), rounded.logits(CHOICES)
     assert torch.equal(a, b) == (backbone == "fm")  # FM has no MLP
     assert float((a - b).abs().max()) < 0.02 * float(a.abs().max())
+
+
+@pytest.mark.parametrize("instruction", INSTRUCTIONS)
+def test_bfloat16_is_for_processors_with_instructions_for_it(monkeypatch: pytest.MonkeyPatch, instruction: str) -> None:
+    for name in INSTRUCTIONS:
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    assert not multiplies_bfloat16(torch.device("cpu")) and multiplies_bfloat16(torch.device("cuda"))
+    assert precision_on(one_rank()) == "float32"
+    monkeypatch.setattr(torch.cpu, instruction, lambda: True, raising=False)
+    assert multiplies_bfloat16(torch.device("cpu"))
+    assert precision_on(one_rank()) == "bfloat16"
+
+
+def test_one_rank_without_them_decides_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, INSTRUCTIONS[0], lambda: True)
+    monkeypatch.setattr(Context, "every", lambda self, value: [value, False])
+    assert precision_on(one_rank()) == "float32"
 
 
 def test_the_relu_of_bfloat16_bits_is_the_relu() -> None:

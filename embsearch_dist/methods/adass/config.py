@@ -11,7 +11,7 @@ from embsearch_dist.models.tables import SCHEMES, check_candidates
 from embsearch_dist.precision import served
 
 MODES = ("adaptive", "random", "vanilla_uniform", "weighted_uniform")
-PRECISIONS = ("bfloat16", "float32")
+PRECISIONS = ("auto", "bfloat16", "float32")
 EQ5 = ("growth", "layernorm")
 KEEP = ("best", "last")
 METRICS = ("auc", "logloss", "accuracy")
@@ -82,7 +82,10 @@ class PolicyConfig:
     rows: int = option(100_000, "validation rows every candidate is scored on, drawn at random from all of them", low=1)
     policy_rows: int = option(0, "of these, how many the policy learns from; all that follows sees all; 0 = all", low=0)
     precision: str = option(
-        "bfloat16", "of the cached MLP sums: bfloat16 (about twice as fast) | float32", choices=PRECISIONS
+        "auto",
+        "of the cached MLP sums: bfloat16 | float32 | auto: bfloat16 where processors have instructions for it (about "
+        "twice as fast there; several times slower elsewhere)",
+        choices=PRECISIONS,
     )
     cache_mb: int = option(4096, "memory of the scored rows over all ranks: terms if they fit, else pooled rows", low=1)
     refit: str = option(

@@ -13,6 +13,7 @@ from embsearch_dist.allocation import Allocation
 from embsearch_dist.data.load.sample import random_batches
 from embsearch_dist.errors import script
 from embsearch_dist.files import copy_sealed, write_sealed
+from embsearch_dist.kernels.bfloat16 import multiplies_bfloat16
 from embsearch_dist.methods.adass.config import AdassConfig, PolicyConfig
 from embsearch_dist.methods.adass.distinct import distinct_of
 from embsearch_dist.methods.adass.local import ROUNDS, SWEEPS, Problem, Tick, prune, refine, sweep, within_budget
@@ -30,6 +31,7 @@ from embsearch_dist.methods.budget import (
 )
 from embsearch_dist.methods.found import SCORED_POINTS, budget_told, budgets, earlier_points
 from embsearch_dist.methods.stages import Stage
+from embsearch_dist.ranks.context import Context
 from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.metrics import shown
@@ -238,7 +240,13 @@ def make_scorer(run: Run[AdassConfig], task: SupernetTask | None = None) -> Scor
     area = policy.metric == "auc"
     if not task.model.bare_head.additive:
         return WholeScorer(task.model, batches, context, area)
-    return SubnetScorer(task.model, batches, context, policy.precision, policy.cache_mb, policy.refit, area)
+    precision = precision_on(context) if policy.precision == "auto" else policy.precision
+    return SubnetScorer(task.model, batches, context, precision, policy.cache_mb, policy.refit, area)
+
+
+def precision_on(context: Context) -> str:
+    """Of the cached sums: ``bfloat16`` where it pays on all ranks."""
+    return "bfloat16" if all(context.every(multiplies_bfloat16(context.device))) else "float32"
 
 
 class SearchStage(Stage[AdassConfig]):

@@ -36,6 +36,8 @@ class NASRec(Method):
     def check(self, run: Run) -> None:
         if run.config.optim.weight_decay:
             raise UserError("config key optim.weight_decay: must be 0 for a supernet of slices")
+        if run.config.model.precision != "float32":
+            raise UserError("config key model.precision: NASRec's networks have products in float32 alone")
 
     def stages(self) -> list[Stage]:
         return [SupernetStage(), EvolutionStage()]
