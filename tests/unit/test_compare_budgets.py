@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -15,9 +16,10 @@ import yaml
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config.read import load_config
-from embsearch_dist.files import write_json
+from embsearch_dist.files import write_json, write_sealed
 from embsearch_dist.kept_values import KeptValues
 from tests.factories import CONFIGS, small_schema
+from tools.studies.finals import copy_search
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "synthetic" / "adass_deepfm.yaml"
@@ -90,13 +92,48 @@ def test_every_method_with_budgets_can_be_compared_under_one_recipe(
         assert (config.train.epochs, config.optim.embedding_l2) == (8, recipe["optim"]["embedding_l2"])
         if hasattr(config.search, "training"):
             assert (config.search.training.batch_size, config.search.training.epochs) == (512, 8)
-        folder = "widest" if method in ("utilities", "auto", "fdo", "magnitude", "sseds") else method
-        command = lines[f"seed0-search-{method}"]
+        folder = "widest" if method in ("utilities", "fdo", "magnitude", "sseds") else method
+        folder, name = ("auto-20pct", "search-auto-20pct") if method == "auto" else (folder, f"search-{method}")
+        command = lines[f"seed0-{name}"]
         assert f"seed0/{folder} " in command and f"--search.name={method} " in command
         assert hasattr(config.search, "width") is False or config.search.width in (16, 32)
     assert load_config(CONFIGS, tmp_path / "configs" / "autofield.yaml").search.width == 16  # its own config says so
     with pytest.raises(SystemExit, match="--methods adass: .* is a config of ues"):
         call(tool, monkeypatch, tmp_path, "--dry-run", "--methods", "adass")
+
+
+def test_the_line_of_auto_is_that_of_the_model_it_chooses(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--methods", "auto", "--seeds", "1", "--widths", "4"]
+    call(tool, monkeypatch, tmp_path, "--dry-run", *words)
+    chains = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+    budgets = ("20pct", "50pct")
+    assert chains == ["seed0-ues-4", *(f"seed0-{job}-{b}" for b in budgets for job in ("search-auto", "auto"))]
+    trained(tmp_path, 0, "ues-4", dict.fromkeys(SCHEMA.names, 4), 0.70)
+    home = tmp_path / "seed0" / "auto-20pct"
+    for name, auc in (("auto", 0.71), ("ues-6-finetuned", 0.72)):
+        trained(tmp_path, 0, name, FOUND, auc)
+        shutil.move(tmp_path / "seed0" / "models" / "retrain" / name, home / "retrain" / name)
+    write_sealed(home / "final.json", {"name": "ues-6-finetuned", "model": "retrain/ues-6-finetuned"})
+    call(tool, monkeypatch, tmp_path, "--dry-run", *words)
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [chains[0], *chains[-2:]]
+    call(tool, monkeypatch, tmp_path, "--only-tables", *words)
+    with (tmp_path / "comparison.csv").open() as file:
+        lines = {(r["method"], r["budget"]): r["test_auc"] for r in csv.DictReader(file)}
+    assert lines == {("uniform", ""): "0.7", ("auto", "20%"): "0.72"}
+
+
+def test_auto_begins_with_the_widest_model_of_other_searches(tmp_path: Path) -> None:
+    (tmp_path / "widest" / "checkpoints" / "retrain").mkdir(parents=True)
+    (tmp_path / "widest" / "retrain").mkdir()
+    copy_search(tmp_path / "widest", tmp_path / "auto")
+    assert [p.name for p in (tmp_path / "auto").iterdir()] == ["checkpoints"]
+    assert (tmp_path / "auto" / "checkpoints" / "retrain").exists()
+    (tmp_path / "widest" / "new").touch()
+    copy_search(tmp_path / "widest", tmp_path / "auto")  # what has begun goes on
+    copy_search(tmp_path / "nothing", tmp_path / "other")
+    assert not (tmp_path / "auto" / "new").exists() and not (tmp_path / "other").exists()
 
 
 def test_widths_that_are_the_same_are_trained_once(

@@ -36,8 +36,6 @@ from tools.studies.jobs import ROOT, Job
 NEEDED = ("data_set", "config", "budgets", "widths", "seeds")
 KEYS = (*NEEDED, "prepare", "methods", "settings", "extra")
 ALL = "all"
-LEFT_OUT = ("auto",)
-"""Not meant by ``all``: what auto finds before it falls back to a uniform width is what utilities find."""
 
 
 @dataclass(frozen=True)
@@ -132,10 +130,10 @@ def read_plan(path: Path) -> LeaguePlan:
     for k, step in enumerate(steps):
         _check_keys(path, f"prepare, command {k + 1}: ", step, ("command", "leaves"), ("command", "leaves"))
     methods = body.pop("methods", ALL)
-    names = [m for m in comparable() if m not in LEFT_OUT] if methods == ALL else list(methods)
+    names = comparable() if methods == ALL else list(methods)
     for name in names:
         if name not in comparable():
-            raise UserError(f"{path}: methods: {name} is none of {', '.join(comparable())}; {ALL} means all but auto")
+            raise UserError(f"{path}: methods: {name} is none of {', '.join(comparable())}; {ALL} means all")
     for name in body.get("settings", {}):
         if name not in names:
             raise UserError(f"{path}: settings: {name} is not among the methods {', '.join(names)}")

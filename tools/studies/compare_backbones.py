@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from embsearch_dist.config.read import written
 from embsearch_dist.schema import Schema
 from tools.gpucheck.facts import hardware
+from tools.studies.asked import named, words
 from tools.studies.budget_tables import best_validation, portable
-from tools.studies.compare_budgets import named, words
 from tools.studies.jobs import Job, recorded, run_all, shown, trained_in
 from tools.studies.seeds import spread, with_deviation, with_error
 

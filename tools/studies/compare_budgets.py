@@ -47,8 +47,10 @@ from embsearch_dist.config.read import written
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.finetuning import FINETUNED as TUNED
 from embsearch_dist.methods.widest import FOLDER, WidestStage
+from tools.studies.asked import named, slug, words
 from tools.studies.budget_tables import FINETUNED, Trained, write_all
 from tools.studies.earlier import Earlier
+from tools.studies.finals import AUTO, Final
 from tools.studies.jobs import Job, Pace, run_all, shown, trained_in
 
 USUAL = ("adass", "utilities", "fdo", "magnitude")
@@ -133,13 +135,15 @@ class Plan:
         for method in self.settings:
             if method not in self.methods:
                 raise SystemExit(f"--settings {method}: not among the methods {', '.join(self.methods)}")
+        # Its chain ends with a choice of its own; what it finds before that is what utilities find.
+        self.methods, self.chooses = [m for m in self.methods if m != AUTO], AUTO in self.methods
         self.body: dict[str, Any] = written(args.config)
         if "adass" in self.methods and self.body.get("method") != "adass":
             raise SystemExit(f"--methods adass: {args.config} is a config of {self.body.get('method')}")
 
     def jobs(self) -> list[Job]:
         """All that is still to be run, searches first; trainings that may turn out to be the same are all here."""
-        chains = [*self.searches(), *self.uniforms(), *self.trainings(), *self.tuned()]
+        chains = [*self.searches(), *self.uniforms(), *self.trainings(), *self.tuned(), *self.choices()]
         return [job for chain in chains for job in chain]
 
     def carry_out(self) -> None:
@@ -151,10 +155,10 @@ class Plan:
         logs, side_by_side = self.out / "logs", self.args.jobs
         pace = Pace(self.jobs(), logs, side_by_side)
         run_all(self.searches() + self.uniforms(), logs, side_by_side, pace)
-        found, tuned = self.trainings(), self.tuned()
-        pace.keep([job for chain in [*found, *tuned] for job in chain])
-        run_all(found, logs, side_by_side, pace)
-        run_all(tuned, logs, side_by_side, pace)
+        steps = [self.trainings(), self.tuned(), self.choices()]
+        pace.keep([job for chains in steps for chain in chains for job in chain])
+        for chains in steps:
+            run_all(chains, logs, side_by_side, pace)
 
     def config_of(self, method: str) -> Path:
         """A file with the config's recipe and the search section of another method."""
@@ -171,7 +175,7 @@ class Plan:
         """Keys of a method's ``search`` section that are not its defaults."""
         candidates = self.body.get("search", {}).get("candidates", [0, 2, 4, 8, 16, 32])
         width = max(WIDEST, *candidates)
-        if method == "utilities":
+        if method in ("utilities", AUTO):
             return {"candidates": candidates, "width": width}
         if method in RULES:
             return rule_section(method, width)
@@ -260,6 +264,21 @@ class Plan:
                 chains.append([self.training(seed, name + TUNED, allocation, [], widest)])
         return chains
 
+    def finals(self, seed: int) -> list[Final]:
+        """One for each budget, where auto is compared."""
+        home = self.out / f"seed{seed}"
+        names = [(b, slug(b)) for b in self.budgets] if self.chooses else []
+        return [Final(seed, budget, name, home / f"{AUTO}-{name}") for budget, name in names]
+
+    def choices(self) -> list[list[Job]]:
+        """The chain of auto for each seed and budget."""
+        chains = []
+        for final in (f for seed in self.seeds for f in self.finals(seed) if not self.known(seed, AUTO, f.budget)):
+            options = ["--config", str(self.config_of(AUTO)), *self.common(final.run_dir, final.seed)]
+            options += [f"--{x}" for x in self.settings.get(AUTO, [])]
+            chains.append(final.chain(options, self.search_dir("utilities", final.seed)))
+        return [chain for chain in chains if chain]
+
     def to_tune(self, seed: int) -> Iterator[tuple[str, str]]:
         """(name, allocation) of what is to be fine-tuned, without what an earlier comparison tells."""
         if not self.args.finetuned:
@@ -327,6 +346,7 @@ class Plan:
                     place, job = self.place(seed, name + TUNED), first.job + TUNED
                     method = found.method + FINETUNED
                     models.append(dataclasses.replace(first, method=method, place=place, job=job))
+            models += [final.trained() for final in self.finals(seed)]
         return models
 
 
@@ -363,32 +383,6 @@ def tables_of(allocation: Path) -> tuple[dict[str, int], dict[str, Any]] | None:
         return None
     body = json.loads(allocation.read_text())
     return body["widths"], body.get("values", {})
-
-
-def words(text: str) -> list[str]:
-    return [w.strip() for w in text.split(",") if w.strip()]
-
-
-def slug(budget: str) -> str:
-    """As searches put a budget into the name of its allocation."""
-    return budget.replace("%", "pct").replace(" ", "")
-
-
-def named(option: str, texts: list[str]) -> dict[str, list[str]]:
-    """``NAME:key=value,key=value`` -> name: overrides. A comma inside brackets does not part."""
-    found = {}
-    for text in texts:
-        name, colon, rest = text.partition(":")
-        overrides: list[str] = []
-        for piece in rest.split(","):
-            if overrides and "=" not in piece.split("[")[0]:
-                overrides[-1] += f",{piece}"
-            else:
-                overrides.append(piece)
-        if not colon or not name or not all("." in o.partition("=")[0] and "=" in o for o in overrides):
-            raise SystemExit(f"{option} {text}: write NAME:section.key=value,section.key=value")
-        found[name] = overrides
-    return found
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ from embsearch_dist.schema import Schema
 from embsearch_dist.width_table import Space, WidthTable
 from launch.common import CONFIGS
 from tools.gpucheck.facts import commit, hardware
+from tools.studies.asked import named
 from tools.studies.budget_tables import best_validation
-from tools.studies.compare_budgets import named
 from tools.studies.jobs import ROOT, Job, run_all, trained_in, write_csv
 
 # Keys that change what is scored and how, and leave the trained supernet as it is.

@@ -1,0 +1,66 @@
+"""``auto`` in a comparison: searched and trained as its user does it, up to the model that it chooses.
+
+What other methods find is trained in one way for all. ``auto`` ends with a choice between what it has found and uniform
+widths, so its line is that of the chosen model, whatever width and beginning that has.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from embsearch_dist.files import read_sealed
+from tools.studies.budget_tables import Trained
+from tools.studies.jobs import Job
+
+AUTO = "auto"
+FINAL = "final.json"
+
+
+@dataclass(frozen=True)
+class Final:
+    """The chain of one seed and budget.
+
+    Attributes:
+        name: of the budget, as it stands in a file name.
+        run_dir: of its search.
+    """
+
+    seed: int
+    budget: str
+    name: str
+    run_dir: Path
+
+    @property
+    def job(self) -> str:
+        return f"seed{self.seed}-{AUTO}-{self.name}"
+
+    def chain(self, options: Sequence[str], widest: Path) -> list[Job]:
+        """Search, then retraining with the choice; nothing when it was made.
+
+        Args:
+            options: of the search, its run directory among them.
+            widest: run directory of other searches with this recipe and seed, whose widest model serves this one too.
+        """
+        if (self.run_dir / FINAL).exists():
+            return []
+        own = [f"--search.name={AUTO}", f"--search.budget={self.budget}"]
+        begin = partial(copy_search, widest, self.run_dir)
+        search = Job(f"seed{self.seed}-search-{AUTO}-{self.name}", "launch/search.py", [*options, *own], None, begin)
+        return [search, Job(self.job, "launch/retrain.py", ["--run", str(self.run_dir)], self.run_dir / FINAL)]
+
+    def trained(self) -> Trained:
+        """The chosen model; before there is one, a folder that is not there."""
+        file = self.run_dir / FINAL
+        place = self.run_dir / (read_sealed(file)["model"] if file.exists() else "retrain/none")
+        return Trained(AUTO, self.budget, self.seed, place, self.job, "", 0)
+
+
+def copy_search(source: Path, target: Path) -> None:
+    """A run directory with the stages of another one, where that is there and this is not."""
+    if source.exists() and not target.exists():
+        trainings = {"retrain", "run.lock"}  # checkpoints lie in a folder of the first name, too
+        shutil.copytree(source, target, ignore=lambda folder, _: trainings if Path(folder) == source else set())
