@@ -80,16 +80,15 @@ def settings(config: Config, task: SubnetTask) -> dict[str, Any]:
 
 
 def begun(
-    run: Run, widths: dict[str, int] | int, start: Start, turn: bool = True
+    run: Run, widths: dict[str, int] | int, start: Start, turn: bool = True, keep_means: bool = True
 ) -> tuple[SubnetTask, dict[str, Any], Any]:
     """A model that begins so, untrained; what the start says of it; the optimizer of its dense part."""
     torch.manual_seed(5)
     task = SubnetTask(run.config, allocation_of(run, widths), run.context)
     optimizer = task.model.make_optimizer(run.config.optim)
     data = Data(Path(run.config.data.path), run.schema)
-    told = begin(
-        start, task, optimizer, settings(run.config, task), data, allocation_of(run, widths), run.context, turn
-    )
+    own, allocation = settings(run.config, task), allocation_of(run, widths)
+    told = begin(start, task, optimizer, own, data, allocation, run.context, turn, keep_means)
     return task, told, optimizer
 
 

@@ -1,4 +1,5 @@
-"""What a trained model of one width is worth in narrower tables before its first step: columns turned, or only cut.
+"""What a trained model of one width is worth in narrower tables before its first step: turned and what is cut at its mean,
+turned, or only cut.
 
     python tools/studies/narrower.py --from RUN/retrain/ues-16 --widths 12 8 4 --data PREPARED
 
@@ -52,15 +53,15 @@ def main() -> None:
         run = Run(config, open_data(config, context), context)
         rows = whole(Run(measured, open_data(measured, context), context))
         for width in args.widths:
-            for turn in (True, False):
+            for turn, keep_means in ((True, True), (True, False), (False, False)):
                 allocation = Allocation.uniform(run.schema, width).counted(config.model.extra)
                 task = SubnetTask(config, allocation, context)
                 optimizer = task.model.make_optimizer(config.optim)
                 data = Data(Path(config.data.path), run.schema)
-                told = begin(earlier, task, optimizer, task.settings, data, allocation, context, turn)
+                told = begin(earlier, task, optimizer, task.settings, data, allocation, context, turn, keep_means)
                 task.model.eval()
                 found = evaluate(task.predict, rows.epoch(0), context)
-                how = next(iter(told["fields"].values()))["how"]
+                how = next(iter(told["fields"].values()))["how"] + ", mean kept" * ("means" in told)
                 print(f"| {width} | {how} | {found['auc']:.5f} | {found['logloss']:.5f} |", flush=True)
 
 

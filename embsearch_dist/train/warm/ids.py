@@ -122,9 +122,27 @@ def occurrences(new: Data, field: str) -> torch.Tensor:
     """``[cardinality]`` float64: how often each id occurs in the training rows as far as it is known, at least 1."""
     import polars as pl
 
-    from embsearch_dist.data.prepare.vocabulary import VOCABULARY, load_values
+    from embsearch_dist.data.prepare.vocabulary import load_values
 
     found = torch.ones(new.cardinality(field), dtype=torch.float64)
-    if not new.given_ids and (new.path / VOCABULARY).is_dir():
+    if _counted(new):
         found[1:] = torch.from_numpy(load_values(new.path, field)["count"].cast(pl.Float64).to_numpy().copy())
     return found.clamp(min=1)
+
+
+def shares(new: Data, field: str) -> torch.Tensor:
+    """How often each id of a field is looked up in a training row on average, ``[cardinality]`` float64, as far as it
+    is known; where a row's values are pooled by their mean, what share of that mean is each."""
+    counts = occurrences(new, field)
+    kind = next(f for f in new.schema.fields if f.name == field)
+    rows = new.schema.rows.get("train", 0)
+    if _counted(new) and not kind.is_list:  # what has no id of its own has the first one
+        counts[0] = max(0.0, rows - float(counts[1:].sum()))
+    return counts / (max(rows, 1) if _counted(new) and kind.pooling == "sum" else counts.sum())
+
+
+def _counted(data: Data) -> bool:
+    """Whether its vocabulary says how often values occur."""
+    from embsearch_dist.data.prepare.vocabulary import VOCABULARY
+
+    return not data.given_ids and (data.path / VOCABULARY).is_dir()

@@ -25,8 +25,9 @@ from embsearch_dist.rundir import check_text
 from embsearch_dist.schema import Schema
 from embsearch_dist.train import manifest
 from embsearch_dist.train.warm.dense import DenseMove, Layout
-from embsearch_dist.train.warm.fill import Saved, fill_head, fill_tables, rotations
-from embsearch_dist.train.warm.ids import Data, IdMap, check_values, id_map, occurrences
+from embsearch_dist.train.warm.fill import HEAD, Saved, fill_head, fill_tables, rotations
+from embsearch_dist.train.warm.ids import Data, IdMap, check_values, id_map, shares
+from embsearch_dist.train.warm.means import cut_means, fold, foldable
 from embsearch_dist.train.warm.widths import FieldMove, turning
 
 RECORD = "start.json"
@@ -143,6 +144,7 @@ def begin(
     allocation: Allocation,
     context: Context,
     turn: bool = True,
+    keep_means: bool = True,
 ) -> dict[str, Any]:
     """Set the weights of a task, and with ``start.optimizer`` the state of its optimizers; returns what was done.
 
@@ -152,6 +154,7 @@ def begin(
         settings: flat, of the model and its training.
         new: what is trained on.
         turn: False cuts columns as they are, to compare.
+        keep_means: False leaves out what is cut, to compare; else its mean stays, where the head can hold it.
 
     Raises:
         UserError: what :meth:`Start.check` finds; a damaged checkpoint.
@@ -162,36 +165,44 @@ def begin(
     context.first("checking the earlier checkpoint", lambda: manifest.verify(start.checkpoint))
     with context.together("reading the earlier checkpoint"):
         saved = Saved(start.checkpoint)
-        kept = [f for f in allocation.kept if start.allocation.widths.get(f)]
-        ids = {f: id_map(start.data, new, f) for f in kept}
-    moves = {f: FieldMove(start.allocation.widths[f], allocation.widths[f]) for f in kept}
     head, model = task.model.bare_head, {k.removeprefix("model."): v for k, v in settings.items()}
     before = {"unify": "always", **{k.removeprefix("model."): v for k, v in start.manifest["settings"].items()}}
     layouts = [
         Layout.of(m, a.kept, [a.widths[f] for f in a.kept], s.dense)
         for m, a, s in ((before, start.allocation, start.data.schema), (model, allocation, new.schema))
     ]
-    how = (
-        turning(head, model["norm"], model["transform"] == "field", (layouts[0].maps, layouts[1].maps), moves)
-        if turn
-        else ""
-    )
-    weights = {f: _earlier_occurrences(start, new, f, ids[f]) for f in kept} if how and context.rank == 0 else {}
-    moves = rotations(saved, how, moves, weights, context)
-    extra = min(start.allocation.extra, allocation.extra)
+    maps = layouts[0].maps, layouts[1].maps
+    folds = keep_means and foldable(head, model["norm"], maps)
+    both = [f for f in new.schema.names if start.allocation.widths.get(f) and (allocation.widths[f] or folds)]
+    moves = {f: FieldMove(start.allocation.widths[f], allocation.widths[f]) for f in both}
     with context.together("reading the earlier checkpoint"):
-        fill_tables(saved, task.model, moves, ids, extra, start.optimizer)
-        dense = DenseMove(head, layouts[0], layouts[1], moves, str(model["transform"]))
+        ids = {f: id_map(start.data, new, f) for f in both}
+    how = turning(head, model["norm"], model["transform"] == "field", maps, moves) if turn else ""
+    losing = how or any(m.new < m.old for m in moves.values())
+    weights = {f: _earlier_shares(start, new, f, ids[f]) for f in both} if losing and context.rank == 0 else {}
+    # Of values with weights of their own in each row no mean is known.
+    meant = [f.name for f in new.schema.fields if folds and f.name in both and not f.weighted]
+    moves = rotations(saved, how, moves, weights, meant, context)
+    extra = min(start.allocation.extra, allocation.extra)
+    means = cut_means(saved, {f: moves[f] for f in meant}, weights, extra, context)
+    kept = {f: m for f, m in moves.items() if m.new}
+    products = folds and head.backbone.fm and head.backbone.values and bool(means.columns)
+    with context.together("reading the earlier checkpoint"):
+        beside = {f: means.beside(f, m.kept) for f, m in kept.items()} if products else None
+        fill_tables(saved, task.model, kept, ids, extra, start.optimizer, beside)
+        dense = DenseMove(head, layouts[0], layouts[1], kept, str(model["transform"]))
         found = fill_head(saved, task.model, dense, optimizer if start.optimizer else None)
-    fields = {f: {"width": [m.old, m.new], "how": m.how, "new_values": ids[f].new} for f, m in moves.items()}
-    return {"fields": fields, "dense": found}
+        if means.columns:
+            fold(means, head, saved.all(HEAD), layouts[0], layouts[1], moves)
+    fields = {f: {"width": [m.old, m.new], "how": m.how, "new_values": ids[f].new} for f, m in kept.items()}
+    return {"fields": fields, "dense": found} | ({"means": sorted(means.columns)} if means.columns else {})
 
 
-def _earlier_occurrences(start: Start, new: Data, field: str, ids: IdMap) -> torch.Tensor:
-    """How often each earlier row occurs in today's rows, ``[earlier rows]`` float64; 0 for rows of no id today."""
+def _earlier_shares(start: Start, new: Data, field: str, ids: IdMap) -> torch.Tensor:
+    """How often each earlier row is looked up in a training row of today on average, ``[earlier rows]`` float64. A
+    value without an earlier row begins with that of id 0."""
     found = torch.zeros(start.data.cardinality(field), dtype=torch.float64)
-    known = ids.rows >= 0
-    return found.index_add(0, ids.rows[known], occurrences(new, field)[known])
+    return found.index_add(0, ids.rows.clamp(min=0), shares(new, field))
 
 
 def check_same_start(directory: Path, start: Start | None) -> None:

@@ -69,13 +69,13 @@ class FieldMove:
 def turning(head: Any, norm: str, by_field: bool, maps: tuple[bool, bool], moves: Mapping[str, FieldMove]) -> str:
     """How columns may be turned: ``field`` by field, ``common`` to all fields, or not at all (empty).
 
-    Only where some field gets narrower.
+    Only where some field gets narrower, and is not dropped.
 
     Args:
         by_field: learned maps belong to fields.
         maps: whether the earlier and the new tables stand before learned maps.
     """
-    if not any(m.new < m.old for m in moves.values()) or norm != "none" or maps[0] != maps[1]:
+    if not any(0 < m.new < m.old for m in moves.values()) or norm != "none" or maps[0] != maps[1]:
         return ""
     if maps[0]:
         return "field" if by_field else ""  # else one map serves several fields
@@ -92,9 +92,12 @@ def principal(second: torch.Tensor) -> torch.Tensor:
     return vectors.flip(1).float().contiguous()
 
 
-def second_moments(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """``E[x x^T]`` ``[w, w]`` float64 of rows ``[n, w]`` that occur as ``weights [n]`` say."""
+def second_moments(rows: torch.Tensor, weights: torch.Tensor, centred: bool = False) -> torch.Tensor:
+    """``E[x x^T]`` ``[w, w]`` float64 of rows ``[n, w]`` that occur as ``weights [n]`` say; of ``x - E[x]`` if
+    ``centred``."""
     x = rows.double()
+    if centred:
+        x = x - weights @ x / weights.sum()
     return (x * weights[:, None]).T @ x / weights.sum()
 
 
