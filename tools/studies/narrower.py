@@ -1,5 +1,6 @@
-"""What a trained model of one width is worth in narrower tables before its first step: turned and what is cut at its mean,
-turned, or only cut.
+"""What a trained model of one width is worth in narrower tables before its first step.
+
+Columns are turned and what is cut stays at its mean, or are turned, or only cut.
 
     python tools/studies/narrower.py --from RUN/retrain/ues-16 --widths 12 8 4 --data PREPARED
 
