@@ -131,7 +131,6 @@ def fill_tables(
             elif field is not None and (whole := saved.read(group, name)) is not None:
                 shift = (beside or {}).get(field) if group == "tables" else None
                 if shift is not None:
-                    whole = whole.clone()
                     whole[:, moves[field].old] += moves[field].columns(whole) @ shift
                 for offsets, part in local_parts(target):
                     _fill_part(part, offsets, whole, moves[field], ids[field], extra, name, group == "tables")
