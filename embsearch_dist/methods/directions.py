@@ -50,6 +50,15 @@ def principal(moments: Moments) -> Bases:
     return Bases.of(moments.mean, vectors, vectors.transpose(1, 2))
 
 
+def common(moments: Moments) -> Bases:
+    """One basis for all fields, as FM's products of fields ask for: eigenvectors of the sum of their second moments.
+    :mod:`embsearch_dist.train.warm.widths` turns the tables of such models alike."""
+    second = (moments.second / moments.count[:, None, None]).sum(0)
+    _, vectors = torch.linalg.eigh(second)
+    vectors = vectors.flip(1).expand_as(moments.second)
+    return Bases.of(moments.mean, vectors, vectors.transpose(1, 2))
+
+
 def sensitive(moments: Moments, gram: torch.Tensor) -> Bases:
     """Principal components in the metric of what the head reads.
 

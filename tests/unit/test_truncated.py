@@ -11,7 +11,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.methods.directions import Bases, by_columns, principal, sensitive
+from embsearch_dist.methods.directions import Bases, by_columns, common, principal, sensitive
 from embsearch_dist.methods.truncated import Changes, TruncatedModel, calibration, logit_gram
 from embsearch_dist.methods.widest import Moments, Sample, known_in, single_ids, table_moments
 from embsearch_dist.models.model import SubnetModel
@@ -48,10 +48,10 @@ def bases_of(kind: str, model: SubnetModel, sample: Sample) -> Bases:
     moments = moments_of(sample)
     if kind == "sensitivity":
         return sensitive(moments, logit_gram(model, sample, one_rank()))
-    return principal(moments) if kind == "variance" else by_columns(moments)
+    return {"variance": principal, "common": common, "columns": by_columns}[kind](moments)
 
 
-@pytest.mark.parametrize("kind", ["sensitivity", "variance", "columns"])
+@pytest.mark.parametrize("kind", ["sensitivity", "variance", "common", "columns"])
 def test_all_directions_give_the_embedding_back_and_none_its_mean(kind: str) -> None:
     model = model_of()
     sample = sample_of(model)

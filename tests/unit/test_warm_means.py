@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from embsearch_dist.methods.directions import common, principal
+from embsearch_dist.methods.truncated import TruncatedModel
+from embsearch_dist.methods.widest import Moments, Sample
 from embsearch_dist.run import Run
 from embsearch_dist.train.retrain import SubnetTask
 from embsearch_dist.train.warm.fill import Saved
@@ -96,3 +99,28 @@ def test_products_of_means_are_those_of_pairs() -> None:
     assert means.beside("a", 3).tolist() == [3.5, -1.0, 4.0]
     assert means.beside("new", 1).tolist() == [4.5]
     assert Means({}, {}).products() == 0
+
+
+def test_the_common_basis_of_a_search_is_that_of_the_tables_that_are_cut(
+    tmp_path: Path, days: tuple[Path, Path]
+) -> None:
+    """What a search measures under ``basis: common`` is the model that fine-tuning begins with."""
+    run = of_model(tmp_path, days[0])
+
+    def edit(task: SubnetTask) -> None:
+        generator = torch.Generator().manual_seed(4)
+        for shard in task.model.sharded.local_shards():
+            shard.tensor.copy_(torch.randn(shard.tensor.shape, generator=generator) + 0.5)
+
+    model = change(run, WIDTH, edit).model
+    batch = next(run.stream("train", run.schema.rows["train"], shuffle=False).epoch(0))
+    sample = Sample.of(model, iter([batch]), torch.device("cpu"))
+    moments = Moments(len(NARROW), WIDTH, torch.device("cpu"))
+    moments.add(sample.x)
+    measured = {
+        name: TruncatedModel(model, sample, basis(moments), one_rank()).logits(list(NARROW.values()))[:256]
+        for name, basis in (("common", common), ("variance", principal))
+    }
+    task, _, _ = begun(run, NARROW, Start.open(run.dir))
+    torch.testing.assert_close(logits(run, task), measured["common"], atol=2e-3, rtol=1e-3)
+    assert (logits(run, task) - measured["variance"]).abs().max() > 0.1

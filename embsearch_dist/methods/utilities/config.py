@@ -10,7 +10,7 @@ from embsearch_dist.models.tables import check_candidates
 from embsearch_dist.precision import MIXED
 
 UTILITIES = ("loss", "saliency")
-BASES = ("sensitivity", "variance")
+BASES = ("sensitivity", "variance", "common")
 
 
 @dataclass
@@ -20,7 +20,10 @@ class MeasuredSearch:
     candidates: list[int] = option([0, 2, 4, 8, 16, 32], "candidate widths, ascending; a leading 0 may drop fields")
     width: int = option(32, "width of every field of the model that is trained and cut down", low=1)
     basis: str = option(
-        "variance", "directions of a field: by variance (plain PCA) | sensitivity (of the logit)", choices=BASES
+        "variance",
+        "directions of a field: by variance (plain PCA) | sensitivity (of the logit) | common (one basis for all "
+        "fields, as fine-tuning cuts fm and deepfm)",
+        choices=BASES,
     )
     evidence: float = option(1.0, "a wider candidate counts if it gains more than this many standard errors", low=0)
     judge: str = option(

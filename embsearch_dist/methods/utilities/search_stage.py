@@ -9,7 +9,7 @@ import torch
 
 from embsearch_dist.allocation import Allocation, cost
 from embsearch_dist.methods.budget import Budget, cost_table, total_cost
-from embsearch_dist.methods.directions import principal, sensitive
+from embsearch_dist.methods.directions import common, principal, sensitive
 from embsearch_dist.methods.found import Point, budget_told, budgets, describe, write_points
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.truncated import Changes, Truncated, TruncatedModel, logit_gram
@@ -202,7 +202,10 @@ def cut_down(run: Run, model: SubnetModel, rows: int, basis_rows: int) -> tuple[
     for piece in basis.pieces(8192):
         moments.add(piece.x)
     moments.sum(context)
-    bases = principal(moments) if config.basis == "variance" else sensitive(moments, logit_gram(model, basis, context))
+    if config.basis == "sensitivity":
+        bases = sensitive(moments, logit_gram(model, basis, context))
+    else:
+        bases = common(moments) if config.basis == "common" else principal(moments)
     truncated = TruncatedModel(model, sample_of(run, model, "validation", rows, config.seed), bases, context)
     return truncated, TruncatedModel(model, basis, bases, context)
 
