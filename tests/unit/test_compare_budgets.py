@@ -19,6 +19,7 @@ from embsearch_dist.config.read import load_config
 from embsearch_dist.files import write_json, write_sealed
 from embsearch_dist.kept_values import KeptValues
 from tests.factories import CONFIGS, small_schema
+from tools.studies.earlier import Earlier
 from tools.studies.finals import copy_search
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,6 +193,13 @@ def test_what_an_earlier_table_tells_is_not_run_again_and_joins_the_new_one(
         ("1", "utilities", "20%", "0.77"),
     ]
     assert "up to 2 seeds" in (new / "comparison.md").read_text()
+
+    # A league's file has the name of the data set in front, and other sets beside it.
+    head, *lines = (old / "comparison.csv").read_text().splitlines()
+    league = [f"data_set,{head}", *(f"mine,{line}" for line in lines), *(f"other,{line}" for line in lines)]
+    (tmp_path / "league.csv").write_text("\n".join(league) + "\n")
+    earlier_mine = Earlier.read(tmp_path / "league.csv", data, "mine")
+    assert len(earlier_mine.rows) == len(lines) and "data_set" not in earlier_mine.rows[0]
 
 
 def test_an_earlier_table_of_other_data_or_another_backbone_is_refused(

@@ -65,7 +65,9 @@ class Earlier:
                     f"--earlier {path}: seed {row['seed']} of {row['method']} was trained on {row['data']}, and "
                     f"{data} is {told}. Give the file of this data"
                 )
-        return cls(path, tuple({**row, "seed": int(row["seed"])} for row in rows))
+        # A comparison is of one data set: the league puts its name in front again.
+        own = [{k: v for k, v in row.items() if k != "data_set"} for row in rows]
+        return cls(path, tuple({**row, "seed": int(row["seed"])} for row in own))
 
     @cached_property
     def keys(self) -> frozenset[Key]:
