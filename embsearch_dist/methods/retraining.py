@@ -34,7 +34,7 @@ from embsearch_dist.train.metrics import Predictions
 from embsearch_dist.train.metrics import predictions as all_predictions
 from embsearch_dist.train.retrain import SubnetTask, evaluate_model, load_best, retrain
 from embsearch_dist.train.served import evaluate_served, rounded_tables
-from embsearch_dist.train.warm.start import Start, read_record
+from embsearch_dist.train.warm.start import DONE, Start, read_record
 
 BRACKET = "bracket"
 Found = Allocation | GroupedAllocation
@@ -331,7 +331,7 @@ def evaluate_single(
     result = evaluate_model(task, stream, run.context, run.config, directory.name, allocation, wanted)
     result |= as_served(task, allocation, stream, split, run, precision)
     if begun := read_record(directory):
-        result["start"] = {key: begun[key] for key in begun if key not in ("fields", "dense", "validation")}
+        result["start"] = {key: begun[key] for key in begun if key not in DONE}
     return leave_evaluation(run.context, directory, split, result)
 
 

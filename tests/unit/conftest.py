@@ -3,6 +3,7 @@ run without torch."""
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Iterator
 from io import BytesIO
@@ -49,6 +50,7 @@ def rough_pictures() -> Iterator[None]:
 
     draw, light = FigureCanvasAgg.print_png, [b""]
 
+    @functools.wraps(draw)  # savefig passes what its signature names
     def print_png(self: FigureCanvasAgg, target: Any, *arguments: Any, **options: Any) -> None:
         if not isinstance(target, BytesIO):  # a file, of a tool: drawn once
             draw(self, target, *arguments, **options)

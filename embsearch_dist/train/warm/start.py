@@ -31,6 +31,7 @@ from embsearch_dist.train.warm.means import cut_means, fold, foldable
 from embsearch_dist.train.warm.widths import FieldMove, turning
 
 RECORD = "start.json"
+DONE = ("fields", "dense", "means", "validation")  # in the record, beside the facts of the start
 DEFAULT_STAGE = "retrain"
 SAME = ("model.backbone", "model.transform", "model.first_order", "model.architecture")
 OPTIMIZERS = ("optim.embedding", "optim.dense")
