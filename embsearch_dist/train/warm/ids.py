@@ -133,12 +133,12 @@ def occurrences(new: Data, field: str) -> torch.Tensor:
 def shares(new: Data, field: str) -> torch.Tensor:
     """How often each id of a field is looked up in a training row on average, ``[cardinality]`` float64, as far as it
     is known; where a row's values are pooled by their mean, what share of that mean is each."""
-    counts = occurrences(new, field)
+    counts, known = occurrences(new, field), _counted(new)
     kind = next(f for f in new.schema.fields if f.name == field)
     rows = new.schema.rows.get("train", 0)
-    if _counted(new) and not kind.is_list:  # what has no id of its own has the first one
+    if known and not kind.is_list:  # what has no id of its own has the first one
         counts[0] = max(0.0, rows - float(counts[1:].sum()))
-    return counts / (max(rows, 1) if _counted(new) and kind.pooling == "sum" else counts.sum())
+    return counts / (max(rows, 1) if known and kind.pooling == "sum" else counts.sum())
 
 
 def _counted(data: Data) -> bool:
