@@ -23,7 +23,7 @@ from embsearch_dist.train.checkpoint import Checkpointer
 from embsearch_dist.train.evaluation import Evaluation, rows_left_out
 from embsearch_dist.train.figures import Wanted, told
 from embsearch_dist.train.lines import lines_of
-from embsearch_dist.train.metrics import evaluate, figures, predictions, shown
+from embsearch_dist.train.metrics import figures, predictions, shown
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.trainer import Trainer
 from embsearch_dist.train.warm.ids import Data
@@ -106,9 +106,14 @@ def retrain(
         trainer = Trainer(
             task, config.train, config.optim, training, validation, context, monitor, directory / "checkpoints" / STAGE
         )
+        began = None
         if start is not None and context.share(trainer.checkpointer.newest()) is None:
-            _start(start, trainer, allocation, directory)
-        progress = trainer.fit()
+            began = _start(start, trainer, allocation, directory)
+        progress = trainer.fit(began)
+        if progress.best_step == 0:
+            monitor.say(
+                "no evaluation was better than that of the model it began with, whose weights are kept (step 0)"
+            )
         trainer.restore_best()
         write: dict[str, Any] = {"seconds": progress.seconds, "steps": progress.step, "best_step": progress.best_step}
         write |= {"lines": lines_of(directory, STAGE)} if context.rank == 0 else {}
@@ -117,20 +122,26 @@ def retrain(
     return task
 
 
-def _start(start: Start, trainer: Trainer, allocation: Allocation, directory: Path) -> None:
-    """Begin with an earlier model, and measure it on the validation split before the first step."""
+def _start(
+    start: Start, trainer: Trainer, allocation: Allocation, directory: Path
+) -> Callable[[dict[str, float]], None]:
+    """Begin with an earlier model; returns what records its figures on the validation split."""
     task, context, training = trainer.task, trainer.context, trainer.training
     new = Data(training.shards.directory.parent, training.schema)
     done = begin_with(start, task, trainer.optimizer, trainer.checkpointer.settings, new, allocation, context)
-    if trainer.validation is not None:
-        task.model.eval()
-        metrics = evaluate(task.predict, trainer.validation.epoch(0), context)
-        done["validation"] = {key: metrics[key] for key in ("auc", "logloss")}
-        trainer.monitor.say(
-            f"begins with {start.directory}, step {start.step}: validation auc {shown(metrics['auc'])}  "
-            f"logloss {metrics['logloss']:.5f}"
-        )
-    context.first("writing the start", lambda: write_record(directory, start.facts() | done))
+
+    def record(metrics: dict[str, float]) -> None:
+        if metrics:
+            done["validation"] = {key: metrics[key] for key in ("auc", "logloss")}
+            trainer.monitor.say(
+                f"begins with {start.directory}, step {start.step}: validation auc {shown(metrics['auc'])}  "
+                f"logloss {metrics['logloss']:.5f}"
+            )
+        context.first("writing the start", lambda: write_record(directory, start.facts() | done))
+
+    if trainer.validation is None:
+        record({})
+    return record
 
 
 def load_best(config: Config, allocation: Allocation, context: Context, directory: Path) -> SubnetTask:

@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
@@ -88,11 +88,19 @@ class Trainer:
         self.eval_batches = {math.ceil(per_epoch * (k + 1) / parts) for k in range(parts)}
         self._schedule = 1.0  # factor that the optimizers have now
         self._failures = 0  # saves in a row
-        self._best_before: tuple[float | None, int] = (None, 0)
+        self._best_before: tuple[float | None, int | None, list[float] | None] = (None, None, None)
+        self._began: Callable[[dict[str, float]], None] | None = None
         self._told_metric = False
 
-    def fit(self) -> Progress:
-        """Train to the end (or from where it stopped); the model holds the last weights afterwards."""
+    def fit(self, began: Callable[[dict[str, float]], None] | None = None) -> Progress:
+        """Train to the end (or from where it stopped); the model holds the last weights afterwards.
+
+        Args:
+            began: the weights are those of an earlier model: they are evaluated before the first step, may be the best
+                ones, and ``began`` is told their figures before they are saved. It is not called where a training is
+                continued.
+        """
+        self._began = began
         with signals.noted() as self._asked, Gate(self.task.model.sharded) as self._gate:
             try:
                 self._resume()
@@ -183,7 +191,8 @@ class Trainer:
     def _resume(self) -> None:
         step = self.checkpointer.newest_whole()
         if step is None:
-            self.monitor.resume_at(0)
+            self.monitor.resume_at(-1)
+            self.progress.evaluate = self._began is not None and self.validation is not None
             return
         state = self.checkpointer.load(step, checked=True)
         self.progress = p = Progress(**state["progress"])
@@ -199,13 +208,13 @@ class Trainer:
         """Mark the best checkpoint again: a kill between a save and its mark, or damage, leaves a wrong one."""
         p = self.progress
         over = p.step >= self.total or bool(p.stopped)
-        if p.best_step and p.best_step != step and not self.checkpointer.is_whole(p.best_step):
+        if p.best_step is not None and p.best_step != step and not self.checkpointer.is_whole(p.best_step):
             kept = "the last one counts as the best" if over else "the best of the evaluations to come counts"
             place = self.checkpointer.root / f"step-{p.best_step}"
             self.monitor.say(f"the best checkpoint, step-{p.best_step}, is gone or damaged; {kept} ({place})")
-            p.best, p.best_logloss, p.best_step = None, None, 0
-        if p.best_step or over:
-            self.checkpointer.mark_best(p.best_step or step)
+            p.no_best()
+        if p.best_step is not None or over:
+            self.checkpointer.mark_best(step if p.best_step is None else p.best_step)
 
     def _step(self, batch: Batch) -> Verdict:
         # Dropout of a step depends on the step alone, so that a continued run draws what the unbroken one did.
@@ -298,45 +307,37 @@ class Trainer:
             own = self.task.judge() if isinstance(self.task, Judge) else None
             metrics = own or evaluate(self.task.predict, self.validation.epoch(0), self.context, self.config.group)
             self.monitor.scalars(p.step, metrics, split="validation", epoch=self._epochs())
-            metric = self._metric(metrics)
+            bad, metric = p.bad_evals, self._metric(metrics)
             value = (1 if metric == "auc" else -1) * metrics[metric]
             early = bool(self._outer) and p.step <= cast(BilevelTask, self.task).warmup
-            # What is not a number is better than nothing and worse than nothing alike: it is never the best.
-            better = math.isfinite(value) and (p.best is None or (value, -metrics["logloss"]) > self._best(p))
-            if early:
-                better = False
-            elif better:
-                self._best_before = (p.best, p.best_step)
-                p.best, p.best_step, p.bad_evals = value, p.step, 0
-                p.best_logloss = metrics["logloss"]
-            else:
-                p.bad_evals += 1
+            before = (p.best, p.best_step, p.peak)
+            better = not early and p.count(value, metrics["logloss"])
+            if better:
+                self._best_before = before
+            if p.bad_evals > bad:
                 if self.config.patience and p.bad_evals >= self.config.patience:
                     p.stopped = f"no better {metric} in {p.bad_evals} evaluations"
                 elif self.config.lr_cut < 1:
                     p.lr_factor *= self.config.lr_cut
                     self._set_lr(self._schedule)
             mark = " (best)" if better else " (nothing is selected yet)" if early else ""
-            self.monitor.say(
-                f"epoch {self._epochs():g}  step {p.step}  validation auc {shown(metrics['auc'])}  "
-                f"logloss {metrics['logloss']:.5f}{mark}"
-            )
+            if p.step == 0 and self._began is not None:
+                self._began(metrics)
+            else:
+                self.monitor.say(
+                    f"epoch {self._epochs():g}  step {p.step}  validation auc {shown(metrics['auc'])}  "
+                    f"logloss {metrics['logloss']:.5f}{mark}"
+                )
         p.evaluate = False
         over = p.step >= self.total or bool(p.stopped)
         if over and p.best_logloss is not None:
             note = beside_click_rate(self.training.schema, p.best_logloss) if self.config.metric == "auc" else ""
             if note:
                 self.monitor.say(note)
-        if over and not p.best_step and self.validation is not None:
+        if over and p.best_step is None and self.validation is not None:
             self.monitor.say("no evaluation gave a number to select by, so the last checkpoint counts as the best")
             p.best_step = p.step
         self._save(best=self.validation is None or p.best_step == p.step, must=over)
-
-    @staticmethod
-    def _best(p: Progress) -> tuple[float, float]:
-        """What has to be beaten: of equal metrics the lower logloss is the better one."""
-        assert p.best is not None
-        return p.best, math.inf if p.best_logloss is None else -p.best_logloss
 
     def _metric(self, metrics: dict[str, float]) -> str:
         """What selects: the metric of the config, or logloss where AUC is undefined."""
@@ -370,7 +371,7 @@ class Trainer:
         p = self.progress
         self._failures += 1
         if p.best_step == error.step:  # what was never saved cannot be the best
-            p.best, p.best_step = self._best_before
+            p.best, p.best_step, p.peak = self._best_before
             p.best_logloss = None
         disk = "Free or enlarge the disk, then give" if error.disk else "Mend that, then give"
         again = f"{disk} the same command again"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -317,10 +318,28 @@ def test_weights_of_another_transform_are_refused(data: Path, tmp_path: Path) ->
 
 
 def test_of_equal_metrics_the_lower_logloss_is_better() -> None:
-    assert Trainer._best(Progress(best=0.7, best_logloss=0.5)) < (0.7, -0.4)
-    assert Trainer._best(Progress(best=0.7, best_logloss=0.5)) > (0.7, -0.6)
-    assert Trainer._best(Progress(best=0.7)) > (0.7, -0.1)  # of an older version: equal is not better
-    assert Trainer._best(Progress(best=0.7)) < (0.71, -9.0)
+    def better(logloss: float | None, metric: float, found: float) -> bool:
+        return Progress(step=2, best=0.7, best_logloss=logloss, best_step=1).count(metric, found)
+
+    assert better(0.5, 0.7, 0.4) and not better(0.5, 0.7, 0.6) and not better(0.5, 0.7, 0.5)
+    assert not better(None, 0.7, 0.1)  # of an older version: equal is not better
+    assert better(None, 0.71, 9.0) and not better(0.5, math.nan, 0.1)
+
+
+def test_the_start_may_be_the_best_but_patience_counts_from_the_first_evaluation_after_it() -> None:
+    p = Progress()
+    told = []
+    for step, auc in enumerate([0.8, 0.6, 0.7, 0.65, 0.69, 0.9]):
+        p.step = step
+        told.append((p.count(auc, 0.5), p.bad_evals, p.best_step))
+    assert told == [(True, 0, 0), (False, 0, 0), (False, 0, 0), (False, 1, 0), (False, 2, 0), (True, 0, 5)]
+
+
+def test_a_checkpoint_of_before_says_that_there_is_no_best_by_step_0() -> None:
+    assert Progress(step=7).best_step is None and Progress(step=7, best_step=0).best_step is None
+    old = Progress(step=7, best=0.7, best_logloss=0.5, best_step=5)
+    assert old.peak == [0.7, -0.5] and Progress(**vars(old)) == old
+    assert Progress(best=0.7, best_logloss=0.5, best_step=0).best_step == 0
 
 
 def test_every_evaluation_records_calibration_and_on_request_auc_by_group(data: Path, tmp_path: Path) -> None:
