@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.results import kept_network, read_result, searched_network
 from embsearch_dist.methods.retraining import BRACKET, Retraining, Wish
 from embsearch_dist.methods.stages import check_stages, run_stages
-from embsearch_dist.methods.trial import overrides, words_of
+from embsearch_dist.methods.trial import merged, words_of
 from embsearch_dist.networks.architecture import RESULT, Architecture
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.run import Run, open_data
@@ -51,6 +52,8 @@ class Case:
     name: str
     data: str
     more: tuple[str, ...] = field(default=())
+    short: bool = False
+    """Trainings of a quarter of the steps, which save where they evaluate alone: for tests that stop nothing."""
 
     @property
     def method(self) -> Method:
@@ -61,7 +64,7 @@ class Case:
         return any(f.name == "budget" for f in dataclasses.fields(METHODS[self.name].config))
 
     def config(self, directory: Path | str, *words: str) -> Config:
-        own = overrides(METHODS[self.name].trial)
+        own = words_of(_shorter(merged(METHODS[self.name].trial)) if self.short else merged(METHODS[self.name].trial))
         budget = [f"search.budget={BUDGET}"] if self.has_budget else []
         return small_config(self.data, directory, *own, *budget, *self.more, *words, method=self.name)
 
@@ -93,6 +96,14 @@ class Case:
         self.method.check_evaluation(trained, "", "")
         run = Run(config, open_data(config, context), context)
         return self.method.evaluate(run, trained, "test", "", "")
+
+
+def _shorter(settings: Any) -> Any:
+    """Settings, nested ones too, with batches of four times the rows and no saves between evaluations."""
+    if not isinstance(settings, Mapping):
+        return settings
+    changed = {"save_every": lambda _: 0, "batch_size": lambda rows: 4 * rows}
+    return {key: changed[key](value) if key in changed else _shorter(value) for key, value in settings.items()}
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,7 @@ def submit(slurm: ModuleType, data: Path, config: Path, tmp_path: Path) -> Submi
     return submit
 
 
+@pytest.mark.slow  # what torchrun does on two hosts is in the default run
 def test_a_job_on_two_nodes_trains_what_torchrun_trains(submit: Submit, one_host: dict[str, Any]) -> None:
     jobs, job = submit("-j", "2x1")
     assert jobs.ended(job) == "COMPLETED", jobs.log()

@@ -125,6 +125,7 @@ def lines(told: str) -> list[str]:
     return re.findall(r"lost .*", told)
 
 
+@pytest.mark.slow
 def test_a_cut_cable_ends_both_sides(anew: ModuleType, data: Path, config: Path, tmp_path: Path) -> None:
     told = lose_one(anew, data, config, tmp_path / "cut", anew.cut)
     for host, lost in (("a", "rank 1 on host-b"), ("b", "rank 0 on host-a")):

@@ -15,7 +15,7 @@ from tests.ranks import run_ranks
 
 
 def search(rank: int, world_size: int, name: str, data: str, directory: str) -> dict[str, Any]:
-    case = Case(name, data)
+    case = Case(name, data, short=True)
     run = case.search(Path(directory), rank_context(rank, world_size))
     return json.loads((run.dir / case.method.result).read_text()) if case.method.result else {}
 

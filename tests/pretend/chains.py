@@ -78,7 +78,6 @@ class Chain:
         return [*SMALL, *SEARCH[self.method], *own, *given, f"model.norm={self.norm}", *self.more]
 
 
-LONG = ("nasrec", "ihas")
 # Every method with every optimizer; of norms and kinds of fields every pair with a method and with an optimizer.
 CHAINS = [
     Chain("adass", "adam", "field"),
@@ -186,10 +185,11 @@ def check_killed(worker: Worker, chain: Chain, data: Path, folder: Path) -> None
 
 
 def chains_of(*methods: str) -> Any:
-    """A test for each chain of these methods; of the methods that take longest all but the first one is slow."""
-    found: list[Any] = []
-    for method in methods:
-        for number, chain in enumerate(c for c in CHAINS if c.method == method):
-            slow = [pytest.mark.slow] if number and method in LONG else []
-            found.append(pytest.param(chain, marks=slow, id=chain.label))
-    return pytest.mark.parametrize("chain", found)
+    """A test for each chain of these methods, see :func:`first_of_each`."""
+    return pytest.mark.parametrize("chain", first_of_each([c for m in methods for c in CHAINS if c.method == m]))
+
+
+def first_of_each(chains: Sequence[Chain]) -> list[Any]:
+    """The chains as parameters of a test: of each method all but the first one are slow."""
+    first = {c.method: c for c in reversed(chains)}
+    return [pytest.param(c, marks=() if first[c.method] is c else pytest.mark.slow, id=c.label) for c in chains]

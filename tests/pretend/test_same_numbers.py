@@ -19,7 +19,7 @@ from embsearch_dist.schema import Schema
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.trainer import Trainer
 from tests.factories import CONFIGS, recorded
-from tests.pretend.chains import TRAINED, Chain
+from tests.pretend.chains import TRAINED, Chain, first_of_each
 from tests.pretend.worker import Worker
 from tools.pretend.count import Side, make_task
 
@@ -69,7 +69,7 @@ def losses(chain: Chain, data: Path, folder: Path, device: str) -> list[float]:
     return recorded(folder, "train", "loss") + logits.tolist()
 
 
-@pytest.mark.parametrize("chain", CASES, ids=lambda c: c.label)
+@pytest.mark.parametrize("chain", first_of_each(CASES))
 def test_training_gives_the_numbers_of_the_cpu(
     pretend: Worker, ids: Path, lists: Path, tmp_path: Path, chain: Chain
 ) -> None:
