@@ -15,6 +15,7 @@ from tools.studies import planted
 from tools.studies.jobs import Job
 
 AUC = {"found": [0.80, 0.83], "ues-4": [0.78, 0.81], "ues-16": [0.81, 0.79]}  # of seeds 0 and 1
+AUC |= {"found-finetuned": [0.84, 0.82], "ues-4-finetuned": [0.79, 0.80], "ues-16-finetuned": [0.82, 0.78]}
 KEPT = 8  # width of the fields whose planted rank is not 0; "idle" of the others
 
 
@@ -67,6 +68,23 @@ def test_all_sides_are_trained_from_fresh_weights_and_compared_seed_by_seed(
     whole = 32 * sum(Schema.load(tmp_path / "data0").cardinalities)
     assert lines[0]["share_of_ues32"] == f"{100 / whole:.1%}"
     assert "+0.0050 on average, -0.0100 at least" in capsys.readouterr().out
+
+
+def test_fine_tuned_what_was_found_is_judged_by_the_best_of_all_others(
+    monkeypatch: pytest.MonkeyPatch, commands: list[Job], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = call(monkeypatch, tmp_path, "--beside", "ues-4", "ues-16", "--finetuned")
+    trainings = [job.arguments for job in commands if "retrain" in job.script]
+    assert [a[-1] for a in trainings] == 2 * (3 * ["false"] + 3 * ["true"])
+    again = [a for a in trainings if a[-1] == "true"]
+    assert [a[a.index("--allocation") + 1].rpartition("/")[2] for a in again[:3]] == [
+        "allocation.json",
+        "ues-4",
+        "ues-16",
+    ]
+    assert [(r["best_other"], r["above_it"]) for r in lines] == [("ues-16-finetuned", "+0.0200"), ("ues-4", "+0.0100")]
+    assert [float(r["found_finetuned"]) for r in lines] == AUC["found-finetuned"]
+    assert "test AUC of found-finetuned above" in capsys.readouterr().out and "--finetuned" in lines[0]["command"]
 
 
 def test_idle_fields_that_were_kept_are_counted(

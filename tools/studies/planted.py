@@ -4,12 +4,15 @@
     python tools/studies/planted.py --out runs/planted --seeds 5 --beside ues-4 ues-8 ues-16 ues-32
     python tools/studies/planted.py --config configs/synthetic/utilities.yaml --out runs/utilities ...
 
+    python tools/studies/planted.py --out runs/planted --seeds 5 --beside ues-16 ues-32 --finetuned
+
 Each seed makes its own synthetic click logs and searches on them. With --beside what was found and the named
-allocations (as retrain.py takes them) are trained, too, all from fresh weights by the config's recipe. What is finished
-is skipped.
+allocations (as retrain.py takes them) are trained, too, all from fresh weights by the config's recipe. With --finetuned
+all are trained a second time, begun with the widest model and cut down. What is finished is skipped.
 
 Leaves OUT/planted.json, and OUT/planted.csv with a line per seed: test AUC of what was found and of each other, and by
-how much it is above the best of them.
+how much it is above the best of them. With --finetuned what was found and fine-tuned is compared, with all others in
+either way.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from embsearch_dist.data.planted.synthetic import make_synthetic
 from embsearch_dist.files import read_json, read_sealed
+from embsearch_dist.methods.finetuning import FINETUNED
 from embsearch_dist.schema import Schema
 from tools.gpucheck.facts import hardware
 from tools.studies.jobs import Job, recorded, run_all, trained_in, write_csv
@@ -42,6 +46,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=400_000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--beside", nargs="*", default=[], help="train what was found, and these allocations")
+    parser.add_argument("--finetuned", action="store_true", help="all of them once more, begun with the widest model")
     parser.add_argument("--extra", nargs="*", default=[], help="overrides, section.key=value")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
@@ -69,11 +74,18 @@ def jobs(args: argparse.Namespace, seed: int) -> list[Job]:
     overrides = [f"data.path={data}", f"run.dir={run}", f"run.seed={seed}", *args.extra]
     arguments = ["--config", args.config, *(f"--{o}" for o in overrides)]
     found = [Job(f"seed{seed}", "launch/search.py", arguments, run / "allocation.json")]
-    for name in ["found", *args.beside] if args.beside else []:
-        allocation = run / "allocation.json" if name == "found" else name
-        fresh = ["--run", str(run), "--allocation", str(allocation), "--name", name, "--finetune", "false"]
-        found.append(Job(f"seed{seed}-{name}", "launch/retrain.py", fresh, trained(run, name)))
+    for name in models(args):
+        plain, again = name.removesuffix(FINETUNED), name.endswith(FINETUNED)
+        allocation = run / "allocation.json" if plain == "found" else plain
+        words = ["--run", str(run), "--allocation", str(allocation), "--name", name, "--finetune", str(again).lower()]
+        found.append(Job(f"seed{seed}-{name}", "launch/retrain.py", words, trained(run, name)))
     return found
+
+
+def models(args: argparse.Namespace) -> list[str]:
+    """Names of all that is trained beside the search, what was found first."""
+    names = ["found", *args.beside] if args.beside else []
+    return names + [name + FINETUNED for name in names] if args.finetuned else names
 
 
 def trained(run: Path, name: str) -> Path:
@@ -87,7 +99,7 @@ def row(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     widths = read_sealed(run / "allocation.json")["widths"]
     idle = {n: widths[n] for n in ranks if ranks[n] == 0}
     rho = float(spearmanr(list(ranks.values()), [widths[n] for n in ranks]).statistic)
-    figures = {n: read_json(trained(run, n)) for n in ["found", *args.beside]} if args.beside else {}
+    figures = {n: read_json(trained(run, n)) for n in models(args)}
     return {
         "seed": seed,
         "spearman": rho,
@@ -106,6 +118,8 @@ def write_lines(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     command += [
         part for name in ("beside", "extra") if getattr(args, name) for part in (f"--{name}", *getattr(args, name))
     ]
+    command += ["--finetuned"] if args.finetuned else []
+    ours = "found" + FINETUNED if args.finetuned else "found"
     lines, above, record = [], [], recorded(args.out / "logs")
     for r in rows:
         seed, auc = r["seed"], r["test_auc"]
@@ -114,19 +128,19 @@ def write_lines(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         line |= {"idle_fields_kept": sum(w > 0 for w in r["rank0_widths"].values())}
         if auc:
             whole = WIDEST * sum(Schema.load(args.out / f"data{seed}").cardinalities)
-            best = max(args.beside, key=lambda name: auc[name])
+            best = max((name for name in auc if not name.startswith("found")), key=lambda name: auc[name])
             line |= {
                 "parameters": r["parameters"]["found"],
                 "share_of_ues32": f"{r['parameters']['found'] / whole:.1%}",
             }
             line |= {n.replace("-", "_"): f"{a:.4f}" for n, a in auc.items()}
-            above.append(auc["found"] - auc[best])
+            above.append(auc[ours] - auc[best])
             line |= {"best_other": best, "above_it": f"{above[-1]:+.4f}"}
         lines.append(line)
     write_csv(args.out / "planted.csv", list(lines[0]), lines)
     if above:
-        print(f"test AUC above the best of {', '.join(args.beside)}: {statistics.fmean(above):+.4f} on average, "
-              f"{min(above):+.4f} at least")  # fmt: skip
+        mean = f"{statistics.fmean(above):+.4f} on average, {min(above):+.4f} at least"
+        print(f"test AUC of {ours} above the best of {', '.join(args.beside)}: {mean}")
     print(args.out / "planted.csv")
 
 
