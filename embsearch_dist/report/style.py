@@ -73,19 +73,20 @@ class Picture:
 
 def render(name: str, draw: Draw, directory: Path) -> Picture:
     """Draw a plot in both themes; the light one is also written to ``directory/<name>.png``."""
-    images = {}
-    width = 0
-    for theme in (LIGHT, DARK):
-        with matplotlib.rc_context(_settings(theme)):
-            figure = draw(theme)
-            width = round(figure.get_size_inches()[0] * 100)
-            buffer = io.BytesIO()
-            FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
-        images[theme.name] = buffer.getvalue()
+    images = {theme.name: drawn(draw, theme) for theme in (LIGHT, DARK)}
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / f"{name}.png").write_bytes(images["light"])
-    light, dark = (base64.b64encode(images[theme.name]).decode("ascii") for theme in (LIGHT, DARK))
-    return Picture(name, light, dark, width)
+    (directory / f"{name}.png").write_bytes(images["light"][0])
+    light, dark = (base64.b64encode(images[theme.name][0]).decode("ascii") for theme in (LIGHT, DARK))
+    return Picture(name, light, dark, images["light"][1])
+
+
+def drawn(draw: Draw, theme: Theme) -> tuple[bytes, int]:
+    """A plot as PNG, and its width in CSS pixels."""
+    with matplotlib.rc_context(_settings(theme)):
+        figure = draw(theme)
+        buffer = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    return buffer.getvalue(), round(figure.get_size_inches()[0] * 100)
 
 
 def figure(height: float, width: float = WIDTH) -> Figure:

@@ -3,12 +3,9 @@ run without torch."""
 
 from __future__ import annotations
 
-import functools
 import shutil
 from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -40,28 +37,20 @@ def copied(trained: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def rough_pictures() -> Iterator[None]:
-    """The parts of a picture lie where they fall, and in place of a report's dark pictures stand the bytes of the light
-    ones: most of a report's time goes into places and drawing. Tests of the scripts draw as users see it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import to_hex
+    """The parts of a picture lie where they fall, and for a report's dark pictures stand the light ones: most of a
+    report's time goes into places and drawing. Tests of the scripts draw as users see it."""
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    from embsearch_dist.report.style import DARK
+    from embsearch_dist.report import style
 
-    draw, light = FigureCanvasAgg.print_png, [b""]
+    draw, light = style.drawn, [(b"", 0)]
 
-    @functools.wraps(draw)  # savefig passes what its signature names
-    def print_png(self: FigureCanvasAgg, target: Any, *arguments: Any, **options: Any) -> None:
-        if not isinstance(target, BytesIO):  # a file, of a tool: drawn once
-            draw(self, target, *arguments, **options)
-            return
-        if to_hex(self.figure.get_facecolor()) != DARK.background:
-            drawn = BytesIO()
-            draw(self, drawn, *arguments, **options)
-            light[0] = drawn.getvalue()
-        target.write(light[0])
+    def once(picture: style.Draw, theme: style.Theme) -> tuple[bytes, int]:
+        if theme is not style.DARK:
+            light[0] = draw(picture, theme)
+        return light[0]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ConstrainedLayoutEngine, "execute", lambda self, figure: None)
-        patch.setattr(FigureCanvasAgg, "print_png", print_png)
+        patch.setattr(style, "drawn", once)
         yield
