@@ -11,8 +11,8 @@ from typing import Any
 
 Settings = Mapping[str, Mapping[str, Any]]
 
-TRAINING = {"batch_size": 128, "eval_batch_size": 120, "epochs": 1, "log_every": 1, "save_every": 4}
-"""For a training inside a search: steps are few, and every fourth one is saved."""
+TRAINING = {"batch_size": 128, "eval_batch_size": 120, "epochs": 1, "log_every": 1, "save_every": 10}
+"""For a training inside a search: steps are few, and every tenth one is saved."""
 PLANTED_TRAINING = {"batch_size": 512, "eval_batch_size": 6000, "epochs": 6, "patience": 0}
 """For a training inside a search that is to find planted widths (``Method.planted``)."""
 COMMON: Settings = {

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import polars as pl
 import pytest
 import torch
 
 from embsearch_dist.allocation import Allocation
+from embsearch_dist.data.prepare.pipeline import prepare
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.autosrh.method import GroupStage
@@ -85,3 +88,24 @@ def test_fields_that_matter_keep_more_columns_and_budgets_are_held(data: Path, t
     # Values that are met one to three times are those of an idle field; groups 8 and 9 are the values that matter.
     weight = GroupStage().finished(run).weights.detach().mean(1)
     assert max(weight[1:3]) < 0.5 < 1 < min(weight[8:10])
+
+
+def test_values_met_as_often_share_a_weight_so_an_idle_field_keeps_what_its_twin_keeps(tmp_path: Path) -> None:
+    """Where it must fail: an idle field of as many, equally frequent values as one that matters. Its rows of the tables
+    are noise, and the weight of their group is that of the values that matter."""
+    rng, rows = np.random.default_rng(0), 4000
+    left, right, x = rng.integers(0, 12, rows), rng.integers(0, 12, rows), rng.standard_normal(rows)
+    logit = 2 * (rng.standard_normal((12, 2)) @ rng.standard_normal((2, 12)))[left, right] + x
+    click = (rng.random(rows) < 1 / (1 + np.exp(-logit))).astype(int)
+    columns = {"click": click, "left": left, "right": right, "idle": rng.integers(0, 12, rows), "x": x}
+    pl.DataFrame(columns).write_csv(tmp_path / "clicks.csv")
+    fields = "left: categorical, right: categorical, idle: categorical, x: dense"
+    (tmp_path / "clicks.yaml").write_text(f"files: clicks.csv\nlabel: click\nfields: {{{fields}}}\n")
+    prepare("table", tmp_path / "clicks.yaml", tmp_path / "out", quiet=True)
+    run = open_autosrh(tmp_path / "out", tmp_path / "run", "search.budget=50%", "search.pareto=[]", "model.backbone=fm")
+    run_stages(METHODS["autosrh"](), run)
+    task = GroupStage().finished(run)
+    first = dict(zip(run.schema.names, task.popularity.first.tolist(), strict=True))
+    groups = {n: set(task.popularity.table[first[n] + 1 : first[n] + 13].tolist()) for n in ("left", "idle")}
+    assert groups["left"] == groups["idle"]
+    assert Allocation.load(run.dir / "allocation.json", run.schema).widths["idle"] >= 1
