@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,51 +109,87 @@ class Trained:
     unit: str = "parameters"
 
 
-def choose_of(trained: Sequence[Trained], labels: np.ndarray, metric: str) -> dict[str, Any]:
-    """:func:`choose` between the found model, the first one, and the best uniform one of the others by ``metric``."""
-    found, *uniform = trained
-    measured = auc if metric == "auc" and len(np.unique(labels > 0.5)) == 2 else _less_loss
-    final = choose(found, max(uniform, key=lambda m: measured(m.logits, labels)), labels, metric)
-    return final | {"size": {m.name: m.size for m in trained}}
+@dataclass(frozen=True)
+class Compared:
+    """Two models on the same rows, by one metric after the other.
+
+    Attributes:
+        metrics: what was compared until they differed, of ``auc`` and ``logloss``.
+        gains, errors: by how much the first model is better, and the standard error, for each of these.
+        first: it is kept.
+        size: they are level by every metric, so size decides.
+    """
+
+    metrics: tuple[str, ...]
+    gains: tuple[float, ...]
+    errors: tuple[float, ...]
+    first: bool
+    size: bool
+
+    def told(self) -> str:
+        """The figures in words."""
+        what = {"auc": "validation AUC", "logloss": "validation logloss saved"}
+        parts = zip(self.metrics, self.gains, self.errors, strict=True)
+        return "; level, ".join(f"{gain:+.5f} {what[m]}, standard error {error:.5f}" for m, gain, error in parts)
 
 
-def _less_loss(logits: np.ndarray, labels: np.ndarray) -> float:
-    return paired_logloss(logits, np.zeros_like(logits), labels)[0]
+def compare(a: Trained, b: Trained, labels: np.ndarray, metric: str) -> Compared:
+    """Which of two models to keep, by their rows.
 
-
-def choose(found: Trained, uniform: Trained, labels: np.ndarray, metric: str) -> dict[str, Any]:
-    """Keep the found model or fall back to the uniform one, by validation rows.
-
-    The better one by more than a standard error is kept; of two that are level, the smaller one.
+    The better one by ``metric``, by more than a standard error. Of two that are level by it the better one by the other
+    metric: AUC does not see that a model is too sure of itself, and logloss not how well it ranks. Of two that are
+    level by both the smaller one; of equal size the better one by ``metric``.
 
     Args:
         metric: ``auc`` or ``logloss``, as early stopping has it.
+    """
+    both = {"auc": paired_auc, "logloss": paired_logloss}
+    order = [metric, *(name for name in both if name != metric)]
+    if len(np.unique(labels > 0.5)) < 2:
+        order = ["logloss"]  # AUC is undefined
+    gains: list[float] = []
+    errors: list[float] = []
+    for name in order:
+        gain, error = both[name](a.logits, b.logits, labels)
+        gains, errors = [*gains, gain], [*errors, error]
+        if abs(gain) > error:
+            return Compared(tuple(order[: len(gains)]), tuple(gains), tuple(errors), gain > 0, False)
+    first = a.size < b.size if a.size != b.size else gains[0] >= 0  # the first one where they are the same
+    return Compared(tuple(order), tuple(gains), tuple(errors), first, True)
+
+
+def choose_of(trained: Sequence[Trained], labels: np.ndarray, metric: str) -> dict[str, Any]:
+    """:func:`choose` between the found model, the first one, and the best uniform one of the others."""
+    found, *uniform = trained
+    best = functools.reduce(lambda a, b: a if compare(a, b, labels, metric).first else b, uniform)
+    return choose(found, best, labels, metric) | {"size": {m.name: m.size for m in trained}}
+
+
+def choose(found: Trained, uniform: Trained, labels: np.ndarray, metric: str) -> dict[str, Any]:
+    """Keep the found model or fall back to the uniform one, by validation rows: see :func:`compare`.
 
     Returns:
-        What ``final.json`` says: ``name``, ``fallback``, ``reason`` in words, and the figures.
+        What ``final.json`` says: ``name``, ``fallback``, ``reason`` in words, and the figures of the metric that
+        decided (of the first one where size did).
     """
-    if len(np.unique(labels > 0.5)) < 2:
-        metric = "logloss"  # AUC is undefined
-    gain, error = (paired_auc if metric == "auc" else paired_logloss)(found.logits, uniform.logits, labels)
-    level = abs(gain) <= error
-    kept = min(found, uniform, key=lambda m: m.size) if level else found if gain > 0 else uniform
-    what = "AUC" if metric == "auc" else "logloss saved"
-    figures = f"{gain:+.5f} validation {what}, standard error {error:.5f}"
-    beside = f"{found.name} ({found.size:,} {found.unit}) against {uniform.name} ({uniform.size:,})"
-    if level:
-        reason = f"{beside}: {figures}: level, so the smaller one"
+    result = compare(found, uniform, labels, metric)
+    kept = found if result.first else uniform
+    figures = f"{found.name} ({found.size:,} {found.unit}) against {uniform.name} ({uniform.size:,}): {result.told()}"
+    if result.size:
+        reason = f"{figures}: level, so the {'smaller' if found.size != uniform.size else 'first'} one"
     elif kept is found:
-        reason = f"{beside}: {figures}: the found widths are better"
+        reason = f"{figures}: the found widths are better"
     else:
-        reason = f"{beside}: {figures}: the found widths are worse, so the uniform width takes their place"
+        reason = f"{figures}: the found widths are worse, so the uniform width takes their place"
+    decided = 0 if result.size else -1
     return {
         "name": kept.name,
         "fallback": kept is uniform,
         "reason": f"{reason}. {kept.name} is the final model",
         "split": "validation",
-        "metric": metric,
-        "difference": gain,
-        "standard_error": error,
+        "metric": result.metrics[decided],
+        "difference": result.gains[decided],
+        "standard_error": result.errors[decided],
         "size": {m.name: m.size for m in (found, uniform)},
         "unit": found.unit,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.optimize import brentq
 from sklearn.metrics import log_loss, roc_auc_score
 
 from embsearch_dist.allocation import Allocation
@@ -12,6 +13,7 @@ from embsearch_dist.methods.fallback import (
     bracket,
     choose,
     choose_of,
+    compare,
     paired_auc,
     paired_logloss,
     widest_within,
@@ -89,6 +91,34 @@ def test_the_better_model_is_kept_and_of_level_ones_the_smaller(metric: str) -> 
     level = choose(found, Trained("ues-6", 600, good), labels, metric)
     assert (level["name"], level["fallback"]) == ("ues-6", True)
     assert "level, so the smaller one" in level["reason"]
+
+
+def test_of_models_that_rank_alike_the_better_calibrated_one_is_kept_whatever_its_size() -> None:
+    labels, good, _ = drawn(4000, 1.0, 1)
+    sure = 3 * good  # the same order, so the same AUC
+    for found, uniform, fallback in ((sure, good, True), (good, sure, False)):
+        final = choose(Trained("auto", 700, found), Trained("ues-8", 600 + 200 * fallback, uniform), labels, "auc")
+        assert final["fallback"] == fallback and final["metric"] == "logloss"
+        assert abs(final["difference"]) > final["standard_error"]
+        assert "+0.00000 validation AUC, standard error 0.00000; level, " in final["reason"]
+
+
+def test_of_models_of_one_logloss_the_one_that_ranks_better_is_kept() -> None:
+    labels, good, _ = drawn(4000, 1.0, 1)
+    flat = np.zeros_like(good)
+    # So much too sure of itself that it has the logloss of a model that knows nothing.
+    factor = brentq(lambda k: paired_logloss((k * good).astype(np.float32), flat, labels)[0], 1.5, 50)
+    result = compare(Trained("a", 700, flat), Trained("b", 800, (factor * good).astype(np.float32)), labels, "logloss")
+    assert result.metrics == ("logloss", "auc") and not result.first
+    assert abs(result.gains[0]) < result.errors[0] and result.gains[1] < -0.1
+
+
+def test_models_that_are_the_same_are_level_and_the_first_is_kept() -> None:
+    labels, good, _ = drawn(400, 1.0, 1)
+    result = compare(Trained("a", 700, good), Trained("b", 700, good), labels, "auc")
+    assert result.size and result.first and result.gains == (0.0, 0.0)
+    one_class = compare(Trained("a", 700, good), Trained("b", 600, good), np.ones(400, np.float32), "auc")
+    assert one_class.metrics == ("logloss",) and not one_class.first
 
 
 def test_of_several_uniform_models_the_best_stands_against_what_was_found() -> None:
