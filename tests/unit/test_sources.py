@@ -85,7 +85,7 @@ def test_a_search_a_retraining_and_an_evaluation_from_a_source_of_ones_own(tmp_p
 def test_a_search_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The source has no state: the place in the data is the checkpoint's."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    own = settings("adass") | {"search.budget": "60%"}
+    own = settings("adass") | {"search.budget": "60%", "search.supernet.save_every": 4}
     es.search(run_dir=whole, data=Clicks(), method="adass", settings=own)
     monkeypatch.setenv(VARIABLE, "raise step=5 stage=supernet")
     with pytest.raises(RuntimeError, match=VARIABLE):
