@@ -227,12 +227,13 @@ def planted(
     axes.set_xlim(-0.04 * span, span * 1.12)
     axes.set_ylim(bottom=-0.04 * top)
     if len(names) <= 16:
-        label_points(
-            axes,
-            [(x, w) for x, (_, w, _) in zip(xs, at, strict=True)],
-            [short(n, 16) for n in names],
-            [theme.ink] * len(names),
-        )
+        texts = [""] * len(names)
+        for own in {(r, w): [k for k, other in enumerate(at) if other[:2] == (r, w)] for r, w, _ in at}.values():
+            # Of dots side by side the last one has the names of all: labels of their own would lie on one another.
+            more = [f"+{len(own) - 4}"] if len(own) > 4 else []
+            texts[own[-1]] = ", ".join([short(names[k], 16) for k in own[:4]] + more)
+        points = [(x, w) for x, (_, w, _) in zip(xs, at, strict=True)]
+        label_points(axes, points, texts, [theme.ink] * len(names))
     return fig
 
 
