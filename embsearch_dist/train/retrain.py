@@ -91,8 +91,8 @@ def retrain(
 
     Without ``validation`` nothing is evaluated, and the last weights count.
 
-    ``begin`` may set initial values, or they come from an earlier training, ``start``; a checkpoint that is there
-    replaces them.
+    ``begin`` may set initial values, or they come from an earlier training, ``start``, whose weights are the result
+    where no evaluation is better than theirs; a checkpoint that is there replaces them.
     """
     torch.manual_seed(config.run.seed)  # dropout
     task = SubnetTask(config, allocation, context)
