@@ -64,7 +64,8 @@ class Case:
         return any(f.name == "budget" for f in dataclasses.fields(METHODS[self.name].config))
 
     def config(self, directory: Path | str, *words: str) -> Config:
-        own = words_of(_shorter(merged(METHODS[self.name].trial)) if self.short else merged(METHODS[self.name].trial))
+        trial = merged(METHODS[self.name].trial)
+        own = words_of(_shorter(trial) if self.short else trial)
         budget = [f"search.budget={BUDGET}"] if self.has_budget else []
         return small_config(self.data, directory, *own, *budget, *self.more, *words, method=self.name)
 

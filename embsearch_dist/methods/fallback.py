@@ -176,7 +176,8 @@ def choose(found: Trained, uniform: Trained, labels: np.ndarray, metric: str) ->
     kept = found if result.first else uniform
     figures = f"{found.name} ({found.size:,} {found.unit}) against {uniform.name} ({uniform.size:,}): {result.told()}"
     if result.size:
-        reason = f"{figures}: level, so the {'smaller' if found.size != uniform.size else 'first'} one"
+        why = "the smaller one" if found.size != uniform.size else f"{kept.name}, of one size"
+        reason = f"{figures}: level, so {why}"
     elif kept is found:
         reason = f"{figures}: the found widths are better"
     else:

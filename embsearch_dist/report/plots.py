@@ -203,13 +203,14 @@ def planted(
     names = [n for n in ranks if all(n in w for w in widths)]
     fig = figure(3.9, 6.4)
     axes = fig.subplots()
-    stack: dict[tuple[float, float], int] = {}
-    at = []
+    stack: dict[tuple[float, float], list[int]] = {}
+    at: list[tuple[float, float, int]] = []
     for name in names:
         rank, width = float(ranks[name]), statistics.fmean(w[name] for w in widths)
         # Equal dots are laid side by side, else ten fields look like one.
-        k = stack[(rank, width)] = stack.get((rank, width), -1) + 1
-        at.append((rank, width, k))
+        beside = stack.setdefault((rank, width), [])
+        beside.append(len(at))
+        at.append((rank, width, len(beside) - 1))
     span = max((r for r, _, _ in at), default=1.0) or 1.0
     xs = [rank + 0.018 * span * k for rank, _, k in at]
     top = max([*(w for _, w, _ in at), span])
@@ -228,7 +229,7 @@ def planted(
     axes.set_ylim(bottom=-0.04 * top)
     if len(names) <= 16:
         texts = [""] * len(names)
-        for own in {(r, w): [k for k, other in enumerate(at) if other[:2] == (r, w)] for r, w, _ in at}.values():
+        for own in stack.values():
             # Of dots side by side the last one has the names of all: labels of their own would lie on one another.
             more = [f"+{len(own) - 4}"] if len(own) > 4 else []
             texts[own[-1]] = ", ".join([short(names[k], 16) for k in own[:4]] + more)
