@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from embsearch_dist.errors import UserError
-from tools.league.pictures import draw_all, looks
+from tools.league.pictures import Point, draw_all, draw_quality, looks, window
 from tools.league.published import Order, pairs_of, read_orders
 from tools.league.rows import Group, blocks_by_budget, blocks_by_data, groups_of, read_rows, widths_in, write_rows
 from tools.league.tables import page, quality, ranks, winners
@@ -172,6 +172,29 @@ def test_every_picture_that_the_lines_are_enough_for_is_drawn(tmp_path: Path) ->
         r | {"served_int8_bytes": "", "search_cost": ""} for r in small() if r["seed"] == "0" and r["budget"] != "50%"
     ]
     assert [p.name for p in draw_all(groups_of(bare), tmp_path / "bare")] == ["x-deepfm-parameters.png"]
+
+
+def test_a_picture_leaves_out_what_lies_far_on_the_worse_side_and_tells_it() -> None:
+    means = [0.70, 0.702, 0.704, 0.706, 0.74]
+    points = [Point("10%", 100.0, mean, 0.001) for mean in means]
+    assert window("test_auc", points) is None  # a better one is never left out
+    low, high = window("test_auc", [*points, Point("10%", 100.0, 0.6, 0.001)]) or (0.0, 0.0)
+    assert 0.6 < low < 0.699 and high > 0.741
+    low, high = window("test_logloss", [*points, Point("10%", 100.0, 0.6, 0.001)]) or (0.0, 0.0)
+    assert low < 0.599 and 0.707 < high < 0.74  # of a logloss more is worse
+    assert window("test_auc", points[:3]) is None  # too few to tell
+    wide = window("test_auc", [*points, Point("10%", 100.0, 0.6, 0.001), Point("25%", 100.0, 0.704, 0.2)])
+    assert wide and wide[0] > 0.6  # a bar of a wide spread does not widen it
+
+
+def test_figures_outside_of_a_picture_are_written_below_it() -> None:
+    from embsearch_dist.report.style import LIGHT
+
+    rows = [r for seed in (0, 1) for r in (*(uniform(w, seed, 0.7 + w / 1000) for w in (2, 4, 8)),)]
+    rows += [line("good", b, seed, (2, 2), 0.705) for seed in (0, 1) for b in ("25%", "50%")]
+    rows += [line("bad", "25%", seed, (1, 1), 0.55) for seed in (0, 1)]
+    note = draw_quality(LIGHT, group(rows), "parameters", looks(LIGHT, ["good", "bad"]))._supxlabel.get_text()
+    assert "test AUC not shown: bad 25% 0.5500" in note and "good" not in note
 
 
 def test_thirty_methods_have_looks_of_their_own() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,7 +17,7 @@ from tools.league.ranks import Ranking
 from tools.league.rows import UNIFORM, Group, Row
 from tools.league.tables import FIGURES, cost_of, ranking_of, stability_of
 
-MARKERS = "Do^vsPXd<>"  # with six colours thirty methods have looks of their own
+MARKERS = "Do^vsPX*<>"  # with six colours thirty methods have looks of their own
 SIZES = {"parameters": "embedding parameters", "served_int8_bytes": "bytes of all tables at int8"}
 SHORT = {"parameters": "parameters", "served_int8_bytes": "int8"}
 Look = tuple[str, str]  # colour and marker
@@ -52,48 +53,101 @@ def looks(theme: Theme, methods: Sequence[str]) -> dict[str, Look]:
 
 
 def draw_quality(theme: Theme, group: Group, size: str, look: dict[str, Look]) -> Figure:
-    """AUC and logloss against a size; bars are one standard error over seeds, lines join the budgets of a method."""
+    """AUC and logloss against a size; bars are one standard error over seeds, lines join the budgets of a method.
+
+    What lies far below the others (:func:`window`) would press them into one line: its figures are written below.
+    """
     columns = 7
-    fig = figure(4.2 + 0.18 * math.ceil((len(group.methods) + 1) / columns))
+    drawn = {key: _points(group, size, key) for key in FIGURES}
+    windows = {key: window(key, [p for name in points for p in points[name]]) for key, points in drawn.items()}
+    notes = [line for key in FIGURES for line in _left_out(key, drawn[key], windows[key])]
+    fig = figure(4.2 + 0.18 * math.ceil((len(group.methods) + 1) / columns) + 0.14 * len(notes))
     panels = fig.subplots(1, 2)
     for axes, key in zip(panels, FIGURES, strict=True):
-        values: list[float] = []
-        for method in [UNIFORM, *group.methods]:
-            models = [group.of(m, label) for m, label in group.models if m == method]
+        for method, points in drawn[key].items():
             color, marker = look.get(method, (theme.uniform, "s"))
-            values += curve(axes, models, size, key, color, marker, method)
+            curve(axes, points, color, marker, method)
         axes.set_xlabel(SIZES[size])
         axes.set_title(FIGURES[key][0])
-        size_axis(axes, values)
+        size_axis(axes, [p.size for points in drawn[key].values() for p in points])
         axes.margins(x=0.06, y=0.1)
+        if windows[key]:
+            axes.set_ylim(*windows[key])
         axes.yaxis.get_major_formatter().set_useOffset(False)
     handles, labels = panels[0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False)
     seeds = f"{len(group.seeds)} seeds" if len(group.seeds) > 1 else "one seed"
-    fig.supxlabel(f"{group.title}, {seeds}", fontsize=8.5, color=theme.muted)
+    fig.supxlabel("\n".join([f"{group.title}, {seeds}", *notes]), fontsize=8.5, color=theme.muted)
     return fig
 
 
-def curve(
-    axes: Axes, models: Sequence[Sequence[Row]], size: str, key: str, color: str, marker: str, label: str
-) -> list[float]:
-    """Draw one method, a point per budget or width; gives the sizes."""
-    points = []
-    for rows in models:
-        values = [float(r[key]) for r in rows]
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-        points.append((statistics.fmean(float(r[size]) for r in rows), statistics.fmean(values), error))
-    if points:
-        x, y, errors = zip(*sorted(points), strict=True)
-        plain = label == UNIFORM
-        style: dict[str, Any] = {
-            "ls": "-" if plain else "--",
-            "lw": 1.4 if plain else 0.9,
-            "ms": 6.5,
-            "mec": axes.get_facecolor(),
-        }
-        axes.errorbar(x, y, yerr=errors, marker=marker, color=color, capsize=2, label=label, **style)
-    return [p[0] for p in points]
+class Point(NamedTuple):
+    """A model of the picture: its label, mean size, mean figure and its standard error over seeds."""
+
+    label: str
+    size: float
+    mean: float
+    error: float
+
+
+def _points(group: Group, size: str, key: str) -> dict[str, list[Point]]:
+    """Method -> its models from small to large; ``uniform`` comes first."""
+    found: dict[str, list[Point]] = {}
+    for method in [UNIFORM, *group.methods]:
+        points = []
+        for label in (label for m, label in group.models if m == method):
+            rows = group.of(method, label)
+            values = [float(r[key]) for r in rows]
+            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+            points.append(Point(label, statistics.fmean(float(r[size]) for r in rows), statistics.fmean(values), error))
+        found[method] = sorted(points, key=lambda p: p.size)
+    return found
+
+
+def window(key: str, points: Sequence[Point]) -> tuple[float, float] | None:
+    """Limits of the axis that leave out means beyond Tukey's fence (1.5 times the distance of the quartiles) on the
+    side of the worse models; None where no mean lies there. Better ones are always inside."""
+    sign = 1.0 if FIGURES[key][1] else -1.0  # from here on more is better
+    ordered = sorted(sign * p.mean for p in points)
+    if len(ordered) < 4:
+        return None
+    first, _, third = statistics.quantiles(ordered, n=4, method="inclusive")
+    fence = first - 1.5 * (third - first)
+    inside = [p for p in points if sign * p.mean >= fence]
+    if len(inside) == len(points):
+        return None
+    reach = [end for p in inside for end in (p.mean - p.error, p.mean + p.error)]
+    # A bar of a wide spread is cut at the fence, too.
+    low, high = (max(min(reach), fence), max(reach)) if sign > 0 else (min(reach), min(max(reach), -fence))
+    edge = 0.08 * (high - low) or abs(high) * 1e-3
+    return low - edge, high + edge
+
+
+def _left_out(key: str, points: Mapping[str, Sequence[Point]], limits: tuple[float, float] | None) -> list[str]:
+    """Lines that tell the means outside the window."""
+    if limits is None:
+        return []
+    told = []
+    for method, models in points.items():
+        name = "UES-" if method == UNIFORM else ""
+        out = [f"{name}{p.label} {p.mean:.4f}" for p in models if not limits[0] <= p.mean <= limits[1]]
+        told += [f"{method} {', '.join(out)}"] if out else []
+    return textwrap.wrap(f"{FIGURES[key][0]} not shown: {'; '.join(told)}", 135)
+
+
+def curve(axes: Axes, points: Sequence[Point], color: str, marker: str, label: str) -> None:
+    """Draw one method, a point per budget or width."""
+    if not points:
+        return
+    plain = label == UNIFORM
+    style: dict[str, Any] = {
+        "ls": "-" if plain else "--",
+        "lw": 1.4 if plain else 0.9,
+        "ms": 6.5,
+        "mec": axes.get_facecolor(),
+    }
+    x, y, errors = [p.size for p in points], [p.mean for p in points], [p.error for p in points]
+    axes.errorbar(x, y, yerr=errors, marker=marker, color=color, capsize=2, label=label, **style)
 
 
 def draw_costs(theme: Theme, groups: Sequence[Group]) -> Figure:
