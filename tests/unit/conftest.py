@@ -37,11 +37,14 @@ def copied(trained: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def rough_pictures() -> Iterator[None]:
-    """The parts of a picture lie where they fall, and for a report's dark pictures stand the light ones: most of a
-    report's time goes into places and drawing. Tests of the scripts draw as users see it."""
+    """The parts of a picture lie where they fall, for a report's dark pictures stand the light ones, and TensorBoard
+    gets empty pictures of heat maps: most of a short training's and a report's time goes into places and drawing.
+    Tests of the scripts draw as users see it."""
+    from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     from embsearch_dist.report import style
+    from embsearch_dist.train import monitor
 
     draw, light = style.drawn, [(b"", 0)]
 
@@ -53,4 +56,5 @@ def rough_pictures() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ConstrainedLayoutEngine, "execute", lambda self, figure: None)
         patch.setattr(style, "drawn", once)
+        patch.setattr(monitor, "draw_matrix", lambda *parts: Figure(figsize=(1, 1), dpi=20))
         yield
