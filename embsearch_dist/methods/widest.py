@@ -26,7 +26,9 @@ from embsearch_dist.schema import Schema
 from embsearch_dist.train.retrain import SubnetTask, load_best, retrain
 
 FOLDER = "widest"
-BLOCK_ROWS = 8192  # rows of a table that are looked up at a time
+BLOCK_ROWS = 8192  # rows of a table that are looked up at a time, and rows of a sample that are summed up, at most
+BLOCK_VALUES = 1 << 26  # numbers in hand then: 512 MiB in float64
+SAMPLE_BYTES = 4 << 30  # embeddings that a sample holds on all ranks together
 
 
 class WidestStage(Stage):
@@ -85,9 +87,13 @@ def random_rows(run: Run, split: str, rows: int, seed: int, batch_size: int = 0)
 
 def first_rows(stream: BatchStream, rows: int) -> Iterator[Batch]:
     """This rank's share of about ``rows`` rows of a stream, in whole batches; the same rows on any number of ranks."""
-    count = min(stream.batches_per_epoch, -(-rows // stream.global_batch))
-    for batch, _ in zip(stream.epoch(0), range(count), strict=False):
+    for batch, _ in zip(stream.epoch(0), range(batches_of(stream, rows)), strict=False):
         yield batch
+
+
+def batches_of(stream: BatchStream, rows: int) -> int:
+    """How many batches of a stream have about ``rows`` rows."""
+    return min(stream.batches_per_epoch, -(-rows // stream.global_batch))
 
 
 @dataclass(frozen=True)
@@ -110,17 +116,32 @@ class Sample:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: SubnetModel, batches: Iterator[Batch], device: torch.device) -> Sample:
-        """Look the rows up. Every rank must bring equally many batches."""
-        parts = []
+    def of(cls, model: SubnetModel, batches: Iterator[Batch], device: torch.device, count: int = 0) -> Sample:
+        """Look the rows up. Every rank must bring equally many batches.
+
+        ``count``: how many there are at most, none larger than the first: then memory holds the embeddings once only.
+        """
+        x, start = torch.empty(0), 0
+        parts: list[tuple[torch.Tensor, ...]] = []
+        apart: list[torch.Tensor] = []
         for batch in batches:
             here = batch.to(device)
             pooled = model.tables(here.sparse)
             values = pooled.first_order() if pooled.weights else pooled.values[:, :0]
             seen = known_in(here.sparse, model.tables.names)
-            parts.append((pooled.stack().clone(), here.dense, here.label, values.clone(), seen))
-        x, dense, label, values, known = zip(*parts, strict=True)
-        return cls(torch.cat(x, 1), torch.cat(dense), torch.cat(label), torch.cat(values), torch.cat(known, 1))
+            stacked = pooled.stack()
+            fields, rows, width = stacked.shape
+            if not count:
+                apart.append(stacked.clone())
+            elif not parts:
+                x = stacked.new_empty(fields, count * rows, width)
+            if count:
+                x[:, start : start + rows] = stacked
+            start += rows
+            parts.append((here.dense, here.label, values.clone(), seen))
+        dense, label, values, known = zip(*parts, strict=True)
+        x = x[:, :start] if count else torch.cat(apart, 1)
+        return cls(x, torch.cat(dense), torch.cat(label), torch.cat(values), torch.cat(known, 1))
 
     def pieces(self, rows: int) -> Iterator[Sample]:
         """The same rows, at most ``rows`` at a time."""
@@ -187,6 +208,16 @@ class Moments:
         return self.second / self.count[:, None, None] - mean[:, :, None] * mean[:, None, :]
 
 
+def rows_at_once(fields: int, width: int) -> int:
+    """Rows of all fields that are taken at a time where each number of them is needed in float64."""
+    return max(1, min(BLOCK_ROWS, BLOCK_VALUES // (fields * width)))
+
+
+def rows_in_memory(fields: int, width: int) -> int:
+    """Rows that a sample may have: :data:`SAMPLE_BYTES` of pooled embeddings."""
+    return max(1, SAMPLE_BYTES // (4 * fields * width))
+
+
 @torch.no_grad()
 def table_moments(
     model: SubnetModel, schema: Schema, context: Context, tick: Callable[[int], None] = lambda rows: None
@@ -197,7 +228,7 @@ def table_moments(
     """
     width = model.tables.widths[0]
     found = Moments(len(schema.fields), width, context.device)
-    for x, inside, passed in blocks_of(model.tables, schema, context):
+    for x, inside, _, passed in blocks_of(model.tables, schema, context):
         found.add(x, inside)
         tick(passed)
     return found.sum(context)
@@ -206,21 +237,22 @@ def table_moments(
 @torch.no_grad()
 def blocks_of(
     tables: MixedTables, schema: Schema, context: Context
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]:
     """All rows of all tables, on some rank each: ``x [F, n, w]``, ``inside [F, n]`` (0 for what is no row of a table),
-    and how many rows of the longest table the block has passed.
+    the rows' ids ``[n]``, and how many rows of the longest table the block has passed.
 
     The rows are looked up, not read from the shards: a table that is split by columns lies on no rank whole.
     """
     cardinalities = torch.tensor(schema.cardinalities, device=context.device)
-    step = BLOCK_ROWS * context.world_size
-    for start in range(0, max(schema.cardinalities), step):
-        ids = torch.arange(BLOCK_ROWS, device=context.device) + start + context.rank * BLOCK_ROWS
+    longest, own = max(schema.cardinalities), rows_at_once(len(schema.fields), max(tables.widths))
+    step = own * context.world_size
+    for start in range(0, longest, step):
+        first = start + context.rank * own
         # A rank whose part lies beyond the end looks one row up for nothing: all must look up together.
-        ids = ids[: max(1, max(schema.cardinalities) - start - context.rank * BLOCK_ROWS)]
+        ids = torch.arange(own, device=context.device)[: max(1, longest - first)] + first
         inside = ids < cardinalities[:, None]
         x = tables(single_ids(schema, torch.minimum(ids, cardinalities[:, None] - 1).int())).stack()
-        yield x, inside.double(), min(step, max(schema.cardinalities) - start)
+        yield x, inside.double(), ids, min(step, longest - start)
 
 
 def single_ids(schema: Schema, ids: torch.Tensor) -> KeyedJaggedTensor:
@@ -233,9 +265,13 @@ def single_ids(schema: Schema, ids: torch.Tensor) -> KeyedJaggedTensor:
 
 
 def sample_of(run: Run, model: SubnetModel, split: str, rows: int, seed: int = 0) -> Sample:
-    """About ``rows`` random rows of a split, looked up: this rank's share. ``seed`` is beside ``run.seed``."""
+    """About ``rows`` random rows of a split, looked up: this rank's share. ``seed`` is beside ``run.seed``.
+
+    Of many wide fields they are fewer: see :func:`rows_in_memory`.
+    """
+    rows = min(rows, rows_in_memory(len(model.tables.widths), max(model.tables.widths)))
     stream = random_rows(run, split, rows, run.config.run.seed * 7919 + seed)
-    return Sample.of(model, first_rows(stream, rows), run.context.device)
+    return Sample.of(model, first_rows(stream, rows), run.context.device, batches_of(stream, rows))
 
 
 def head_gradients(

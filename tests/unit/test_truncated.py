@@ -11,6 +11,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embsearch_dist.allocation import Allocation
+from embsearch_dist.methods import widest
 from embsearch_dist.methods.directions import Bases, by_columns, common, principal, sensitive
 from embsearch_dist.methods.truncated import Changes, TruncatedModel, calibration, logit_gram
 from embsearch_dist.methods.widest import Moments, Sample, known_in, single_ids, table_moments
@@ -170,6 +171,30 @@ def test_moments_of_tables_count_each_row_once() -> None:
         own = table[:, :WIDTH].double()
         torch.testing.assert_close(found.mean[f], own.mean(0), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found.covariance[f], own.T.cov(correction=0), rtol=1e-4, atol=1e-6)
+
+
+def test_tables_are_gone_through_in_blocks_that_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(widest, "BLOCK_VALUES", 4 * len(SCHEMA.fields) * WIDTH)  # four rows of eleven
+    model = model_of()
+    blocks = list(widest.blocks_of(model.tables, SCHEMA, one_rank()))
+    assert [ids.tolist() for _, _, ids, _ in blocks] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+    assert [passed for *_, passed in blocks] == [4, 4, 3]
+    found = table_moments(model, SCHEMA, one_rank())
+    assert found.count.tolist() == [11, 7, 5]
+    for f, table in enumerate(whole_tables(model.sharded).values()):
+        torch.testing.assert_close(found.mean[f], table[:, :WIDTH].double().mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_sample_is_its_batches_in_a_row() -> None:
+    model = model_of()
+    batches = [random_batch(SCHEMA, rows, seed) for seed, rows in enumerate((60, 60, 37))]
+    sample = sample_of(model)
+    with torch.no_grad():
+        parts = [model.tables(batch.sparse).stack() for batch in batches]
+    assert torch.equal(sample.x, torch.cat(parts, 1)) and len(sample.label) == 157
+    for count in (3, 4):  # there may be fewer than expected
+        once = Sample.of(model, iter(batches), torch.device("cpu"), count)
+        assert torch.equal(once.x, sample.x) and torch.equal(once.known, sample.known)
 
 
 def test_rows_of_weighted_lists_are_looked_up_with_weight_one() -> None:

@@ -14,7 +14,7 @@ import torch
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_sealed
-from embsearch_dist.methods import METHODS
+from embsearch_dist.methods import METHODS, widest
 from embsearch_dist.methods.budget import parse_budget, total_cost
 from embsearch_dist.methods.directions import Bases, principal
 from embsearch_dist.methods.fallback import widest_within
@@ -239,6 +239,15 @@ def test_a_search_trains_once_and_leaves_what_reports_read(
     for override, key in (("search.width=16", "search.width was 8, now 16"), ("optim.dense_lr=0.5", "optim.dense_lr")):
         with pytest.raises(UserError, match=f"stage 'widest' made with other settings: {key}"):
             search(data, tmp_path, override)
+
+
+def test_fewer_rows_are_measured_where_memory_holds_no_more_and_it_is_said(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(widest, "SAMPLE_BYTES", 4 * 4 * 16 * 120)  # 120 rows of four fields
+    search(data, tmp_path, "search.width=16")
+    told = capsys.readouterr().out
+    assert "on 120 validation rows" in told and "120 rows at most are measured" in told
 
 
 def test_auto_trains_the_uniform_width_of_the_budget_too_and_says_which_one_to_use(data: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from embsearch_dist.methods.gated.stage import SelectorStage
 from embsearch_dist.methods.gated.task import GatedTask, OuterConfig
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.trial import PLANTED_TRAINING, TRAINING
-from embsearch_dist.methods.widest import BLOCK_ROWS, blocks_of
+from embsearch_dist.methods.widest import blocks_of
 from embsearch_dist.run import Run
 from embsearch_dist.train.monitor import Monitor
 
@@ -101,14 +101,12 @@ class GroupTask(GatedTask):
     def column_scores(self) -> torch.Tensor:
         """Mean size of the entries ``a_g * e_x`` of each column over the values of its field: ``[F, d]`` float64 on the
         CPU, the same on every rank."""
-        run, start = self.run, 0
+        run = self.run
         rows = torch.tensor(run.schema.cardinalities, device=run.context.device)
         total = torch.zeros(len(rows), self.model.width, dtype=torch.float64, device=run.context.device)
-        for x, inside, passed in blocks_of(self.model.tables, run.schema, run.context):
-            ids = torch.arange(x.shape[1], device=rows.device) + start + run.context.rank * BLOCK_ROWS
+        for x, inside, ids, _ in blocks_of(self.model.tables, run.schema, run.context):
             group = self.popularity.of_values(torch.minimum(ids, rows[:, None] - 1))
             total += ((x * self.weights[group]).abs().double() * inside[..., None]).sum(1)
-            start += passed
         return (run.context.sum(total) / rows[:, None]).cpu()
 
 

@@ -81,7 +81,7 @@ def measure(run: Run) -> Margins:
     task = ThresholdStage().trained(run)
     assert isinstance(task, ThresholdTask)
     found, s = Margins(run.schema, run.config.search.width), task.mask.per_entry()
-    for v, inside, _ in blocks_of(task.model.tables, run.schema, run.context):
+    for v, inside, _, _ in blocks_of(task.model.tables, run.schema, run.context):
         found.add(v, s, inside)
     counts = found.counts.to(run.context.device)
     found.counts = run.context.sum(counts).cpu()

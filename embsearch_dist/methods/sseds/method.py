@@ -24,6 +24,7 @@ from embsearch_dist.methods.widest import (
     head_gradients,
     load_widest,
     random_rows,
+    rows_at_once,
     sample_of,
 )
 from embsearch_dist.models.model import SubnetModel
@@ -89,7 +90,8 @@ class SaliencyStage(AllocateStage):
             scores = scores / torch.tensor(run.schema.cardinalities, dtype=scores.dtype)[:, None]
         shown = sample_of(run, model, "validation", search.rows)
         moments = Moments(len(scores), search.width, context.device)
-        moments.add(shown.x)
+        for piece in shown.pieces(rows_at_once(len(scores), search.width)):
+            moments.add(piece.x)
         bases = columns_by(scores.to(context.device), moments.sum(context).mean)
         truncated = TruncatedModel(model, shown, bases, context)
 

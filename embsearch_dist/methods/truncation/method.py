@@ -20,6 +20,7 @@ from embsearch_dist.methods.widest import (
     Moments,
     WidestStage,
     load_widest,
+    rows_at_once,
     sample_of,
     table_moments,
 )
@@ -80,7 +81,7 @@ def _moments(run: Run[TruncationConfig], model: SubnetModel, tick: Callable[[int
     if not config.weighted:
         return table_moments(model, run.schema, run.context, tick)
     found = Moments(len(run.schema.fields), config.width, run.context.device)
-    for piece in sample_of(run, model, "train", config.rows).pieces(8192):
+    for piece in sample_of(run, model, "train", config.rows).pieces(rows_at_once(len(found.count), config.width)):
         found.add(piece.x)
     tick(max(run.schema.cardinalities))
     return found.sum(run.context)

@@ -15,7 +15,7 @@ from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.truncated import Changes, Truncated, TruncatedModel, logit_gram
 from embsearch_dist.methods.utilities.config import MeasuredSearch, UtilitiesConfig
 from embsearch_dist.methods.utilities.worth import LEAST_GAIN, choose, harming, mostly_new, spend, supported
-from embsearch_dist.methods.widest import Moments, load_widest, sample_of
+from embsearch_dist.methods.widest import Moments, load_widest, rows_at_once, rows_in_memory, sample_of
 from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.precision import MIXED, row_bytes, served
 from embsearch_dist.run import Run
@@ -199,7 +199,7 @@ def cut_down(run: Run, model: SubnetModel, rows: int, basis_rows: int) -> tuple[
     context = run.context
     basis = sample_of(run, model, "train", basis_rows, config.seed)
     moments = Moments(len(run.schema.fields), config.width, context.device)
-    for piece in basis.pieces(8192):
+    for piece in basis.pieces(rows_at_once(len(run.schema.fields), config.width)):
         moments.add(piece.x)
     moments.sum(context)
     if config.basis == "sensitivity":
@@ -215,6 +215,14 @@ def held_by_training(model: Truncated, config: MeasuredSearch) -> torch.Tensor:
     narrow = [*[o.width for o in options_of(config, 0)[:2]], config.width]
     changes = model.changes([2] * model.fields, narrow)
     return changes.more[:, 0] - changes.more[:, 1]
+
+
+def note_fewer(monitor: Monitor, run: Run, rows: int) -> None:
+    """Say where memory holds fewer rows than asked for. The run's section is a :class:`MeasuredSearch`."""
+    width, fields = run.config.search.width, len(run.schema.fields)
+    most = rows_in_memory(fields, width)
+    if most < min(rows, max(run.schema.rows.values(), default=rows)):
+        monitor.say(f"note: {most:,} rows at most are measured: of {fields} fields of width {width} they take 4 GiB")
 
 
 class UtilitiesStage(Stage[UtilitiesConfig]):
@@ -233,6 +241,7 @@ class UtilitiesStage(Stage[UtilitiesConfig]):
                 f"utilities: {len(run.schema.fields)} fields x candidates {config.candidates} on "
                 f"{searcher.model.rows:,} validation rows, by {config.utility}"
             )
+            note_fewer(monitor, run, max(config.rows, config.basis_rows))
             points: list[Point] = []
             rows, rounds = searcher.model.own_rows, config.rounds if config.utility == "loss" else 0
             with monitor.progress(rows * (1 + rounds * len(wanted)), "rows") as bar:
