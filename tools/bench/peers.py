@@ -1,0 +1,234 @@
+"""Search stages of OptEmbed and OptFS beside the published code, in one run: samples/s of training steps.
+
+    git clone https://github.com/fuyuanlyu/OptEmbed PEERS/OptEmbed
+    git clone https://github.com/fuyuanlyu/OptFS PEERS/OptFS
+    python tools/bench/peers.py --optembed PEERS/OptEmbed --optfs PEERS/OptFS
+    python tools/bench/peers.py --optembed PEERS/OptEmbed --table-rows 5000000 --embedding adam
+
+Nothing is downloaded. Of a folder that is named the model alone is loaded (models/modules_super.py, modules/mask.py),
+as the readers beside it need TensorFlow. So both sides get the same rows in memory: Criteo's shape (39 fields, made-
+up Zipf ids), DeepFM with one MLP, one width, one process, one thread, on the CPU. A step of theirs is that of their
+training loop: Adam over all rows of one table, with weight decay, SGD for OptEmbed's thresholds, and OptFS's penalty
+on all gates. Their BatchNorm is taken out, since our MLP has none. A step of ours is that of the trainer, tables
+learning by --embedding in the backward pass, OptFS's penalty taken off every eighth step. Sides take turns, so that a
+busy machine slows them alike; figures are medians with quartiles, the ratio is taken turn by turn. Weights are
+random: speed only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs without installation too
+
+from embsearch_dist.ranks.environment import reexec_with_tuned_environment
+
+if __name__ == "__main__":
+    reexec_with_tuned_environment()  # before anything loads torch: a training does so too
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from embsearch_dist.config.read import load_config
+from embsearch_dist.errors import UserError
+from embsearch_dist.methods.optembed.method import OptEmbedConfig, Prefix, PrefixTask
+from embsearch_dist.methods.optembed.rows import RowThreshold
+from embsearch_dist.methods.optfs.gates import ValueGateTask
+from embsearch_dist.methods.optfs.method import OptFSConfig
+from embsearch_dist.ranks.context import Context, start
+from embsearch_dist.run import Run
+from embsearch_dist.schema import Field, Schema
+from embsearch_dist.train.monitor import Monitor
+from tools.bench.clock import now
+from tools.bench.gates import Learner, Made, MadeRun, Parts, in_turns, ratio, spread, table
+from tools.bench.steps import BATCHES, cardinalities
+
+METHODS = {"optembed": OptEmbedConfig, "optfs": OptFSConfig}
+FOUND_IN = {"optembed": ("models", "models.modules_super"), "optfs": ("modules", "modules.mask")}
+
+
+def make_run(args: argparse.Namespace, context: Context, method: str) -> Run:
+    """Rows in memory, and the config of a search with all of the method switched on."""
+    fields = tuple(Field(f"f{i}", c) for i, c in enumerate(cardinalities(args.table_rows)))
+    rows = dict.fromkeys(("train", "validation"), args.batch * BATCHES)
+    words = ["model.backbone=deepfm", f"model.hidden={args.hidden}", f"optim.embedding={args.embedding}"]
+    words += ["model.first_order=value"] if method == "optembed" else []
+    words += ["search.thresholds=true"] if method == "optembed" else []
+    words += [f"search.width={args.width}", f"search.training.batch_size={args.batch}"]
+    words += ["run.device=cpu", "run.threads=1", "run.dir=not-written"]
+    return MadeRun(load_config(METHODS, None, words, method), Schema("benchmark", fields, (), rows), context)
+
+
+class Ours(Learner):
+    """Steps of our search, with what the task does after each."""
+
+    def __init__(self, method: str, args: argparse.Namespace, context: Context) -> None:
+        run = make_run(args, context, method)
+        if method == "optembed":
+            search = run.config.search
+            task: Any = PrefixTask(run, Prefix(RowThreshold(len(run.schema.fields))), {}, search.threshold_lr)
+        else:
+            task = ValueGateTask(run, {})
+        args.every = 1  # there is no outer step
+        super().__init__(task, run, args)
+        self.silent = Monitor("not-written", "benchmark", rank=1)
+
+    def turn(self) -> Parts:
+        """Mean over some steps: what is done every few steps counts with its share."""
+        begun = now()
+        for _ in range(self.steps):
+            self.step()
+            self.task.after_step(self.done, self.silent)
+        return {"whole": (now() - begun) / self.steps}
+
+
+class Theirs:
+    """Steps of the published training loop on the published model.
+
+    Raises:
+        UserError: the folder does not hold the code.
+    """
+
+    def __init__(self, method: str, folder: Path, args: argparse.Namespace) -> None:
+        sizes = cardinalities(args.table_rows)
+        self.method, self.steps, self.done = method, args.steps, 0
+        self.stream = Made(Schema("benchmark", tuple(Field(f"f{i}", c) for i, c in enumerate(sizes))), args.batch)
+        self.offsets = np.concatenate([[0], np.cumsum(sizes[:-1])])
+        torch.manual_seed(0)
+        with published(method, folder) as module:
+            if method == "optembed":
+                self.model, self.optimizers = optembed_of(module, sizes, args)
+            else:
+                self.model, self.optimizers = optfs_of(module, sizes, args)
+        without_norm(self.model)
+        self.model.train()
+
+    def turn(self) -> Parts:
+        begun = now()
+        for _ in range(self.steps):
+            self.step()
+        return {"whole": (now() - begun) / self.steps}
+
+    def step(self) -> float:
+        """One step; gives its loss, as their loops ask for it."""
+        ids, label = self.stream.made[self.done % BATCHES]
+        self.done += 1
+        x, y = torch.from_numpy((ids.T + self.offsets).astype(np.int64)), torch.from_numpy(label)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        if self.method == "optembed":
+            loss = binary_cross_entropy_with_logits(self.model(x, phase="train"), y)
+            loss = loss + OptEmbedConfig().alpha * (-self.model.threshold).exp().sum()
+        else:
+            loss = binary_cross_entropy_with_logits(self.model(x).squeeze(1), y) + 1e-8 * self.model.reg()
+        loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return float(loss.detach())
+
+
+@contextmanager
+def published(method: str, folder: Path) -> Iterator[Any]:
+    """Their module, imported from a folder whose packages have names that others may have too."""
+    package, name = FOUND_IN[method]
+    file = folder / (name.replace(".", "/") + ".py")
+    if not file.exists():
+        raise UserError(f"--{method} {folder}: {file} does not exist; name a checkout of the published code")
+    before = {k: sys.modules.pop(k) for k in list(sys.modules) if k.split(".")[0] == package}
+    sys.path.insert(0, str(folder))
+    try:
+        yield importlib.import_module(name)
+    except ImportError as e:
+        raise UserError(f"--{method} {folder}: {file} cannot be imported ({e})") from e
+    finally:
+        sys.path.remove(str(folder))
+        for k in [k for k in sys.modules if k.split(".")[0] == package]:
+            del sys.modules[k]
+        sys.modules.update(before)
+
+
+def optembed_of(module: Any, sizes: Sequence[int], args: argparse.Namespace) -> tuple[nn.Module, list[Any]]:
+    """Their DeepFM supernet with thresholds and prefixes, and their optimizers at their rates."""
+    model = module.DeepFM_super(
+        {
+            "field_dim": list(sizes), "latent_dim": args.width, "mode_supernet": "all", "mode_threshold": "field",
+            "mode_oov": "zero", "norm": 1, "mlp_dims": args.hidden, "mlp_dropout": 0.0, "use_cuda": False,
+        }
+    )  # fmt: skip
+    rest = [p for name, p in model.named_parameters() if name != "threshold"]
+    adam = torch.optim.Adam(rest, lr=1e-4, weight_decay=5e-5)
+    return model, [torch.optim.SGD([model.threshold], lr=3e-4), adam]
+
+
+def optfs_of(module: Any, sizes: Sequence[int], args: argparse.Namespace) -> tuple[nn.Module, list[Any]]:
+    """Their DeepFM with a gate for each value, and their optimizers."""
+    model = module.MaskDeepFM(
+        {
+            "latent_dim": args.width, "feat_num": sum(sizes), "field_num": len(sizes), "mask_initial": 0.5,
+            "mlp_dims": args.hidden, "mlp_dropout": 0.0, "use_bn": False,
+        }
+    )  # fmt: skip
+    return model, module.getOptim(model, "adam", 1e-3, 1e-6)
+
+
+def without_norm(model: nn.Module) -> None:
+    """Every BatchNorm1d becomes nothing."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.BatchNorm1d):
+                setattr(parent, name, nn.Identity())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--optembed", type=Path, help="folder of the published code of OptEmbed")
+    parser.add_argument("--optfs", type=Path, help="folder of the published code of OptFS")
+    parser.add_argument("--table-rows", type=int, default=1_100_000, help="rows of all tables of a model together")
+    parser.add_argument("--batch", type=int, default=2048, help="rows of a training step")
+    parser.add_argument("--width", type=int, default=16, help="embedding width")
+    parser.add_argument("--hidden", type=int, nargs="+", default=[1024, 512, 256], help="MLP")
+    parser.add_argument("--embedding", default="rowwise_adagrad", help="how our tables learn: optim.embedding")
+    parser.add_argument("--rounds", type=int, default=10, help="turns of each side at most; 2 or more")
+    parser.add_argument("--steps", type=int, default=8, help="training steps of a turn")
+    parser.add_argument("--seconds", type=float, default=120, help="after which no further round begins")
+    args = parser.parse_args(argv)
+    peers = {m: folder for m in METHODS if (folder := getattr(args, m)) is not None}
+    try:
+        if not peers:
+            raise UserError("name the folder of the published code: --optembed FOLDER, --optfs FOLDER or both")
+        compare(peers, args)
+    except UserError as e:
+        sys.exit(f"error: {e}")
+
+
+def compare(peers: dict[str, Path], args: argparse.Namespace) -> None:
+    """Print a line for each side."""
+    first = load_config(METHODS, None, ["run.device=cpu", "run.threads=1", "run.dir=not-written"], "optfs")
+    with start(first.run, first.dist) as context:
+        sides: dict[str, Ours | Theirs] = {}
+        for method, folder in peers.items():
+            sides[f"{method}, ours"] = Ours(method, args, context)
+            sides[f"{method}, published"] = Theirs(method, folder, args)
+        found = in_turns({name: side.turn for name, side in sides.items()}, args.rounds, args.seconds)
+    turns = len(next(iter(found.values())))
+    print(f"\nDeepFM, MLP {'-'.join(map(str, args.hidden))}, width {args.width}, {args.table_rows:,} rows of tables,")
+    print(f"batch {args.batch}, our tables learn by {args.embedding}; {turns} turns of {args.steps} steps; ", end="")
+    print(f"torch {torch.__version__}, one thread\n")
+    lines = []
+    for name, own in found.items():
+        rate = spread([args.batch / t["whole"] for t in own], ",.0f")
+        against = found[f"{name.split(',')[0]}, published"]
+        lines.append([name, rate, ratio(against, own), spread([1000 * t["whole"] for t in own], ".1f")])
+    table(["search stage", "samples/s", "of the published code", "ms a step"], lines)
+
+
+if __name__ == "__main__":
+    main()
