@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what the libraries hold out of every later collection: to go through it takes a fifth of the tests' time."""
+    """Leave what the libraries hold out of every later collection: to go through it took a fifth of the tests' time."""
     gc.collect()
     gc.freeze()
 

@@ -6,8 +6,8 @@
     python tools/bench/peers.py --optembed PEERS/OptEmbed --table-rows 5000000 --embedding adam
 
 Nothing is downloaded. Of a folder that is named the model alone is loaded (models/modules_super.py, modules/mask.py),
-as the readers beside it need TensorFlow. So both sides get the same rows in memory: Criteo's shape (39 fields, made-
-up Zipf ids), DeepFM with one MLP, one width, one process, one thread, on the CPU. A step of theirs is that of their
+as the readers beside it need TensorFlow. So both sides get the same rows in memory: Criteo's shape (39 fields, made-up
+Zipf ids), DeepFM with one MLP, one width, one process, one thread, on the CPU. A step of theirs is that of their
 training loop: Adam over all rows of one table, with weight decay, SGD for OptEmbed's thresholds, and OptFS's penalty
 on all gates. Their BatchNorm is taken out, since our MLP has none. A step of ours is that of the trainer, tables
 learning by --embedding in the backward pass, OptFS's penalty taken off every eighth step. Sides take turns, so that a

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from embsearch_dist.report.style import Draw, Theme, figure, render, size_axis
 from tools.league.ranks import Ranking
-from tools.league.rows import UNIFORM, Group, Row
+from tools.league.rows import UNIFORM, Group
 from tools.league.tables import FIGURES, cost_of, ranking_of, stability_of
 
 MARKERS = "Do^vsPX*<>"  # with six colours thirty methods have looks of their own
