@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from embsearch_dist.errors import UserError
+from tools.league.choices import choices
 from tools.league.pictures import Point, draw_all, draw_quality, looks, window
 from tools.league.published import Order, pairs_of, read_orders
 from tools.league.rows import Group, blocks_by_budget, blocks_by_data, groups_of, read_rows, widths_in, write_rows
@@ -111,6 +112,19 @@ def test_the_best_at_each_budget_and_who_is_level_with_it() -> None:
     assert "| x, deepfm | 50% | a | 0.7633 +- 0.0153 | b (-0.0033, s.e. 0.0067) |" in text
     one = [r for r in rows if r["seed"] == "0"]
     assert "| x, deepfm | 50% | a | 0.7600 | one seed |" in "\n".join(winners([group(one)]))
+
+
+def test_a_choice_by_validation_rows_is_told_beside_the_best_method() -> None:
+    rows = []
+    for seed in (0, 1):
+        told = {"validation_auc": 0.72, "validation_logloss": 0.30}
+        rows.append(line("good", "50%", seed, (8, 8), 0.75 + 0.01 * seed, **told))
+        rows.append(line("lucky", "50%", seed, (8, 8), 0.73, **(told | {"validation_auc": 0.73})))
+        rows.append(uniform(16, seed, 0.74, **(told | {"validation_logloss": 0.29 + 0.02 * seed})))
+        rows.append(line("auto", "50%", seed, (8, 8), 0.9, validation_auc=0.9, validation_logloss=0.1))
+    by_auc, by_logloss = choices([group(rows)])[-3:-1]
+    assert by_auc.endswith("| 0.7300 +- 0.0000 | -0.0250 (s.e. 0.0050) good | lucky 2x |"), by_auc
+    assert "| 0.7500 +- 0.0141 | -0.0050 (s.e. 0.0050) good | uniform, good |" in by_logloss, by_logloss
 
 
 def test_search_cost_and_stability_are_told_by_method() -> None:

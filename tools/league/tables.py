@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from embsearch_dist.errors import UserError
 from embsearch_dist.report.summary import percent
 from embsearch_dist.report.verdict import judge
+from tools.league.choices import choices
 from tools.league.published import Order, published_section
 from tools.league.ranks import Ranking, Stability, complete, rank, stability
 from tools.league.rows import UNIFORM, Group, Row, blocks_by_budget, blocks_by_data, widths_in
 from tools.studies.seeds import spread, with_deviation, with_error
 
-PARTS = ("quality", "winners", "cost", "stability", "ranks", "published")
+PARTS = ("quality", "winners", "choices", "cost", "stability", "ranks", "published")
 FIGURES = {"test_auc": ("test AUC", True), "test_logloss": ("test logloss", False)}
 
 
@@ -32,6 +33,7 @@ def sections(groups: Sequence[Group], orders: Sequence[Order], wanted: Sequence[
     made = {
         "quality": lambda: [line for group in groups for line in quality(group)],
         "winners": lambda: winners(groups),
+        "choices": lambda: choices(groups),
         "cost": lambda: costs(groups),
         "stability": lambda: stabilities(groups),
         "ranks": lambda: ranks(groups),
