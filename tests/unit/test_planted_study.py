@@ -98,6 +98,15 @@ def test_idle_fields_that_were_kept_are_counted(
     assert "best_other" not in lines[0]  # nothing was trained
 
 
+def test_other_idle_fields_are_planted_where_they_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, commands: list[Job], tmp_path: Path
+) -> None:
+    lines = call(monkeypatch, tmp_path, "--idle", "3", "5")
+    truth = json.loads((tmp_path / "data1" / "truth.json").read_text())["rank"]
+    assert sum(rank == 0 for rank in truth.values()) == 2 == int(lines[1]["idle_fields_kept"])
+    assert "--idle 3 5" in lines[0]["command"]
+
+
 def test_what_is_there_is_not_run_again(monkeypatch: pytest.MonkeyPatch, commands: list[Job], tmp_path: Path) -> None:
     first = call(monkeypatch, tmp_path, "--beside", "ues-4")
     ran = len(commands)

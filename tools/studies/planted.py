@@ -5,6 +5,7 @@
     python tools/studies/planted.py --config configs/synthetic/utilities.yaml --out runs/utilities ...
 
     python tools/studies/planted.py --out runs/planted --seeds 5 --beside ues-16 ues-32 --finetuned
+    python tools/studies/planted.py --out runs/idle --idle 20 40 100 200 500 ...     other fields that never touch the label
 
 Each seed makes its own synthetic click logs and searches on them. With --beside what was found and the named
 allocations (as retrain.py takes them) are trained, too, all from fresh weights by the config's recipe. With --finetuned
@@ -22,6 +23,7 @@ import json
 import shlex
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from scipy.stats import spearmanr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from embsearch_dist.data.planted.synthetic import make_synthetic
+from embsearch_dist.data.planted.synthetic import DEFAULT, make_synthetic
 from embsearch_dist.files import read_json, read_sealed
 from embsearch_dist.methods.finetuning import FINETUNED
 from embsearch_dist.schema import Schema
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("--config", default="configs/synthetic/adass_deepfm.yaml")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=400_000)
+    parser.add_argument("--idle", type=int, nargs="*", default=DEFAULT.idle, help="values of each idle field")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--beside", nargs="*", default=[], help="train what was found, and these allocations")
     parser.add_argument("--finetuned", action="store_true", help="all of them once more, begun with the widest model")
@@ -54,7 +57,7 @@ def main() -> None:
     for seed in range(args.seeds):
         data = args.out / f"data{seed}"
         if not (data / "schema.json").exists():
-            make_synthetic(data, args.rows, seed)
+            make_synthetic(data, args.rows, seed, replace(DEFAULT, idle=tuple(args.idle)))
         chains.append(jobs(args, seed))
     run_all(chains, args.out / "logs", args.jobs)
     rows = [row(args, seed) for seed in range(args.seeds)]
@@ -115,6 +118,7 @@ def write_lines(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """OUT/planted.csv; with --beside the means are printed, too."""
     command = ["python", "tools/studies/planted.py", "--config", args.config, "--rows", str(args.rows)]
     command += ["--seeds", str(args.seeds), "--out", "OUT"]
+    command += ["--idle", *map(str, args.idle)] if tuple(args.idle) != DEFAULT.idle else []
     command += [
         part for name in ("beside", "extra") if getattr(args, name) for part in (f"--{name}", *getattr(args, name))
     ]
