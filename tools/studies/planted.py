@@ -5,7 +5,7 @@
     python tools/studies/planted.py --config configs/synthetic/utilities.yaml --out runs/utilities ...
 
     python tools/studies/planted.py --out runs/planted --seeds 5 --beside ues-16 ues-32 --finetuned
-    python tools/studies/planted.py --out runs/idle --idle 20 40 100 200 500 ...     other fields that never touch the label
+    python tools/studies/planted.py --out runs/idle --idle 20 40 100 200 500 ...     other idle fields
 
 Each seed makes its own synthetic click logs and searches on them. With --beside what was found and the named
 allocations (as retrain.py takes them) are trained, too, all from fresh weights by the config's recipe. With --finetuned
