@@ -10,13 +10,10 @@ from torch import nn
 from torch.nn import functional
 
 NARROW = 4096  # numbers in a weight
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # torch sends float32 products to MKL, which uses half of an AMD core's vectors of 512 bits; oneDNN uses all of them. On
 # cores with vectors of 256 bits MKL is the faster one, by 5 to 25%.
-ONEDNN = (
-    torch.backends.mkldnn.is_available()
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-)
+ONEDNN = HAS_ONEDNN and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from embsearch_dist.allocation import Allocation
+from embsearch_dist.kernels import linear as kernel
 from embsearch_dist.kernels.bfloat16 import INSTRUCTIONS
 from embsearch_dist.kernels.linear import Linear, fm, linear, pair_products, pairs
 from embsearch_dist.models.backbones.additive import make_backbone
@@ -21,7 +22,8 @@ def values(*shape: int, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("outputs", [1, 2, 16, 33, 400])  # narrow and wide weights
-def test_a_linear_layer_equals_torchs(outputs: int) -> None:
+def test_a_linear_layer_equals_torchs(outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "ONEDNN", kernel.HAS_ONEDNN)  # on a CPU that would not choose it, too
     found = []
     for f in (linear, functional.linear):
         x, weight, bias = values(9, 24, seed=0), values(outputs, 24, seed=1), values(outputs, seed=2)
@@ -32,7 +34,8 @@ def test_a_linear_layer_equals_torchs(outputs: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_frozen_inputs_get_no_gradient() -> None:
+def test_frozen_inputs_get_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "ONEDNN", kernel.HAS_ONEDNN)
     x, layer = torch.randn(5, 3), Linear(3, 4)
     layer(x).sum().backward()
     assert x.grad is None and layer.weight.grad is not None
