@@ -116,14 +116,14 @@ class Sample:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: SubnetModel, batches: Iterator[Batch], device: torch.device, count: int = 0) -> Sample:
+    def of(cls, model: SubnetModel, batches: Iterator[Batch], device: torch.device, count: int = 1) -> Sample:
         """Look the rows up. Every rank must bring equally many batches.
 
-        ``count``: how many there are at most, none larger than the first: then memory holds the embeddings once only.
+        ``count``: how many there are, of the first one's size: room for so many is made at once, so that memory never
+        holds the embeddings twice. There may be fewer, or more.
         """
         x, start = torch.empty(0), 0
         parts: list[tuple[torch.Tensor, ...]] = []
-        apart: list[torch.Tensor] = []
         for batch in batches:
             here = batch.to(device)
             pooled = model.tables(here.sparse)
@@ -131,17 +131,15 @@ class Sample:
             seen = known_in(here.sparse, model.tables.names)
             stacked = pooled.stack()
             fields, rows, width = stacked.shape
-            if not count:
-                apart.append(stacked.clone())
-            elif not parts:
+            if not parts:
                 x = stacked.new_empty(fields, count * rows, width)
-            if count:
-                x[:, start : start + rows] = stacked
+            if start + rows > x.shape[1]:
+                x = torch.cat([x[:, :start], x.new_empty(fields, rows, width)], 1)
+            x[:, start : start + rows] = stacked
             start += rows
             parts.append((here.dense, here.label, values.clone(), seen))
         dense, label, values, known = zip(*parts, strict=True)
-        x = x[:, :start] if count else torch.cat(apart, 1)
-        return cls(x, torch.cat(dense), torch.cat(label), torch.cat(values), torch.cat(known, 1))
+        return cls(x[:, :start], torch.cat(dense), torch.cat(label), torch.cat(values), torch.cat(known, 1))
 
     def pieces(self, rows: int) -> Iterator[Sample]:
         """The same rows, at most ``rows`` at a time."""
