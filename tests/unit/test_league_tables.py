@@ -204,7 +204,7 @@ def test_a_picture_leaves_out_what_lies_far_on_the_worse_side_and_tells_it() -> 
 def test_figures_outside_of_a_picture_are_written_below_it() -> None:
     from embsearch_dist.report.style import LIGHT
 
-    rows = [r for seed in (0, 1) for r in (*(uniform(w, seed, 0.7 + w / 1000) for w in (2, 4, 8)),)]
+    rows = [uniform(w, seed, 0.7 + w / 1000) for seed in (0, 1) for w in (2, 4, 8)]
     rows += [line("good", b, seed, (2, 2), 0.705) for seed in (0, 1) for b in ("25%", "50%")]
     rows += [line("bad", "25%", seed, (1, 1), 0.55) for seed in (0, 1)]
     note = draw_quality(LIGHT, group(rows), "parameters", looks(LIGHT, ["good", "bad"]))._supxlabel.get_text()

@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,8 @@ from embsearch_dist.run import Run
 from embsearch_dist.schema import Field, Schema
 from embsearch_dist.train.monitor import Monitor
 from tools.bench.clock import now
-from tools.bench.gates import Learner, Made, MadeRun, Parts, in_turns, ratio, spread, table
-from tools.bench.steps import BATCHES, cardinalities
+from tools.bench.gates import Learner, MadeRun, Parts, in_turns, ratio, spread, table
+from tools.bench.steps import BATCHES, cardinalities, make_rows
 
 METHODS = {"optembed": OptEmbedConfig, "optfs": OptFSConfig}
 FOUND_IN = {"optembed": ("models", "models.modules_super"), "optfs": ("modules", "modules.mask")}
@@ -60,11 +60,18 @@ def make_run(args: argparse.Namespace, context: Context, method: str) -> Run:
     fields = tuple(Field(f"f{i}", c) for i, c in enumerate(cardinalities(args.table_rows)))
     rows = dict.fromkeys(("train", "validation"), args.batch * BATCHES)
     words = ["model.backbone=deepfm", f"model.hidden={args.hidden}", f"optim.embedding={args.embedding}"]
-    words += ["model.first_order=value"] if method == "optembed" else []
-    words += ["search.thresholds=true"] if method == "optembed" else []
+    words += ["model.first_order=value", "search.thresholds=true"] if method == "optembed" else []
     words += [f"search.width={args.width}", f"search.training.batch_size={args.batch}"]
     words += ["run.device=cpu", "run.threads=1", "run.dir=not-written"]
     return MadeRun(load_config(METHODS, None, words, method), Schema("benchmark", fields, (), rows), context)
+
+
+def mean_of(steps: int, step: Callable[[], object]) -> Parts:
+    """Mean over some steps: what is done every few steps counts with its share."""
+    begun = now()
+    for _ in range(steps):
+        step()
+    return {"whole": (now() - begun) / steps}
 
 
 class Ours(Learner):
@@ -77,17 +84,15 @@ class Ours(Learner):
             task: Any = PrefixTask(run, Prefix(RowThreshold(len(run.schema.fields))), {}, search.threshold_lr)
         else:
             task = ValueGateTask(run, {})
-        args.every = 1  # there is no outer step
         super().__init__(task, run, args)
         self.silent = Monitor("not-written", "benchmark", rank=1)
 
     def turn(self) -> Parts:
-        """Mean over some steps: what is done every few steps counts with its share."""
-        begun = now()
-        for _ in range(self.steps):
-            self.step()
-            self.task.after_step(self.done, self.silent)
-        return {"whole": (now() - begun) / self.steps}
+        return mean_of(self.steps, self.whole_step)
+
+    def whole_step(self) -> None:
+        self.step()
+        self.task.after_step(self.done, self.silent)
 
 
 class Theirs:
@@ -100,7 +105,7 @@ class Theirs:
     def __init__(self, method: str, folder: Path, args: argparse.Namespace) -> None:
         sizes = cardinalities(args.table_rows)
         self.method, self.steps, self.done = method, args.steps, 0
-        self.stream = Made(Schema("benchmark", tuple(Field(f"f{i}", c) for i, c in enumerate(sizes))), args.batch)
+        self.rows = make_rows(sizes, args.batch, 0)
         self.offsets = np.concatenate([[0], np.cumsum(sizes[:-1])])
         torch.manual_seed(0)
         with published(method, folder) as module:
@@ -112,14 +117,11 @@ class Theirs:
         self.model.train()
 
     def turn(self) -> Parts:
-        begun = now()
-        for _ in range(self.steps):
-            self.step()
-        return {"whole": (now() - begun) / self.steps}
+        return mean_of(self.steps, self.step)
 
     def step(self) -> float:
         """One step; gives its loss, as their loops ask for it."""
-        ids, label = self.stream.made[self.done % BATCHES]
+        ids, label = self.rows[self.done % BATCHES]
         self.done += 1
         x, y = torch.from_numpy((ids.T + self.offsets).astype(np.int64)), torch.from_numpy(label)
         for optimizer in self.optimizers:
@@ -199,6 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=10, help="turns of each side at most; 2 or more")
     parser.add_argument("--steps", type=int, default=8, help="training steps of a turn")
     parser.add_argument("--seconds", type=float, default=120, help="after which no further round begins")
+    parser.set_defaults(every=1)  # of a Learner: there is no outer step
     args = parser.parse_args(argv)
     peers = {m: folder for m in METHODS if (folder := getattr(args, m)) is not None}
     try:
