@@ -59,6 +59,10 @@ def test_a_block_of_columns_shows_those_it_names(tmp_path: Path) -> None:
     made = filled(text, tmp_path)
     assert "    python t.py\n\nCommit abc; CPU.\n\n| rows | p50 ms |\n| --- | --- |\n| 7 | 1.5 |\n| 8 | 2.5 |\n" in made
     assert "old" not in made and filled(made, tmp_path) == made
+    with open(tmp_path / "x.csv", "a") as f:
+        f.write("def,python t.py --more,CPU,3.5,9\n")
+    continued = filled(text, tmp_path)
+    assert "    python t.py\n    python t.py --more\n\nCommits abc, def; CPU.\n\n| rows" in continued
     with pytest.raises(SystemExit, match="wants column 'more', the file has commit, command"):
         filled(text.replace("rows,", "more,"), tmp_path)
 

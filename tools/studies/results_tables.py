@@ -113,15 +113,14 @@ def lines_of(path: Path) -> list[dict[str, str]]:
 
 
 def columns_of(path: Path, names: str) -> str:
-    """Some columns of a file, below what all of its lines share: commit, command and hardware."""
+    """Some columns of a file, below how its lines were made: command, commit and hardware."""
     rows, wanted = lines_of(path), [name.strip() for name in names.split(",")]
     unknown = [name for name in wanted if name not in rows[0]]
     if unknown:
         raise SystemExit(f"{path}: a page wants column {unknown[0]!r}, the file has {', '.join(rows[0])}")
     titles = [f"| {' | '.join(name.replace('_', ' ') for name in wanted)} |", "| --- " * len(wanted) + "|"]
     return (
-        "\n".join([*head(rows[0]), *titles, *(f"| {' | '.join(row[name] for name in wanted)} |" for row in rows)])
-        + "\n"
+        "\n".join([*head(rows), *titles, *(f"| {' | '.join(row[name] for name in wanted)} |" for row in rows)]) + "\n"
     )
 
 
@@ -137,13 +136,18 @@ def backbones_of(path: Path) -> str:
 
 
 def measured_by(markdown: Callable[[list[dict[str, str]]], str], path: Path) -> str:
-    """A table below what all lines of its file share."""
+    """A table below how its lines were made."""
     rows = lines_of(path)
-    return "\n".join([*head(rows[0]), markdown(rows)])
+    return "\n".join([*head(rows), markdown(rows)])
 
 
-def head(first: dict[str, str]) -> list[str]:
-    return [f"    {first['command']}", "", f"Commit {first['commit']}; {first['hardware']}.", ""]
+def head(rows: list[dict[str, str]]) -> list[str]:
+    """Command, commits and machines: a file that was continued later can have more than one of each."""
+    commands, commits, machines = (
+        list(dict.fromkeys(r[name] for r in rows)) for name in ("command", "commit", "hardware")
+    )
+    told = f"Commit{'s' * (len(commits) > 1)} {', '.join(commits)}; {'; '.join(machines)}."
+    return [*(f"    {one}" for one in commands), "", told, ""]
 
 
 if __name__ == "__main__":
