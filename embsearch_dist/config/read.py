@@ -14,15 +14,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, StringNode
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from embsearch_dist.config.literal import HELD, held, plain
+from embsearch_dist.config.dotted import layers_of
+from embsearch_dist.config.literal import HELD, plain
 from embsearch_dist.config.options import one_of
 from embsearch_dist.config.sections import SECTIONS, Config
 from embsearch_dist.errors import UserError, nearest
 
-TABLES = "dist.tables."
 OPEN = ("dist.tables", "model.options")  # mappings whose keys the sections do not list
 
 
@@ -54,12 +54,11 @@ def load_config(
         was = {k: _before(cls) for k, cls in {**SECTIONS, "search": methods[name]}.items()}
         base.merge_with(was)
     where = f"{file}: " if file is not None else ""
-    told = _another_backbone(given)
-    for layer, source in [*layers, *((x, "") for x in told), *((_dotted(k, v, base, literal), "") for k, v in given)]:
+    for layer, source in [*layers, *((layer, "") for layer in layers_of(given, base, literal))]:
         try:
             _reject_unknown(layer, base, "")
             _drop_options(layer, base)
-            base.merge_with(layer)  # in place: OmegaConf.merge would copy the whole config once per override
+            base.merge_with(layer)  # in place: OmegaConf.merge would copy the whole config
         except UserError as e:
             raise UserError(f"{source}{e}") from e
         except OmegaConfBaseException as e:
@@ -169,36 +168,6 @@ def _before(cls: type) -> dict[str, Any]:
         elif isinstance(f.default_factory, type) and dataclasses.is_dataclass(f.default_factory):
             found[f.name] = _before(f.default_factory)
     return found
-
-
-def _dotted(key: str, value: str, base: Any, literal: bool) -> DictConfig:
-    """An override as a layer. What belongs to a key of type str is taken as it stands; the rest is YAML.
-
-    What follows ``dist.tables.`` is a field's name, whatever characters it has.
-    """
-    if not key:
-        raise UserError(f"override {value!r} has no key; write --section.key value")
-    value = value.replace("${", HELD) if literal else value
-    if key.startswith(TABLES) and key != TABLES:
-        return OmegaConf.create({"dist": {"tables": {held(key.removeprefix(TABLES)): value}}})
-    node = base
-    for part in key.split("."):
-        node = node._get_node(part) if isinstance(node, DictConfig) and part in node else None
-    if isinstance(node, StringNode):
-        body: Any = value
-        for part in reversed(key.split(".")):
-            body = {part: body}
-        return OmegaConf.create(body)
-    try:
-        return OmegaConf.from_dotlist([f"{key}={value}"])
-    except Exception as e:
-        raise UserError(f"override {key}={value}: {' '.join(str(e).split())}") from e
-
-
-def _another_backbone(given: Sequence[tuple[str, str]]) -> list[DictConfig]:
-    """The backbone that the command line names, as a layer before all its others: options may stand on either side."""
-    named = [value for key, value in given if key == "model.backbone"]
-    return [OmegaConf.create({"model": {"backbone": named[-1]}})] if named else []
 
 
 def _drop_options(layer: DictConfig, base: DictConfig) -> None:
