@@ -26,9 +26,8 @@ from embsearch_dist.ranks.environment import available_cores, reexec_with_tuned_
 if __name__ == "__main__":
     reexec_with_tuned_environment()  # before anything loads torch, or it would be loaded twice
 
-from embsearch_dist.data.prepare.progress import Progress
 from embsearch_dist.errors import UserError
-from embsearch_dist.serving.predict import OWN, Job, predict, told
+from embsearch_dist.serving import OWN
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,6 +47,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    from embsearch_dist.data.prepare.progress import Progress
+    from embsearch_dist.serving.predict import Job, predict, told  # torch: not needed for --help
+
     signal.signal(signal.SIGTERM, _interrupt)  # a launcher's way of saying Ctrl-C
     started = time.monotonic()
     try:

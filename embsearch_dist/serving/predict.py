@@ -25,6 +25,7 @@ from embsearch_dist.config.own_module import load_module
 from embsearch_dist.data.formats.columns import KEPT, Chunk, Reading, Source
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import temporary
+from embsearch_dist.serving import OWN
 from embsearch_dist.serving.directory import ModelDirectory, open_directory
 from embsearch_dist.serving.encoding import RowEncoder, add_counts
 from embsearch_dist.serving.tables import Ids
@@ -32,7 +33,6 @@ from embsearch_dist.train.metrics import Predictions, figures, shown
 
 LOGIT, PROBABILITY = "logit", "probability"
 MARK = b"embsearch_dist.scores"
-OWN = "own"
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 
 from embsearch_dist.config.options import one_of
-from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.errors import UserError
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.measures import areas_by_group, normalised_entropy, pack, reliability
+
+if TYPE_CHECKING:
+    from embsearch_dist.data.load.batch import Batch  # with TorchRec, which who scores rows alone does not need
 
 METRICS = ("auc", "logloss", "accuracy")
 BINS = 1 << 16  # of :func:`binned_auc`: 1024 to a unit of the logit, which is clamped to 32 on both sides

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +62,15 @@ def trained_logits(folder: Path) -> torch.Tensor:
     found = single(run, {"user": 8, "price": 4, "idle": 0})
     with torch.no_grad():
         return torch.cat([found.predict(b) for b in run.stream("test", 64, shuffle=False).epoch(0)])
+
+
+def test_who_predicts_or_serves_loads_no_torchrec() -> None:
+    """It takes as long to load as torch and all else together, in every process."""
+    names = "predict", "server", "directory", "programs", "triton"
+    told = f"import {', '.join(f'embsearch_dist.serving.{name}' for name in names)}, sys; "
+    told += "print(sorted({'torchrec', 'fbgemm_gpu', 'torch'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['torch']"
 
 
 def test_scores_have_the_bits_of_the_evaluation(model: ModelDirectory, tmp_path: Path) -> None:
