@@ -15,6 +15,8 @@ from embsearch_dist.methods.stages import run_stages
 from tests.factories import one_rank, open_run, prepared, rank_context, recorded, small_config, whole_tables
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.slow  # that the method finds on two ranks what it finds on one is tested with all others
+
 # Twelve steps: four without the controller, eight with it, of which a held-out batch follows every other.
 SEARCH = [
     "search.width=4",

@@ -32,6 +32,8 @@ CASES = [
 EVERY_KIND = "dist.tables={left: data_parallel, big: row_wise, right: table_wise, idle: column_wise}"
 MIXED = [[EVERY_KIND, f"optim.embedding={name}"] for name in ("adam", "adagrad", "rowwise_adagrad", "sgd")]
 ALL = [*CASES, *MIXED]
+STOPPED = [1, 5, *range(len(CASES), len(ALL))]
+"""Those that are stopped and go on: two kinds alone, and all that there are in one model with every optimizer."""
 STEPS = 7
 """Of a training, whose first checkpoint is that of step 4. Who goes on elsewhere makes two or four more."""
 
@@ -69,30 +71,33 @@ def fit(rank: int, world_size: int, data: str, directory: str, stop_at: int, ove
     return {"tables": {n: t.double().sum().item() for n, t in whole_tables(task.model.sharded).items()}, "head": head}
 
 
-def fit_many(rank: int, world_size: int, data: str, directory: str, stop_at: int) -> list[dict[str, Any]]:
-    return [fit(rank, world_size, data, f"{directory}/{i}", stop_at, case) for i, case in enumerate(ALL)]
+def fit_many(
+    rank: int, world_size: int, data: str, directory: str, stop_at: int, cases: list[int]
+) -> list[dict[str, Any]]:
+    return [fit(rank, world_size, data, f"{directory}/{i}", stop_at, ALL[i]) for i in cases]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
     """Under ``broken``, two ranks were stopped two steps past the checkpoint of step 4, and went on."""
     folder = tmp_path_factory.mktemp("ranks")
-    run_ranks(fit_many, 2, folder, data, str(folder / "broken"), 6, timeout=280)
+    run_ranks(fit_many, 2, folder, data, str(folder / "broken"), 6, STOPPED, timeout=280)
     return folder
 
 
 @pytest.fixture(scope="module")
 def results(folder: Path, data: str) -> tuple[list[Any], list[Any]]:
-    unbroken = run_ranks(fit_many, 2, folder, data, str(folder / "unbroken"), 0, timeout=280)
-    continued = run_ranks(fit_many, 2, folder, data, str(folder / "broken"), 0, timeout=280)
+    every = list(range(len(ALL)))
+    unbroken = run_ranks(fit_many, 2, folder, data, str(folder / "unbroken"), 0, every, timeout=280)
+    continued = run_ranks(fit_many, 2, folder, data, str(folder / "broken"), 0, STOPPED, timeout=280)
     return unbroken, continued
 
 
-@pytest.mark.parametrize("case", range(len(ALL)), ids=[" ".join(c) for c in ALL])
+@pytest.mark.parametrize("case", STOPPED, ids=[" ".join(ALL[i]) for i in STOPPED])
 def test_two_ranks_continue_bitwise(results: tuple[list[Any], list[Any]], folder: Path, case: int) -> None:
     unbroken, continued = results
     for rank in range(2):
-        assert continued[rank][case] == unbroken[rank][case]
+        assert continued[rank][STOPPED.index(case)] == unbroken[rank][case]
     losses = [recorded(folder / name / str(case), STAGE, "loss") for name in ("unbroken", "broken")]
     assert losses[0] == losses[1]
     assert len(losses[0]) == STEPS

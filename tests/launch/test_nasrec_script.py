@@ -143,6 +143,7 @@ def state(run: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text())) if path.exists() else {"generation": 0, "seen": []}
 
 
+@pytest.mark.slow  # the continuation of either stage is tested in one process, to the bit
 def test_a_search_killed_twice_ends_as_the_unbroken_one(
     data: Path, tmp_path: Path, unbroken: Path, run_script: Callable
 ) -> None:

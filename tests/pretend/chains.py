@@ -185,8 +185,11 @@ def check_killed(worker: Worker, chain: Chain, data: Path, folder: Path) -> None
 
 
 def chains_of(*methods: str) -> Any:
-    """A test for each chain of these methods, see :func:`first_of_each`."""
-    return pytest.mark.parametrize("chain", first_of_each([c for m in methods for c in CHAINS if c.method == m]))
+    """A test for each chain of these methods; all but the first one are slow."""
+    chains = [c for m in methods for c in CHAINS if c.method == m]
+    return pytest.mark.parametrize(
+        "chain", [pytest.param(c, marks=pytest.mark.slow if k else (), id=c.label) for k, c in enumerate(chains)]
+    )
 
 
 def first_of_each(chains: Sequence[Chain]) -> list[Any]:

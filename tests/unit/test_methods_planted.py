@@ -23,11 +23,7 @@ PLAN = Plan(
     intercept=-0.5,
 )
 MARGIN = 0.03  # AUC above the best of three random allocations; between those there are 0.06
-CLAIMING = [
-    pytest.param(name, marks=() if name == "utilities" else pytest.mark.slow)
-    for name, method in sorted(METHODS.items())
-    if method.planted is not None
-]
+CLAIMING = [name for name, method in sorted(METHODS.items()) if method.planted is not None]
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +52,7 @@ def tried(name: str, data: Path, directory: Path, *words: str) -> tuple[dict[str
         release()
 
 
+@pytest.mark.slow  # of each, a smaller case is in its own file
 @pytest.mark.parametrize("name", CLAIMING)
 def test_planted_widths_are_found(name: str, planted: Path, by_chance: list[float], tmp_path: Path) -> None:
     widths, auc = tried(name, planted, tmp_path / "run")
