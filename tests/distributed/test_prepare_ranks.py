@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,9 +73,20 @@ def test_an_output_directory_that_is_not_shared_is_refused_on_all(tmp_path: Path
 
 
 def broken(rank: int, world_size: int, source: str, out: str) -> list[object]:
-    """One rank meets a bug while it counts."""
-    if rank == 1:
-        vocabulary.build = None  # type: ignore[assignment]
+    """One rank meets a bug while it counts. The other waits for it, or might count everything alone."""
+    met, build = Path(out).with_name("met"), vocabulary.build
+
+    def waiting(*args: Any, **options: Any) -> Any:
+        deadline = time.monotonic() + 30
+        while not met.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return build(*args, **options)
+
+    def failing(*args: Any, **options: Any) -> Any:
+        met.touch()
+        raise TypeError("a bug")
+
+    vocabulary.build = failing if rank == 1 else waiting
     try:
         return work(rank, world_size, source, out, "random")
     except TypeError as e:
