@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.factories import prepared, write_config
-from tests.launch.processes import end, launcher_home
+from tests.launch.processes import LAUNCH, ROOT, end, launcher_home
+from tests.scripts import fork_ranks
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +24,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(tmp_path: Path) -> Path:
     """A config file for it."""
     return write_config(tmp_path / "tiny.yaml")
+
+
+@pytest.fixture
+def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """``on_two_ranks("search.py", *words, cwd=None)``: two ranks as torchrun makes them, without its start."""
+
+    def run(script: str, *words: object, cwd: Path = ROOT) -> None:
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = fork_ranks(2, LAUNCH / script, [*map(str, words)], cwd, env, 120, tmp_path_factory.mktemp("two"))
+        assert all(one is not None and one.returncode == 0 for one in done), [one and one.stderr for one in done]
+
+    return run
 
 
 @pytest.fixture

@@ -60,6 +60,7 @@ def newest(run: Path) -> Path:
     return max((run / "checkpoints" / "supernet").glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
 
 
+@pytest.mark.slow  # what the ranks do then is tested without a launcher, in tests/distributed/test_faults.py
 def test_torchrun_told_to_end_leaves_a_whole_checkpoint_of_one_step(
     data: Path, config: Path, tmp_path: Path, start: Callable
 ) -> None:

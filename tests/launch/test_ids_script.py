@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import pyarrow.parquet as pq
 
 from embsearch_dist.schema import SPLITS
 from tests.factories import command_line
-from tests.launch.processes import LAUNCH, TORCHRUN, finish
 
 SOURCE = "label: label\nfields: {user: 30, item: {cardinality: 20, column: item_id}}\ndense: [price]\n"
 
@@ -35,10 +33,10 @@ def make(folder: Path) -> Path:
 
 
 def test_two_processes_take_over_what_one_would_and_it_can_be_trained_on(
-    tmp_path: Path, run_script: Callable, start: Callable[..., subprocess.Popen[str]], config: Path
+    tmp_path: Path, run_script: Callable, on_two_ranks: Callable, config: Path
 ) -> None:
     words = ["--format", "ids", "--input", make(tmp_path / "made")]
-    finish(start(*TORCHRUN, "--", LAUNCH / "prepare.py", *words, "--out", tmp_path / "two"))
+    on_two_ranks("prepare.py", *words, "--out", tmp_path / "two")
     one = run_script("prepare.py", *words, "--out", tmp_path / "one")
     assert "1,680 rows in" in one.stdout and "0 of 9 files are used as they are" in one.stdout
     assert (tmp_path / "one" / "manifest.json").read_bytes() == (tmp_path / "two" / "manifest.json").read_bytes()

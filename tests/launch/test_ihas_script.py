@@ -15,7 +15,6 @@ from embsearch_dist.files import read_json, read_sealed, write_json, write_seale
 from embsearch_dist.grouped import GROUPS, GroupedAllocation
 from embsearch_dist.schema import Schema
 from tests.factories import command_line, recorded, small_config
-from tests.launch.processes import LAUNCH, TORCHRUN, finish
 
 SEARCH = [
     "search.width=4",
@@ -56,7 +55,7 @@ def figures(path: Path) -> dict[str, Any]:
     }
 
 
-def test_groups_are_trained_and_evaluated_as_one(run: Path, run_script: Callable, start: Callable) -> None:
+def test_groups_are_trained_and_evaluated_as_one(run: Path, run_script: Callable, on_two_ranks: Callable) -> None:
     schema = Schema.load(run)
     grouped = GroupedAllocation.load(run / GROUPS, schema)
     done = run_script("retrain.py", "--run", run)
@@ -90,8 +89,7 @@ def test_groups_are_trained_and_evaluated_as_one(run: Path, run_script: Callable
     assert figures(own / "evaluation.json") == before
     run_script("evaluate.py", "--run", own, "--router", "fields", "--split", "validation")
     assert read_json(own / "evaluation-validation-fields.json")["rows"] == schema.rows["validation"]
-    more = ["--group", "left", "--against", own]
-    finish(start(*TORCHRUN, "--", LAUNCH / "evaluate.py", "--run", own, *more))
+    on_two_ranks("evaluate.py", "--run", own, "--group", "left", "--against", own)
     two = figures(own / "evaluation.json")
     assert two["auc"] == pytest.approx(before["auc"], abs=1e-4)
     assert two["router"]["agreement"] > 0.99

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
@@ -18,7 +17,6 @@ from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.trial import overrides
 from tests.factories import options
 from tests.launch.processes import ROOT
-from tests.scripts import fork_ranks
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 OWN = ["model.module=my_backbone.py", "model.backbone=weighed", "model.options.squeeze=3"]
@@ -91,7 +89,7 @@ def test_searched_retrained_measured_exported_and_predicted(
 
 
 def test_two_ranks_find_and_train_with_it_what_one_does(
-    folder: Path, empty: Path, data: Path, tmp_path: Path, run_script: Run
+    folder: Path, empty: Path, data: Path, tmp_path: Path, run_script: Run, on_two_ranks: Callable
 ) -> None:
     """By utilities, through the widest model."""
     found = []
@@ -103,18 +101,11 @@ def test_two_ranks_find_and_train_with_it_what_one_does(
             if ranks == 1:
                 run_script(script, *arguments, cwd=folder)
             else:
-                on_ranks(script, arguments, folder, tmp_path / script)
+                on_two_ranks(script, *arguments, cwd=folder)
         place = tmp_path / str(ranks) / "retrain" / "utilities"
         found.append((read_json(place / "allocation.json")["widths"], read_json(place / "evaluation.json")["logloss"]))
     assert found[1][0] == found[0][0]
     assert found[1][1] == pytest.approx(found[0][1], rel=1e-4)
-
-
-def on_ranks(script: str, arguments: Sequence[str], cwd: Path, printed: Path) -> None:
-    printed.mkdir()
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = fork_ranks(2, ROOT / "launch" / script, arguments, cwd, env, 120, printed)
-    assert all(one is not None and one.returncode == 0 for one in done), [one and one.stderr for one in done]
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,10 @@ def test_an_override_may_name_the_run_directory(tool: ModuleType, tmp_path: Path
     assert str(tmp_path / "seed1" / "r" / "architectures" / "rank-2.json") in job.arguments
 
 
-def test_rank_statistics_know_the_same_and_the_opposite_order(ranks: ModuleType) -> None:
+def test_rank_statistics_know_the_same_and_the_opposite_order(
+    ranks: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "RESAMPLED", 100)
     trained = {f"k{i}": 0.1 * i for i in range(9)}
     same = ranks.measure(("s", "tuned"), {k: 2 * v for k, v in trained.items()}, trained)
     other = ranks.measure(("s", "plain"), {k: -v for k, v in trained.items()}, trained)

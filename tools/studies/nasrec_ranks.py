@@ -28,6 +28,7 @@ from tools.studies.jobs import Job, run_all, trained_in, validation_logloss
 
 SCHEMES = ("single_operator_any_connection", "single_operator_single_connection", "any_operator_any_connection")
 TUNING = {"tuned": [], "plain": ["--search.scoring.tune_steps=0"]}
+RESAMPLED = 2000
 STATISTICS = {
     "Kendall": lambda a, b: stats.kendalltau(a, b).statistic,
     "Pearson": lambda a, b: stats.pearsonr(a, b).statistic,
@@ -136,12 +137,12 @@ def trained_of(args: argparse.Namespace, scheme: str) -> dict[str, float]:
 
 
 def measure(name: tuple[str, str], scores: dict[str, float], trained: dict[str, float]) -> dict[str, Any]:
-    """Each statistic with its 95% interval over 2,000 resamplings of the architectures."""
+    """Each statistic with its 95% interval over :data:`RESAMPLED` resamplings of the architectures."""
     keys = sorted(trained)
     a, b = np.array([scores[k] for k in keys]), np.array([trained[k] for k in keys])
     generator = np.random.default_rng(0)
     row: dict[str, Any] = {"scheme": name[0], "tuning": name[1], "networks": len(keys)}
-    places = [generator.integers(len(keys), size=len(keys)) for _ in range(2000)]
+    places = [generator.integers(len(keys), size=len(keys)) for _ in range(RESAMPLED)]
     for label, statistic in STATISTICS.items():
         again = [statistic(a[p], b[p]) for p in places]
         row[label] = [float(statistic(a, b)), *(float(q) for q in np.nanpercentile(again, [2.5, 97.5]))]
