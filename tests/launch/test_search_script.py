@@ -58,20 +58,19 @@ def test_a_search_writes_all_a_person_needs(data: Path, config: Path, tmp_path: 
 
 
 def test_a_killed_search_goes_on_and_ends_like_an_unbroken_one(
-    data: Path, config: Path, tmp_path: Path, start: Callable
+    data: Path, config: Path, tmp_path: Path, start: Callable, run_script: Callable
 ) -> None:
-    script = [sys.executable, LAUNCH / "search.py", "--config", config]
     killed, unbroken = tmp_path / "killed", tmp_path / "unbroken"
-    process = start(*script, *command_line(data, killed, *SLOW))
+    words = "--config", config, *command_line(data, killed, *SLOW)
+    process = start(sys.executable, LAUNCH / "search.py", *words)
     wait_for_checkpoint(process, killed)
     os.killpg(process.pid, signal.SIGKILL)
     finish(process, code=-signal.SIGKILL)
     assert json.loads((killed / "stages" / "supernet.json").read_text())["state"] == "running"
     assert not (killed / "allocation.json").exists()
 
-    whole = start(*script, *command_line(data, unbroken, *SLOW))
-    assert "continuing from" in finish(start(*script, *command_line(data, killed, *SLOW)))
-    finish(whole)
+    assert "continuing from" in run_script("search.py", *words).stdout
+    run_script("search.py", "--config", config, *command_line(data, unbroken, *SLOW))
     assert widths(killed) == widths(unbroken)
     assert recorded(killed, "supernet", "loss") == recorded(unbroken, "supernet", "loss")
     for name in ("auc", "logloss"):

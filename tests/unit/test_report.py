@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -252,11 +251,10 @@ def test_long_curves_are_thinned_and_keep_their_shape() -> None:
     assert curve.steps[0] < 130 and curve.values[-1] > 99_870
 
 
-def test_script(full: Path, tmp_path: Path) -> None:
-    script = [sys.executable, str(REPOSITORY / "launch" / "report.py")]
-    shown = subprocess.run([*script, "--help"], capture_output=True, text=True, cwd=tmp_path, check=True)
+def test_script(tmp_path: Path, run_script: Callable) -> None:
+    shown = run_script("report.py", "--help", cwd=tmp_path)
     assert "python launch/report.py runs/movielens" in shown.stdout
-    failed = subprocess.run([*script, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path, check=False)
+    failed = run_script("report.py", tmp_path, cwd=tmp_path, check=False)
     assert failed.returncode == 2
     assert failed.stderr.startswith("error: ") and "Traceback" not in failed.stderr
 
