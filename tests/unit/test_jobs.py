@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tools.studies.jobs import Job, Pace, kind_of, recorded, run_all
+from tools.studies.jobs import ROOT, STOPPED, Job, Pace, kind_of, recorded, run_all
 
 SCRIPT = "tools/tiny.py"
 
@@ -85,3 +89,22 @@ def test_a_job_runs_once_and_its_record_says_whether_it_found_what_it_shares(
     run_all([jobs], tmp_path / "logs", 1)
     assert capsys.readouterr().out.splitlines()[0] == "seed0-x: there (2 of 2 done)"
     assert len((tmp_path / "logs" / "jobs.jsonl").read_text().splitlines()) == 2
+
+
+def test_who_ends_the_tool_ends_its_commands_and_no_other_begins(tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    (tmp_path / "long.py").write_text(f"import time; open({str(begun)!r}, 'w').close(); time.sleep(100)")
+    body = f"""
+from pathlib import Path
+from tools.studies.jobs import Job, run_all
+run_all([[Job(name, {str(tmp_path / "long.py")!r}, [], None) for name in "ab"]], Path({str(tmp_path)!r}), 1)
+"""
+    tool = subprocess.Popen([sys.executable, "-c", body], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not begun.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    tool.send_signal(signal.SIGTERM)
+    told = tool.communicate(timeout=60)[1]
+    assert tool.returncode == 1 and told.strip() == STOPPED
+    lines = recorded(tmp_path)
+    assert set(lines) == {"a"} and lines["a"]["exit"] == -signal.SIGTERM

@@ -11,13 +11,15 @@ import json
 import os
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -25,7 +27,10 @@ from typing import Any, NamedTuple, TextIO
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = "jobs.jsonl"  # in the folder of the logs: what was run, how long, and at which commit
 LOOK_S = 0.1  # between two looks at a running command
+STOPPED = "stopped by SIGTERM; the same command goes on where it was"
 _writing = threading.Lock()
+_running: set[int] = set()  # process ids of the commands
+_told_to_stop = threading.Event()
 
 
 class Ended(NamedTuple):
@@ -81,10 +86,12 @@ def run_job(job: Job, log_dir: Path) -> float:
     """Run one job with one thread; returns its seconds (0 when it was done before).
 
     Raises:
-        SystemExit: the command failed; names its log.
+        SystemExit: the command failed; names its log. Or the tool was told to stop.
     """
     if job.done:
         return 0.0
+    if _told_to_stop.is_set():
+        raise SystemExit(STOPPED)
     if job.before is not None:
         job.before()
     log_dir.mkdir(parents=True, exist_ok=True)
@@ -102,6 +109,8 @@ def run_job(job: Job, log_dir: Path) -> float:
     line |= {"memory_gib": round(ended.memory_gib, 2), "commit": commit(), "command": shown(job)}
     with _writing, (log_dir / RECORD).open("a") as record:
         record.write(json.dumps(line) + "\n")
+    if _told_to_stop.is_set():
+        raise SystemExit(STOPPED)
     if ended.code or (job.result is not None and not job.result.exists()):
         tail = "\n".join(log.read_text().splitlines()[-5:])
         raise SystemExit(f"{job.name} failed (exit code {ended.code}); see {log}\n{tail}")
@@ -112,12 +121,14 @@ def run_command(command: Sequence[str], out: TextIO, environment: Mapping[str, s
     """Run a command to its end."""
     memory, ended = 0.0, 0
     with subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment) as process:
+        _running.add(process.pid)
         while not ended:
             # Looked at while it runs: what wait4 tells counts this process's own size, too, from before the exec.
             memory = max(memory, peak_gib(process.pid))
             ended, status, usage = os.wait4(process.pid, os.WNOHANG)
             if not ended:
                 time.sleep(LOOK_S)
+        _running.discard(process.pid)
         process.returncode = os.waitstatus_to_exitcode(status)
     return Ended(process.returncode, usage.ru_utime + usage.ru_stime, memory)
 
@@ -228,9 +239,29 @@ def run_all(chains: Sequence[Sequence[Job]], log_dir: Path, jobs: int, pace: Pac
             took = f"{seconds:.0f} s" if seconds else "there"
             print(f"{job.name}: {took} ({told.ended(job, seconds)})", flush=True)
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with _ended_together(), ThreadPoolExecutor(jobs) as pool:
         for done in [pool.submit(work, chain) for chain in chains]:
             done.result()
+
+
+@contextmanager
+def _ended_together() -> Iterator[None]:
+    """SIGTERM to this process goes on to its commands: one that outlives it would hold the directory of its run."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        _told_to_stop.set()
+        for pid in tuple(_running):
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def validation_logloss(metrics: Path) -> float:
