@@ -122,6 +122,8 @@ def run_command(command: Sequence[str], out: TextIO, environment: Mapping[str, s
     memory, ended = 0.0, 0
     with subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment) as process:
         _running.add(process.pid)
+        if _told_to_stop.is_set():  # while it was being started
+            process.terminate()
         while not ended:
             # Looked at while it runs: what wait4 tells counts this process's own size, too, from before the exec.
             memory = max(memory, peak_gib(process.pid))
