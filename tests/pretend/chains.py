@@ -187,12 +187,14 @@ def check_killed(worker: Worker, chain: Chain, data: Path, folder: Path) -> None
 def chains_of(*methods: str) -> Any:
     """A test for each chain of these methods; all but the first one are slow."""
     chains = [c for m in methods for c in CHAINS if c.method == m]
-    return pytest.mark.parametrize(
-        "chain", [pytest.param(c, marks=pytest.mark.slow if k else (), id=c.label) for k, c in enumerate(chains)]
-    )
+    return pytest.mark.parametrize("chain", slow_but(chains[:1], chains))
 
 
 def first_of_each(chains: Sequence[Chain]) -> list[Any]:
     """The chains as parameters of a test: of each method all but the first one are slow."""
-    first = {c.method: c for c in reversed(chains)}
-    return [pytest.param(c, marks=() if first[c.method] is c else pytest.mark.slow, id=c.label) for c in chains]
+    return slow_but([*{c.method: c for c in reversed(chains)}.values()], chains)
+
+
+def slow_but(some: Sequence[Chain], chains: Sequence[Chain]) -> list[Any]:
+    """The chains as parameters of a test, slow but for some."""
+    return [pytest.param(c, marks=() if c in some else pytest.mark.slow, id=c.label) for c in chains]
