@@ -10,5 +10,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${VENV:-.venv}
 bash tools/setup.sh "${VARIANT:-cpu}" --test ${PAIR:+--pair "$PAIR"} "$venv"
+# About a hundred processes start below; each would compile the whole package anew where nothing may be kept.
+unset PYTHONDONTWRITEBYTECODE
 # In the order of the folders: the few long tests of distributed/ and launch/ begin before the many short ones.
 exec "$venv/bin/python" -m pytest -n "${WORKERS:-3}" --dist loadfile --no-loadscope-reorder "$@"

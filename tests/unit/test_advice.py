@@ -23,7 +23,7 @@ SPLITS = {"train": 100_000, "validation": 1000, "test": 1000}
 @pytest.mark.parametrize(
     ("rows", "clicks", "expected"),
     [
-        (SPLITS, {"train": 900, "validation": 400, "test": 400}, []),
+        (SPLITS, {"train": 40_000, "validation": 400, "test": 400}, []),
         (
             SPLITS,
             {"train": 900, "validation": 0, "test": 1000},
@@ -31,10 +31,20 @@ SPLITS = {"train": 100_000, "validation": 1000, "test": 1000}
         ),
         (
             SPLITS,
-            {"train": 900, "validation": 199, "test": 801},
-            ["only 199 clicks in the validation split, 199 rows without a click in the test split: AUC"],
+            {"train": 50_000, "validation": 199, "test": 801},
+            [
+                "only 199 clicks in the validation split, 199 rows without a click in the test split: AUC",
+                "share of clicks changes: 0.5 of the train rows, 0.199 of the validation rows, 0.801 of the test rows",
+            ],
         ),
-        (SPLITS | {"train": 512 * 20 - 1}, dict.fromkeys(SPLITS, 400), ["10,239 training rows are 19 steps .* 512"]),
+        (SPLITS, {"train": 25_000, "validation": 400, "test": 380}, []),  # the odds do not double
+        (SPLITS, {"train": 25_000, "validation": 250, "test": 500}, ["share of clicks changes: 0.25 of the train"]),
+        (dict.fromkeys(SPLITS, 20_000), {"train": 10, "validation": 25, "test": 25}, ["only 10 clicks in the train"]),
+        (
+            SPLITS | {"train": 512 * 20 - 1},
+            {"train": 4096, "validation": 400, "test": 400},
+            ["10,239 training rows are 19 steps .* 512"],
+        ),
     ],
 )
 def test_splits_that_say_little(rows: dict[str, int], clicks: dict[str, int], expected: list[str]) -> None:
@@ -116,3 +126,9 @@ def test_the_script_prints_warnings_even_when_quiet(tmp_path: Path) -> None:
     )
     assert done.returncode == 0 and done.stdout == ""
     assert "warning: the validation split has no click: AUC is undefined there" in done.stderr
+
+
+def test_a_value_with_and_without_blanks_is_told() -> None:
+    found = advice.of_spellings("shop", pl.Series([" a", "a", "b ", " c", "c", "10"]))
+    assert found is not None and found.startswith("'shop' has 2 values with and without blanks") and "' a'" in found
+    assert advice.of_spellings("shop", pl.Series([" a", " b", "c"])) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -13,6 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from embsearch_dist.data.formats import LABEL, TIME, open_source
+from embsearch_dist.data.formats.columns import Reading
+from embsearch_dist.data.formats.described import Description
 from embsearch_dist.errors import UserError
 
 MIDNIGHT = datetime(2024, 3, 5)
@@ -304,3 +307,41 @@ def test_whole_numbers_of_text_may_be_one_id(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("y,u\n1,7\n0,7.0\n1,7.5\n0,x.0\n")
     assert read(tmp_path, "a.csv")["u"].to_list() == ["7", "7.0", "7.5", "x.0"]
     assert read(tmp_path, "a.csv", "u: {whole_numbers: true}")["u"].to_list() == ["7", "7", "7.5", "x.0"]
+
+
+PADDED = "y , u, n ,t, l\n 1, a , 1.5, 2014-10-21 , x : 1|y :2\n0 ,?  , , 2014-10-22, \n1,a,\t-3 ,2014-10-23,x: 3\n"
+PADDED_FIELDS = "u: categorical, n: dense, l: {kind: list, weight_separator: ':'}"
+
+
+def test_blanks_around_cells_and_names_do_not_count_where_the_source_says_so(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(PADDED)
+    found = read(tmp_path, "a.csv", PADDED_FIELDS, more="spaces: trim\nmissing: ['?']\ntime: t")
+    assert found["u"].to_list() == ["a", None, "a"]
+    assert found["n"].to_list() == [1.5, None, -3.0]
+    assert found["l"].to_list() == [
+        [{"value": "x", "weight": 1.0}, {"value": "y", "weight": 2.0}],
+        [],
+        [{"value": "x", "weight": 3.0}],
+    ]
+    assert found[LABEL].to_list() == [1.0, 0.0, 1.0]
+    assert np.diff(found[TIME].to_numpy()).tolist() == [86_400e6] * 2
+
+
+def test_blanks_that_are_in_the_way_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(PADDED)
+    with pytest.raises(UserError, match="no column 'y'. There are blanks around its name. Write `spaces: trim`"):
+        read(tmp_path, "a.csv", PADDED_FIELDS)
+    (tmp_path / "a.csv").write_text("y,u\n 1,a\n0,b\n")
+    with pytest.raises(UserError, match="neither 0 nor 1: ' 1'.*write `spaces: trim`"):
+        read(tmp_path, "a.csv")
+    with pytest.raises(UserError, match="spaces must be keep or trim"):
+        read(tmp_path, "a.csv", more="spaces: strip")
+
+
+def test_rows_to_be_predicted_are_read_with_the_same_blanks(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("y, u\n1, a\n0, b\n")
+    assert read(tmp_path, "a.csv", more="spaces: trim")["u"].to_list() == ["a", "b"]
+    told = json.loads(json.dumps(open_source("table", tmp_path / "s.yaml").description))
+    (tmp_path / "next.csv").write_text("u \n a\nb\n")
+    rows = Description.of(told, "here").open(tmp_path / "next.csv", "table", Reading(labelled=False))
+    assert next(iter(rows.chunks())).frame["u"].to_list() == ["a", "b"]

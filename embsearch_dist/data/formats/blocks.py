@@ -106,8 +106,8 @@ class Block:
         return whole if len(whole) <= 60 else whole[:57] + "..."
 
 
-def read_header(path: Path, separator: str, encoding: str, quoted: bool = True) -> tuple[str, ...]:
-    """Column names in the first line of a delimited file.
+def read_header(path: Path, separator: str, encoding: str, quoted: bool = True, trim: bool = False) -> tuple[str, ...]:
+    """Column names in the first line of a delimited file; ``trim``: without the blanks around them.
 
     Raises:
         UserError: no file, nothing in it, undecodable, or a name that is there twice.
@@ -128,6 +128,7 @@ def read_header(path: Path, separator: str, encoding: str, quoted: bool = True) 
         names = tuple(next(csv.reader([text], delimiter=separator, strict=True)) if quoted else text.split(separator))
     except csv.Error as e:
         raise UserError(f"{path}, line 1: the header cannot be read ({e}). Put all column names on one line") from e
+    names = tuple(n.strip() for n in names) if trim else names
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
         raise UserError(f"{path}, line 1: column {twice[0]!r} is named twice in the header. Rename one of them")

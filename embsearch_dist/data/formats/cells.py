@@ -19,14 +19,19 @@ class Spelling:
         missing: texts that mean that there is no value, beside the empty one.
         decimal: the decimal mark, a point or a comma.
         thousands: the mark between groups of three digits; empty: none is allowed.
+        trim: blanks around a cell (of a list: around each value) do not belong to it.
     """
 
     missing: tuple[str, ...] = ()
     decimal: str = "."
     thousands: str = ""
+    trim: bool = False
 
     def present(self, raw: pl.Series) -> pl.Series:
         """The cells, null where they hold one of the missing values (numbers: a number equal to one)."""
+        if self.trim and raw.dtype == pl.String:
+            raw = raw.str.strip_chars()
+            raw = raw.set(raw == "", None)
         if not self.missing:
             return raw
         if raw.dtype == pl.String:
@@ -41,6 +46,8 @@ class Spelling:
 
         A mark of thousands counts only between groups of three digits, so that 1.5 never becomes 15.
         """
+        if self.trim and raw.dtype == pl.String:
+            raw = raw.str.strip_chars()
         if raw.dtype != pl.String or not (self.thousands or self.decimal != "."):
             return raw.cast(pl.Float64, strict=False)
         text: pl.Expr = pl.col("text")

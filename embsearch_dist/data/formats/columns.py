@@ -334,6 +334,8 @@ class Rows:
             row = int(bad.arg_max() or 0)
             value = raw[row]
             shown = "blank" if value is None or value == "" else repr(value)
+            if isinstance(value, str) and value != value.strip():
+                fix += ". If the blanks around it do not count, write `spaces: trim` in the source file"
             raise UserError(f"{self.where(row)}, column {column!r}: {wrong}: {shown}. {fix}")
 
 

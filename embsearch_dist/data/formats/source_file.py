@@ -20,7 +20,7 @@ from embsearch_dist.data.formats.times import TimeColumn, check_zone, strftime_o
 from embsearch_dist.errors import UserError, nearest_or_all
 from embsearch_dist.schema import POOLINGS
 
-TEXT_KEYS = ("delimiter", "encoding", "quotes", "missing", "decimal", "thousands")
+TEXT_KEYS = ("delimiter", "encoding", "quotes", "spaces", "missing", "decimal", "thousands")
 KEYS = ("name", "files", "format", *TEXT_KEYS, "label", "time", "fields", "min_count")
 LABEL_KEYS = ("column", "threshold", "positive", "negative")
 TIME_KEYS = ("column", "format", "zone")
@@ -213,7 +213,10 @@ def _spelling(path: Path, body: dict) -> Spelling:
     wrong = not isinstance(thousands, str) or len(thousands) > 1 or thousands in tuple("0123456789+-eE")
     if wrong or thousands == decimal:
         raise UserError(f"{path}: thousands must be one character, other than decimal ({decimal!r}), got {thousands!r}")
-    return Spelling(missing, decimal, thousands)
+    spaces = body.get("spaces", "keep")
+    if spaces not in ("keep", "trim"):
+        raise UserError(f"{path}: spaces must be keep or trim (blanks around cells do not count), got {spaces!r}")
+    return Spelling(missing, decimal, thousands, spaces == "trim")
 
 
 def _known(path: Path, key: str, body: object, known: tuple[str, ...], plain: str) -> dict:

@@ -108,7 +108,7 @@ def _open_text(
     for file in files:
         if len(files) > 1 and not has_rows(file, spec.encoding):
             continue
-        header = read_header(file, delimiter, spec.encoding, spec.quoted)
+        header = read_header(file, delimiter, spec.encoding, spec.quoted, spec.spelling.trim)
         _check_names(spec, uses, file, header, delimiter)
         layouts[file] = Layout(header, delimiter, header=True, quoted=spec.quoted, encoding=spec.encoding)
     return tuple(layouts), lambda file, size: _text_rows(spec, wanted, file, layouts[file], size)
@@ -129,6 +129,8 @@ def _check_names(spec: TableSource, uses: _Uses, file: Path, names: tuple[str, .
     for key, column, _ in uses:
         if column not in names:
             advice = nearest_or_all(column, names)
+            if column in (name.strip() for name in names) and delimiter:
+                advice = "There are blanks around its name. Write `spaces: trim`"
             better = [d for d in OTHERS if delimiter not in ("", d) and column in _names_by(spec, file, d)]
             if better:
                 shown = "tab" if better[0] == "\t" else better[0]
@@ -138,6 +140,6 @@ def _check_names(spec: TableSource, uses: _Uses, file: Path, names: tuple[str, .
 
 def _names_by(spec: TableSource, file: Path, delimiter: str) -> tuple[str, ...]:
     try:
-        return read_header(file, delimiter, spec.encoding, spec.quoted)
+        return read_header(file, delimiter, spec.encoding, spec.quoted, spec.spelling.trim)
     except UserError:
         return ()

@@ -66,7 +66,7 @@ class Clock:
 
     def __init__(self, time: TimeColumn, first: Rows) -> None:
         self.time = time
-        raw = first.frame[time.column].head(1)
+        raw = first.cells(time.column).head(1)
         number = raw.dtype != pl.String or not first.spelling.number(raw).null_count()
         self.how = "number" if number and not time.format else "date"
 

@@ -5,6 +5,7 @@ The answers go into ``provenance["warnings"]`` of the schema. They depend on the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +19,7 @@ from embsearch_dist.schema import SPLITS, Field
 FEW_CLICKS = 200
 FEW_STEPS = 20
 LEAK = 0.99
+DRIFT = 2.0
 LEAST = 10  # clicks, and rows without one, below which an AUC says nothing
 ONE_EACH = 0.95  # values a row
 LEAST_CELLS = 1000  # of which a field of few rows says nothing
@@ -26,7 +28,7 @@ BINS = 256
 
 
 def of_splits(rows: dict[str, int], clicks: dict[str, int]) -> list[str]:
-    """Splits of one class or of few clicks (or few rows without one), and few steps an epoch."""
+    """Splits of one class or of few clicks (or few rows without one), click rates that change, few steps an epoch."""
     found, few = [], []
     for split in SPLITS:
         n, yes = rows[split], clicks[split]
@@ -38,6 +40,7 @@ def of_splits(rows: dict[str, int], clicks: dict[str, int]) -> list[str]:
             few[-1] += f" in the {split} split"
     if few:
         found.append(f"only {', '.join(few)}: AUC will be uncertain. Give more rows")
+    found += _of_rates(rows, clicks)
     batch = TrainConfig().batch_size
     if rows["train"] // batch < FEW_STEPS:
         found.append(
@@ -45,6 +48,26 @@ def of_splits(rows: dict[str, int], clicks: dict[str, int]) -> list[str]:
             f"of {batch}. Lower train.batch_size, or train more epochs"
         )
     return found
+
+
+def _of_rates(rows: dict[str, int], clicks: dict[str, int]) -> list[str]:
+    """Splits whose odds of a click are :data:`DRIFT` times those of the training rows or more, or less alike."""
+    counts = {split: (clicks[split], rows[split] - clicks[split]) for split in SPLITS}
+    if any(min(pair) < LEAST for pair in counts.values()):
+        return []
+
+    def differs(split: str) -> bool:
+        (yes, no), (one, other) = counts["train"], counts[split]
+        error = sum(1 / n for n in (yes, no, one, other)) ** 0.5
+        return abs(math.log(yes / no * other / one)) > math.log(DRIFT) + 2 * error
+
+    if not any(differs(split) for split in SPLITS[1:]):
+        return []
+    shares = ", ".join(f"{clicks[split] / rows[split]:.3g} of the {split} rows" for split in SPLITS)
+    return [
+        f"the share of clicks changes: {shares}. What is chosen on validation rows may not hold for test rows. Check "
+        "how the rows are sorted, and that the time of a row is known before the click; or give --split random"
+    ]
 
 
 def of_leaks(parts: Sequence[Part], fields: Sequence[Field], ids: Ids, dense: Sequence[str]) -> list[str]:
@@ -115,7 +138,24 @@ def of_identity(name: str, distinct: int, cells: int) -> str | None:
 
 
 def of_spellings(name: str, values: pl.Series) -> str | None:
-    """A warning where a vocabulary holds a whole number twice, as ``1`` and as ``1.0``."""
+    """A warning where a vocabulary holds a value twice: a whole number as ``1`` and as ``1.0``, or any with blanks."""
+    return _of_blanks(name, values) or _of_points(name, values)
+
+
+def _of_blanks(name: str, values: pl.Series) -> str | None:
+    bare = values.str.strip_chars()
+    padded = bare != values
+    twice = values.filter(padded & bare.is_in(values.filter(~padded).implode()))
+    if not len(twice):
+        return None
+    one = str(twice[0])
+    return (
+        f"{name!r} has {len(twice):,} values with and without blanks around them, such as {one!r} and {one.strip()!r}. "
+        "If they are the same, write `spaces: trim` in the source file"
+    )
+
+
+def _of_points(name: str, values: pl.Series) -> str | None:
     pointed = values.filter(values.str.ends_with("0"))  # most values are let go without a regular expression
     pointed = pointed.filter(pointed.str.contains(r"^[+-]?\d+\.0+$"))
     if not len(pointed):
