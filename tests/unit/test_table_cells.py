@@ -345,3 +345,19 @@ def test_rows_to_be_predicted_are_read_with_the_same_blanks(tmp_path: Path) -> N
     (tmp_path / "next.csv").write_text("u \n a\nb\n")
     rows = Description.of(told, "here").open(tmp_path / "next.csv", "table", Reading(labelled=False))
     assert next(iter(rows.chunks())).frame["u"].to_list() == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "inside"),
+    [("next.data", "u\na\nb\n"), ("next.txt", "v,u\n7,a\n7,b\n"), ("next.tsv", "v\tu\n7\ta\n7\tb\n")],
+)
+def test_rows_to_be_predicted_may_have_names_that_tell_no_format(tmp_path: Path, name: str, inside: str) -> None:
+    (tmp_path / "a.data").write_text("y,u\n1,a\n0,b\n")
+    assert read(tmp_path, "a.data", more="format: csv")["u"].to_list() == ["a", "b"]
+    told = Description.of(json.loads(json.dumps(open_source("table", tmp_path / "s.yaml").description)), "here")
+    folder = tmp_path / "next"
+    folder.mkdir()
+    (folder / name).write_text(inside)
+    for path in (folder, folder / name):
+        rows = told.open(path, "table", Reading(labelled=False))
+        assert next(iter(rows.chunks())).frame["u"].to_list() == ["a", "b"]

@@ -88,7 +88,7 @@ def test_parquet_behind_another_name_is_read_or_named(tmp_path: Path) -> None:
         (tmp_path / "b.csv").write_text(TEXT)
         read(tmp_path, "[a.csv, b.csv]")
     (tmp_path / "a.dat").write_text(TEXT)
-    with pytest.raises(UserError, match="cannot tell the format of 'a.dat'. Add `format: csv`"):
+    with pytest.raises(UserError, match="cannot tell the format of 'a.dat'. Name it .csv, .tsv or .*add `format: csv`"):
         read(tmp_path, "a.dat")
 
 

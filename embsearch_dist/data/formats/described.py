@@ -29,7 +29,7 @@ class Description:
         columns: fields and dense columns, in the order of the schema.
         raw: the column of the files behind each of them, where rows come as a table.
         spelling: how cells of a table are written.
-        text: ``delimiter``, ``encoding`` and ``quoted`` of text files.
+        text: ``delimiter``, ``encoding`` and ``quoted`` of text files, and ``format`` where the source file named it.
         options: of the format: ``genres`` and ``numbers``.
         given_ids: cells hold ids that were made elsewhere, not values of a vocabulary.
     """
@@ -105,4 +105,5 @@ class Description:
             columns=self.columns,
             raw=self.raw,
             min_count=1,
+            likely=text.get("format", ""),
         )

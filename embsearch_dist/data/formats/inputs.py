@@ -10,6 +10,7 @@ from embsearch_dist.data.formats.clicks import by_name
 from embsearch_dist.data.formats.opening import PARQUET, packing
 from embsearch_dist.errors import UserError
 
+PLAIN = (".csv", ".tsv", ".tab")  # .txt may be either
 SUFFIXES = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".txt": "tsv", ".parquet": "parquet", ".pq": "parquet"}
 PACKED = (".gz", ".gzip", ".zst", ".zstd")
 
@@ -86,8 +87,11 @@ def _pattern(source: Path, name: str, path: Path) -> list[Path]:
     return sorted(found, key=lambda p: [by_name(Path(part)) for part in p.parts])
 
 
-def format_of(source: Path, files: Sequence[Path]) -> str:
+def format_of(source: Path, files: Sequence[Path], likely: str = "") -> str:
     """``csv``, ``tsv`` or ``parquet``: what all files are, by their first bytes, else their names.
+
+    Args:
+        likely: what files are whose names do not tell; empty: .txt is tsv, and others cannot be told.
 
     Raises:
         UserError: one that cannot be told, or two that differ.
@@ -96,10 +100,17 @@ def format_of(source: Path, files: Sequence[Path]) -> str:
     for file in files:
         kind = packing(file)
         suffix = _bare(file).suffix.lower()
-        if kind != PARQUET and suffix not in SUFFIXES:
-            raise UserError(f"{source}: cannot tell the format of {file.name!r}. Add `format: csv`, tsv or parquet")
-        found = PARQUET if kind == PARQUET else SUFFIXES[suffix]
-        formats.append(found)
+        if kind == PARQUET:
+            formats.append(PARQUET)
+        elif likely in ("csv", "tsv") and suffix not in PLAIN:
+            formats.append(likely)
+        elif suffix in SUFFIXES:
+            formats.append(SUFFIXES[suffix])
+        else:
+            raise UserError(
+                f"{source}: cannot tell the format of {file.name!r}. Name it .csv, .tsv or .parquet, or add "
+                "`format: csv`, tsv or parquet to the source file"
+            )
     differs = next((k for k, f in enumerate(formats) if f != formats[0]), None)
     if differs is not None:
         raise UserError(

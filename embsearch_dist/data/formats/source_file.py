@@ -43,6 +43,7 @@ class TableSource:
         name: of the data set.
         files: paths, folders and patterns as they are written.
         format: ``csv``, ``tsv`` or ``parquet``; empty: by the files.
+        likely: as ``format``, of files alone that do not tell it themselves.
         delimiter: one character; empty: that of the format.
         encoding: ``utf-8``, ``latin-1`` or ``utf-16``.
         quoted: whether quotes protect separators.
@@ -67,6 +68,7 @@ class TableSource:
     columns: tuple[Column, ...]
     raw: dict[str, str]
     min_count: int
+    likely: str = ""
 
     @property
     def uses(self) -> tuple[tuple[str, str, str], ...]:
@@ -89,7 +91,7 @@ class TableSource:
 
     def describe(self) -> dict[str, Any]:
         """How further rows of this kind are read; JSON-able. What belongs to single files or the label is left out."""
-        kinds = {"delimiter": self.delimiter, "encoding": self.encoding, "quoted": self.quoted}
+        kinds = {"delimiter": self.delimiter, "encoding": self.encoding, "quoted": self.quoted, "format": self.format}
         columns = [{**describe_column(c), "column": self.raw[c.name]} for c in self.columns]
         spelling = asdict(self.spelling) | {"missing": list(self.spelling.missing)}
         return {"format": "table", "columns": columns, "text": kinds, "spelling": spelling}

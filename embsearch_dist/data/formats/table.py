@@ -79,8 +79,8 @@ def unlabelled(spec: TableSource, reading: Reading) -> Source:
 
 def _opened(spec: TableSource, passed: Sequence[str]) -> tuple[tuple[Path, ...], _Cutter, tuple[str, ...]]:
     """The files that have rows, how each is cut, and notes; ``passed``: columns that are read and left as they are."""
-    files, notes = inputs.expand(spec.path, spec.files, any_name=bool(spec.format))
-    kind = spec.format or inputs.format_of(spec.path, files)
+    files, notes = inputs.expand(spec.path, spec.files, any_name=bool(spec.format or spec.likely))
+    kind = spec.format or inputs.format_of(spec.path, files, spec.likely)
     wanted = tuple(dict.fromkeys([*spec.wanted, *passed]))
     uses = (*spec.uses, *((f"--keep {name}", name, "kept") for name in passed))
     opened = _open_parquet if kind == "parquet" else partial(_open_text, kind=kind)
