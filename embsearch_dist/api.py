@@ -115,7 +115,7 @@ def search(
     data: str | Path | DataSource | None = None,
     settings: Settings | None = None,
     method: str = "",
-) -> Allocation | GroupedAllocation:
+) -> Allocation | GroupedAllocation | None:
     """Search as ``launch/search.py`` does, in this process. A run that was stopped goes on, one that is done is read.
 
     Args:
@@ -126,7 +126,8 @@ def search(
         method: name of a method, if the config names none.
 
     Returns:
-        What was found; of a search for networks the widths of its tables.
+        What was found; of a search for networks the widths of its tables; None of one that finds no widths and has
+        trained its model itself, under ``run_dir/retrain`` (``adafs``).
 
     Raises:
         UserError: names the file, key or field, and the cure.
@@ -136,7 +137,7 @@ def search(
     try:
         with _handed_over(data), _alone(made.run, made.dist) as context:
             run = running.search(made, context, "es.search")
-        return read_result("", run.dir, run.schema)[1]
+        return read_result("", run.dir, run.schema)[1] if METHODS[made.method].result else None
     finally:
         release()
 

@@ -12,6 +12,7 @@ from embsearch_dist.config.sections import Config
 from embsearch_dist.errors import UserError
 from embsearch_dist.grouped import GROUPS
 from embsearch_dist.methods import CONFIGS, METHODS
+from embsearch_dist.methods.gated.collected import is_gated
 from embsearch_dist.methods.results import kept_network, restore_allocation
 from embsearch_dist.methods.retraining import Found, Results, Retraining, Wish, read_wish, taken
 from embsearch_dist.methods.stages import check_stages, run_stages
@@ -71,6 +72,11 @@ def retrain(config: Config, context: Context, run_dir: Path, wish: Wish, suffix:
     """
     schema = open_data(config, context)
     with context.together("reading the allocation"):
+        if not METHODS[config.method].result and not (wish.allocation or config.model.allocation):
+            raise UserError(
+                f"the search of {config.method} trains its model itself and finds no widths: evaluate or export what "
+                f"{run_dir / 'retrain'} holds, or give --allocation ues-32 to train a uniform width beside it"
+            )
         start = Start.open(wish.start, wish.start_optimizer) if wish.start else None
         name, found = read_wish(wish, config, run_dir, schema)
     run = Run(config, schema, context)
@@ -104,7 +110,8 @@ def continuing(wish: Wish, plain: dict[str, str], overrides: list[str]) -> tuple
 
 
 def trained_config(directory: Path, option: str, overrides: Sequence[str]) -> Config:
-    """The config of a directory under ``RUN/retrain``, whose ``run.dir`` is that directory.
+    """The config of a directory under ``RUN/retrain``, whose ``run.dir`` is that directory: something was trained
+    there, or the model of a search itself was measured.
 
     Args:
         option: which named it, for messages.
@@ -112,7 +119,7 @@ def trained_config(directory: Path, option: str, overrides: Sequence[str]) -> Co
     Raises:
         UserError: nothing was trained there, or its config was changed.
     """
-    result = any((directory / name).exists() for name in ("allocation.json", GROUPS))
+    result = is_gated(directory) or any((directory / name).exists() for name in ("allocation.json", GROUPS))
     if not result or not (directory / "config.yaml").exists():
         raise UserError(
             f"{option} {directory}: not a directory of retrain.py (allocation.json or config.yaml is missing)"
@@ -133,7 +140,8 @@ def answers_of(directory: Path, run: Run, split: str) -> Other:
     config.data, config.dist = run.config.data, run.config.dist
     own = Run(config, run.schema, run.context)
     with run.context.together("comparing the data"):
-        before = Schema.load(directory)
+        kind = METHODS[config.method]().kind(directory)
+        before = Schema.load(directory.resolve().parents[1] if kind == "gated" else directory)  # a search keeps its own
         if before.fingerprint != run.schema.fingerprint or differs(before.data, run.schema.data):
             raise UserError(f"--against {directory}: it was trained on other data, so the rows cannot be compared")
     found = METHODS[config.method]().predictions(own, directory, split, "")

@@ -14,8 +14,11 @@ import torch
 
 import embsearch_dist as es
 from embsearch_dist.errors import UserError
+from embsearch_dist.files import read_sealed
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.trial import merged
+from embsearch_dist.run import Run, open_data
+from embsearch_dist.running import answers_of, trained_config
 from embsearch_dist.schema import Field, Schema
 from embsearch_dist.serving.predict import Job, predict
 from tests.factories import one_rank, prepared
@@ -102,6 +105,33 @@ def test_a_search_and_a_retraining_in_one_process(data: Path, tmp_path: Path) ->
     again = es.retrain(run, name="again", start=run / "retrain" / "utilities", settings={"train.epochs": 1})["again"]
     assert again["widths"] == found.widths and again["start"]["from"] == str(run / "retrain" / "utilities")
     assert all(0.4 < r["auc"] < 1 and (run / "retrain" / n / "evaluation.json").exists() for n, r in results.items())
+
+
+def test_a_search_that_trains_its_model_itself_gives_no_widths(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert es.search(run_dir=run, method="adafs", settings=settings(data, "adafs")) is None
+    with pytest.raises(UserError, match="adafs trains its model itself.* --allocation ues-32"):
+        es.retrain(run)
+    assert set(es.retrain(run, "ues-2")) == {"ues-2"}
+
+
+@pytest.mark.parametrize(("method", "name"), [("adafs", "adafs-soft"), ("ihas", "ihas-1")])
+def test_the_model_of_a_search_itself_is_measured_again(data: Path, tmp_path: Path, method: str, name: str) -> None:
+    es.search(run_dir=tmp_path / "run", method=method, settings=settings(data, method))
+    searched = tmp_path / "run" / "retrain" / name
+    first = read_sealed(searched / "evaluation.json")
+    again = es.evaluate(searched)
+    assert {k: again[k] for k in ("auc", "logloss", "name", "rows")} == {
+        k: first[k] for k in ("auc", "logloss", "name", "rows")
+    }
+    held_out = es.evaluate(searched, "validation")
+    assert held_out["split"] == "validation" and held_out["auc"] != first["auc"]
+    config = trained_config(searched, "--run", [])
+    context = one_rank()
+    assert (
+        len(answers_of(searched, Run(config, open_data(config, context), context), "test").found.labels)
+        == first["rows"]
+    )
 
 
 def test_a_group_that_the_program_has_opened_is_used_and_left_open(data: Path) -> None:

@@ -20,11 +20,13 @@ from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.collected import Collected
 from embsearch_dist.methods.gated import task as gated
 from embsearch_dist.methods.gated.collected import collect_gated, is_gated
-from embsearch_dist.methods.gated.result import leave_result
+from embsearch_dist.methods.gated.result import check_gated, evaluate_searched, leave_result, predict_searched
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.trial import TRAINING
 from embsearch_dist.run import Run
 from embsearch_dist.train.bilevel import frozen
+from embsearch_dist.train.figures import Wanted
+from embsearch_dist.train.metrics import Predictions
 from embsearch_dist.train.monitor import Monitor
 
 STAGE = "controller"
@@ -164,6 +166,22 @@ class AdaFS(Method):
     def check(self, run: Run) -> None:
         search, fields = run.config.search, len(run.schema.fields)
         require(search.k <= fields, "search.k", f"must be at most {fields}, the number of fields, got {search.k}")
+
+    def check_evaluation(self, directory: Path, router: str, precision: str) -> None:
+        check = check_gated if is_gated(directory) else super().check_evaluation
+        check(directory, router, precision)
+
+    def evaluate(
+        self, run: Run, directory: Path, split: str, router: str, precision: str, wanted: Wanted | None = None
+    ) -> dict[str, Any]:
+        if is_gated(directory):
+            return evaluate_searched(load_searched, run, directory, split, wanted)
+        return super().evaluate(run, directory, split, router, precision, wanted)
+
+    def predictions(self, run: Run, directory: Path, split: str, router: str) -> Predictions:
+        if is_gated(directory):
+            return predict_searched(load_searched, run, directory, split)
+        return super().predictions(run, directory, split, router)
 
     def kind(self, directory: Path) -> str:
         return "gated" if is_gated(directory) else super().kind(directory)

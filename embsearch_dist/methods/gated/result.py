@@ -1,8 +1,11 @@
-"""The result of a search stage's own model, in the form in which ``retrain.py`` leaves those that it trains."""
+"""The result of a search stage's own model, in the form in which ``retrain.py`` leaves those that it trains, and what
+``evaluate.py`` measures of it."""
 
 from __future__ import annotations
 
+import copy
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,18 @@ from torch import nn
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config.sections import Config
 from embsearch_dist.data.load.dataset import BatchStream
+from embsearch_dist.errors import UserError
 from embsearch_dist.files import write_sealed
 from embsearch_dist.methods.gated.task import GatedTask
+from embsearch_dist.methods.retraining import leave_evaluation
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.run import Run
 from embsearch_dist.train.evaluation import Evaluation
 from embsearch_dist.train.figures import Wanted, told
-from embsearch_dist.train.metrics import figures, predictions, shown
+from embsearch_dist.train.metrics import Predictions, figures, predictions, shown
+
+Loader = Callable[[Run], GatedTask]
+"""Gives the trained model of a search's run directory, to be read."""
 
 
 def seeded_name(name: str, seed: int) -> str:
@@ -25,7 +33,14 @@ def seeded_name(name: str, seed: int) -> str:
     return f"{name}-seed{seed}" if seed else name
 
 
-def evaluate_gated(task: GatedTask, stream: BatchStream, context: Context, config: Config, name: str) -> dict[str, Any]:
+def evaluate_gated(
+    task: GatedTask,
+    stream: BatchStream,
+    context: Context,
+    config: Config,
+    name: str,
+    wanted: Wanted | None = None,
+) -> dict[str, Any]:
     """Exact AUC and logloss over all ranks of a model that selects row by row, with the keys of
     :func:`embsearch_dist.train.retrain.evaluate_model`.
 
@@ -35,11 +50,12 @@ def evaluate_gated(task: GatedTask, stream: BatchStream, context: Context, confi
     Args:
         task: with the weights that are to be measured; its selection is that of inference.
         name: of the result's directory; its ``-seedN`` is dropped, so that seeds are averaged.
+        wanted: what is told beside; by default ``train.group`` is.
     """
     model = task.model
     model.eval()
     started = time.monotonic()
-    wanted = Wanted(config.train.group)
+    wanted = wanted or Wanted(config.train.group)
     found = predictions(task.predict, stream.epoch(0), context, wanted.group)
     seconds = time.monotonic() - started
     metrics = figures(found)
@@ -75,3 +91,40 @@ def leave_result(run: Run, task: GatedTask, name: str, eval_batch_size: int) -> 
     if context.rank == 0:
         print(f"{name}: test auc {shown(result['auc'])}  logloss {result['logloss']:.5f}  -> {directory}", flush=True)
     return directory
+
+
+def check_gated(directory: Path, router: str, precision: str) -> None:
+    """Refuse options of evaluate.py and export.py that the searched model measured in ``directory`` has no use for."""
+    if router:
+        raise UserError(f"--router {router}: {directory} holds one model, not models of groups. Leave it out")
+    if precision:
+        raise UserError(
+            f"--precision {precision}: {directory} holds the model of a search itself: export it, the card has figures"
+        )
+
+
+def evaluate_searched(
+    load: Loader, run: Run, directory: Path, split: str, wanted: Wanted | None = None
+) -> dict[str, Any]:
+    """Measure the searched model that was measured in ``directory``, and leave the figures there.
+
+    Raises:
+        UserError: a file of the search is damaged.
+    """
+    task, stream = _open(load, run, directory, split)
+    result = evaluate_gated(task, stream, run.context, run.config, directory.name, wanted)
+    return leave_evaluation(run.context, directory, split, result)
+
+
+def predict_searched(load: Loader, run: Run, directory: Path, split: str) -> Predictions:
+    """Answers of the searched model that was measured in ``directory``, in stored order."""
+    task, stream = _open(load, run, directory, split)
+    task.model.eval()
+    return predictions(task.predict, stream.epoch(0), run.context).in_stored_order(run.context)
+
+
+def _open(load: Loader, run: Run, directory: Path, split: str) -> tuple[GatedTask, BatchStream]:
+    config = copy.deepcopy(run.config)
+    config.run.dir = str(directory.resolve().parents[1])  # where the checkpoints of the search lie
+    search = Run(config, run.schema, run.context)
+    return load(search), search.stream(split, config.search.training.eval_batch_size, shuffle=False)

@@ -11,6 +11,7 @@ from embsearch_dist.grouped import GROUPS, GroupedAllocation
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.collected import Collected
 from embsearch_dist.methods.gated.collected import collect_gated, is_gated
+from embsearch_dist.methods.gated.result import check_gated, evaluate_searched, predict_searched
 from embsearch_dist.methods.ihas.collected import collect_routed
 from embsearch_dist.methods.ihas.config import IHASConfig
 from embsearch_dist.methods.ihas.gates_stage import GateStage, MeasureStage, load_gates
@@ -71,7 +72,8 @@ class IHAS(Method):
 
     def check_evaluation(self, directory: Path, router: str, precision: str) -> None:
         if not holds_groups(directory):
-            super().check_evaluation(directory, router, precision)
+            check = check_gated if is_gated(directory) else super().check_evaluation
+            check(directory, router, precision)
             return
         one_of("--router", router or ROUTERS[0], ROUTERS)
         if precision:
@@ -82,6 +84,8 @@ class IHAS(Method):
     def evaluate(
         self, run: Run, directory: Path, split: str, router: str, precision: str, wanted: Wanted | None = None
     ) -> dict[str, Any]:
+        if self.kind(directory) == "gated":
+            return evaluate_searched(load_gates, run, directory, split, wanted)
         if not holds_groups(directory):
             return super().evaluate(run, directory, split, router, precision, wanted)
         search, grouped, models = _open_groups(run, directory)
@@ -89,6 +93,8 @@ class IHAS(Method):
         return evaluate_groups(search, run.config, grouped, directory, models, split, kind, wanted)
 
     def predictions(self, run: Run, directory: Path, split: str, router: str) -> Predictions:
+        if self.kind(directory) == "gated":
+            return predict_searched(load_gates, run, directory, split)
         if not holds_groups(directory):
             return super().predictions(run, directory, split, router)
         search, grouped, models = _open_groups(run, directory)
