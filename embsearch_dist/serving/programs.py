@@ -95,7 +95,7 @@ def exported(program: Program, ids: Ids) -> Any:
     Raises:
         UserError: the model holds something that cannot be traced.
     """
-    example = program.inputs(ids)
+    example = [_two_at_least(x, 2 if p.field else 1) for p, x in zip(program.ports, program.inputs(ids), strict=True)]
     rows = torch.export.Dim("batch")
     lengths = {p.field: torch.export.Dim(f"length{k}") for k, p in enumerate(program.ports) if p.field}
     shapes = tuple({0: rows, 1: lengths[p.field]} if p.field else {0: rows} for p in program.ports)
@@ -105,6 +105,12 @@ def exported(program: Program, ids: Ids) -> Any:
             return torch.export.export(program, tuple(example), dynamic_shapes=(shapes,), strict=False)
         except Exception as e:  # the tracer raises errors of many kinds
             raise UserError(f"this model cannot be traced by torch.export ({_line(e)}). {OTHERWISE}") from e
+
+
+def _two_at_least(x: torch.Tensor, dims: int) -> torch.Tensor:
+    """An example whose first ``dims`` sizes may be any: the tracer takes a size of 1 for one that never changes."""
+    missing = [max(2 - size, 0) if d < dims else 0 for d, size in enumerate(x.shape)]
+    return nn.functional.pad(x, [n for more in reversed(missing) for n in (0, more)])
 
 
 OTHERWISE = "launch/predict.py and embsearch_dist.serve run it all the same: leave --format out"

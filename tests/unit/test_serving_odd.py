@@ -22,6 +22,7 @@ from embsearch_dist.serving.directory import ModelDirectory, open_directory, sav
 from embsearch_dist.serving.predict import Job, predict, told
 from embsearch_dist.serving.programs import Port
 from embsearch_dist.serving.server import Limits, application
+from embsearch_dist.serving.tables import Ids, Padded
 from embsearch_dist.serving.triton import config
 from tests.served import exported, run_of, single
 
@@ -149,3 +150,29 @@ def test_a_full_disk_is_told_before_torch_ends_the_process(
         with pytest.raises(UserError, match=r"p\.pt2 takes up to .* MB, the disk has 0\.0 MB left"):
             save(traced, tmp_path / "p.pt2")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_lists_that_were_short_may_be_longer_in_a_program(tmp_path: Path) -> None:
+    """The rows that the model is traced with hold one value at most, and there is one of them."""
+    rows = 300
+    columns = {"click": [k % 2 for k in range(rows)], "user": [f"u{k % 9}" for k in range(rows)]}
+    columns |= {"tags": [("", "a", "b")[k % 3] for k in range(rows)], "empty": [""] * rows}
+    pl.DataFrame(columns).write_csv(tmp_path / "a.csv")
+    fields = "{user: categorical, tags: {kind: list}, empty: {kind: list}}"
+    (tmp_path / "s.yaml").write_text(f"files: a.csv\nlabel: click\nfields: {fields}\n")
+    prepare("table", tmp_path / "s.yaml", tmp_path / "out", quiet=True)
+    run = run_of(tmp_path / "out", "model.hidden=[8]")
+    exported(run, single(run, {"user": 4, "tags": 2, "empty": 2}), tmp_path / "model")
+    opened = open_directory(tmp_path / "model")
+    program = programs.Program(opened.model(), run.schema)
+
+    def made(count: int, length: int) -> Ids:
+        shape, sizes = (count, length), {"tags": 3, "empty": 1}
+        lists = {name: Padded(torch.randint(0, size, shape), torch.ones(shape)) for name, size in sizes.items()}
+        return Ids({"user": torch.randint(0, 10, (count,))}, lists, torch.zeros(count, 0))
+
+    torch.manual_seed(0)
+    traced = programs.exported(program, made(1, 1)).module()
+    for ids in (made(1, 1), made(5, 4), made(2, 1)):
+        inputs = program.inputs(ids)
+        torch.testing.assert_close(traced(*inputs), program(*inputs))
