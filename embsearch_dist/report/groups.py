@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -325,7 +326,8 @@ def _height(rows: int) -> float:
 def _result_cells(numbers: Mapping[str, Any], share: str) -> list[Cell]:
     def cell(key: str, form: str) -> Cell:
         value = numbers.get(key)
-        return Cell(format(value, form) if isinstance(value, int | float) else "-")
+        told = isinstance(value, int | float) and math.isfinite(value)
+        return Cell(format(value, form) if told else "-")
 
     measured = [cell("auc", ".4f"), cell("logloss", ".4f"), cell("embedding_parameters", ",.0f")]
     return [cell("rows", ",.0f"), Cell(share), *measured]

@@ -45,8 +45,8 @@ def headline(runs: Sequence[Run], comparison: Comparison | None) -> list[str]:
     first = next(iter(own or [r for r in rows if any(x.rank == 1 for x in r.results)] or rows))
     trust = f"mean of {len(first.results)} runs" if len(first.results) > 1 else "one seed, so the spread is unknown"
     sentences = [
-        f"The found network ({first.name}) reaches a logloss of {_logloss(first):.4f} and an AUC of "
-        f"{first.auc.mean:.4f} on the {comparison.split} split ({trust})."
+        f"The found network ({first.name}) reaches a logloss of {_logloss(first):.4f} and {_auc(first)} "
+        f"on the {comparison.split} split ({trust})."
     ]
     others = [r for r in comparison.rows if not _by_network(r)]
     # Behind tables of the same width the network is all that differs.
@@ -58,6 +58,10 @@ def headline(runs: Sequence[Run], comparison: Comparison | None) -> list[str]:
         which = f"{lowest.name} ({behind(lowest)}) has the lowest logloss, {_logloss(lowest):.4f}"
         sentences.append(f"Of the networks trained from scratch, {which}.")
     return sentences
+
+
+def _auc(row: Row) -> str:
+    return "no AUC (rows of one class)" if math.isnan(row.auc.mean) else f"an AUC of {row.auc.mean:.4f}"
 
 
 def behind(row: Row) -> str:
@@ -320,12 +324,13 @@ def _unevaluated(run: Run) -> str:
 
 def _against(row: Row, base: Row) -> str:
     delta, gain = auc_difference(row, base), _logloss(base) - _logloss(row)
-    text = (
-        f"Against {display_name(base)} ({behind(base)}, {_logloss(base):.4f} and {base.auc.mean:.4f}) its logloss is "
-    )
-    text += f"{abs(gain):.4f} {'lower' if gain >= 0 else 'higher'} and its AUC {abs(delta.mean):.4f} "
-    text += "higher" if delta.mean >= 0 else "lower"
-    if delta.interval is not None:
+    areas = not math.isnan(delta.mean)
+    theirs_auc = f" and {base.auc.mean:.4f}" if areas else ""
+    text = f"Against {display_name(base)} ({behind(base)}, {_logloss(base):.4f}{theirs_auc}) its logloss is "
+    text += f"{abs(gain):.4f} {'lower' if gain >= 0 else 'higher'}"
+    if areas:
+        text += f" and its AUC {abs(delta.mean):.4f} {'higher' if delta.mean >= 0 else 'lower'}"
+    if areas and delta.interval is not None:
         text += f" (95% interval {delta.interval[0]:+.4f} to {delta.interval[1]:+.4f})"
     shares = []
     for key, name in (("flops_per_sample", "FLOPs"), ("embedding_parameters", "embedding parameters")):

@@ -139,6 +139,17 @@ def test_sections_are_those_of_a_search_for_networks(html: str, full: Path) -> N
     assert "any model can reach on this data is 0.3219" in html
 
 
+def test_an_auc_that_is_undefined_is_left_out_of_the_headline(tmp_path: Path) -> None:
+    path = search(tmp_path / "toy")
+    for name, logloss, place in (("nasrec", 0.45, 6), ("ues-16", 0.46, None)):
+        file = trained(path, name, logloss, place) / "evaluation.json"
+        write_json(file, json.loads(file.read_text()) | {"auc": None, "auc_undefined": "rows of one class"})
+    runs = load_runs([path])
+    first, against, *_ = headline(runs, compare(runs))
+    assert first.startswith("The found network (nasrec) reaches a logloss of 0.4500 and no AUC (rows of one class) on")
+    assert against.startswith("Against UES-16 (deepfm, 0.4600) its logloss is 0.0100 lower, with ")
+
+
 def test_headline_compares_networks_behind_tables_of_one_width(full: Path) -> None:
     runs = load_runs([full])
     first, against, better = headline(runs, compare(runs))
