@@ -131,10 +131,10 @@ def check_classes(run: Run, needed: str = "", splits: Sequence[str] = ("validati
             found = [_classes(run, split) for split in splits]
     for classes in (c for c in run.context.share(found) if c.one and c.rows):
         if classes.split == "validation" and needed:
+            spread = run.schema.provenance.get("split") == "random"
+            cure = "more rows" if spread else "another --split (random spreads the clicks)"
             raise UserError(
-                f"{classes.said}: AUC is undefined, and {needed}. Prepare the data again with another --split (random "
-                "spreads the clicks)",
-                everywhere=True,
+                f"{classes.said}: AUC is undefined, and {needed}. Prepare the data again with {cure}", everywhere=True
             )
         then = "logloss selects the best checkpoint" if classes.split == "validation" else "it is written as null"
         if run.context.rank == 0:
