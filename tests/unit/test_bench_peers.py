@@ -11,7 +11,7 @@ import torch
 
 from tests.factories import one_rank
 from tools.bench import peers
-from tools.bench.steps import cardinalities
+from tools.bench.steps import BATCHES, cardinalities
 
 SIZES = ["--table-rows", "2000", "--batch", "32", "--hidden", "8", "--rounds", "2", "--steps", "2", "--width", "4"]
 OPTEMBED = """
@@ -29,6 +29,22 @@ class DeepFM_super(torch.nn.Module):
         self.phases.append(phase)
         self.seen.append(x)
         return self.score(self.table(x))
+"""
+EVOLUTION = """
+import torch
+
+class DeepFM_evo(torch.nn.Module):
+    def __init__(self, opt):
+        super().__init__()
+        self.table = torch.nn.Embedding(sum(opt["field_dim"]), opt["latent_dim"])
+        self.ready = False
+
+    def prepare_sparse_feature(self):
+        self.ready = True
+
+    def forward(self, x, cand):
+        assert self.ready and cand.shape == x.shape[1:]
+        return self.table(x).sum((1, 2))
 """
 LAYER = """
 import torch
@@ -54,6 +70,20 @@ def test_both_sides_have_a_line_and_a_ratio(
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [cells[0] for cells in rows[2:]] == ["optembed, ours", "optembed, published"]
     assert float(rows[2][1].split(" ")[0].replace(",", "")) > 0 and rows[3][2].startswith("1.00 ")
+
+
+def test_candidates_of_the_evolution_have_a_line_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "start", lambda *sections: nullcontext(one_rank()))
+    (stand_in(tmp_path) / "models" / "modules_evo.py").write_text(EVOLUTION)
+    peers.main([*SIZES, "--optembed", str(tmp_path), "--evolution"])
+    told = capsys.readouterr().out
+    rows = [line.strip("| ").split(" | ") for line in told.splitlines() if line.startswith("| ")]
+    assert [cells[0] for cells in rows[2:]] == ["optembed, ours", "optembed, published"]
+    assert rows[0][1] == "candidates/s" and f"{32 * BATCHES} held-out rows" in told
+    with pytest.raises(SystemExit, match="--evolution is OptEmbed's"):
+        peers.main([*SIZES, "--optfs", str(tmp_path), "--evolution"])
 
 
 def test_their_model_trains_on_the_ids_of_one_table_without_its_norm(tmp_path: Path) -> None:

@@ -290,13 +290,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def compare(peers: dict[str, Path], args: argparse.Namespace) -> None:
     """Print a line for each side."""
+    theirs: dict[str, Theirs | TheirScores] = {
+        method: TheirScores(folder, args) if args.evolution else Theirs(method, folder, args)
+        for method, folder in peers.items()
+    }
     first = load_config(METHODS, None, ["run.device=cpu", "run.threads=1", "run.dir=not-written"], "optfs")
     with start(first.run, first.dist) as context:
         sides: dict[str, Ours | Theirs | OurScores | TheirScores] = {}
-        for method, folder in peers.items():
-            theirs = TheirScores(folder, args) if args.evolution else Theirs(method, folder, args)
+        for method, side in theirs.items():
             sides[f"{method}, ours"] = OurScores(args, context) if args.evolution else Ours(method, args, context)
-            sides[f"{method}, published"] = theirs
+            sides[f"{method}, published"] = side
         found = in_turns({name: side.turn for name, side in sides.items()}, args.rounds, args.seconds)
     turns = len(next(iter(found.values())))
     print(f"\nDeepFM, MLP {'-'.join(map(str, args.hidden))}, width {args.width}, {args.table_rows:,} rows of tables,")
