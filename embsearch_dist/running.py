@@ -14,7 +14,7 @@ from embsearch_dist.grouped import GROUPS
 from embsearch_dist.methods import CONFIGS, METHODS
 from embsearch_dist.methods.gated.collected import is_gated
 from embsearch_dist.methods.results import kept_network, restore_allocation
-from embsearch_dist.methods.retraining import Found, Results, Retraining, Wish, read_wish, taken
+from embsearch_dist.methods.retraining import BRACKET, Found, Results, Retraining, Wish, read_wish, taken
 from embsearch_dist.methods.stages import check_stages, run_stages
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.ranks.shared import open_shared
@@ -72,7 +72,8 @@ def retrain(config: Config, context: Context, run_dir: Path, wish: Wish, suffix:
     """
     schema = open_data(config, context)
     with context.together("reading the allocation"):
-        if not METHODS[config.method].result and not (wish.allocation or config.model.allocation):
+        named = wish.allocation not in ("", BRACKET) or config.model.allocation
+        if not METHODS[config.method].result and not named:
             raise UserError(
                 f"the search of {config.method} trains its model itself and finds no widths: evaluate or export what "
                 f"{run_dir / 'retrain'} holds, or give --allocation ues-32 to train a uniform width beside it"

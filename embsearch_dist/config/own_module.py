@@ -56,7 +56,7 @@ def _load_file(path: Path, key: str) -> None:
     sys.modules[name] = made
     try:
         # Not by the loader: it would run the bytecode of a file of the same second and size, and leave its own there.
-        exec(compile(body, str(path), "exec", dont_inherit=True), made.__dict__)
+        exec(compile(body, spec.origin or str(path), "exec", dont_inherit=True), made.__dict__)
     except BaseException:
         del sys.modules[name]
         raise

@@ -115,6 +115,17 @@ def test_a_search_that_trains_its_model_itself_gives_no_widths(data: Path, tmp_p
     assert set(es.retrain(run, "ues-2")) == {"ues-2"}
 
 
+@pytest.mark.parametrize("method", ["adafs", "ihas"])
+def test_of_the_model_of_a_search_no_router_and_no_precision_is_measured(tmp_path: Path, method: str) -> None:
+    (tmp_path / "evaluation.json").write_text("{}")
+    check = METHODS[method]().check_evaluation
+    check(tmp_path, "", "")
+    with pytest.raises(UserError, match="--router fields: .* holds one model"):
+        check(tmp_path, "fields", "")
+    with pytest.raises(UserError, match="--precision int8: .* export it, the card has figures"):
+        check(tmp_path, "", "int8")
+
+
 @pytest.mark.parametrize(("method", "name"), [("adafs", "adafs-soft"), ("ihas", "ihas-1")])
 def test_the_model_of_a_search_itself_is_measured_again(data: Path, tmp_path: Path, method: str, name: str) -> None:
     es.search(run_dir=tmp_path / "run", method=method, settings=settings(data, method))

@@ -168,8 +168,9 @@ class AdaFS(Method):
         require(search.k <= fields, "search.k", f"must be at most {fields}, the number of fields, got {search.k}")
 
     def check_evaluation(self, directory: Path, router: str, precision: str) -> None:
-        check = check_gated if is_gated(directory) else super().check_evaluation
-        check(directory, router, precision)
+        super().check_evaluation(directory, router, precision)
+        if is_gated(directory):
+            check_gated(directory, precision)
 
     def evaluate(
         self, run: Run, directory: Path, split: str, router: str, precision: str, wanted: Wanted | None = None

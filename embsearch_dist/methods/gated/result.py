@@ -93,10 +93,8 @@ def leave_result(run: Run, task: GatedTask, name: str, eval_batch_size: int) -> 
     return directory
 
 
-def check_gated(directory: Path, router: str, precision: str) -> None:
-    """Refuse options of evaluate.py and export.py that the searched model measured in ``directory`` has no use for."""
-    if router:
-        raise UserError(f"--router {router}: {directory} holds one model, not models of groups. Leave it out")
+def check_gated(directory: Path, precision: str) -> None:
+    """Refuse a precision of evaluate.py (empty: none) for the searched model that was measured in ``directory``."""
     if precision:
         raise UserError(
             f"--precision {precision}: {directory} holds the model of a search itself: export it, the card has figures"

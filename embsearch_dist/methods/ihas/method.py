@@ -72,8 +72,9 @@ class IHAS(Method):
 
     def check_evaluation(self, directory: Path, router: str, precision: str) -> None:
         if not holds_groups(directory):
-            check = check_gated if is_gated(directory) else super().check_evaluation
-            check(directory, router, precision)
+            super().check_evaluation(directory, router, precision)
+            if is_gated(directory):
+                check_gated(directory, precision)
             return
         one_of("--router", router or ROUTERS[0], ROUTERS)
         if precision:
