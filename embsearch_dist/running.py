@@ -12,7 +12,7 @@ from embsearch_dist.config.sections import Config
 from embsearch_dist.errors import UserError
 from embsearch_dist.grouped import GROUPS
 from embsearch_dist.methods import CONFIGS, METHODS
-from embsearch_dist.methods.gated.collected import is_gated
+from embsearch_dist.methods.gated.collected import is_gated, search_of
 from embsearch_dist.methods.results import kept_network, restore_allocation
 from embsearch_dist.methods.retraining import BRACKET, Found, Results, Retraining, Wish, read_wish, taken
 from embsearch_dist.methods.stages import check_stages, run_stages
@@ -142,7 +142,7 @@ def answers_of(directory: Path, run: Run, split: str) -> Other:
     own = Run(config, run.schema, run.context)
     with run.context.together("comparing the data"):
         kind = METHODS[config.method]().kind(directory)
-        before = Schema.load(directory.resolve().parents[1] if kind == "gated" else directory)  # a search keeps its own
+        before = Schema.load(search_of(directory) if kind == "gated" else directory)
         if before.fingerprint != run.schema.fingerprint or differs(before.data, run.schema.data):
             raise UserError(f"--against {directory}: it was trained on other data, so the rows cannot be compared")
     found = METHODS[config.method]().predictions(own, directory, split, "")

@@ -11,6 +11,7 @@ from embsearch_dist.config.read import load_config
 from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods import CONFIGS
+from embsearch_dist.methods.gated.collected import search_of
 from embsearch_dist.methods.results import kept_network
 from embsearch_dist.ranks.context import start
 from embsearch_dist.run import Run, open_data
@@ -34,7 +35,7 @@ def trained(
     Raises:
         UserError: several processes, a directory that was changed, or data that do not fit.
     """
-    run_dir = directory.resolve().parents[1] if kind == "gated" else directory
+    run_dir = search_of(directory) if kind == "gated" else directory
     check_text(run_dir / "config.yaml")
     config = load_config(CONFIGS, run_dir / "config.yaml", [*kept_network(directory), *overrides])
     with start(config.run, config.dist) as context:

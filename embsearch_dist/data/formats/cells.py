@@ -30,7 +30,7 @@ class Spelling:
     def present(self, raw: pl.Series) -> pl.Series:
         """The cells, null where they hold one of the missing values (numbers: a number equal to one)."""
         if self.trim and raw.dtype == pl.String:
-            raw = raw.str.strip_chars()
+            raw = self._bare(raw)
             raw = raw.set(raw == "", None)
         if not self.missing:
             return raw
@@ -46,8 +46,7 @@ class Spelling:
 
         A mark of thousands counts only between groups of three digits, so that 1.5 never becomes 15.
         """
-        if self.trim and raw.dtype == pl.String:
-            raw = raw.str.strip_chars()
+        raw = self._bare(raw)
         if raw.dtype != pl.String or not (self.thousands or self.decimal != "."):
             return raw.cast(pl.Float64, strict=False)
         text: pl.Expr = pl.col("text")
@@ -62,6 +61,10 @@ class Spelling:
             )
         frame = pl.DataFrame([raw.alias("text")])
         return frame.select(text.cast(pl.Float64, strict=False)).to_series().alias(raw.name)
+
+    def _bare(self, raw: pl.Series) -> pl.Series:
+        """The cells without the blanks around them, where these do not count."""
+        return raw.str.strip_chars() if self.trim and raw.dtype == pl.String else raw
 
     def advice(self, value: object) -> str:
         """What key may be missing where a cell was to be a number and is none."""

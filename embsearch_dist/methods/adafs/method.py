@@ -5,7 +5,6 @@ Nothing is retrained: the searched model is the result, and the controller a par
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,17 +15,13 @@ from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.files import read_sealed
 from embsearch_dist.methods.adafs.config import AdaFSConfig
 from embsearch_dist.methods.adafs.controller import AdaFSModel, keep_top
-from embsearch_dist.methods.base import Method
-from embsearch_dist.methods.collected import Collected
 from embsearch_dist.methods.gated import task as gated
-from embsearch_dist.methods.gated.collected import collect_gated, is_gated
-from embsearch_dist.methods.gated.result import check_gated, evaluate_searched, leave_result, predict_searched
+from embsearch_dist.methods.gated.method import GatedMethod
+from embsearch_dist.methods.gated.result import leave_result
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.trial import TRAINING
 from embsearch_dist.run import Run
 from embsearch_dist.train.bilevel import frozen
-from embsearch_dist.train.figures import Wanted
-from embsearch_dist.train.metrics import Predictions
 from embsearch_dist.train.monitor import Monitor
 
 STAGE = "controller"
@@ -149,7 +144,7 @@ def load_searched(run: Run) -> AdaFSTask:
     return task
 
 
-class AdaFS(Method):
+class AdaFS(GatedMethod):
     """AdaFS: Adaptive Feature Selection in Deep Recommender System (Lin et al. 2022)."""
 
     config = AdaFSConfig
@@ -167,28 +162,5 @@ class AdaFS(Method):
         search, fields = run.config.search, len(run.schema.fields)
         require(search.k <= fields, "search.k", f"must be at most {fields}, the number of fields, got {search.k}")
 
-    def check_evaluation(self, directory: Path, router: str, precision: str) -> None:
-        super().check_evaluation(directory, router, precision)
-        if is_gated(directory):
-            check_gated(directory, precision)
-
-    def evaluate(
-        self, run: Run, directory: Path, split: str, router: str, precision: str, wanted: Wanted | None = None
-    ) -> dict[str, Any]:
-        if is_gated(directory):
-            return evaluate_searched(load_searched, run, directory, split, wanted)
-        return super().evaluate(run, directory, split, router, precision, wanted)
-
-    def predictions(self, run: Run, directory: Path, split: str, router: str) -> Predictions:
-        if is_gated(directory):
-            return predict_searched(load_searched, run, directory, split)
-        return super().predictions(run, directory, split, router)
-
-    def kind(self, directory: Path) -> str:
-        return "gated" if is_gated(directory) else super().kind(directory)
-
-    def collect(self, run: Run, directory: Path, router: str) -> Collected:
-        if self.kind(directory) == "single":
-            return super().collect(run, directory, router)
-        with run.context.together("reading the trained model"):
-            return collect_gated(load_searched(run), directory)
+    def searched(self, run: Run) -> AdaFSTask:
+        return load_searched(run)

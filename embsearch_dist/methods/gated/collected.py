@@ -14,6 +14,11 @@ def is_gated(directory: Path) -> bool:
     return (directory / "evaluation.json").exists() and not (directory / "allocation.json").exists()
 
 
+def search_of(directory: Path) -> Path:
+    """The run directory whose searched model was measured in ``directory``; its checkpoints and schema lie there."""
+    return directory.resolve().parents[1]
+
+
 def collect_gated(task: GatedTask, directory: Path) -> Collected:
     """The searched model itself, which was measured in ``directory``."""
     found = of_gated(task)

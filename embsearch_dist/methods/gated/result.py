@@ -1,11 +1,8 @@
-"""The result of a search stage's own model, in the form in which ``retrain.py`` leaves those that it trains, and what
-``evaluate.py`` measures of it."""
+"""The result of a search stage's own model, in the form in which ``retrain.py`` leaves those that it trains."""
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +11,13 @@ from torch import nn
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config.sections import Config
 from embsearch_dist.data.load.dataset import BatchStream
-from embsearch_dist.errors import UserError
 from embsearch_dist.files import write_sealed
 from embsearch_dist.methods.gated.task import GatedTask
-from embsearch_dist.methods.retraining import leave_evaluation
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.run import Run
 from embsearch_dist.train.evaluation import Evaluation
 from embsearch_dist.train.figures import Wanted, told
-from embsearch_dist.train.metrics import Predictions, figures, predictions, shown
-
-Loader = Callable[[Run], GatedTask]
-"""Gives the trained model of a search's run directory, to be read."""
+from embsearch_dist.train.metrics import figures, predictions, shown
 
 
 def seeded_name(name: str, seed: int) -> str:
@@ -91,38 +83,3 @@ def leave_result(run: Run, task: GatedTask, name: str, eval_batch_size: int) -> 
     if context.rank == 0:
         print(f"{name}: test auc {shown(result['auc'])}  logloss {result['logloss']:.5f}  -> {directory}", flush=True)
     return directory
-
-
-def check_gated(directory: Path, precision: str) -> None:
-    """Refuse a precision of evaluate.py (empty: none) for the searched model that was measured in ``directory``."""
-    if precision:
-        raise UserError(
-            f"--precision {precision}: {directory} holds the model of a search itself: export it, the card has figures"
-        )
-
-
-def evaluate_searched(
-    load: Loader, run: Run, directory: Path, split: str, wanted: Wanted | None = None
-) -> dict[str, Any]:
-    """Measure the searched model that was measured in ``directory``, and leave the figures there.
-
-    Raises:
-        UserError: a file of the search is damaged.
-    """
-    task, stream = _open(load, run, directory, split)
-    result = evaluate_gated(task, stream, run.context, run.config, directory.name, wanted)
-    return leave_evaluation(run.context, directory, split, result)
-
-
-def predict_searched(load: Loader, run: Run, directory: Path, split: str) -> Predictions:
-    """Answers of the searched model that was measured in ``directory``, in stored order."""
-    task, stream = _open(load, run, directory, split)
-    task.model.eval()
-    return predictions(task.predict, stream.epoch(0), run.context).in_stored_order(run.context)
-
-
-def _open(load: Loader, run: Run, directory: Path, split: str) -> tuple[GatedTask, BatchStream]:
-    config = copy.deepcopy(run.config)
-    config.run.dir = str(directory.resolve().parents[1])  # where the checkpoints of the search lie
-    search = Run(config, run.schema, run.context)
-    return load(search), search.stream(split, config.search.training.eval_batch_size, shuffle=False)

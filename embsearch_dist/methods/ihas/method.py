@@ -8,13 +8,11 @@ from typing import Any
 from embsearch_dist.config.options import one_of
 from embsearch_dist.errors import UserError
 from embsearch_dist.grouped import GROUPS, GroupedAllocation
-from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.collected import Collected
-from embsearch_dist.methods.gated.collected import collect_gated, is_gated
-from embsearch_dist.methods.gated.result import check_gated, evaluate_searched, predict_searched
+from embsearch_dist.methods.gated.method import GatedMethod
 from embsearch_dist.methods.ihas.collected import collect_routed
 from embsearch_dist.methods.ihas.config import IHASConfig
-from embsearch_dist.methods.ihas.gates_stage import GateStage, MeasureStage, load_gates
+from embsearch_dist.methods.ihas.gates_stage import GateStage, GatesTask, MeasureStage, load_gates
 from embsearch_dist.methods.ihas.groups_stage import GroupStage
 from embsearch_dist.methods.ihas.retraining import (
     evaluate_groups,
@@ -34,7 +32,7 @@ from embsearch_dist.train.figures import Wanted
 from embsearch_dist.train.metrics import Predictions
 
 
-class IHAS(Method):
+class IHAS(GatedMethod):
     """iHAS: an Instance-wise Hierarchical Architecture Search framework (Yu et al. 2023)."""
 
     config = IHASConfig
@@ -73,8 +71,6 @@ class IHAS(Method):
     def check_evaluation(self, directory: Path, router: str, precision: str) -> None:
         if not holds_groups(directory):
             super().check_evaluation(directory, router, precision)
-            if is_gated(directory):
-                check_gated(directory, precision)
             return
         one_of("--router", router or ROUTERS[0], ROUTERS)
         if precision:
@@ -85,8 +81,6 @@ class IHAS(Method):
     def evaluate(
         self, run: Run, directory: Path, split: str, router: str, precision: str, wanted: Wanted | None = None
     ) -> dict[str, Any]:
-        if self.kind(directory) == "gated":
-            return evaluate_searched(load_gates, run, directory, split, wanted)
         if not holds_groups(directory):
             return super().evaluate(run, directory, split, router, precision, wanted)
         search, grouped, models = _open_groups(run, directory)
@@ -94,8 +88,6 @@ class IHAS(Method):
         return evaluate_groups(search, run.config, grouped, directory, models, split, kind, wanted)
 
     def predictions(self, run: Run, directory: Path, split: str, router: str) -> Predictions:
-        if self.kind(directory) == "gated":
-            return predict_searched(load_gates, run, directory, split)
         if not holds_groups(directory):
             return super().predictions(run, directory, split, router)
         search, grouped, models = _open_groups(run, directory)
@@ -103,20 +95,17 @@ class IHAS(Method):
         stream = run.stream(split, run.config.train.eval_batch_size, shuffle=False)
         return measure(model, stream.epoch(0), run.context).predictions
 
+    def searched(self, run: Run) -> GatesTask:
+        return load_gates(run)
+
     def kind(self, directory: Path) -> str:
-        if holds_groups(directory):
-            return "routed"
-        return "gated" if is_gated(directory) else super().kind(directory)
+        return "routed" if holds_groups(directory) else super().kind(directory)
 
     def collect(self, run: Run, directory: Path, router: str) -> Collected:
-        kind = self.kind(directory)
-        if kind == "routed":
-            search = open_search(directory, run.config, run.schema, run.context)
-            return collect_routed(run, search, directory, router)
-        if kind == "single":
+        if not holds_groups(directory):
             return super().collect(run, directory, router)
-        with run.context.together("reading the trained model"):
-            return collect_gated(load_gates(run), directory)
+        search = open_search(directory, run.config, run.schema, run.context)
+        return collect_routed(run, search, directory, router)
 
 
 def _open_groups(run: Run, directory: Path) -> tuple[Run, GroupedAllocation, list[SubnetModel]]:
