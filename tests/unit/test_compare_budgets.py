@@ -389,6 +389,23 @@ def test_a_shared_training_counts_in_full_for_each_search_that_needs_it(
     ours = rows["utilities"]
     # 60 rows of 6 columns, 30 of 8, 10 of 2: rows of 16 bytes at int8, of 32, 32 and 16 bytes at fp32.
     assert (ours["served_int8_bytes"], ours["served_fp32_bytes"]) == ("1600", str(60 * 32 + 30 * 32 + 10 * 16))
+    # auto, which has nothing left to search, chooses between models that take 48 seconds to train.
+    chosen = tmp_path / "seed0" / "auto-20pct"
+    shutil.copytree(tmp_path / "seed0" / "models" / "retrain" / "utilities-20pct", chosen / "retrain" / "found")
+    write_sealed(chosen / "final.json", {"model": "retrain/found"})
+    choice = {
+        "job": "seed0-auto-20pct",
+        "seconds": 50.0,
+        "cpu_seconds": 48.0,
+        "exit": 0,
+        "commit": "abc",
+        "command": "x",
+    }
+    (tmp_path / "logs" / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*told, choice]))
+    both = ["--only-tables", "--methods", "utilities,auto", "--seeds", "1"]
+    call(tool, monkeypatch, tmp_path, *both)
+    rows = {r["method"]: r for r in csv.DictReader((tmp_path / "comparison.csv").open())}
+    assert (rows["auto"]["search_cost_seconds"], rows["auto"]["search_cost"]) == ("90.0", "4.500")
     told[1].pop("found")  # a record of before
     (tmp_path / "logs" / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
     call(tool, monkeypatch, tmp_path, "--only-tables", "--methods", "utilities,fdo,random", "--seeds", "1")

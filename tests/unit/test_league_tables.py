@@ -133,7 +133,14 @@ def test_search_cost_and_stability_are_told_by_method() -> None:
     assert "| a | 2.00 +- 0.71 |" in text  # of each seed once, though there are two budgets
     assert "| x, deepfm | 10%: same | 10%: rho | 50%: same | 50%: rho |" in text
     assert "| a | 100% | 1.00 | 100% | 1.00 |" in text and "| b | 50% | -1.00 | 100% | 1.00 |" in text
+    assert "chooses from" not in text
     assert "No file tells what the searches cost." in page(groups_of([uniform(4, 0, 0.7)]), [])
+    # Each budget has a search of its own.
+    rows = [
+        line("auto", b, 0, (8, 8), 0.7, search_cost=c, cost_reference="UES-32") for b, c in (("10%", 2), ("50%", 5))
+    ]
+    text = page(groups_of([*small(), *rows]), [])
+    assert "| auto | 3.50 |" in text and "`auto` is told for one budget" in text
 
 
 def test_a_published_order_agrees_disagrees_or_is_not_told_apart() -> None:

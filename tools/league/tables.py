@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from embsearch_dist.errors import UserError
 from embsearch_dist.report.summary import percent
 from embsearch_dist.report.verdict import judge
-from tools.league.choices import choices
+from tools.league.choices import CHOOSES, choices
 from tools.league.published import Order, published_section
 from tools.league.ranks import Ranking, Stability, complete, rank, stability
 from tools.league.rows import UNIFORM, Group, Row, blocks_by_budget, blocks_by_data, widths_in
 from tools.studies.seeds import spread, with_deviation, with_error
 
 PARTS = ("quality", "winners", "choices", "cost", "stability", "ranks", "published")
+CHOICE_TOLD = f" `{CHOOSES}` is told for one budget, with the trainings that it chooses from."
 FIGURES = {"test_auc": ("test AUC", True), "test_logloss": ("test logloss", False)}
 
 
@@ -163,7 +164,7 @@ def costs(groups: Sequence[Group]) -> list[str]:
         f"In multiples of one training of {' or '.join(references)} with the same seed; whole commands, "
         f"{' or '.join(clocks)} time. A "
         "search is that of all budgets of a data set together. A model that several methods begin with counts in full "
-        "for each of them.",
+        f"for each of them.{CHOICE_TOLD if CHOOSES in methods else ''}",
         "",
         f"| method | {' | '.join(found)} |",
         "| --- " * (len(found) + 1) + "|",
@@ -175,12 +176,12 @@ def costs(groups: Sequence[Group]) -> list[str]:
 
 
 def cost_of(group: Group) -> dict[str, list[float]]:
-    """Method -> multiples, one a seed."""
-    found: dict[str, dict[str, float]] = {}
+    """Method -> multiples, one a seed: the mean over budgets, which one search has served but for ``auto``."""
+    found: dict[str, dict[str, list[float]]] = {}
     for row in group.rows:
         if row["budget"] and row.get("search_cost"):
-            found.setdefault(row["method"], {})[row["seed"]] = float(row["search_cost"])
-    return {method: list(by_seed.values()) for method, by_seed in found.items()}
+            found.setdefault(row["method"], {}).setdefault(row["seed"], []).append(float(row["search_cost"]))
+    return {method: [statistics.fmean(x) for x in by_seed.values()] for method, by_seed in found.items()}
 
 
 def stabilities(groups: Sequence[Group]) -> list[str]:

@@ -64,7 +64,8 @@ class Trained:
     """A model of the comparison: its training's directory, and the names of the jobs that made it.
 
     ``width``: of a uniform one, else 0. Its search found the widths of all budgets at once. ``shared``: the
-    ``training.json`` of a model that the searches of several methods begin with.
+    ``training.json`` of a model that the searches of several methods begin with. ``chooses``: its job trains several
+    models and chooses between them, which is a part of what its search costs.
     """
 
     method: str
@@ -75,6 +76,7 @@ class Trained:
     search: str
     width: int
     shared: Path | None = None
+    chooses: bool = False
 
 
 def write_all(out: Path, models: Sequence[Trained], add: Callable[[list[Row]], list[Row]] = list) -> str:
@@ -171,6 +173,10 @@ def cost_of(
         if not model.shared.exists():
             return {}
         seconds += shared_seconds(model.shared, search, jobs, out, key)
+    if model.chooses:
+        if key not in jobs.get(model.job, {}):
+            return {}
+        seconds += jobs[model.job][key]
     told = {"search_cost_seconds": round(seconds, 1), "cost_clock": clock}
     uniform = [m for m in models if m.method == "uniform" and m.seed == model.seed and key in jobs.get(m.job, {})]
     if not uniform:

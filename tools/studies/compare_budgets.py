@@ -266,9 +266,11 @@ class Plan:
 
     def finals(self, seed: int) -> list[Final]:
         """One for each budget, where auto is compared."""
-        home = self.out / f"seed{seed}"
+        home, shared = self.out / f"seed{seed}", self.shared("utilities", seed)
+        alike = "utilities" in self.methods and self.settings.get("utilities") == self.settings.get(AUTO)
+        searched = f"seed{seed}-search-utilities" if alike else ""
         names = [(b, slug(b)) for b in self.budgets] if self.chooses else []
-        return [Final(seed, budget, name, home / f"{AUTO}-{name}") for budget, name in names]
+        return [Final(seed, budget, name, home / f"{AUTO}-{name}", shared, searched) for budget, name in names]
 
     def choices(self) -> list[list[Job]]:
         """The chain of auto for each seed and budget."""
@@ -276,7 +278,7 @@ class Plan:
         for final in (f for seed in self.seeds for f in self.finals(seed) if not self.known(seed, AUTO, f.budget)):
             options = ["--config", str(self.config_of(AUTO)), *self.common(final.run_dir, final.seed)]
             options += [f"--{x}" for x in self.settings.get(AUTO, [])]
-            chains.append(final.chain(options, self.search_dir("utilities", final.seed)))
+            chains.append(final.chain(options))
         return [chain for chain in chains if chain]
 
     def to_tune(self, seed: int) -> Iterator[tuple[str, str]]:

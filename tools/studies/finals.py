@@ -1,7 +1,8 @@
 """``auto`` in a comparison: searched and trained as its user does it, up to the model that it chooses.
 
 What other methods find is trained in one way for all. ``auto`` ends with a choice between what it has found and uniform
-widths, so its line is that of the chosen model, whatever width and beginning that has.
+widths, so its line is that of the chosen model, whatever width and beginning that has, and its cost holds the trainings
+that it chooses from.
 """
 
 from __future__ import annotations
@@ -27,36 +28,45 @@ class Final:
     Attributes:
         name: of the budget, as it stands in a file name.
         run_dir: of its search.
+        shared: the ``training.json`` of the widest model in the run directory of other searches with this recipe and
+            seed, which serves this one too.
+        searched: the job of a search there that leaves this one nothing to do; empty without one.
     """
 
     seed: int
     budget: str
     name: str
     run_dir: Path
+    shared: Path | None = None
+    searched: str = ""
 
     @property
     def job(self) -> str:
         return f"seed{self.seed}-{AUTO}-{self.name}"
 
-    def chain(self, options: Sequence[str], widest: Path) -> list[Job]:
+    @property
+    def search(self) -> str:
+        return f"seed{self.seed}-search-{AUTO}-{self.name}"
+
+    def chain(self, options: Sequence[str]) -> list[Job]:
         """Search, then retraining with the choice; nothing when it was made.
 
         Args:
             options: of the search, its run directory among them.
-            widest: run directory of other searches with this recipe and seed, whose widest model serves this one too.
         """
         if (self.run_dir / FINAL).exists():
             return []
         own = [f"--search.name={AUTO}", f"--search.budget={self.budget}"]
-        begin = partial(copy_search, widest, self.run_dir)
-        search = Job(f"seed{self.seed}-search-{AUTO}-{self.name}", "launch/search.py", [*options, *own], None, begin)
+        begin = partial(copy_search, self.shared.parents[1], self.run_dir) if self.shared else None
+        search = Job(self.search, "launch/search.py", [*options, *own], None, begin, self.shared)
         return [search, Job(self.job, "launch/retrain.py", ["--run", str(self.run_dir)], self.run_dir / FINAL)]
 
     def trained(self) -> Trained:
         """The chosen model; before there is one, a folder that is not there."""
         file = self.run_dir / FINAL
         place = self.run_dir / (read_sealed(file)["model"] if file.exists() else "retrain/none")
-        return Trained(AUTO, self.budget, self.seed, place, self.job, "", 0)
+        search = self.searched or self.search
+        return Trained(AUTO, self.budget, self.seed, place, self.job, search, 0, self.shared, chooses=True)
 
 
 def copy_search(source: Path, target: Path) -> None:
