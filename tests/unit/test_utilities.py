@@ -22,9 +22,10 @@ from embsearch_dist.methods.stages import check_stages, run_stages
 from embsearch_dist.methods.truncated import Changes, Truncated, TruncatedModel, as_stored
 from embsearch_dist.methods.utilities.config import UtilitiesConfig
 from embsearch_dist.methods.utilities.search_stage import Searcher
-from embsearch_dist.methods.utilities.worth import choose, mostly_new, rising, spend, supported
+from embsearch_dist.methods.utilities.worth import by_heart, choose, mostly_new, rising, spend, supported
 from embsearch_dist.methods.widest import Moments, Sample
 from embsearch_dist.report import write_report
+from embsearch_dist.schema import Field, Schema
 from tests.factories import one_rank, open_run, prepared, small_config
 from tests.method_contract import Case
 from tests.planted import PLANTED, SCHEMA, planted_model
@@ -189,6 +190,30 @@ def test_values_are_new_only_where_training_rows_knew_more_of_the_field() -> Non
     held_out, trained = torch.tensor([0.2, 0.2, 0.2, 0.9]), torch.tensor([0.3, 0.9, 0.9, 1.0])
     assert mostly_new([4, 4, 0, 4], held_out, trained).tolist() == [False, True, False, False]
     assert planted_shares(0.25) == pytest.approx([0.25] + [1.0] * 7)
+
+
+def test_training_rows_have_no_say_where_ids_hardly_come_again(planted: Searcher) -> None:
+    """The number of an order, with a value a row, is dropped and gets none of the budget; a list's ids count each."""
+    lengths = (("order", 901, 1.0), ("user", 501, 1.0), ("tags", 1001, 3.0), ("words", 1601, 3.0))
+    fields = tuple(Field(name, ids, "" if length == 1 else "sum", False, length) for name, ids, length in lengths)
+    schema = Schema("small", fields, (), rows={"train": 1000})
+    whole = torch.ones(4, dtype=torch.float64)
+    assert by_heart(schema, whole).tolist() == [True, False, False, True]
+    groups = torch.cat([0.9 * whole, 0.2 * whole])  # of rows that hold a value; by the group that knows most
+    assert by_heart(schema, groups).tolist() == [True, True, False, True] * 2
+
+    known = torch.ones(8, planted.model.rows, dtype=torch.bool)
+    trained = with_ids_of(planted.model, known.clone())
+    known[4:6] = False  # all values of two fields are new
+    new = replace(planted, model=with_ids_of(planted.model, known), trained=trained, measured={})
+    costs, limit = new.costs(None), float(30 * sum(PLANTED))
+    chosen = [WIDTHS.index(w) for w in PLANTED]
+    chosen[4:6] = [1, 1]
+    assert min(new._spent(chosen, costs, limit)[4:6]) > 1
+    alone = torch.arange(8) == 4
+    one = replace(new, alone=alone, measured={})._spent(chosen, costs, limit)
+    assert one[4] == 1 and one[5] > 1
+    assert replace(new, alone=torch.ones(8, dtype=torch.bool), measured={})._spent(chosen, costs, limit) == chosen
 
 
 def planted_shares(share: float) -> list[float]:

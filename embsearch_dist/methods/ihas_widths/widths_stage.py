@@ -33,6 +33,7 @@ class GroupWidthsStage(Stage[IHASWidthsConfig]):
                 f"widths: {count} group(s) x {len(names)} fields x candidates {config.candidates} on {model.rows:,} "
                 "validation rows"
             )
+            searcher.note_by_heart(monitor)
             worth = searcher.worth_at_full_width()
             tables = [f"{name}, group {k}" for k in range(count) for name in names]
             monitor.heatmap(0, "worth", (worth * 1000).numpy(), tables, [str(w) for w in config.candidates])

@@ -14,7 +14,7 @@ from embsearch_dist.methods.found import Point, budget_told, budgets, describe, 
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.truncated import Changes, Truncated, TruncatedModel, logit_gram
 from embsearch_dist.methods.utilities.config import MeasuredSearch, UtilitiesConfig
-from embsearch_dist.methods.utilities.worth import LEAST_GAIN, choose, harming, mostly_new, spend, supported
+from embsearch_dist.methods.utilities.worth import LEAST_GAIN, by_heart, choose, harming, mostly_new, spend, supported
 from embsearch_dist.methods.widest import Moments, load_widest, rows_at_once, rows_in_memory, sample_of
 from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.precision import MIXED, row_bytes, served
@@ -52,6 +52,7 @@ class Searcher:
     ``model``: of several ``groups`` all of them as one, whose fields are the tables of group 0, then of group 1, ...;
     ``salient``: see :meth:`TruncatedModel.saliency`, None to measure losses; ``held``: see :func:`supported`;
     ``trained``: the model on training rows, None where nothing is spent by them;
+    ``alone``: fields that nothing is spent on, see :func:`by_heart`;
     ``extra``: columns of a kept field's table beside its width (``ModelConfig.extra``); ``tick``: see
     :meth:`TruncatedModel.changes`.
     """
@@ -62,6 +63,7 @@ class Searcher:
     salient: torch.Tensor | None = None
     held: torch.Tensor | None = None
     trained: Truncated | None = None
+    alone: torch.Tensor | None = None
     extra: int = 0
     groups: int = 1
     measured: dict[tuple[int, ...], Changes] = field(default_factory=dict)
@@ -122,6 +124,8 @@ class Searcher:
         changes = self.trained.changes(choice, self.widths, self.precisions)
         context, before = self.model.context, self._losses(choice)
         harms = harming(choice, self.around(choice), self.config.evidence)
+        if self.alone is not None:
+            harms |= self.alone[:, None]
         cost_before = total_cost(choice, costs)
         for share in SHARES:
             room = cost_before + share * (limit - cost_before)
@@ -133,7 +137,8 @@ class Searcher:
 
     def _new(self, choice: Sequence[int]) -> torch.Tensor:
         assert self.trained is not None
-        return mostly_new(self.ranks(choice), self.model.known_shares(), self.trained.known_shares())
+        new = mostly_new(self.ranks(choice), self.model.known_shares(), self.trained.known_shares())
+        return new if self.alone is None else new & ~self.alone
 
     def _speaking(self, choice: Sequence[int], other: Sequence[int]) -> torch.Tensor:
         """``[n]`` bool: this rank's rows that can tell two allocations apart: they know all fields that differ."""
@@ -163,6 +168,15 @@ class Searcher:
         ]
         return torch.tensor(rows, dtype=torch.float64).repeat(self.groups, 1)
 
+    def note_by_heart(self, monitor: Monitor) -> None:
+        """Say which fields training rows have no say in."""
+        if self.alone is not None and self.alone.any():
+            names = [n for n, alone in zip(self.schema.names, self.alone.tolist(), strict=False) if alone]
+            monitor.say(
+                f"note: ids of {', '.join(names)} hardly come again in training rows: only validation rows that know "
+                "them can ask for their tables"
+            )
+
     def ranks(self, choice: Sequence[int]) -> list[int]:
         return [self.widths[j] for j in choice]
 
@@ -187,9 +201,10 @@ def by_losses(run: Run, measured: Truncated, trained: Truncated, groups: int = 1
     """A search of ``measured`` by its losses; ``trained``: the same on training rows. The run's section is a
     :class:`MeasuredSearch`."""
     config: MeasuredSearch = run.config.search
-    held = None if config.candidates[0] else held_by_training(trained, config)
+    alone = by_heart(run.schema, trained.known_shares())
+    held = None if config.candidates[0] else held_by_training(trained, config).masked_fill(alone, 0.0)
     spending = trained if config.spend else None
-    return Searcher(run.schema, config, measured, None, held, spending, run.config.model.extra, groups)
+    return Searcher(run.schema, config, measured, None, held, spending, alone, run.config.model.extra, groups)
 
 
 def cut_down(run: Run, model: SubnetModel, rows: int, basis_rows: int) -> tuple[TruncatedModel, TruncatedModel]:
@@ -242,6 +257,7 @@ class UtilitiesStage(Stage[UtilitiesConfig]):
                 f"{searcher.model.rows:,} validation rows, by {config.utility}"
             )
             note_fewer(monitor, run, max(config.rows, config.basis_rows))
+            searcher.note_by_heart(monitor)
             points: list[Point] = []
             rows, rounds = searcher.model.own_rows, config.rounds if config.utility == "loss" else 0
             with monitor.progress(rows * (1 + rounds * len(wanted)), "rows") as bar:
