@@ -36,6 +36,7 @@ def pytest_collection_finish() -> None:
     """Leave what the libraries hold out of every later collection: to go through it took a fifth of the tests' time."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @functools.cache

@@ -49,7 +49,7 @@ def test_a_bad_line_is_told_by_all_within_seconds_and_leaves_nothing(tmp_path: P
     for name, text, everywhere, seconds in found:
         assert (name, everywhere) == ("UserError", True)
         assert text == f"{tmp_path}/clicks.csv, line 901, column 'price': not a finite number: 'cheap'. " + (
-            "Write a number or leave it blank"
+            "Write a number or leave the cell empty"
         )
         assert seconds < 15
     assert not list(tmp_path.glob("out*"))

@@ -6,6 +6,7 @@ import ast
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -36,6 +37,7 @@ LAYERS = [  # from the ground up; what stands in one line does not know each oth
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
+@cache
 def imports_of(root: Path = ROOT) -> dict[str, set[str]]:
     """File -> files it imports, anywhere in it; a name out of a package is its file if there is one."""
     files = {}

@@ -45,8 +45,8 @@ def test_slices_are_the_masked_supernet(scheme: str) -> None:
     """Values and gradients, from the whole supernet through mixed states to single architectures."""
     sliced = network()
     masked, (dense, u) = MaskedNetwork(sliced), inputs()
-    for step in range(40):
-        blocks = prune(training_architecture(SPACE, scheme, 3, step, warmup_steps=30))
+    for step in range(20):
+        blocks = prune(training_architecture(SPACE, scheme, 3, step, warmup_steps=15))
         logits, expected = sliced(blocks, dense, u), masked(blocks, dense, u)
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
         logits.square().sum().backward()

@@ -45,7 +45,13 @@ def own_signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("own_signals")
 @pytest.mark.parametrize(
     ("script", "code"),
-    [("exit 0", 0), ("exit 2", 2), ("exit 75", 75), ("exit 1", 1), (f"touch ${ENDS}/error; kill -TERM $PPID", 2)],
+    [
+        pytest.param("exit 0", 0, marks=pytest.mark.slow),
+        pytest.param("exit 2", 2, marks=pytest.mark.slow),
+        ("exit 75", 75),
+        ("exit 1", 1),
+        (f"touch ${ENDS}/error; kill -TERM $PPID", 2),
+    ],
 )
 def test_launch_ends_as_its_ranks_do(script: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert launch([*HERE, script]) == code

@@ -212,7 +212,7 @@ class Rows:
             number = number.fill_nan(None)
             bad = number.is_infinite().fill_null(False) | (number.is_null() & ~_is_blank(raw))
             advice = self.spelling.advice(raw[int(bad.arg_max() or 0)])
-            self._refuse(bad, raw, column, "not a finite number", f"Write a number or leave it blank{advice}")
+            self._refuse(bad, raw, column, "not a finite number", f"Write a number or leave the cell empty{advice}")
         return number
 
     def bag(self, column: str, bag: Bag, whole: bool = False) -> pl.Series:
