@@ -98,6 +98,10 @@ class Truncated(ABC):
         """``[F]`` float64: the share of the rows of all ranks that hold a value with an id of its own of each field."""
 
     @abstractmethod
+    def again(self) -> torch.Tensor | None:
+        """``[F]`` float64: how often an id comes again in the split (:meth:`Repeats.again`); None: not counted."""
+
+    @abstractmethod
     def changes(
         self,
         choice: Sequence[int],
@@ -172,6 +176,9 @@ class TruncatedModel(Truncated):
     def known_shares(self) -> torch.Tensor:
         own = torch.stack([self.knowing([f]).sum() for f in range(self.fields)]).double()
         return self.context.sum(own).cpu() / max(self.rows, 1)
+
+    def again(self) -> torch.Tensor | None:
+        return self.sample.again
 
     @torch.no_grad()
     def changes(

@@ -4,7 +4,7 @@ read the widths off it."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,7 @@ class Sample:
         label: ``[n]``.
         values: ``[n, F]``: the values' own weights; no columns where the model has none.
         known: ``[F, n]`` bool: whether the row has a value of the field that has an id of its own; None: all count.
+        again: ``[F]``: see :meth:`Repeats.again`; None where it was not counted.
     """
 
     x: torch.Tensor
@@ -113,6 +114,7 @@ class Sample:
     label: torch.Tensor
     values: torch.Tensor
     known: torch.Tensor | None = None
+    again: torch.Tensor | None = None
 
     @classmethod
     @torch.no_grad()
@@ -147,6 +149,40 @@ class Sample:
             part = slice(start, start + rows)
             known = None if self.known is None else self.known[:, part]
             yield Sample(self.x[:, part], self.dense[part], self.label[part], self.values[part], known)
+
+
+class Repeats:
+    """Counts how often the values of some rows come again among them."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.ids: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        self.rows = 0
+
+    def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches, counted as they pass."""
+        for batch in batches:
+            self.rows += batch.size
+            for name, ids in self.ids.items():
+                own = batch.sparse[name].values()
+                ids.append(own[own > 0])
+            yield batch
+
+    def again(self, rows: int, context: Context) -> torch.Tensor:
+        """``[F]`` float64: how many other ids of the split equal an id above 0, on average over such ids: that of a
+        user with ten rows comes again nine times, the number of an order never. NaN where nothing tells.
+
+        Two of the split are equal as often as two of the sample are, however small a part of the split that is.
+
+        Args:
+            rows: of the split, of which all ranks' rows are a sample; 0 where nobody knows.
+        """
+        told = []
+        for ids in self.ids.values():
+            counts = torch.cat(ids).unique(return_counts=True)[1].double()
+            met = counts.sum()
+            told.append(torch.stack([(counts * (counts - 1)).sum(), met * (met - 1), met, met.new_tensor(self.rows)]))
+        equal, possible, met, sampled = context.sum(torch.stack(told, 1).to(context.device)).cpu()
+        return equal / possible * (met / sampled * (rows or torch.nan) - 1)
 
 
 def known_in(sparse: KeyedJaggedTensor, names: Sequence[str]) -> torch.Tensor:
@@ -262,14 +298,17 @@ def single_ids(schema: Schema, ids: torch.Tensor) -> KeyedJaggedTensor:
     return KeyedJaggedTensor(sparse.keys(), values, torch.ones(len(values), device=ids.device), sparse.lengths())
 
 
-def sample_of(run: Run, model: SubnetModel, split: str, rows: int, seed: int = 0) -> Sample:
-    """About ``rows`` random rows of a split, looked up: this rank's share. ``seed`` is beside ``run.seed``.
+def sample_of(run: Run, model: SubnetModel, split: str, rows: int, seed: int = 0, repeats: bool = False) -> Sample:
+    """About ``rows`` random rows of a split, looked up: this rank's share. ``seed`` is beside ``run.seed``; with
+    ``repeats`` it is counted how often values come again.
 
     Of many wide fields they are fewer: see :func:`rows_in_memory`.
     """
     rows = min(rows, rows_in_memory(len(model.tables.widths), max(model.tables.widths)))
     stream = random_rows(run, split, rows, run.config.run.seed * 7919 + seed)
-    return Sample.of(model, first_rows(stream, rows), run.context.device, batches_of(stream, rows))
+    drawn, counts = first_rows(stream, rows), Repeats(model.tables.names)
+    found = Sample.of(model, counts.watch(drawn) if repeats else drawn, run.context.device, batches_of(stream, rows))
+    return replace(found, again=counts.again(run.schema.rows.get(split, 0), run.context)) if repeats else found
 
 
 def head_gradients(

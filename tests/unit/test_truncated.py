@@ -11,10 +11,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embsearch_dist.allocation import Allocation
+from embsearch_dist.data.load.batch import Batch, Position
+from embsearch_dist.data.load.making import BatchMaker
 from embsearch_dist.methods import widest
 from embsearch_dist.methods.directions import Bases, by_columns, common, principal, sensitive
 from embsearch_dist.methods.truncated import Changes, TruncatedModel, calibration, logit_gram
-from embsearch_dist.methods.widest import Moments, Sample, known_in, single_ids, table_moments
+from embsearch_dist.methods.widest import Moments, Repeats, Sample, known_in, single_ids, table_moments
 from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.schema import Field, Schema
 from tests.factories import one_rank, random_batch, small_config, small_schema, whole_tables
@@ -211,3 +213,25 @@ def test_a_gain_and_its_error_come_from_the_same_rows() -> None:
     gain, error = changes.gain(0, 0, 1)
     assert gain == pytest.approx(float(paired.mean()))
     assert error == pytest.approx(float(paired.std() / 3**0.5))
+
+
+def test_how_often_an_id_comes_again_is_told_by_a_sample() -> None:
+    """Of 40,000 rows users have 20 each, orders have one; a third field holds one known value, the last none."""
+    rows = 40_000
+    schema = small_schema(rows // 20 + 1, rows + 1, 2, 2)
+    whole = torch.stack([torch.arange(rows) % (rows // 20) + 1, torch.arange(rows) + 1, torch.arange(rows) % 2])
+    whole = torch.cat([whole, torch.zeros(1, rows, dtype=torch.int64)]).int()
+
+    def told(ids: torch.Tensor, of: int) -> list[float]:
+        counts = Repeats(schema.names)
+        for part in ids.split(1000, 1):
+            size = part.shape[1]
+            batch = Batch(torch.zeros(size, 0), BatchMaker(schema).sparse(part), torch.zeros(size), Position(0, 1))
+            assert [b is batch for b in counts.watch(iter([batch]))] == [True]
+        return counts.again(of, one_rank()).tolist()
+
+    exact = told(whole, rows)
+    assert exact[:3] == pytest.approx([19, 0, rows / 2 - 1]) and math.isnan(exact[3])
+    drawn = told(whole[:, torch.randperm(rows, generator=torch.Generator().manual_seed(3))[:8000]], rows)
+    assert drawn[:3] == pytest.approx([19, 0, rows / 2 - 1], rel=0.05) and math.isnan(drawn[3])
+    assert all(map(math.isnan, told(whole, 0)))

@@ -25,7 +25,6 @@ from embsearch_dist.methods.utilities.search_stage import Searcher
 from embsearch_dist.methods.utilities.worth import by_heart, choose, mostly_new, rising, spend, supported
 from embsearch_dist.methods.widest import Moments, Sample
 from embsearch_dist.report import write_report
-from embsearch_dist.schema import Field, Schema
 from tests.factories import one_rank, open_run, prepared, small_config
 from tests.method_contract import Case
 from tests.planted import PLANTED, SCHEMA, planted_model
@@ -193,15 +192,8 @@ def test_values_are_new_only_where_training_rows_knew_more_of_the_field() -> Non
 
 
 def test_training_rows_have_no_say_where_ids_hardly_come_again(planted: Searcher) -> None:
-    """The number of an order, with a value a row, is dropped and gets none of the budget; a list's ids count each."""
-    lengths = (("order", 901, 1.0), ("user", 501, 1.0), ("tags", 1001, 3.0), ("words", 1601, 3.0))
-    fields = tuple(Field(name, ids, "" if length == 1 else "sum", False, length) for name, ids, length in lengths)
-    schema = Schema("small", fields, (), rows={"train": 1000})
-    whole = torch.ones(4, dtype=torch.float64)
-    assert by_heart(schema, whole).tolist() == [True, False, False, True]
-    groups = torch.cat([0.9 * whole, 0.2 * whole])  # of rows that hold a value; by the group that knows most
-    assert by_heart(schema, groups).tolist() == [True, True, False, True] * 2
-
+    """The number of an order, with a value a row, is dropped and gets none of the budget."""
+    assert by_heart(torch.tensor([0.0, 0.9, 1.0, 9.0, float("nan")])).tolist() == [True, True, False, False, False]
     known = torch.ones(8, planted.model.rows, dtype=torch.bool)
     trained = with_ids_of(planted.model, known.clone())
     known[4:6] = False  # all values of two fields are new
@@ -251,6 +243,7 @@ def test_a_search_trains_once_and_leaves_what_reports_read(
     small = search(data, tmp_path, "search.name=small", "search.budget=3%", "search.pareto=[6%]")
     told = capsys.readouterr()
     assert "stage widest: done before, skipped" in told.out
+    assert "note: ids of big hardly come again" in told.out
     assert len(re.findall(r"utilities  100%  ([\d,]+)/\1 rows  .*done in", told.err)) == 2
     assert small.total("parameters") <= 0.03 * 32 * sum(small.schema.cardinalities)
     assert small.provenance["budget"] == "3%"

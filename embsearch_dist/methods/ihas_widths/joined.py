@@ -51,6 +51,11 @@ class TruncatedGroups(Truncated):
         """Of the rows of a table's own group."""
         return torch.cat([g.known_shares() for g in self.groups])
 
+    def again(self) -> torch.Tensor | None:
+        """In the rows of a table's own group."""
+        told = [g.again() for g in self.groups]
+        return torch.cat([t for t in told if t is not None]) if None not in told else None
+
     def changes(
         self,
         choice: Sequence[int],

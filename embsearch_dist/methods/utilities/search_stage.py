@@ -201,8 +201,10 @@ def by_losses(run: Run, measured: Truncated, trained: Truncated, groups: int = 1
     """A search of ``measured`` by its losses; ``trained``: the same on training rows. The run's section is a
     :class:`MeasuredSearch`."""
     config: MeasuredSearch = run.config.search
-    alone = by_heart(run.schema, trained.known_shares())
-    held = None if config.candidates[0] else held_by_training(trained, config).masked_fill(alone, 0.0)
+    alone = by_heart(trained.again())
+    held = None if config.candidates[0] else held_by_training(trained, config)
+    if held is not None and alone is not None:
+        held = held.masked_fill(alone, 0.0)
     spending = trained if config.spend else None
     return Searcher(run.schema, config, measured, None, held, spending, alone, run.config.model.extra, groups)
 
@@ -212,7 +214,7 @@ def cut_down(run: Run, model: SubnetModel, rows: int, basis_rows: int) -> tuple[
     directions of its fields are taken from. The run's section is a :class:`MeasuredSearch`."""
     config: MeasuredSearch = run.config.search
     context = run.context
-    basis = sample_of(run, model, "train", basis_rows, config.seed)
+    basis = sample_of(run, model, "train", basis_rows, config.seed, repeats=True)
     moments = Moments(len(run.schema.fields), config.width, context.device)
     for piece in basis.pieces(rows_at_once(len(run.schema.fields), config.width)):
         moments.add(piece.x)

@@ -12,11 +12,10 @@ import torch
 
 from embsearch_dist.methods.budget import knapsack, total_cost
 from embsearch_dist.methods.truncated import Changes
-from embsearch_dist.schema import Schema
 
 LEAST_GAIN = 1e-6  # nats; below it lies the rounding of float32 logits
 NEW = 0.5  # of the share of training rows that know a field: where fewer validation rows do, its values are mostly new
-REPEATED = 2.0  # training rows an id, on average: of fewer, most of what a table saves there was learned by heart
+AGAIN = 1.0  # other training rows with the id of a row: of fewer, most of what a table saves there was learned by heart
 SCALE = 1e4  # of the scores: the knapsack's solver stops within 1e-6 of the best sum
 
 
@@ -126,20 +125,15 @@ def mostly_new(widths: Sequence[int], held_out: torch.Tensor, trained: torch.Ten
     return (torch.tensor(list(widths)) > 0) & (held_out < NEW * trained)
 
 
-def by_heart(schema: Schema, trained: torch.Tensor) -> torch.Tensor:
+def by_heart(again: torch.Tensor | None) -> torch.Tensor | None:
     """``[F]`` bool: fields whose ids hardly come again in training rows, such as the number of a row or of an order.
 
     What their tables save on training rows was learned by heart, row by row, and says nothing of other rows.
 
     Args:
-        trained: ``[F]`` or, group by group, ``[G * F]``: of each field the share of training rows whose value has an id
-            of its own.
+        again: ``[F]``: how often an id comes again, NaN where that is not known; None where it was not counted.
     """
-    rows = schema.rows.get("train", 0)
-    share = trained.view(-1, len(schema.fields)).amax(0)
-    ids = torch.tensor([f.cardinality - 1 for f in schema.fields])
-    cells = share * rows * torch.tensor([max(f.mean_length, 1.0) for f in schema.fields])
-    return (cells < REPEATED * ids).repeat(len(trained) // len(schema.fields))
+    return None if again is None else again < AGAIN
 
 
 def rising(saved: torch.Tensor) -> torch.Tensor:
