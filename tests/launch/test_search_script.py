@@ -57,6 +57,7 @@ def test_a_search_writes_all_a_person_needs(data: Path, config: Path, tmp_path: 
     assert "stage supernet: done before, skipped" in kept.stdout
 
 
+@pytest.mark.slow  # tests/pretend/test_script.py kills a search in earnest, too, and tests/launch/test_restart.py ranks
 def test_a_killed_search_goes_on_and_ends_like_an_unbroken_one(
     data: Path, config: Path, tmp_path: Path, start: Callable, run_script: Callable
 ) -> None:

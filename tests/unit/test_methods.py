@@ -28,6 +28,9 @@ from tests.method_contract import (
     weights,
 )
 
+ALIKE = {"autodim", "autofield", "autosrh", "esapn", "mde", "optembed", "random", "truncation"}
+"""Searches for widths, whose pages have no part that those of adass, autoemb, sseds and utilities lack."""
+
 
 @pytest.fixture(scope="module", params=sorted(METHODS))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
@@ -128,6 +131,11 @@ def test_what_was_found_is_trained_measured_and_measured_again_alike(case: Case,
     assert records(found[0].parent)["evaluation.json"] == first
 
 
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in sorted(METHODS)],
+    indirect=True,
+)
 def test_the_report_draws_it(case: Case, trained: Path, tmp_path: Path) -> None:
     page = write_report([trained], tmp_path / "report").read_text()
     names = {p.parent.name for p in trained.glob("retrain/*/evaluation.json")}

@@ -143,7 +143,9 @@ def test_without_tuning_a_score_is_the_loss_of_the_supernets_predictions(data: P
     assert found.tuning is None
 
 
-@pytest.mark.parametrize(("tune_rows", "steps", "batch"), [(500, 20, 100), (300, 1, 300), (60, 8, 512)])
+@pytest.mark.parametrize(
+    ("tune_rows", "steps", "batch"), [(500, 20, 100), pytest.param(300, 1, 300, marks=pytest.mark.slow), (60, 8, 512)]
+)
 def test_tuning_is_adagrad_on_the_head(data: Path, trained: Path, tune_rows: int, steps: int, batch: int) -> None:
     """Over more steps than there are batches, in one step, and where a batch would be more than there is."""
     own = [f"search.scoring.tune_rows={tune_rows}", f"search.scoring.tune_steps={steps}"]
