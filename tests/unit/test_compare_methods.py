@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from embsearch_dist.config.read import load_config
+from embsearch_dist.schema import Field, Schema
 from tests.factories import CONFIGS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,6 +114,32 @@ def test_a_pool_is_shown_by_its_mean_and_by_what_validation_chooses(tool: Module
     rows = {row["name"]: row for row in tool.summarise(tmp_path, runs, 1, "a", {"found": ["a", "b"]})}
     assert rows["mean of 2 found"]["auc"][0] == pytest.approx(0.65)
     assert rows["best of 2 found, by validation"]["auc"][0] == 0.6
+
+
+def test_each_model_has_a_line_with_its_origin(tool: ModuleType, tmp_path: Path) -> None:
+    """One that was trained by itself, and two routings of what a search has left."""
+    runs = [tool.Planned("r", "c.yaml", {}, {"a": {}}, ["gated"])]
+    figures = {**dict.fromkeys(tool.FIGURES, 1.0), "auc": 0.6, "backbone": "fm"}
+    for file in ("a/evaluation.json", "gated/evaluation-exact.json", "gated/evaluation-fields.json"):
+        path = tmp_path / "seed0" / "r" / "retrain" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(figures))
+    folder = tmp_path / "seed0" / "r" / "retrain" / "a"
+    (folder / "training.json").write_text(json.dumps({"seconds": 12.34, "best_step": 20}))
+    curve = [{"step": s, "split": "validation", "auc": 0.01 * s, "logloss": 0.4} for s in (10, 20, 30)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve))
+    Schema("small", (Field("f", 3),), rows={"train": 7}).save(folder)
+    (tmp_path / "logs").mkdir()
+    jobs = [{"job": f"seed0-r-{name}", "seconds": 1.0, "exit": 0, "commit": name} for name in ("a", "search")]
+    jobs = [{**job, "command": f"x --run.dir={tmp_path}/seed0 --data.path=/data"} for job in jobs]
+    (tmp_path / "logs" / "jobs.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs))
+    lines = tool.lines_of(tmp_path, runs, 1)
+    found = [(line["model"], line["commit"], line["validation_auc"], line["training_seconds"]) for line in lines]
+    rest = [(f"gated ({kind} router)", "search", "", "") for kind in ("exact", "fields")]
+    assert sorted(found) == [("a", "a", pytest.approx(0.2), 12.3), *rest]
+    assert {line["command"] for line in lines} == {"x --run.dir=OUT/seed0 --data.path=PREPARED"}
+    assert {tuple(line) for line in lines} == {tool.COLUMNS} and lines[-1]["test_auc"] == 0.6
+    assert any(line["data"].endswith(" 7 training rows") for line in lines)
 
 
 def test_a_pool_of_an_unknown_result_is_refused(tool: ModuleType, tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ an ordinary run directory OUT/seedN/RUN of launch/search.py and launch/retrain.p
 it); what is finished is skipped, so a stopped comparison continues, and one that is given more seeds or another plan
 keeps what it has. A pool is some results (the five best of a search, say), of which the table shows, in their place,
 the mean and the one with the best validation logloss.
-Writes OUT/comparison.json, OUT/comparison.md (mean and standard deviation over seeds) and OUT/comparison.png.
+Writes OUT/comparison.json, OUT/comparison.md (mean and standard deviation over seeds), OUT/comparison.csv (a line for
+each model, with its commit and command) and OUT/comparison.png.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import shutil
@@ -31,11 +33,20 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tools.studies.jobs import Job, run_all, trained_in, validation_logloss
+from embsearch_dist.files import read_json
+from embsearch_dist.schema import Schema
+from tools.gpucheck.facts import hardware
+from tools.studies.budget_tables import best_validation, data_told, portable
+from tools.studies.jobs import Job, recorded, run_all, trained_in, validation_logloss, write_csv
 from tools.studies.seeds import spread, with_deviation, with_error
 
 KEYS = {"config", "search", "retrain", "leaves", "begin_as"}
 FIGURES = ("auc", "logloss", "embedding_parameters", "dense_parameters", "flops_per_sample")
+COLUMNS = (
+    "commit", "command", "seed", "hardware", "data", "run", "model", "backbone", "embedding_parameters",
+    "dense_parameters", "flops_per_sample", "validation_auc", "validation_logloss", "test_auc", "test_logloss",
+    "training_seconds",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,7 @@ def main() -> None:
     run_all(chains, args.out / "logs", args.jobs)
     rows = summarise(args.out, runs, args.seeds, against, pools)
     (args.out / "comparison.json").write_text(json.dumps(rows, indent=2) + "\n")
+    write_csv(args.out / "comparison.csv", COLUMNS, lines_of(args.out, runs, args.seeds))
     rows = [row for row in rows if all(row["name"] not in names for names in pools.values())]
     text = table(rows, against)
     (args.out / "comparison.md").write_text(text)
@@ -173,6 +185,35 @@ def results_of(out: Path, run: Planned, seed: int) -> dict[str, dict[str, Any]]:
             kind = file.stem.removeprefix("evaluation").strip("-")
             found[f"{name} ({kind} router)" if kind else name] = json.loads(file.read_text())
     return found
+
+
+def lines_of(out: Path, runs: list[Planned], seeds: int) -> list[dict[str, Any]]:
+    """A line of the CSV for each result of each run and seed."""
+    jobs, machine, lines = recorded(out / "logs"), hardware(), []
+    for seed, run in itertools.product(range(seeds), runs):
+        for name, figures in results_of(out, run, seed).items():
+            model = name.split(" (")[0]
+            place = place_of(out, run, seed, model).parent
+            job = jobs.get(f"seed{seed}-{run.name}-{'search' if model in run.leaves else model}", {})
+            told = read_json(place / "training.json") if (place / "training.json").exists() else {}
+            best = best_validation(place / "metrics.jsonl", told["best_step"]) if told else {}
+            lines.append(
+                {
+                    "commit": job.get("commit", "unknown"),
+                    "command": portable(job.get("command", ""), out),
+                    "seed": seed,
+                    "hardware": machine,
+                    "data": data_told(Schema.load(place)) if (place / "schema.json").exists() else "",
+                    "run": run.name,
+                    "model": name,
+                    "backbone": figures["backbone"],
+                    **{key: figures[key] for key in FIGURES[2:]},
+                    **{f"validation_{key}": best.get(key, "") for key in FIGURES[:2]},
+                    **{f"test_{key}": figures[key] for key in FIGURES[:2]},
+                    "training_seconds": round(told["seconds"], 1) if told else "",
+                }
+            )
+    return lines
 
 
 def pooled(
