@@ -98,8 +98,8 @@ class Truncated(ABC):
         """``[F]`` float64: the share of the rows of all ranks that hold a value with an id of its own of each field."""
 
     @abstractmethod
-    def again(self) -> torch.Tensor | None:
-        """``[F]`` float64: how often an id comes again in the split (:meth:`Repeats.again`); None: not counted."""
+    def again(self) -> torch.Tensor:
+        """``[F]`` float64: how often an id comes again in the split (:meth:`Repeats.again`); NaN: not counted."""
 
     @abstractmethod
     def changes(
@@ -177,8 +177,9 @@ class TruncatedModel(Truncated):
         own = torch.stack([self.knowing([f]).sum() for f in range(self.fields)]).double()
         return self.context.sum(own).cpu() / max(self.rows, 1)
 
-    def again(self) -> torch.Tensor | None:
-        return self.sample.again
+    def again(self) -> torch.Tensor:
+        counted = self.sample.again
+        return torch.full((self.fields,), torch.nan, dtype=torch.float64) if counted is None else counted
 
     @torch.no_grad()
     def changes(

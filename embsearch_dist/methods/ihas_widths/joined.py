@@ -51,10 +51,9 @@ class TruncatedGroups(Truncated):
         """Of the rows of a table's own group."""
         return torch.cat([g.known_shares() for g in self.groups])
 
-    def again(self) -> torch.Tensor | None:
+    def again(self) -> torch.Tensor:
         """In the rows of a table's own group."""
-        told = [g.again() for g in self.groups]
-        return torch.cat([t for t in told if t is not None]) if None not in told else None
+        return torch.cat([g.again() for g in self.groups])
 
     def changes(
         self,

@@ -202,9 +202,7 @@ def by_losses(run: Run, measured: Truncated, trained: Truncated, groups: int = 1
     :class:`MeasuredSearch`."""
     config: MeasuredSearch = run.config.search
     alone = by_heart(trained.again())
-    held = None if config.candidates[0] else held_by_training(trained, config)
-    if held is not None and alone is not None:
-        held = held.masked_fill(alone, 0.0)
+    held = None if config.candidates[0] else held_by_training(trained, config).masked_fill(alone, 0.0)
     spending = trained if config.spend else None
     return Searcher(run.schema, config, measured, None, held, spending, alone, run.config.model.extra, groups)
 

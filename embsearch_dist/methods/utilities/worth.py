@@ -125,15 +125,15 @@ def mostly_new(widths: Sequence[int], held_out: torch.Tensor, trained: torch.Ten
     return (torch.tensor(list(widths)) > 0) & (held_out < NEW * trained)
 
 
-def by_heart(again: torch.Tensor | None) -> torch.Tensor | None:
+def by_heart(again: torch.Tensor) -> torch.Tensor:
     """``[F]`` bool: fields whose ids hardly come again in training rows, such as the number of a row or of an order.
 
     What their tables save on training rows was learned by heart, row by row, and says nothing of other rows.
 
     Args:
-        again: ``[F]``: how often an id comes again, NaN where that is not known; None where it was not counted.
+        again: ``[F]``: how often an id comes again, NaN where that is not known.
     """
-    return None if again is None else again < AGAIN
+    return again < AGAIN
 
 
 def rising(saved: torch.Tensor) -> torch.Tensor:
