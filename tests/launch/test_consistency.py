@@ -7,19 +7,21 @@ import math
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import pytest
 
+from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Field, Schema
 from embsearch_dist.width_table import Space, WidthTable
 from tests.factories import one_rank
 from tests.launch.processes import ROOT
 from tests.scripts import fork_script
-from tools.studies import consistency
-from tools.studies.consistency import SETTINGS, Truth, measured, of_table, tau, training_only
-from tools.studies.jobs import Ended
+from tools.studies import alone, consistency
+from tools.studies.alone import Truth, of_table, tau
+from tools.studies.consistency import SETTINGS, measured, training_only
+from tools.studies.jobs import Ended, write_csv
 
 
 def test_taus_and_ceiling_of_hand_made_scores() -> None:
@@ -91,3 +93,38 @@ def test_a_tiny_study_from_start_to_table(
     assert all(-1 <= float(r[key]) <= 1 for r in rows for key in ("tau_test", "tau_validation", "ceiling", "noise"))
     assert all(float(r["regret"]) >= 0 and str(out) not in r["command"] and str(data) not in r["command"] for r in rows)
     assert (out / "consistency.md").read_text().count("\n| ") == 6  # a head, a rule, four settings
+    trained = list(csv.DictReader((out / "subnets.csv").open()))
+    assert [(r["subnet"], r["seed"]) for r in trained] == [(k, s) for s in "01" for k in "012"]
+    assert all(str(out) not in r["command"] and str(data) not in r["command"] and r["commit"] for r in trained)
+    go_on_elsewhere(monkeypatch, words, out, started)
+
+
+def go_on_elsewhere(monkeypatch: pytest.MonkeyPatch, words: list[Any], out: Path, started: list[str]) -> None:
+    """What the files tell is not run again in another folder; other trainings alone are refused."""
+    other, before = out.with_name("other"), len(started)
+    begun = ["--alone", out / "subnets.csv", "--earlier", out / "consistency.csv"]
+    again = [other if word == out else word for word in words] + ["printed:search.sampling.eq5=layernorm"]
+    monkeypatch.setattr(sys, "argv", ["consistency.py", *map(str, [*again, *begun])])
+    consistency.main()
+    assert len(started) == before + 1  # the supernet of the new setting
+    assert (other / "subnets.csv").read_text() == (out / "subnets.csv").read_text()
+    rows, old = (list(csv.DictReader((d / "consistency.csv").open())) for d in (other, out))
+    assert [r for r in rows if r["setting"] != "printed"] == old
+    cut = [1 if word == 2 else word for word in again]  # one training of each subnet: another ceiling
+    monkeypatch.setattr(sys, "argv", ["consistency.py", *map(str, [*cut, *begun])])
+    with pytest.raises(SystemExit, match="judged by other trainings alone"):
+        consistency.main()
+
+
+def test_lines_of_other_subnets_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "subnets.csv"
+    with pytest.raises(UserError, match="no such file"):
+        alone.read_lines(path, [])
+    path.write_text("subnet,seed\n0,1\n")
+    with pytest.raises(UserError, match="column widths is missing"):
+        alone.read_lines(path, ["a=4"])
+    line = dict.fromkeys(alone.COLUMNS, "1") | {"subnet": "0", "seed": "2", "widths": alone.told({"a": 4, "b": 8})}
+    write_csv(path, alone.COLUMNS, [line])
+    assert alone.read_lines(path, ["a=4 b=8"]) == {(0, 2): line}
+    with pytest.raises(UserError, match="line 2: subnet 0 has the widths a=4 b=8, and the one of this study has a=8"):
+        alone.read_lines(path, ["a=8 b=8"])

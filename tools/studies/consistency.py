@@ -5,6 +5,8 @@
     python tools/studies/consistency.py --space tools/tables/movielens_100k.yaml \\
         --table tools/tables/movielens_100k.csv --data PREPARED --out runs/tau --seeds 5
     python tools/studies/consistency.py ... --settings "printed:search.sampling.eq5=layernorm"
+    python tools/studies/consistency.py ... --seeds 0               subnets trained alone, and no supernet
+    python tools/studies/consistency.py ... --alone subnets.csv --earlier consistency.csv     go on where both ended
 
 The second command takes every allocation of a table as a subnet, so nothing is trained alone.
 
@@ -13,7 +15,8 @@ The last setting is no supernet: the widest model, trained once per seed, is cut
 The truth of a subnet is the mean test AUC of its trainings alone, with seeds of their own. The ceiling is what one
 more training alone is worth as a score: the tau between the validation AUC of one seed and the mean test AUC of the
 others. Each setting trains its supernet once per seed and scores all subnets on the whole validation split; settings
-that differ in scoring alone share a supernet. All is resumable; writes OUT/consistency.csv and OUT/consistency.md.
+that differ in scoring alone share a supernet. All is resumable; writes OUT/consistency.csv and OUT/consistency.md, and
+OUT/subnets.csv with a line for each training alone, those of --alone among them.
 """
 
 from __future__ import annotations
@@ -23,21 +26,19 @@ import shlex
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from scipy.stats import kendalltau
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config.read import load_config, written
 from embsearch_dist.errors import UserError
-from embsearch_dist.files import read_json
 from embsearch_dist.methods.adass.config import MODES
 from embsearch_dist.methods.adass.search_stage import make_scorer
 from embsearch_dist.methods.utilities.search_stage import make_searcher
@@ -48,9 +49,10 @@ from embsearch_dist.schema import Schema
 from embsearch_dist.width_table import Space, WidthTable
 from launch.common import CONFIGS
 from tools.gpucheck.facts import commit, hardware
+from tools.studies import alone
+from tools.studies.alone import Truth, of_table, tau
 from tools.studies.asked import named
-from tools.studies.budget_tables import best_validation
-from tools.studies.jobs import ROOT, Job, run_all, trained_in, write_csv
+from tools.studies.jobs import ROOT, Job, read_csv, recorded, run_all, trained_in, write_csv
 
 # Keys that change what is scored and how, and leave the trained supernet as it is.
 SCORING = ("search.policy.", "search.supernet.keep")
@@ -73,64 +75,48 @@ COLUMNS = ("setting", "seed", "subnets", *SCORED, "ceiling", "noise")
 FACTS = ("commit", "hardware", "command")
 
 
-@dataclass
-class Truth:
-    """Subnets that were trained alone.
-
-    Attributes:
-        choices: ``[K, fields]`` indices of candidates.
-        validation: ``[seeds, K]`` AUC on the validation split, of the best weights.
-        test: ``[seeds, K]`` AUC of the same weights on the test split.
-    """
-
-    choices: np.ndarray
-    validation: np.ndarray
-    test: np.ndarray
-
-    def ceiling(self) -> float:
-        """What one more training alone is worth as a score; NaN of a single seed."""
-        return self._against_others(self.validation)
-
-    def noise(self) -> float:
-        """Tau of the test AUC of one seed and the mean of the others; NaN of a single seed."""
-        return self._against_others(self.test)
-
-    def _against_others(self, of_one: np.ndarray) -> float:
-        seeds = range(len(self.test))
-        if len(seeds) < 2:
-            return float("nan")
-        others = [np.delete(self.test, k, axis=0).mean(0) for k in seeds]
-        return statistics.fmean(tau(of_one[k], others[k]) for k in seeds)
-
-
-def tau(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
-    """Kendall's tau-b of two scores of the same subnets."""
-    return float(kendalltau(a, b).statistic)
-
-
 def main() -> None:
-    args = parser().parse_args()
+    try:
+        carry_out(parser().parse_args())
+    except UserError as e:
+        raise SystemExit(f"error: {e}") from e
+
+
+def carry_out(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        UserError: neither a config nor a table with its space is given, or a file of an earlier study is of another.
+        SystemExit: a command failed; names its log.
+    """
     settings = named("--settings", args.settings) or SETTINGS
     args.out.mkdir(parents=True, exist_ok=True)
     study = Study(args)
-    chains = [[study.supernet(setting, seed)] for seed in range(args.seeds) for setting in settings.values()]
-    chains += [[study.widest(seed)] for seed in range(args.seeds)]
-    run_all([*unique(chains), *study.alone()], args.out / "logs", args.jobs)
+    rows = [row for row in study.earlier if row["setting"] != CUT_DOWN and row["setting"] not in settings]
+    wanted = [(name, seed) for name in [*settings, CUT_DOWN] for seed in range(args.seeds)]
+    known = {(row["setting"], int(row["seed"])): row for row in study.earlier}
+    jobs = [
+        study.widest(s) if n == CUT_DOWN else study.supernet(settings[n], s) for n, s in wanted if (n, s) not in known
+    ]
+    try:
+        run_all([*unique([[job] for job in jobs]), *study.alone()], args.out / "logs", args.jobs)
+    finally:
+        study.write_subnets()
     truth = study.truth()
+    if other := [row for row in study.earlier if row["ceiling"] != str(round(truth.ceiling(), 4))]:
+        raise UserError(
+            f"--earlier {args.earlier}: its lines were judged by other trainings alone (ceiling {other[0]['ceiling']}, "
+            f"here {truth.ceiling():.4f}). Leave it out: supernets that are there are scored again"
+        )
     facts = {"commit": commit(ROOT), "hardware": hardware("1 thread"), "command": told(args)}
-    rows = [
-        measured(truth, study.scores(setting, seed, truth.choices)) | {"setting": name, "seed": seed} | facts
-        for name, setting in settings.items()
-        for seed in range(args.seeds)
-    ]
-    rows += [
-        measured(truth, study.cut_down(seed, truth.choices)) | {"setting": CUT_DOWN, "seed": seed} | facts
-        for seed in range(args.seeds)
-    ]
+    for name, seed in wanted:
+        scores = partial(study.cut_down, seed) if name == CUT_DOWN else partial(study.scores, settings[name], seed)
+        new = (name, seed) not in known
+        figures = measured(truth, scores(truth.choices)) | facts if new else known[name, seed]
+        rows.append({**figures, "setting": name, "seed": seed})
     write_csv(args.out / "consistency.csv", [*COLUMNS, *FACTS], rows)
-    text = markdown(rows)
+    text = markdown(rows) if rows else ""
     (args.out / "consistency.md").write_text(text)
-    print(text)
+    print(text or f"{args.out / alone.FILE}: {truth.test.size} trainings alone")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -142,6 +128,8 @@ def parser() -> argparse.ArgumentParser:
     add("--subnets", type=int, default=40, help="subnets drawn at random and trained alone")
     add("--truths", type=int, default=3, help="trainings alone of each subnet")
     add("--draw", type=int, default=0, help="seed of the drawn subnets")
+    add("--alone", type=Path, help="subnets.csv of an earlier study: its trainings are not run again")
+    add("--earlier", type=Path, help="consistency.csv of an earlier study: its lines stand in the new table")
     add("--space", type=Path, help="with --table: groups of fields and their widths, YAML")
     add("--table", type=Path, help="CSV of tools/studies/width_table.py: its allocations are the subnets")
     add("--seeds", type=int, default=3, help="supernets of each setting")
@@ -168,7 +156,7 @@ class Study:
     def __init__(self, args: argparse.Namespace) -> None:
         """
         Raises:
-            UserError: neither a config nor a table with its space is given.
+            UserError: neither a config nor a table with its space is given, or ``--alone`` is of other subnets.
         """
         self.args, self.schema = args, Schema.load(args.data)
         self.extra: list[str] = [*args.extra, f"data.path={args.data}"]
@@ -185,9 +173,12 @@ class Study:
             self.config = args.config
         else:
             raise UserError("give --config, or --space together with --table")
+        self.earlier: list[dict[str, Any]] = list(read_csv(args.earlier)) if args.earlier else []
         as_it_is = self.read([])
         self.candidates: list[int] = as_it_is.search.candidates
         self.own_seed = int(as_it_is.run.seed)
+        drawn = [alone.told(self.widths(k)) for k in range(args.subnets)] if self.table is None else []
+        self.trained_before = alone.read_lines(args.alone, drawn) if args.alone else {}
 
     def read(self, more: Sequence[str]) -> Any:
         return load_config(CONFIGS, self.config, [*self.extra, *more])
@@ -245,14 +236,16 @@ class Study:
         """Trainings of the drawn subnets; none for a table, which has them."""
         if self.table is not None:
             return []
-        return [[self.alone_job(k, seed)] for seed in range(self.args.truths) for k in range(self.args.subnets)]
+        return [[self.alone_job(k, seed)] for k, seed in self.trainings() if (k, seed) not in self.trained_before]
+
+    def trainings(self) -> list[tuple[int, int]]:
+        """(subnet, seed) of each."""
+        return [(k, seed) for seed in range(self.args.truths) for k in range(self.args.subnets)]
 
     def alone_job(self, k: int, seed: int) -> Job:
         path = self.args.out / "subnets" / f"subnet{k}.json"
         if not path.exists():
-            chosen = [self.candidates[j] for j in self.drawn()[k].tolist()]
-            widths = dict(zip(self.schema.names, chosen, strict=True))
-            Allocation(self.schema, widths, {"method": "random", "name": path.stem}).save(path)
+            Allocation(self.schema, self.widths(k), {"method": "random", "name": path.stem}).save(path)
         wanted = [*self.extra, f"run.seed={seed}", f"run.dir={self.args.out / 'alone'}"]
         arguments = [
             "--config",
@@ -274,34 +267,49 @@ class Study:
         rng = np.random.default_rng(self.args.draw)
         return rng.integers(len(self.candidates), size=(self.args.subnets, len(self.schema.names)))
 
+    def widths(self, k: int) -> dict[str, int]:
+        """Of a drawn subnet, by field."""
+        return dict(zip(self.schema.names, (self.candidates[j] for j in self.drawn()[k].tolist()), strict=True))
+
+    def lines(self) -> dict[tuple[int, int], dict[str, Any]]:
+        """A line for each training alone that is finished, here or in an earlier study, by (subnet, seed)."""
+        found = dict(self.trained_before)
+        records = recorded(self.args.out / "logs")
+        for k, seed in self.trainings() if self.table is None else ():
+            directory = self.trained(k, seed)
+            if (k, seed) not in found and (directory / "evaluation.json").exists():
+                record = records.get(f"seed{seed}-subnet{k}", {})
+                line = {
+                    "subnet": k,
+                    "seed": seed,
+                    "widths": alone.told(self.widths(k)),
+                    "hardware": hardware("1 thread"),
+                }
+                line |= {"commit": record.get("commit", ""), "command": self.shown(record.get("command", ""))}
+                found[k, seed] = line | alone.line_of(directory)
+        return found
+
+    def shown(self, command: str) -> str:
+        """A command without the folders of this machine."""
+        return command.replace(str(self.args.out), "OUT").replace(str(self.args.data), "PREPARED")
+
+    def write_subnets(self) -> None:
+        """OUT/subnets.csv, by seed; nothing where no training alone is finished."""
+        lines = sorted(self.lines().items(), key=lambda item: (item[0][1], item[0][0]))
+        if lines:
+            write_csv(self.args.out / alone.FILE, alone.COLUMNS, [line for _, line in lines])
+
     def truth(self) -> Truth:
         """What is known of the subnets when all of them were trained."""
         if self.table is not None:
             return of_table(self.table, self.schema)
-        trained = [[self.trained(k, s) for k in range(self.args.subnets)] for s in range(self.args.truths)]
-        test = [[read_json(d / "evaluation.json")["auc"] for d in each] for each in trained]
-        validation = [[kept(d)["auc"] for d in each] for each in trained]
-        return Truth(self.drawn(), np.array(validation), np.array(test))
+        lines, seeds, subnets = self.lines(), range(self.args.truths), range(self.args.subnets)
+        figures = (np.array([[float(lines[k, s][x]) for k in subnets] for s in seeds]) for x in alone.FIGURES)
+        return Truth(self.drawn(), *figures)
 
 
 def training_only(setting: Sequence[str]) -> list[str]:
     return [x for x in setting if not x.startswith(SCORING)]
-
-
-def of_table(table: WidthTable, schema: Schema) -> Truth:
-    """Every allocation of a table as a subnet, with a candidate for each field of its groups."""
-    found = [table.choice(widths) for widths in table.space.every]
-    of_field = [next(g for g, group in enumerate(table.space.groups) if n in group.fields) for n in schema.names]
-    figures = (
-        np.array([[table.of_seed(c, seed, name) for c in found] for seed in table.seeds])
-        for name in ("validation_auc", "test_auc")
-    )
-    return Truth(np.array(found)[:, of_field], *figures)
-
-
-def kept(directory: Path) -> dict[str, float]:
-    """The validation figures of the weights that a training kept."""
-    return best_validation(directory / "metrics.jsonl", read_json(directory / "training.json")["best_step"])
 
 
 def measured(truth: Truth, scores: Sequence[float]) -> dict[str, Any]:
