@@ -110,10 +110,21 @@ def go_on_elsewhere(monkeypatch: pytest.MonkeyPatch, words: list[Any], out: Path
     assert (other / "subnets.csv").read_text() == (out / "subnets.csv").read_text()
     rows, old = (list(csv.DictReader((d / "consistency.csv").open())) for d in (other, out))
     assert [r for r in rows if r["setting"] != "printed"] == old
-    cut = [1 if word == 2 else word for word in again]  # one training of each subnet: another ceiling
-    monkeypatch.setattr(sys, "argv", ["consistency.py", *map(str, [*cut, *begun])])
-    with pytest.raises(SystemExit, match="judged by other trainings alone"):
-        consistency.main()
+    for truths, told in ((1, "here nan"), (3, "3 of them are still to be run")):
+        others = [truths if word == 2 else word for word in again]
+        monkeypatch.setattr(sys, "argv", ["consistency.py", *map(str, [*others, *begun])])
+        with pytest.raises(SystemExit, match=f"judged by other trainings alone .*{told}"):
+            consistency.main()
+    assert len(started) == before + 1
+
+
+def test_an_earlier_file_that_is_none_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "consistency.csv"
+    with pytest.raises(UserError, match="no such file"):
+        consistency.lines_of(path)
+    path.write_text("setting,seed\nplain,0\n")
+    with pytest.raises(UserError, match="column subnets is missing"):
+        consistency.lines_of(path)
 
 
 def test_lines_of_other_subnets_are_refused(tmp_path: Path) -> None:

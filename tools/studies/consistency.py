@@ -91,9 +91,10 @@ def carry_out(args: argparse.Namespace) -> None:
     settings = named("--settings", args.settings) or SETTINGS
     args.out.mkdir(parents=True, exist_ok=True)
     study = Study(args)
-    rows = [row for row in study.earlier if row["setting"] != CUT_DOWN and row["setting"] not in settings]
+    study.check_earlier()
     wanted = [(name, seed) for name in [*settings, CUT_DOWN] for seed in range(args.seeds)]
     known = {(row["setting"], int(row["seed"])): row for row in study.earlier}
+    rows = [row for key, row in known.items() if key not in wanted]
     jobs = [
         study.widest(s) if n == CUT_DOWN else study.supernet(settings[n], s) for n, s in wanted if (n, s) not in known
     ]
@@ -102,11 +103,6 @@ def carry_out(args: argparse.Namespace) -> None:
     finally:
         study.write_subnets()
     truth = study.truth()
-    if other := [row for row in study.earlier if row["ceiling"] != str(round(truth.ceiling(), 4))]:
-        raise UserError(
-            f"--earlier {args.earlier}: its lines were judged by other trainings alone (ceiling {other[0]['ceiling']}, "
-            f"here {truth.ceiling():.4f}). Leave it out: supernets that are there are scored again"
-        )
     facts = {"commit": commit(ROOT), "hardware": hardware("1 thread"), "command": told(args)}
     for name, seed in wanted:
         scores = partial(study.cut_down, seed) if name == CUT_DOWN else partial(study.scores, settings[name], seed)
@@ -173,12 +169,28 @@ class Study:
             self.config = args.config
         else:
             raise UserError("give --config, or --space together with --table")
-        self.earlier: list[dict[str, Any]] = list(read_csv(args.earlier)) if args.earlier else []
+        self.earlier: list[dict[str, Any]] = lines_of(args.earlier) if args.earlier else []
         as_it_is = self.read([])
         self.candidates: list[int] = as_it_is.search.candidates
         self.own_seed = int(as_it_is.run.seed)
         drawn = [alone.told(self.widths(k)) for k in range(args.subnets)] if self.table is None else []
         self.trained_before = alone.read_lines(args.alone, drawn) if args.alone else {}
+
+    def check_earlier(self) -> None:
+        """
+        Raises:
+            UserError: the lines of ``--earlier`` were judged by other trainings alone than those of this study.
+        """
+        if not self.earlier:
+            return
+        left = [job for chain in self.alone() for job in chain if not job.done]
+        ceiling = None if left else str(round(self.truth().ceiling(), 4))
+        if other := [row["ceiling"] for row in self.earlier if row["ceiling"] != ceiling]:
+            here = f"{len(left)} of them are still to be run" if left else f"ceiling {other[0]}, here {ceiling}"
+            raise UserError(
+                f"--earlier {self.args.earlier}: its lines were judged by other trainings alone ({here}). Give the "
+                "subnets.csv of that study as --alone, or leave --earlier out: supernets that are there get new scores"
+            )
 
     def read(self, more: Sequence[str]) -> Any:
         return load_config(CONFIGS, self.config, [*self.extra, *more])
@@ -306,6 +318,21 @@ class Study:
         lines, seeds, subnets = self.lines(), range(self.args.truths), range(self.args.subnets)
         figures = (np.array([[float(lines[k, s][x]) for k in subnets] for s in seeds]) for x in alone.FIGURES)
         return Truth(self.drawn(), *figures)
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """Of an earlier consistency.csv.
+
+    Raises:
+        UserError: it is missing or lacks a column.
+    """
+    if not path.exists():
+        raise UserError(f"--earlier {path}: no such file. Give the consistency.csv that a study left")
+    rows: list[dict[str, Any]] = list(read_csv(path))
+    for column in (*COLUMNS, *FACTS):
+        if any(row.get(column) is None for row in rows):
+            raise UserError(f"--earlier {path}: column {column} is missing. Give the consistency.csv that a study left")
+    return rows
 
 
 def training_only(setting: Sequence[str]) -> list[str]:
