@@ -64,6 +64,38 @@ class Changes:
         return mean, (max(variance, 0.0) / max(rows - 1, 1)) ** 0.5
 
 
+class ChangeSums:
+    """Sums over this rank's rows, piece by piece, that make :class:`Changes`."""
+
+    def __init__(self, fields: int, candidates: int, device: torch.device) -> None:
+        self.loss = torch.zeros(1, dtype=torch.float64, device=device)
+        self.more = torch.zeros(fields, candidates, dtype=torch.float64, device=device)
+        self.second = torch.zeros(fields, candidates, candidates, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(fields, dtype=torch.float64, device=device)
+
+    def add(self, field: int, own: int, losses: torch.Tensor, now: torch.Tensor, known: torch.Tensor | None) -> None:
+        """Losses ``[T, n]`` of some rows with ``field`` at each candidate, beside those ``now [n]`` at its ``own`` one.
+
+        ``known [n]`` bool: rows that compare this field's candidates; None: all.
+        """
+        difference = (losses - now).double()
+        # Rounding would pass for a difference where there is none.
+        difference[own] = 0
+        if known is not None:
+            difference[:, ~known] = 0
+        self.counts[field] += len(now) if known is None else known.sum()
+        self.more[field] += difference.sum(1)
+        self.second[field] += difference @ difference.T
+
+    def changes(self, rows: int, context: Context) -> Changes:
+        """Of the rows of all ranks, ``rows`` together."""
+        for part in (self.loss, self.more, self.second, self.counts):
+            context.sum(part)
+        of = self.counts.clamp(min=1)
+        more, second = (self.more / of[:, None]).cpu(), (self.second / of[:, None, None]).cpu()
+        return Changes(float(self.loss) / rows, rows, more, second, self.counts.cpu())
+
+
 class Truncated(ABC):
     """What a search by measured losses asks of a model that can be cut down.
 
@@ -166,7 +198,7 @@ class TruncatedModel(Truncated):
     def calibrated(self, ranks: Sequence[int], precisions: Sequence[str] = ()) -> torch.Tensor:
         own = self.logits(ranks, precisions)
         scale, shift = calibration(own, self.sample.label, self.context)
-        return _losses(scale * own + shift, self.sample.label).double()
+        return losses_of(scale * own + shift, self.sample.label).double()
 
     def knowing(self, fields: Sequence[int]) -> torch.Tensor:
         if self.sample.known is None or not fields:
@@ -200,10 +232,7 @@ class TruncatedModel(Truncated):
         fields, count = len(choice), len(candidates)
         device = self.context.device
         picked, everywhere = torch.tensor(list(choice), device=device), torch.arange(fields, device=device)
-        loss = torch.zeros(1, dtype=torch.float64, device=device)
-        more = torch.zeros(fields, count, dtype=torch.float64, device=device)
-        second = torch.zeros(fields, count, count, dtype=torch.float64, device=device)
-        counts = torch.zeros(fields, dtype=torch.float64, device=device)
+        sums = ChangeSums(fields, count, device)
         depth = unified(self.head, self.sample.x[:, :1]).shape[2]
         numbers = fields * count * max(self.sample.x.shape[2], depth)
         for piece in self.sample.pieces(_rows_of_piece(numbers)):
@@ -213,28 +242,16 @@ class TruncatedModel(Truncated):
             values = piece.values
             if values.shape[1]:
                 values = torch.where(none[picked], self.mean_values, values)
-            now = _losses(scale * logits_of(self.head, current, piece.dense, values) + shift, piece.label)
-            loss += now.double().sum()
+            now = losses_of(scale * logits_of(self.head, current, piece.dense, values) + shift, piece.label)
+            sums.loss += now.double().sum()
             for f, logits in enumerate(self._one_changed(current, options, piece.dense, values)):
                 if values.shape[1]:
                     new = torch.where(none[:, None], self.mean_values[f], piece.values[:, f])
                     logits = logits + new - values[:, f]
-                difference = (_losses(scale * logits + shift, piece.label) - now).double()
-                # Rounding would pass for a difference where there is none.
-                difference[choice[f]] = 0
-                if known and piece.known is not None:
-                    difference[:, ~piece.known[f]] = 0
-                    counts[f] += piece.known[f].sum()
-                else:
-                    counts[f] += len(piece.label)
-                more[f] += difference.sum(1)
-                second[f] += difference @ difference.T
+                counted = piece.known[f] if known and piece.known is not None else None
+                sums.add(f, choice[f], losses_of(scale * logits + shift, piece.label), now, counted)
             tick(len(piece.label))
-        for part in (loss, more, second, counts):
-            self.context.sum(part)
-        of = counts.clamp(min=1)
-        more, second = (more / of[:, None]).cpu(), (second / of[:, None, None]).cpu()
-        return Changes(float(loss) / self.rows, self.rows, more, second, counts.cpu())
+        return sums.changes(self.rows, self.context)
 
     def _unified(self, piece: Sample, candidates: Sequence[int], precisions: Sequence[str]) -> torch.Tensor:
         """``[T, n, F, d]``: what the backbone gets of each field at each candidate."""
@@ -288,7 +305,7 @@ class TruncatedModel(Truncated):
         fields, _, width = self.sample.x.shape
         found = torch.zeros(fields, width, dtype=torch.float64, device=self.context.device)
         for piece in self.sample.pieces(_rows_of_piece(fields * width)):
-            g = head_gradients(model, piece, lambda logits, labels: _losses(logits, labels).sum())
+            g = head_gradients(model, piece, lambda logits, labels: losses_of(logits, labels).sum())
             along = torch.bmm(g, self.bases.synthesis.transpose(1, 2))
             found += (along * self.bases.coefficients(piece.x)).abs().double().sum(1)
         return (self.context.sum(found) / self.rows).cpu()
@@ -330,7 +347,7 @@ def calibration(logits: torch.Tensor, labels: torch.Tensor, context: Context) ->
     return float(found[0]), float(found[1])
 
 
-def _losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def losses_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of each row, shaped as ``logits [..., n]``."""
     return binary_cross_entropy_with_logits(logits, labels.expand_as(logits), reduction="none")
 

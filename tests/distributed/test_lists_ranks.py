@@ -14,7 +14,7 @@ from embsearch_dist.config.sections import DistConfig, OptimConfig
 from embsearch_dist.data.formats import blocks
 from embsearch_dist.data.prepare.pipeline import prepare
 from embsearch_dist.data.prepare.team import from_environment
-from embsearch_dist.methods.adass.search_stage import make_scorer
+from embsearch_dist.methods.adass.scored_rows import make_scorer
 from embsearch_dist.methods.adass.supernet_stage import SupernetTask
 from embsearch_dist.sharding.sharded_tables import ShardedTables
 from embsearch_dist.sharding.tables import Table

@@ -11,8 +11,10 @@ import torch
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.methods.adass import layout as layouts
-from embsearch_dist.methods.adass.search_stage import make_scorer
+from embsearch_dist.methods.adass.knapsack import make_measured
+from embsearch_dist.methods.adass.scored_rows import make_scorer
 from embsearch_dist.methods.adass.supernet_stage import SupernetTask
+from embsearch_dist.methods.budget import parse_budget
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.metrics import evaluate
 from embsearch_dist.train.retrain import SubnetTask
@@ -195,6 +197,32 @@ def score_subnets(rank: int, world_size: int, data: str, directory: str, norm: s
     run.config.search.policy.cache_mb, run.config.search.policy.refit = 1, "linear"
     fitted = make_scorer(run, SupernetTask(run)).score(choices)
     return [*found, *fitted]
+
+
+def measure_by_losses(rank: int, world_size: int, data: str, directory: str) -> dict[str, Any]:
+    words = ["model.init_std=0.5", "model.gain=1", "search.policy.finder=knapsack"]
+    run = open_run(small_config(data, directory, *words), rank_context(rank, world_size))
+    task = SupernetTask(run)
+    measured = make_measured(run, task, make_scorer(run, task), task.distinct.cpu())
+    base = [3, 2, 3, 1]
+    around, trained = measured.around(base), measured.trained
+    assert trained is not None and measured.alone is not None
+    return {
+        "loss": around.loss,
+        "more": around.more.flatten().tolist(),
+        "counts": [] if around.counts is None else around.counts.tolist(),
+        "known": trained.known_shares().tolist(),
+        "alone": measured.alone.tolist(),
+        "found": measured.find(parse_budget("40%", run.schema)),
+    }
+
+
+def test_measured_losses_of_subnets_are_alike_on_one_rank_and_two(tmp_path: Path, data: str) -> None:
+    one = run_ranks(measure_by_losses, 1, tmp_path, data, str(tmp_path))[0]
+    two = run_ranks(measure_by_losses, 2, tmp_path, data, str(tmp_path))
+    assert two[0] == two[1]
+    for name, expected in one.items():
+        assert two[0][name] == pytest.approx(expected, abs=2e-6), name
 
 
 def score_whole(rank: int, world_size: int, data: str, directory: str) -> list[dict[str, float]]:

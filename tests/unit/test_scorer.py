@@ -17,8 +17,8 @@ from embsearch_dist.methods.adass import layout as layouts
 from embsearch_dist.methods.adass.layout import ACCELERATOR, CPU, Layout, layout_for
 from embsearch_dist.methods.adass.passes import relu_
 from embsearch_dist.methods.adass.refit import HeadFit, Inherited
+from embsearch_dist.methods.adass.scored_rows import precision_on
 from embsearch_dist.methods.adass.scorer import SubnetScorer
-from embsearch_dist.methods.adass.search_stage import precision_on
 from embsearch_dist.methods.adass.terms import STATES, sample_rows, slices
 from embsearch_dist.models.backbones.additive import Backbone
 from embsearch_dist.models.model import SupernetModel

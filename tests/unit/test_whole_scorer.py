@@ -11,8 +11,8 @@ import torch
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.adass import whole_scorer
+from embsearch_dist.methods.adass.scored_rows import make_scorer
 from embsearch_dist.methods.adass.scorer import SubnetScorer
-from embsearch_dist.methods.adass.search_stage import make_scorer
 from embsearch_dist.methods.adass.supernet_stage import SupernetTask
 from embsearch_dist.methods.adass.whole_scorer import WholeScorer
 from embsearch_dist.models.model import SupernetModel

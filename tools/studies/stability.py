@@ -19,8 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from embsearch_dist.config.read import load_config
 from embsearch_dist.files import write_json
 from embsearch_dist.methods import METHODS
-from embsearch_dist.methods.adass.distinct import distinct_of
-from embsearch_dist.methods.adass.search_stage import Searcher, budgets_of, make_scorer
+from embsearch_dist.methods.adass.search_stage import budgets_of, make_searcher
 from embsearch_dist.ranks.context import start
 from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
@@ -59,10 +58,8 @@ def search_again(directory: Path, searches: int, overrides: list[str]) -> tuple[
     config = load_config(sections, directory / "config.yaml", overrides)
     with start(config.run, config.dist) as context:
         schema = Schema.load(config.data.path)
-        extra = config.model.extra
-        run = Run(config, schema, context)
-        searcher = Searcher(schema, config.search, make_scorer(run), distinct_of(config, schema), extra)
-        _, budget = budgets_of(config.search, schema, extra)[0]
+        searcher = make_searcher(Run(config, schema, context))
+        _, budget = budgets_of(config.search, schema, config.model.extra)[0]
         found = []
         for seed in range(searches):
             choice = searcher.find(1_000_000 + seed, budget).choice

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from embsearch_dist.config.options import one_of, option, require
 from embsearch_dist.config.sections import TrainConfig
 from embsearch_dist.methods.budget import BUDGET_HELP, PRECISION_HELP, check_precision
+from embsearch_dist.methods.utilities.config import JUDGE_HELP, JUDGES, SPEND_HELP
 from embsearch_dist.models.tables import SCHEMES, check_candidates
 from embsearch_dist.precision import served
 
@@ -17,7 +18,7 @@ KEEP = ("best", "last")
 METRICS = ("auc", "logloss", "accuracy")
 REFITS = ("none", "linear")
 RESOURCES = ("widths", "parameters", "bytes", "served_bytes")
-FINDERS = ("auto", "policy", "sweeps")
+FINDERS = ("auto", "policy", "sweeps", "knapsack")
 
 
 @dataclass
@@ -77,7 +78,10 @@ class PolicyConfig:
     """The search itself (section 3.2, Eq. 8-9)."""
 
     finder: str = option(
-        "auto", "policy (as printed) | sweeps over single changes | auto: sweeps above 64 fields", choices=FINDERS
+        "auto",
+        "policy (as printed) | sweeps over single changes | knapsack: over measured losses, as method utilities does | "
+        "auto: sweeps above 64 fields, else the policy",
+        choices=FINDERS,
     )
     rows: int = option(100_000, "validation rows every candidate is scored on, drawn at random from all of them", low=1)
     policy_rows: int = option(0, "of these, how many the policy learns from; all that follows sees all; 0 = all", low=0)
@@ -116,6 +120,8 @@ class PolicyConfig:
     evidence: float = option(
         1.0, "at last a field gets a narrower width unless its rows' loss rises by so many standard errors; -1 = off"
     )
+    judge: str = option("known", f"knapsack: {JUDGE_HELP}", choices=JUDGES)
+    spend: bool = option(True, f"knapsack: {SPEND_HELP}")
     seed: int = option(0, "seed of this search, beside run.seed, which the supernet shares")
 
     def check(self) -> None:

@@ -12,6 +12,7 @@ from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.methods.adass.layout import Layout
 from embsearch_dist.methods.adass.refit import HeadFit, Inherited
 from embsearch_dist.methods.adass.terms import Sums
+from embsearch_dist.methods.widest import known_in
 from embsearch_dist.models.backbones.additive import Backbone
 from embsearch_dist.models.model import SupernetModel
 from embsearch_dist.ranks.context import Context
@@ -103,6 +104,11 @@ def look_up(model: SupernetModel, batches: Sequence[Batch], context: Context) ->
         start += part.shape[1]
     assert pooled is not None
     return pooled, torch.cat([b.dense.to(context.device) for b in batches])
+
+
+def known_values(model: SupernetModel, batches: Sequence[Batch], context: Context) -> torch.Tensor:
+    """``[F, n]`` bool: whether a row of the batches has a value of the field that has an id of its own."""
+    return torch.cat([known_in(b.to(context.device).sparse, model.tables.names) for b in batches], 1)
 
 
 def compare(logits: torch.Tensor, reference: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

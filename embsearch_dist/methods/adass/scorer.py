@@ -22,7 +22,7 @@ import torch
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.adass import layout as layouts
-from embsearch_dist.methods.adass.passes import Output, look_up
+from embsearch_dist.methods.adass.passes import Output, known_values, look_up
 from embsearch_dist.methods.adass.scoring import CANDIDATES_TOGETHER, Scoring
 from embsearch_dist.methods.adass.terms import (
     STATES,
@@ -78,6 +78,7 @@ class SubnetScorer(Scoring):
                 context.device, -(-self.rows // 2) if refit != "none" else self.rows, row_bytes
             )
             self.own_labels = torch.cat([b.label.to(context.device) for b in batches])
+            self.known = known_values(model, batches, context)
             self._share_labels(refit != "none")
             self.moments = self._moments(self.pooled)
             self.linear, weight = self.backbone.field_weights()
@@ -99,7 +100,7 @@ class SubnetScorer(Scoring):
             return self
         few = copy.copy(self)
         few.rows = chunks * self.layout.chunk_rows
-        few.own_labels = self.own_labels[: few.rows]
+        few.own_labels, few.known = self.own_labels[: few.rows], self.known[:, : few.rows]
         few._share_labels(self.fit_chunks > 0)
         few._forget()
         few._states = {}

@@ -30,10 +30,15 @@ class Scoring(ABC):
     Attributes:
         labels: of the scored rows of all ranks.
         rows_of: how many of them each rank has.
+        scored: of them this rank's: the last ones of its sample, whose labels are ``own_labels``.
+        known: ``[F, n]`` bool, of this rank's sample: whether a row has a value of the field with an id of its own.
     """
 
     layout: Layout
     labels: torch.Tensor
+    own_labels: torch.Tensor
+    known: torch.Tensor
+    scored: int
     rows_of: list[int]
 
     def __init__(self, model: SupernetModel, context: Context) -> None:

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.data.load.sample import random_batches
-from embsearch_dist.errors import script
+from embsearch_dist.errors import UserError, script
 from embsearch_dist.files import copy_sealed, write_sealed
-from embsearch_dist.kernels.bfloat16 import multiplies_bfloat16
 from embsearch_dist.methods.adass.config import AdassConfig, PolicyConfig
 from embsearch_dist.methods.adass.distinct import distinct_of
+from embsearch_dist.methods.adass.knapsack import InheritedLosses, make_measured
 from embsearch_dist.methods.adass.local import ROUNDS, SWEEPS, Problem, Tick, prune, refine, sweep, within_budget
 from embsearch_dist.methods.adass.policy import SearchTrace, argmax_choice, nearest_allowed, search
-from embsearch_dist.methods.adass.scorer import SubnetScorer
+from embsearch_dist.methods.adass.scored_rows import make_scorer
 from embsearch_dist.methods.adass.scoring import Scoring
-from embsearch_dist.methods.adass.supernet_stage import SupernetTask, load_supernet
-from embsearch_dist.methods.adass.terms import sample_rows
-from embsearch_dist.methods.adass.whole_scorer import WholeScorer
+from embsearch_dist.methods.adass.supernet_stage import load_supernet
 from embsearch_dist.methods.budget import (
     Budget,
     cost_table,
@@ -31,7 +28,7 @@ from embsearch_dist.methods.budget import (
 )
 from embsearch_dist.methods.found import SCORED_POINTS, budget_told, budgets, earlier_points
 from embsearch_dist.methods.stages import Stage
-from embsearch_dist.ranks.context import Context
+from embsearch_dist.methods.utilities import search_stage as utilities
 from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.metrics import shown
@@ -43,7 +40,6 @@ what it costs grows with the fields. Heat maps of more fields are recorded once 
 SWEPT = 16_000_000  # changes times rows of a sweep; it takes fewer rows where that would be more
 LEAST_SWEPT_ROWS = 2048
 SWEPT_ROUNDS = 6  # of the local search behind sweeps, which have done most of its work
-SAMPLE_SEED = 0x5EED  # beside run.seed: the scored rows are the same for all searches of a supernet
 
 
 @dataclass(frozen=True)
@@ -68,11 +64,16 @@ class Searcher:
         scorer: Scoring,
         distinct: torch.Tensor | None = None,
         extra: int = 0,
+        measured: utilities.Searcher | None = None,
     ) -> None:
         """
         Args:
             distinct: ``[F, T]`` bool, candidates that may be chosen; None: all.
             extra: columns of a kept field's table beside its width (``ModelConfig.extra``).
+            measured: of the same supernet, for ``finder: knapsack``; see :func:`make_measured`.
+
+        Raises:
+            UserError: ``finder: knapsack``, and no ``measured``.
         """
         self.schema, self.config, self.scorer, self.extra = schema, config, scorer, extra
         self.candidates = config.candidates
@@ -80,18 +81,24 @@ class Searcher:
         self.allowed = torch.ones(shape, dtype=torch.bool) if distinct is None else distinct.cpu()
         self._few = scorer.part(config.policy.policy_rows) if config.policy.policy_rows else None
         finder = config.policy.finder
+        self.measured = measured if finder == "knapsack" else None
+        if finder == "knapsack" and measured is None:
+            raise UserError("finder: knapsack needs a supernet that search.py has trained; choose sweeps or policy")
         self.sweeps = finder == "sweeps" or (finder == "auto" and shape[0] > MANY_FIELDS)
         self.rounds = SWEPT_ROUNDS if self.sweeps else ROUNDS
 
     def find(
         self, seed: int, budget: Budget | None = None, monitor: Monitor | None = None, tick: Tick = lambda n: None
     ) -> Found:
-        """One search: the policy or sweeps, then the hard budget, the local search, and the check for evidence.
+        """One search: the policy or sweeps, then the hard budget, the local search, and the check for evidence; or the
+        knapsack, which has the last two in it.
 
         Args:
             tick: told how many of :meth:`subnets` are done.
         """
         policy: PolicyConfig = self.config.policy
+        if self.measured is not None:
+            return self._by_knapsack(self.measured, budget, monitor, tick)
         problem = self._problem(budget)
         if self.sweeps:
             choice, p = self._by_sweeps(problem, monitor, tick)
@@ -111,6 +118,14 @@ class Searcher:
         return Found(choice, p, self.scorer.score_near(choice, torch.tensor([choice]))[0], budget, gone)
 
     @property
+    def told(self) -> str:
+        """How it searches, for the terminal."""
+        if self.measured is not None:
+            return "a knapsack over measured losses"
+        policy = self.config.policy
+        return "sweeps over single changes" if self.sweeps else f"{policy.steps} steps x {policy.batch} subnets"
+
+    @property
     def archive(self) -> dict[tuple[int, ...], dict[str, float]]:
         """All scored subnets; where only the policy has seen one, from its share of the rows."""
         few = self._few.archive if self._few else {}
@@ -119,6 +134,8 @@ class Searcher:
     def subnets(self) -> int:
         """How many subnets a search scores at most, about: the whole of a progress bar."""
         policy, (fields, candidates) = self.config.policy, self.allowed.shape
+        if self.measured is not None:
+            return (1 + self.measured.config.rounds) * fields * candidates
         found = SWEEPS * fields * (candidates - 1) if self.sweeps else policy.steps * policy.batch
         found += self.rounds * policy.moves if policy.refine else 0
         return found + (fields * (candidates - 1) if policy.evidence >= 0 else 0)
@@ -179,11 +196,33 @@ class Searcher:
         scale = gains.abs().amax(1, keepdim=True).clamp(min=1e-12)
         p = (gains / scale * 4).masked_fill(~self.allowed, -np.inf).softmax(1).float()
         if monitor is not None:
-            self._record(monitor, self._swept(problem, choice, p), 1)
+            self._record(monitor, self._at_once(problem, choice, p), 1)
         return choice, p
 
-    def _swept(self, problem: Problem, choice: list[int], p: torch.Tensor) -> SearchTrace:
-        """What sweeps found, as one step of a search."""
+    def _by_knapsack(
+        self, measured: utilities.Searcher, budget: Budget | None, monitor: Monitor | None, tick: Tick
+    ) -> Found:
+        """P says of each candidate what it is worth beside the field's others, all fields being at their widest."""
+        model, changes = cast(InheritedLosses, measured.model), self.allowed.numel()
+        rows = 0
+
+        def watch(more: int) -> None:
+            nonlocal rows
+            before, rows = rows, rows + more
+            tick(changes * rows // model.own_rows - changes * before // model.own_rows)
+
+        measured.tick = watch
+        worth = measured.worth_at_full_width()
+        choice = model.subnet(measured.ranks(measured.find(budget)))
+        scale = worth.amax(1, keepdim=True).clamp(min=1e-12)
+        p = (worth / scale * 4).masked_fill(~self.allowed, -np.inf).softmax(1).float()
+        (metrics,) = self.scorer.score_near(choice, torch.tensor([choice]))
+        if monitor is not None:
+            self._record(monitor, self._at_once(self._problem(budget), choice, p), 1)
+        return Found(choice, p, metrics, budget)
+
+    def _at_once(self, problem: Problem, choice: list[int], p: torch.Tensor) -> SearchTrace:
+        """What was found without steps, as one step of a search."""
         fields, value = np.arange(len(choice)), problem.value(choice)
         price = float(problem.price[fields, choice].sum())
         entropy = float(-(p * p.clamp(min=1e-30).log()).sum(1).mean())
@@ -221,32 +260,12 @@ class Searcher:
         return Allocation(self.schema, widths, {"method": "adass", **provenance, **told, **scores}, self.extra)
 
 
-def make_scorer(run: Run[AdassConfig], task: SupernetTask | None = None) -> Scoring:
-    """Load the finished supernet and look up the validation sample: rows drawn at random from the whole split, the
-    same ones for any number of ranks.
-
-    With several ranks each holds its share of the rows.
-    """
-    search_config = run.config.search
-    task = task or load_supernet(run)
-    batch = search_config.supernet.eval_batch_size
-    shards = run.stream("validation", batch, shuffle=False).shards
-    policy, context = search_config.policy, run.context
-    backbone, table_width = task.model.bare_head.backbone, task.model.tables.mask.shape[1]
-    rows = sample_rows(shards.rows, policy.rows, len(run.schema.fields), table_width, backbone, policy.cache_mb)
-    seed = run.config.run.seed * 7919 + SAMPLE_SEED
-    with context.together("drawing the scored validation rows"):
-        batches = random_batches(shards, rows, batch, seed, context.rank, context.world_size)
-    area = policy.metric == "auc"
-    if not task.model.bare_head.additive:
-        return WholeScorer(task.model, batches, context, area)
-    precision = precision_on(context) if policy.precision == "auto" else policy.precision
-    return SubnetScorer(task.model, batches, context, precision, policy.cache_mb, policy.refit, area)
-
-
-def precision_on(context: Context) -> str:
-    """Of the cached sums: ``bfloat16`` where it pays on all ranks."""
-    return "bfloat16" if all(context.every(multiplies_bfloat16(context.device))) else "float32"
+def make_searcher(run: Run[AdassConfig]) -> Searcher:
+    """Load the finished supernet, look up the rows that its subnets are scored on, and make the searches of it."""
+    task, distinct = load_supernet(run), distinct_of(run.config, run.schema)
+    scorer, config = make_scorer(run, task), run.config.search
+    measured = make_measured(run, task, scorer, distinct) if config.policy.finder == "knapsack" else None
+    return Searcher(run.schema, config, scorer, distinct, run.config.model.extra, measured)
 
 
 class SearchStage(Stage[AdassConfig]):
@@ -265,13 +284,13 @@ class SearchStage(Stage[AdassConfig]):
         config = run.config.search
         extra = run.config.model.extra
         wanted = budgets_of(config, run.schema, extra)
-        searcher = Searcher(run.schema, config, make_scorer(run), distinct_of(run.config, run.schema), extra)
+        searcher = make_searcher(run)
         with Monitor(run.dir, self.name, run.context.rank) as monitor:
             monitor.resume_at(-1)
-            size = "sweeps over single changes" if searcher.sweeps else f"{config.policy.steps} steps"
-            size += "" if searcher.sweeps else f" x {config.policy.batch} subnets"
             split = run.schema.rows["validation"]
-            monitor.say(f"search: {size} on {len(searcher.scorer.labels):,} of {split:,} validation rows")
+            monitor.say(f"search: {searcher.told} on {len(searcher.scorer.labels):,} of {split:,} validation rows")
+            if searcher.measured is not None:
+                searcher.measured.note_by_heart(monitor)
             seed = run.config.run.seed * 7919 + config.policy.seed
             points = []
             whole = searcher.subnets()

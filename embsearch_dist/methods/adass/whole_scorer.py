@@ -14,7 +14,7 @@ import torch
 
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.methods.adass.layout import layout_for
-from embsearch_dist.methods.adass.passes import look_up
+from embsearch_dist.methods.adass.passes import known_values, look_up
 from embsearch_dist.methods.adass.scoring import Scoring
 from embsearch_dist.models.model import SupernetModel
 from embsearch_dist.ranks.context import Context
@@ -40,6 +40,7 @@ class WholeScorer(Scoring):
             self.pooled, self.dense = look_up(model, batches, context)
             self.moments = self._moments(self.pooled)
         self.own_labels = torch.cat([b.label.to(context.device) for b in batches])
+        self.known = known_values(model, batches, context)
         self.layout = layout_for(context.device, len(self.own_labels))
         self._share(self.own_labels)
         self._check_classes(area)
@@ -54,6 +55,7 @@ class WholeScorer(Scoring):
             return self
         few = copy.copy(self)
         few.pooled, few.dense, few.own_labels = self.pooled[:, :own], self.dense[:own], self.own_labels[:own]
+        few.known = self.known[:, :own]
         few._share(few.own_labels)
         few._forget()
         return few

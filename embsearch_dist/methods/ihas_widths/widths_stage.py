@@ -75,7 +75,8 @@ def make_searcher(run: Run[IHASWidthsConfig]) -> Searcher:
         one, other = cut_down(own, load_widest_of(own), rows, basis_rows)
         measured.append(one)
         trained.append(other)
-    return by_losses(run, TruncatedGroups(measured), TruncatedGroups(trained), len(runs))
+    extra = run.config.model.extra
+    return by_losses(run.schema, config, TruncatedGroups(measured), TruncatedGroups(trained), extra, len(runs))
 
 
 def most_open(shares: torch.Tensor, widths: list[int]) -> torch.Tensor:

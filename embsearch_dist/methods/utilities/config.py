@@ -11,6 +11,15 @@ from embsearch_dist.precision import MIXED
 
 UTILITIES = ("loss", "saliency")
 BASES = ("sensitivity", "variance", "common")
+JUDGES = ("known", "all")
+JUDGE_HELP = (
+    "rows by which a field's widths are judged: known (where its value has an id of its own: new users say nothing "
+    "about the width of the users' table) | all"
+)
+SPEND_HELP = (
+    "where values of some field are mostly new in validation rows, what a budget leaves goes to kept fields, by what "
+    "wider candidates save on training rows; false = it is left"
+)
 
 
 @dataclass
@@ -28,17 +37,15 @@ class MeasuredSearch:
     evidence: float = option(1.0, "a wider candidate counts if it gains more than this many standard errors", low=0)
     judge: str = option(
         "known",
-        "rows by which a field's widths are judged: known (where its value has an id of its own: new users say nothing "
-        "about the width of the users' table) | all",
-        choices=("known", "all"),
+        JUDGE_HELP,
+        choices=JUDGES,
         before="all",
     )
     rows: int = option(100_000, "validation rows that are measured, drawn from the whole split", low=1)
     basis_rows: int = option(50_000, "training rows that the directions are taken from", low=1)
     spend: bool = option(
         True,
-        "where values of some field are mostly new in validation rows, what a budget leaves goes to kept fields, by "
-        "what wider candidates save on training rows; false = it is left",
+        SPEND_HELP,
         before=False,
     )
     rounds: int = option(3, "allocations that are measured for a budget, each found from the ones before", low=1)

@@ -194,17 +194,17 @@ def make_searcher(run: Run[UtilitiesConfig]) -> Searcher:
     truncated, trained = cut_down(run, model, config.rows, config.basis_rows)
     if config.utility == "saliency":
         return Searcher(run.schema, config, truncated, truncated.saliency(model), extra=run.config.model.extra)
-    return by_losses(run, truncated, trained)
+    return by_losses(run.schema, config, truncated, trained, run.config.model.extra)
 
 
-def by_losses(run: Run, measured: Truncated, trained: Truncated, groups: int = 1) -> Searcher:
-    """A search of ``measured`` by its losses; ``trained``: the same on training rows. The run's section is a
-    :class:`MeasuredSearch`."""
-    config: MeasuredSearch = run.config.search
+def by_losses(
+    schema: Schema, config: MeasuredSearch, measured: Truncated, trained: Truncated, extra: int = 0, groups: int = 1
+) -> Searcher:
+    """A search of ``measured`` by its losses; ``trained``: the same on training rows."""
     alone = by_heart(trained.again())
     held = None if config.candidates[0] else held_by_training(trained, config).masked_fill(alone, 0.0)
     spending = trained if config.spend else None
-    return Searcher(run.schema, config, measured, None, held, spending, alone, run.config.model.extra, groups)
+    return Searcher(schema, config, measured, None, held, spending, alone, extra, groups)
 
 
 def cut_down(run: Run, model: SubnetModel, rows: int, basis_rows: int) -> tuple[TruncatedModel, TruncatedModel]:
