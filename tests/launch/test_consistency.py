@@ -139,3 +139,29 @@ def test_lines_of_other_subnets_are_refused(tmp_path: Path) -> None:
     assert alone.read_lines(path, ["a=4 b=8"]) == {(0, 2): line}
     with pytest.raises(UserError, match="line 2: subnet 0 has the widths a=4 b=8, and the one of this study has a=8"):
         alone.read_lines(path, ["a=8 b=8"])
+
+
+def test_only_subnets_that_keep_the_named_fields_judge(tmp_path: Path, data: Path, config: Path) -> None:
+    def study(*words: Any) -> consistency.Study:
+        given = ["--config", config, "--data", data, "--out", tmp_path, "--subnets", 12, "--truths", 2, *words]
+        return consistency.Study(consistency.parser().parse_args([str(word) for word in given]))
+
+    plain, path = study(), tmp_path / "subnets.csv"
+    lines = [
+        dict.fromkeys(alone.COLUMNS, "1")
+        | {"subnet": k, "seed": s, "widths": alone.told(plain.widths(k)), "validation_auc": k + s, "test_auc": 100 * k}
+        for s in range(2)
+        for k in range(12)
+    ]
+    write_csv(path, alone.COLUMNS, lines)
+    name = plain.schema.names[0]
+    keep = [k for k in range(12) if plain.widths(k)[name]]
+    assert 2 <= len(keep) < 12
+    truth = study("--alone", path, "--keeping", name).truth()
+    assert truth.test[0].tolist() == [100 * k for k in keep]
+    assert truth.choices.shape == (len(keep), len(plain.schema.names))
+    assert study("--alone", path).truth().test.shape == (2, 12)
+    with pytest.raises(UserError, match="--keeping: .* has no field 'nothing'"):
+        study("--keeping", "nothing")
+    with pytest.raises(UserError, match=f"--keeping {name}: [01] of 1 subnets keep them all"):
+        study("--alone", path, "--keeping", name, "--subnets", 1).truth()

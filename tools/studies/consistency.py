@@ -7,6 +7,7 @@
     python tools/studies/consistency.py ... --settings "printed:search.sampling.eq5=layernorm"
     python tools/studies/consistency.py ... --seeds 0               subnets trained alone, and no supernet
     python tools/studies/consistency.py ... --alone subnets.csv --earlier consistency.csv     go on where both ended
+    python tools/studies/consistency.py ... --keeping user_id,movie_id      judge by subnets that drop none of these
 
 The second command takes every allocation of a table as a subnet, so nothing is trained alone.
 
@@ -16,7 +17,8 @@ The truth of a subnet is the mean test AUC of its trainings alone, with seeds of
 more training alone is worth as a score: the tau between the validation AUC of one seed and the mean test AUC of the
 others. Each setting trains its supernet once per seed and scores all subnets on the whole validation split; settings
 that differ in scoring alone share a supernet. All is resumable; writes OUT/consistency.csv and OUT/consistency.md, and
-OUT/subnets.csv with a line for each training alone, those of --alone among them.
+OUT/subnets.csv with a line for each training alone, those of --alone among them. With --keeping the first two are
+OUT/consistency-keeping.csv and .md: a subnet without its best field is told from the others by any score.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config.read import load_config, written
-from embsearch_dist.errors import UserError
+from embsearch_dist.errors import UserError, nearest
 from embsearch_dist.methods.adass.config import MODES
 from embsearch_dist.methods.adass.scored_rows import make_scorer
 from embsearch_dist.methods.utilities.search_stage import make_searcher
@@ -109,9 +111,10 @@ def carry_out(args: argparse.Namespace) -> None:
         new = (name, seed) not in known
         figures = measured(truth, scores(truth.choices)) | facts if new else known[name, seed]
         rows.append({**figures, "setting": name, "seed": seed})
-    write_csv(args.out / "consistency.csv", [*COLUMNS, *FACTS], rows)
+    name = "consistency-keeping" if args.keeping else "consistency"
+    write_csv(args.out / f"{name}.csv", [*COLUMNS, *FACTS], rows)
     text = markdown(rows) if rows else ""
-    (args.out / "consistency.md").write_text(text)
+    (args.out / f"{name}.md").write_text(text)
     print(text or f"{args.out / alone.FILE}: {truth.test.size} trainings alone")
 
 
@@ -126,6 +129,7 @@ def parser() -> argparse.ArgumentParser:
     add("--draw", type=int, default=0, help="seed of the drawn subnets")
     add("--alone", type=Path, help="subnets.csv of an earlier study: its trainings are not run again")
     add("--earlier", type=Path, help="consistency.csv of an earlier study: its lines stand in the new table")
+    add("--keeping", default="", help="comma-separated fields: only subnets that drop none of them are scored")
     add("--space", type=Path, help="with --table: groups of fields and their widths, YAML")
     add("--table", type=Path, help="CSV of tools/studies/width_table.py: its allocations are the subnets")
     add("--seeds", type=int, default=3, help="supernets of each setting")
@@ -152,7 +156,8 @@ class Study:
     def __init__(self, args: argparse.Namespace) -> None:
         """
         Raises:
-            UserError: neither a config nor a table with its space is given, or ``--alone`` is of other subnets.
+            UserError: neither a config nor a table with its space is given, ``--alone`` is of other subnets, or
+                ``--keeping`` names no field.
         """
         self.args, self.schema = args, Schema.load(args.data)
         self.extra: list[str] = [*args.extra, f"data.path={args.data}"]
@@ -169,6 +174,10 @@ class Study:
             self.config = args.config
         else:
             raise UserError("give --config, or --space together with --table")
+        self.keeping = [name for name in args.keeping.split(",") if name]
+        for name in self.keeping:
+            if name not in self.schema.names:
+                raise UserError(f"--keeping: {args.data} has no field {name!r}{nearest(name, self.schema.names)}")
         self.earlier: list[dict[str, Any]] = lines_of(args.earlier) if args.earlier else []
         as_it_is = self.read([])
         self.candidates: list[int] = as_it_is.search.candidates
@@ -312,7 +321,19 @@ class Study:
             write_csv(self.args.out / alone.FILE, alone.COLUMNS, [line for _, line in lines])
 
     def truth(self) -> Truth:
-        """What is known of the subnets when all of them were trained."""
+        """What is known of the subnets when all of them were trained; of those that keep ``--keeping``.
+
+        Raises:
+            UserError: fewer than two keep them.
+        """
+        every = self.every_truth()
+        widths = np.array(self.candidates)[every.choices]
+        kept = (widths[:, [self.schema.names.index(name) for name in self.keeping]] > 0).all(1)
+        if kept.sum() < 2:
+            raise UserError(f"--keeping {self.args.keeping}: {kept.sum()} of {len(kept)} subnets keep them all")
+        return Truth(every.choices[kept], every.validation[:, kept], every.test[:, kept])
+
+    def every_truth(self) -> Truth:
         if self.table is not None:
             return of_table(self.table, self.schema)
         lines, seeds, subnets = self.lines(), range(self.args.truths), range(self.args.subnets)
