@@ -91,7 +91,12 @@ class PolicyConfig:
         "twice as fast there; several times slower elsewhere)",
         choices=PRECISIONS,
     )
-    cache_mb: int = option(4096, "memory of the scored rows over all ranks: terms if they fit, else pooled rows", low=1)
+    cache_mb: int = option(
+        4096,
+        "memory of the scored rows over all ranks: terms if they fit, else pooled rows; knapsack holds as much once "
+        "more, for training rows",
+        low=1,
+    )
     refit: str = option(
         "none",
         "none | linear: fit every candidate's head on half of the scored rows, score on the others",
