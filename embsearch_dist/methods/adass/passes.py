@@ -92,23 +92,25 @@ def relu_(x: torch.Tensor) -> torch.Tensor:
     return x.relu_()
 
 
-def look_up(model: SupernetModel, batches: Sequence[Batch], context: Context) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pooled rows ``[F, n, table width]`` and dense columns ``[n, n_dense]`` of all batches."""
+def look_up(
+    model: SupernetModel, batches: Sequence[Batch], context: Context
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of all batches pooled rows ``[F, n, table width]``, dense columns ``[n, n_dense]``, labels ``[n]``, and
+    ``[F, n]`` bool: whether a row has a value of the field with an id of its own."""
     pooled: torch.Tensor | None = None
+    parts: list[tuple[torch.Tensor, ...]] = []
     start, rows = 0, sum(b.size for b in batches)
     for batch in batches:
-        part = model.tables(batch.to(context.device).sparse).stack()
+        here = batch.to(context.device)
+        part = model.tables(here.sparse).stack()
         if pooled is None:
             pooled = part.new_empty(part.shape[0], rows, part.shape[2])
         pooled[:, start : start + part.shape[1]] = part
         start += part.shape[1]
+        parts.append((here.dense, here.label, known_in(here.sparse, model.tables.names)))
     assert pooled is not None
-    return pooled, torch.cat([b.dense.to(context.device) for b in batches])
-
-
-def known_values(model: SupernetModel, batches: Sequence[Batch], context: Context) -> torch.Tensor:
-    """``[F, n]`` bool: whether a row of the batches has a value of the field that has an id of its own."""
-    return torch.cat([known_in(b.to(context.device).sparse, model.tables.names) for b in batches], 1)
+    dense, labels, known = zip(*parts, strict=True)
+    return pooled, torch.cat(dense), torch.cat(labels), torch.cat(known, 1)
 
 
 def compare(logits: torch.Tensor, reference: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ import torch
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.adass import layout as layouts
-from embsearch_dist.methods.adass.passes import Output, known_values, look_up
+from embsearch_dist.methods.adass.passes import Output, look_up
 from embsearch_dist.methods.adass.scoring import CANDIDATES_TOGETHER, Scoring
 from embsearch_dist.methods.adass.terms import (
     STATES,
@@ -71,14 +71,12 @@ class SubnetScorer(Scoring):
         self.values = model.tables.weights  # column of each field's first-order weight; empty: there are none
         self._states: dict[tuple[int, ...], Sums] = {}
         with torch.no_grad():
-            self.pooled, self.dense = look_up(model, batches, context)
+            self.pooled, self.dense, self.own_labels, self.known = look_up(model, batches, context)
             self.rows = self.pooled.shape[1]
             row_bytes = term_bytes(self.fields, self.candidates, self.backbone, precision)
             self.layout = layouts.layout_for(
                 context.device, -(-self.rows // 2) if refit != "none" else self.rows, row_bytes
             )
-            self.own_labels = torch.cat([b.label.to(context.device) for b in batches])
-            self.known = known_values(model, batches, context)
             self._share_labels(refit != "none")
             self.moments = self._moments(self.pooled)
             self.linear, weight = self.backbone.field_weights()

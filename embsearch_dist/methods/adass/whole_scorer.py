@@ -14,7 +14,7 @@ import torch
 
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.methods.adass.layout import layout_for
-from embsearch_dist.methods.adass.passes import known_values, look_up
+from embsearch_dist.methods.adass.passes import look_up
 from embsearch_dist.methods.adass.scoring import Scoring
 from embsearch_dist.models.model import SupernetModel
 from embsearch_dist.ranks.context import Context
@@ -37,10 +37,8 @@ class WholeScorer(Scoring):
         super().__init__(model, context)
         self.every = range(self.fields)
         with torch.no_grad():
-            self.pooled, self.dense = look_up(model, batches, context)
+            self.pooled, self.dense, self.own_labels, self.known = look_up(model, batches, context)
             self.moments = self._moments(self.pooled)
-        self.own_labels = torch.cat([b.label.to(context.device) for b in batches])
-        self.known = known_values(model, batches, context)
         self.layout = layout_for(context.device, len(self.own_labels))
         self._share(self.own_labels)
         self._check_classes(area)
