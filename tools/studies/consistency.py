@@ -111,10 +111,10 @@ def carry_out(args: argparse.Namespace) -> None:
         new = (name, seed) not in known
         figures = measured(truth, scores(truth.choices)) | facts if new else known[name, seed]
         rows.append({**figures, "setting": name, "seed": seed})
-    name = "consistency-keeping" if args.keeping else "consistency"
-    write_csv(args.out / f"{name}.csv", [*COLUMNS, *FACTS], rows)
+    stem = "consistency-keeping" if args.keeping else "consistency"
+    write_csv(args.out / f"{stem}.csv", [*COLUMNS, *FACTS], rows)
     text = markdown(rows) if rows else ""
-    (args.out / f"{name}.md").write_text(text)
+    (args.out / f"{stem}.md").write_text(text)
     print(text or f"{args.out / alone.FILE}: {truth.test.size} trainings alone")
 
 

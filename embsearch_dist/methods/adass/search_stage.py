@@ -193,8 +193,7 @@ class Searcher:
         choice, gains = sweep(few, start, tick=tick)
         if not problem.fit(np.array([choice]))[0]:
             choice = within_budget(problem, gains.masked_fill(~self.allowed, -np.inf))
-        scale = gains.abs().amax(1, keepdim=True).clamp(min=1e-12)
-        p = (gains / scale * 4).masked_fill(~self.allowed, -np.inf).softmax(1).float()
+        p = self._leaning(gains)
         if monitor is not None:
             self._record(monitor, self._at_once(problem, choice, p), 1)
         return choice, p
@@ -214,12 +213,16 @@ class Searcher:
         measured.tick = watch
         worth = measured.worth_at_full_width()
         choice = model.subnet(measured.ranks(measured.find(budget)))
-        scale = worth.amax(1, keepdim=True).clamp(min=1e-12)
-        p = (worth / scale * 4).masked_fill(~self.allowed, -np.inf).softmax(1).float()
+        p = self._leaning(worth)
         (metrics,) = self.scorer.score_near(choice, torch.tensor([choice]))
         if monitor is not None:
             self._record(monitor, self._at_once(self._problem(budget), choice, p), 1)
         return Found(choice, p, metrics, budget)
+
+    def _leaning(self, gains: torch.Tensor) -> torch.Tensor:
+        """``[F, T]`` probabilities that say of each candidate how its gain compares with the field's others."""
+        scale = gains.abs().amax(1, keepdim=True).clamp(min=1e-12)
+        return (gains / scale * 4).masked_fill(~self.allowed, -np.inf).softmax(1).float()
 
     def _at_once(self, problem: Problem, choice: list[int], p: torch.Tensor) -> SearchTrace:
         """What was found without steps, as one step of a search."""
