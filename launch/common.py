@@ -8,8 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-
-import torch
+from typing import NoReturn
 
 from embsearch_dist.config.read import load_config, split_arguments, written_method
 from embsearch_dist.config.sections import Config
@@ -18,8 +17,8 @@ from embsearch_dist.errors import UserError, nearest
 from embsearch_dist.methods import CONFIGS
 from embsearch_dist.pipes import quietly
 from embsearch_dist.ranks import peers
-from embsearch_dist.ranks.context import group_was_opened
 from embsearch_dist.ranks.environment import end_restarts
+from embsearch_dist.ranks.peers import group_was_opened
 from embsearch_dist.ranks.torchrun import note_error
 from embsearch_dist.rundir import check_text, release
 from embsearch_dist.train import signals
@@ -101,11 +100,12 @@ def _run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
         if e.repeats and (e.everywhere or not group_was_opened()):
             _end_restarts()
         sys.exit(2)
-    except (OSError, MemoryError, torch.OutOfMemoryError) as e:
-        print(f"error: {_refused(e)}", file=sys.stderr, flush=True)
-        note_error()
-        sys.exit(2)
+    except (OSError, MemoryError) as e:
+        _refuse(e)
     except RuntimeError as e:
+        torch = sys.modules.get("torch")  # not for --help, nor for a mistake in a config
+        if torch is not None and isinstance(e, torch.OutOfMemoryError):
+            _refuse(e)
         with signals.noted():  # a launcher ends the ranks beside a lost one; what was lost is told first
             ending = peers.explain(e)
         if ending is None:
@@ -114,6 +114,12 @@ def _run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
     except KeyboardInterrupt:
         print("interrupted; start the same command again to continue", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def _refuse(e: BaseException) -> NoReturn:
+    print(f"error: {_refused(e)}", file=sys.stderr, flush=True)
+    note_error()
+    sys.exit(2)
 
 
 def _refused(e: BaseException) -> str:

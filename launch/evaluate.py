@@ -38,14 +38,8 @@ from embsearch_dist.config.options import one_of
 from embsearch_dist.config.read import split_arguments
 from embsearch_dist.methods import METHODS
 from embsearch_dist.precision import MIXED, PRECISIONS
-from embsearch_dist.ranks.context import start
-from embsearch_dist.run import Run, open_data
 from embsearch_dist.rundir import hold
-from embsearch_dist.running import answers_of, trained_config
 from embsearch_dist.schema import SPLITS
-from embsearch_dist.stores.mirroring import mirroring
-from embsearch_dist.train.figures import Wanted, resamples_of
-from embsearch_dist.train.metrics import check_group
 from launch.common import known_options, run_main
 
 
@@ -56,6 +50,13 @@ def main(argv: Sequence[str]) -> None:
     router, precision = plain.get("router", ""), plain.get("precision", "")
     one_of("--split", split, SPLITS)
     one_of("--precision", precision, ("", *PRECISIONS, MIXED))
+    from embsearch_dist.ranks.context import start  # torch: not needed for --help
+    from embsearch_dist.run import Run, open_data
+    from embsearch_dist.running import answers_of, trained_config
+    from embsearch_dist.stores.mirroring import mirroring
+    from embsearch_dist.train.figures import Wanted, resamples_of
+    from embsearch_dist.train.metrics import check_group
+
     overrides += [f"train.group={plain['group']}"] if "group" in plain else []
     config = trained_config(directory, "--run", overrides)
     method = METHODS[config.method]()

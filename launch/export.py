@@ -33,16 +33,17 @@ from embsearch_dist.config.read import split_arguments
 from embsearch_dist.errors import UserError
 from embsearch_dist.precision import MIXED, PRECISIONS
 from embsearch_dist.rundir import plain_word
-from embsearch_dist.serving import programs
-from embsearch_dist.serving.collect import ROUTERS, kind_of
-from embsearch_dist.serving.export import Wish, export, summary
-from embsearch_dist.serving.trained import trained
 from launch.common import known_options, run_main, take_words
 
 OPTIONS = ("run", "out", "precision", "format", "name", "router", "source", "overwrite")
 
 
 def main(argv: Sequence[str]) -> None:
+    from embsearch_dist.serving import programs  # torch: not needed for --help
+    from embsearch_dist.serving.collect import ROUTERS, kind_of
+    from embsearch_dist.serving.export import Wish, export, summary
+    from embsearch_dist.serving.trained import trained
+
     rest, words = take_words(argv, "--format")
     formats = list(dict.fromkeys(words))
     if "--format" in argv and not formats:

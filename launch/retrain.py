@@ -44,16 +44,10 @@ from embsearch_dist.ranks.environment import reexec_with_tuned_environment
 if __name__ == "__main__":
     reexec_with_tuned_environment()  # before anything loads torch, or it would be loaded twice
 
-from embsearch_dist.allocation import REFERENCE_WIDTH, Allocation
 from embsearch_dist.config.read import split_arguments
 from embsearch_dist.errors import UserError
-from embsearch_dist.methods.results import searched_network
-from embsearch_dist.methods.retraining import Wish
-from embsearch_dist.ranks.context import start
 from embsearch_dist.rundir import check_text
-from embsearch_dist.running import continuing, retrain
 from embsearch_dist.stores.states import restore
-from embsearch_dist.train.metrics import shown
 from launch.common import DEFAULT_CONFIG, known_options, override, read_config, run_main
 
 
@@ -61,6 +55,13 @@ def main(argv: Sequence[str]) -> None:
     plain, overrides = split_arguments(argv)
     beginnings = ["from", "from-optimizer", "finetune"]
     known_options(plain, ["run", "config", "allocation", "name", "or-uniform", "best", "refit", *beginnings])
+    from embsearch_dist.allocation import REFERENCE_WIDTH, Allocation  # torch: not needed for --help
+    from embsearch_dist.methods.results import searched_network
+    from embsearch_dist.methods.retraining import Wish
+    from embsearch_dist.ranks.context import start
+    from embsearch_dist.running import continuing, retrain
+    from embsearch_dist.train.metrics import shown
+
     wish = Wish.of(plain, overrides)
     goes_on = bool(wish.start) and "run" not in plain and "config" not in plain
     if goes_on:

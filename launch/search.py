@@ -28,9 +28,6 @@ if __name__ == "__main__":
 
 from embsearch_dist.config.read import split_arguments
 from embsearch_dist.config.sections import Config
-from embsearch_dist.ranks.context import start
-from embsearch_dist.running import search
-from embsearch_dist.stores.mirroring import mirroring
 from embsearch_dist.stores.states import restore
 from launch.common import DEFAULT_CONFIG, known_options, override, read_config, read_run_config, run_main
 
@@ -43,6 +40,10 @@ def main(argv: Sequence[str]) -> None:
     if "print-config" in plain:
         print(config.to_yaml(), end="")
         return
+    from embsearch_dist.ranks.context import start  # torch: not needed to refuse a config
+    from embsearch_dist.running import search
+    from embsearch_dist.stores.mirroring import mirroring
+
     with start(config.run, config.dist) as context, mirroring(config, context):
         search(config, context, given=given)
 

@@ -15,13 +15,16 @@ import torch.utils.tensorboard  # noqa: F401
 import torchrec.distributed  # noqa: F401
 
 import embsearch_dist.doctor
-import embsearch_dist.methods
 import embsearch_dist.report
+import embsearch_dist.running
+import embsearch_dist.stores.mirroring
 import embsearch_dist.train.trainer  # noqa: F401
 import launch.common
 import launch.retrain  # noqa: F401
 import tests.factories
+from embsearch_dist.methods import METHODS
 
+list(METHODS.values())  # which loads them
 for method in tests.factories.CONFIGS:
     tests.factories.small_config("", "", method=method)  # leaves the defaults of every config behind
 gc.collect()

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from embsearch_dist.config.backbone_options import BUILT_IN
 from embsearch_dist.config.options import check_section, require
 from embsearch_dist.errors import UserError, nearest
 
@@ -23,6 +24,8 @@ ADDITIVE = ("wide_deep", "deepfm", "fm", "mlp")
 FIXED = (*ADDITIVE, "dlrm", "nasrec")
 """Names that no class can take; all others are registered."""
 ARGUMENTS = ("fields", "width", "dense", "hidden", "dropout")
+BACKBONES = "embsearch_dist.models.backbones"
+"""Package of the built-in ones, each in a module of its name."""
 
 T = TypeVar("T")
 
@@ -73,7 +76,8 @@ def register_backbone(name: str) -> Callable[[type[T]], type[T]]:
             raise UserError(f"{where}: a name has letters, digits, _ and -. Give another")
         source = getattr(sys.modules.get(cls.__module__), "__file__", None) or cls.__module__
         old = _known.get(name)
-        if name in FIXED or (old is not None and old.source != source):
+        ours = name in BUILT_IN and cls.__module__ == f"{BACKBONES}.{name}"
+        if name in FIXED or (name in BUILT_IN and not ours) or (old is not None and old.source != source):
             raise UserError(f"{where} in {source}: the name is taken{f' by {old.source}' if old else ''}. Give another")
         options = getattr(cls, "Options", None)
         if options is not None and not dataclasses.is_dataclass(options):
@@ -92,12 +96,21 @@ def register_backbone(name: str) -> Callable[[type[T]], type[T]]:
 
 
 def registered_names() -> list[str]:
-    """All registered names, built-in ones first."""
-    return list(_known)
+    """All names behind which a class stands, built-in ones first."""
+    return list(dict.fromkeys([*BUILT_IN, *_known]))
+
+
+def options_of(name: str) -> type | None:
+    """The dataclass of a name's options; None where it has none. No built-in class is loaded for it.
+
+    Raises:
+        UserError: nothing has that name.
+    """
+    return BUILT_IN[name] if name in BUILT_IN else registered(name).options
 
 
 def registered(name: str) -> Registered:
-    """What stands behind a registered name.
+    """What stands behind a registered name; behind a built-in one once its package is loaded.
 
     Raises:
         UserError: nothing does.
@@ -113,7 +126,7 @@ def check_backbone(name: str, module: str, options: Mapping[str, Any]) -> None:
     Raises:
         UserError: nothing of that name is known, or an option is none of its own.
     """
-    if name not in FIXED and name not in _known:
+    if name not in FIXED and name not in registered_names():
         raise UserError(f"config key model.backbone: {_unknown(name, module)}")
     if name in FIXED:
         require(not options, "model.options", f"the backbone {name} has none, got {', '.join(options)}")
@@ -127,17 +140,17 @@ def read_options(name: str, given: Mapping[str, Any]) -> Any:
     Raises:
         UserError: an unknown key, a wrong type, or a value out of range.
     """
-    kind = registered(name)
-    if kind.options is None:
+    kind = options_of(name)
+    if kind is None:
         require(not given, "model.options", f"the backbone {name} has none, got {', '.join(map(str, given))}")
         return None
-    known = [f.name for f in dataclasses.fields(kind.options)]
+    known = [f.name for f in dataclasses.fields(kind)]
     for key in given:
         told = f"unknown config key 'model.options.{key}'{nearest(str(key), known)}; {name} has {', '.join(known)}"
         if key not in known:
             raise UserError(told)
     try:
-        made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind.options), dict(given)))
+        made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), dict(given)))
     except OmegaConfBaseException as e:
         where = getattr(e, "full_key", "") or "?"
         raise UserError(f"config key model.options.{where}: {str(e).splitlines()[0]}") from e
@@ -146,6 +159,6 @@ def read_options(name: str, given: Mapping[str, Any]) -> Any:
 
 
 def _unknown(name: str, module: str) -> str:
-    known = [*FIXED, *_known]
+    known = [*FIXED, *registered_names()]
     own = f"{module} registers no class of that name" if module else "model.module loads a class of your own"
     return f"{name!r} is none of {', '.join(known)}{nearest(name, known)}; {own} (@es.register_backbone({name!r}))"

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from embsearch_dist.config.backbones import registered, registered_names
+from embsearch_dist.config.backbones import options_of, registered_names
 from embsearch_dist.config.sections import SECTIONS, TrainConfig
 
 
@@ -63,7 +63,7 @@ def _describe_backbones() -> list[str]:
     """The options of every backbone that has some."""
     lines = []
     for name in registered_names():
-        options = registered(name).options
+        options = options_of(name)
         if options is not None:
             lines.append(f"  of backbone {name}:")
             lines += _describe_fields(options, "    model.options")

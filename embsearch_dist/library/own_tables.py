@@ -13,8 +13,8 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
 
 from embsearch_dist.allocation import Allocation
+from embsearch_dist.config.widths import check_candidates
 from embsearch_dist.errors import UserError
-from embsearch_dist.models.tables import check_candidates
 from embsearch_dist.schema import Field, Schema
 
 Tables: TypeAlias = "Sequence[EmbeddingBagConfig] | EmbeddingBagCollection"

@@ -1,4 +1,4 @@
-"""What searches that end with widths have in common: the options of their budgets, and the stage that spends them."""
+"""What searches that end with widths have in common: the stage that spends their budgets."""
 
 from __future__ import annotations
 
@@ -7,31 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config.options import option, require
 from embsearch_dist.files import write_sealed
 from embsearch_dist.kept_values import KeptValues
-from embsearch_dist.methods.budget import BUDGET_HELP, PRECISION_HELP, Budget, check_precision
+from embsearch_dist.methods.budget import Budget
 from embsearch_dist.methods.found import Point, budget_told, budgets, describe, write_allocations, write_points
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.run import Run
 from embsearch_dist.train.monitor import Monitor
-
-
-@dataclass
-class BudgetOptions:
-    """A result's name and the budgets it is found under; base of a method's ``search`` section.
-
-    The section has ``candidates`` too, an option or a property: the widths that a field may get.
-    """
-
-    name: str = option("", "name of the result among the allocations of the run directory; empty = the method's")
-    budget: str = option("", BUDGET_HELP)
-    precision: str = option("", PRECISION_HELP)
-    pareto: list[str] = option([], "further budgets to derive allocations for, e.g. [20%, 40%, 80%]")
-
-    def check(self) -> None:
-        check_precision(self.precision)
-        require("/" not in self.name, "search.name", f"must be a plain word, got {self.name!r}")
 
 
 @dataclass(frozen=True)

@@ -11,24 +11,13 @@ import numpy as np
 import torch
 
 from embsearch_dist.allocation import REFERENCE_WIDTH, Allocation, cost
-from embsearch_dist.config.options import one_of
 from embsearch_dist.errors import UserError
-from embsearch_dist.precision import MIXED, PRECISIONS, SERVED, served
+from embsearch_dist.precision import MIXED, SERVED, served
 from embsearch_dist.schema import Schema
 
 RETRIES = 20  # of the knapsack's solver, whose tolerance may let a choice pass that is a little too expensive
 COLUMN_BYTES = dict(zip(SERVED, (4, 2, 1, 0.5, 1), strict=True)) | {"bytes": 4}
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-BUDGET_HELP = (
-    "hard bound on the tables: '200000' parameters, '1.5MB', '80%' of UES-32, or 'ues-12': what that width takes"
-)
-PRECISION_HELP = "MB, % and ues-N count bytes served at fp32|fp16|int8|int4|mixed (a field's own); empty = as trained"
-
-
-def check_precision(precision: str) -> None:
-    """Of the key ``search.precision``."""
-    one_of("search.precision", precision, ("", *PRECISIONS, MIXED))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from embsearch_dist.methods.directions import Bases
 from embsearch_dist.methods.widest import Moments, Sample, head_gradients, logits_of, unified
 from embsearch_dist.models.backbones.additive import Backbone
 from embsearch_dist.models.model import SubnetModel
-from embsearch_dist.precision import rounded
+from embsearch_dist.quantised import rounded
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.train.metrics import score
 

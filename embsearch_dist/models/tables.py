@@ -10,13 +10,11 @@ from torchrec import KeyedJaggedTensor
 
 from embsearch_dist.allocation import Allocation, physical_width
 from embsearch_dist.config.sections import DistConfig, OptimConfig
-from embsearch_dist.errors import UserError
+from embsearch_dist.config.widths import check_candidates
 from embsearch_dist.models.pooled import Pooled
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.schema import Schema
 from embsearch_dist.sharding.sharded_tables import ShardedTables, Table
-
-SCHEMES = ("shared", "independent")
 
 
 class MaxTables(nn.Module):
@@ -103,20 +101,3 @@ class MixedTables(nn.Module):
     def forward(self, sparse: KeyedJaggedTensor) -> Pooled:
         """Pooled embeddings of the kept fields at their nominal widths."""
         return Pooled.of(self.sharded(sparse), self.names, self.widths, self.weights)
-
-
-def check_candidates(candidates: Sequence[int], key: str = "search.candidates") -> list[int]:
-    """Candidate widths: at least two, whole, >= 0, strictly ascending.
-
-    Raises:
-        UserError: naming the key and the offending pair.
-    """
-    widths = list(candidates)
-    if len(widths) < 2:
-        raise UserError(f"config key {key}: at least two candidate widths are needed, got {widths}")
-    if widths[0] < 0:
-        raise UserError(f"config key {key}: widths must be >= 0 (0 = drop the field), got {widths[0]}")
-    for a, b in zip(widths, widths[1:], strict=False):
-        if b <= a:
-            raise UserError(f"config key {key}: widths must ascend, but {b} follows {a}; write {sorted(set(widths))}")
-    return widths

@@ -24,7 +24,6 @@ from embsearch_dist.ranks import addresses, peers
 from embsearch_dist.ranks.environment import GPUS, available_cores, check_restarts, store_of_attempt
 
 T = TypeVar("T")
-_opened = False
 SUM = dist.ReduceOp.SUM
 MAX = dist.ReduceOp.MAX
 
@@ -112,11 +111,6 @@ class Context:
         return torch.cat([p[:n] for p, n in zip(parts, sizes.tolist(), strict=True)])
 
 
-def group_was_opened() -> bool:
-    """Whether this process has joined its group yet; what fails before that fails on all ranks alike."""
-    return _opened
-
-
 @contextlib.contextmanager
 def start(run: RunConfig, config: DistConfig) -> Iterator[Context]:
     """Open the process group torchrun describes in the environment, or one of a single process.
@@ -162,8 +156,7 @@ def start(run: RunConfig, config: DistConfig) -> Iterator[Context]:
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    global _opened
-    _opened = True
+    peers.note_opened()
     try:
         peers.watch(rank, world_size, config.timeout_s)
         yield Context(rank, world_size, device)

@@ -36,6 +36,19 @@ LAUNCHER_S = 10
 LEFT, FAILED = "left", "failed"
 NETWORK = re.compile(r"gloo|NCCL|nccl|TCPStore|[Cc]onnection (closed|reset|refused|was)|[Bb]roken pipe|socket")
 
+_opened = False
+
+
+def note_opened() -> None:
+    """This process has joined its group."""
+    global _opened
+    _opened = True
+
+
+def group_was_opened() -> bool:
+    """Whether this process has joined its group yet; what fails before that fails on all ranks alike."""
+    return _opened
+
 
 @dataclass(frozen=True)
 class Ending:

@@ -21,7 +21,8 @@ from embsearch_dist.data.prepare.progress import Progress
 from embsearch_dist.data.prepare.vocabulary import VOCABULARY, file_name
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import write_json
-from embsearch_dist.precision import MIXED, PRECISIONS, quantise, served
+from embsearch_dist.precision import MIXED, PRECISIONS, served
+from embsearch_dist.quantised import quantise
 from embsearch_dist.schema import Schema
 from embsearch_dist.serving import programs
 from embsearch_dist.serving.card import card

@@ -13,7 +13,7 @@ from torch.nn import functional
 from embsearch_dist.allocation import physical_width
 from embsearch_dist.kept_values import KeptValues
 from embsearch_dist.models.pooled import Pooled
-from embsearch_dist.precision import BITS, CODES, SCALE, SHIFT, unpacked
+from embsearch_dist.quantised import BITS, CODES, SCALE, SHIFT, unpacked
 from embsearch_dist.schema import Field
 
 

@@ -10,7 +10,8 @@ import torch
 from embsearch_dist.allocation import REFERENCE_WIDTH, Allocation
 from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.errors import UserError
-from embsearch_dist.precision import rounded, served
+from embsearch_dist.precision import served
+from embsearch_dist.quantised import rounded
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.train.metrics import area_of, evaluate
 from embsearch_dist.train.retrain import SubnetTask

@@ -14,14 +14,8 @@ from embsearch_dist.data.load.dataset import read_rows
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.autoemb.method import AutoEmbTask, ControllerStage, averaged, mean_widths
-from embsearch_dist.methods.gated.popularity import (
-    Popularity,
-    PopularityConfig,
-    PopularityNet,
-    bucket_of,
-    popularity_of,
-    row_by_row,
-)
+from embsearch_dist.methods.gated.config import PopularityConfig
+from embsearch_dist.methods.gated.popularity import Popularity, PopularityNet, bucket_of, popularity_of, row_by_row
 from embsearch_dist.methods.stages import check_stages, run_stages
 from embsearch_dist.run import Run
 from embsearch_dist.schema import Field, Schema

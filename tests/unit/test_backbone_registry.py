@@ -80,8 +80,11 @@ def test_a_module_of_a_package_is_taken_by_its_name(tmp_path: Path, monkeypatch:
     assert "own_pkg" in sys.modules
 
 
+@pytest.mark.parametrize("loaded", [True, False])
 @pytest.mark.parametrize("name", ["deepfm", "nasrec", "dcnv2"])
-def test_names_of_built_in_backbones_stay_theirs(name: str) -> None:
+def test_names_of_built_in_backbones_stay_theirs(name: str, loaded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not loaded:
+        monkeypatch.setattr(backbones, "_known", {})
     with pytest.raises(UserError, match=f"{name}.*the name is taken"):
         es.register_backbone(name)(Plain)
 

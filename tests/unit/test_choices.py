@@ -12,8 +12,9 @@ from embsearch_dist.errors import UserError
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.autodim.method import MixtureStage
 from embsearch_dist.methods.autofield.method import GateStage, top
+from embsearch_dist.methods.gated.config import RelaxConfig
 from embsearch_dist.methods.gated.mixture import MixtureModel, probable
-from embsearch_dist.methods.gated.relaxed import Choice, RelaxConfig, step_noise
+from embsearch_dist.methods.gated.relaxed import Choice, step_noise
 from embsearch_dist.methods.gated.unrolled import unrolled_loss
 from embsearch_dist.methods.stages import check_stages, run_stages
 from embsearch_dist.run import Run

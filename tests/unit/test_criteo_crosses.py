@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embsearch_dist.data.planted.criteo_crosses import HINGES, MOST, TRIPLES, hinge_moments, hinge_part, triple_part
+from embsearch_dist.data.planted.criteo_crosses import HINGES, TRIPLES, hinge_moments, hinge_part, triple_part
 from embsearch_dist.data.planted.criteo_like import (
     BASE_RATE,
     CATEGORIES,
@@ -21,6 +21,7 @@ from embsearch_dist.data.planted.criteo_like import (
 )
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_json
+from embsearch_dist.methods.gated.config import MOST
 from tools.make.criteo import main, make
 
 N = 40_000

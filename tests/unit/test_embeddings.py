@@ -10,9 +10,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config.sections import DistConfig, OptimConfig
+from embsearch_dist.config.widths import check_candidates
 from embsearch_dist.errors import UserError
 from embsearch_dist.models.model import SubnetModel, SupernetModel
-from embsearch_dist.models.tables import MaxTables, MixedTables, check_candidates
+from embsearch_dist.models.tables import MaxTables, MixedTables
 from tests.factories import (
     STEEP,
     ids_of,

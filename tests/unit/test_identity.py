@@ -18,7 +18,7 @@ from embsearch_dist.data.store.manifest import MANIFEST, compare_ends, identity
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_json, write_json, write_sealed
 from embsearch_dist.methods.stages import Stage, check_stages, inputs_of
-from embsearch_dist.methods.ues import UES
+from embsearch_dist.methods.ues.method import UES
 from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.manifest import check_facts, facts_of

@@ -9,7 +9,8 @@ import pytest
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.columns import cost_of
-from embsearch_dist.methods.mde.method import MDE, MDEConfig, largest_base, popularities, thresholds, widths_of
+from embsearch_dist.methods.mde.config import MDEConfig
+from embsearch_dist.methods.mde.method import MDE, largest_base, popularities, thresholds, widths_of
 from embsearch_dist.methods.stages import check_stages, run_stages
 from embsearch_dist.schema import Field, Schema
 from tests.factories import one_rank, open_run, prepared, small_config, small_schema

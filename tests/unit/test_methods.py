@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
-from embsearch_dist.methods import METHODS
+from embsearch_dist.methods import CONFIGS, METHODS
 from embsearch_dist.methods.stages import check_stages, run_stages
 from embsearch_dist.report import write_report
 from embsearch_dist.run import Run
@@ -156,6 +158,30 @@ def test_curves_are_in_tensorboard(case: Case, searched: Run) -> None:
 def test_the_page_on_adding_a_method_shows_the_method_that_is_here() -> None:
     root = Path(__file__).resolve().parents[2]
     page = (root / "docs" / "adding_a_method.md").read_text()
-    code = (root / "embsearch_dist" / "methods" / "random" / "method.py").read_text()
-    assert f"```python\n{code}```" in page
-    assert len(code.splitlines()) < 120
+    for name in ("config.py", "method.py"):
+        code = (root / "embsearch_dist" / "methods" / "random" / name).read_text()
+        assert f"```python\n{code}```" in page
+        assert len(code.splitlines()) < 100
+
+
+def test_the_options_in_the_table_are_those_of_the_method() -> None:
+    assert [method.config for method in METHODS.values()] == list(CONFIGS.values())
+
+
+def test_what_options_there_are_is_known_without_torch() -> None:
+    """``--help`` and a mistake in a config are told at once."""
+    script = """
+import sys
+from launch import evaluate, export, retrain, search
+from launch.common import CONFIGS, DEFAULT_CONFIG, print_help, read_config
+
+print_help([], search.__doc__, searching=True)
+for name in CONFIGS:
+    read_config(None, [f"method={name}", "model.backbone=dcnv2"])
+read_config(DEFAULT_CONFIG, ["model.backbone=masknet", "model.options.blocks=2"])
+assert not {"torch", "torchrec", "polars", "matplotlib"} & set(sys.modules)
+"""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "model.options.head_width" in done.stdout

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.methods.optembed.evolution import Evolution, EvolutionConfig, Widths
+from embsearch_dist.methods.optembed.config import EvolutionConfig
+from embsearch_dist.methods.optembed.evolution import Evolution, Widths
 from embsearch_dist.methods.optembed.method import OptEmbed, PrefixStage, closed, measured
 from embsearch_dist.methods.optembed.rows import RowThreshold, slope
 from embsearch_dist.methods.stages import check_stages, run_stages

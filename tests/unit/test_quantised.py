@@ -10,7 +10,8 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_inference import rounded_row_
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
-from embsearch_dist.precision import quantise, row_bytes, unpacked
+from embsearch_dist.precision import row_bytes
+from embsearch_dist.quantised import quantise, unpacked
 from tests.factories import small_schema
 
 KINDS = {"fp32": SparseType.FP32, "fp16": SparseType.FP16, "int8": SparseType.INT8, "int4": SparseType.INT4}

@@ -44,10 +44,11 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from embsearch_dist.config.read import load_config
 from embsearch_dist.errors import UserError
-from embsearch_dist.methods.optembed.method import OptEmbedConfig, Prefix, PrefixTask, measured
+from embsearch_dist.methods.optembed.config import OptEmbedConfig
+from embsearch_dist.methods.optembed.method import Prefix, PrefixTask, measured
 from embsearch_dist.methods.optembed.rows import RowThreshold
+from embsearch_dist.methods.optfs.config import OptFSConfig
 from embsearch_dist.methods.optfs.gates import ValueGateTask
-from embsearch_dist.methods.optfs.method import OptFSConfig
 from embsearch_dist.methods.widest import Sample
 from embsearch_dist.ranks.context import Context, start
 from embsearch_dist.run import Run

@@ -51,8 +51,15 @@ def load() -> None:
     importlib.import_module("torchrec")
 
     torch.set_num_threads(1)
-    for name in ("embsearch_dist.report", "launch.evaluate", "launch.retrain", "launch.search"):
+    for name in (
+        "embsearch_dist.report",
+        "embsearch_dist.running",
+        "launch.evaluate",
+        "launch.retrain",
+        "launch.search",
+    ):
         importlib.import_module(name)
+    list(importlib.import_module("embsearch_dist.methods").METHODS.values())  # which loads them
 
 
 def start(script: str, words: Sequence[str], cwd: Path, printed: Path, env: Mapping[str, str] | None = None) -> int:

@@ -40,11 +40,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config.read import load_config, written
+from embsearch_dist.config.widths import SCHEMES
 from embsearch_dist.errors import UserError, nearest
 from embsearch_dist.methods.adass.config import MODES
 from embsearch_dist.methods.adass.scored_rows import make_scorer
 from embsearch_dist.methods.utilities.search_stage import make_searcher
-from embsearch_dist.models.tables import SCHEMES
 from embsearch_dist.ranks.context import start
 from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from embsearch_dist.config.options import one_of, option, require
 from embsearch_dist.config.sections import TrainConfig
-from embsearch_dist.methods.budget import BUDGET_HELP, PRECISION_HELP, check_precision
+from embsearch_dist.config.widths import SCHEMES, check_candidates
+from embsearch_dist.methods.budget_options import BUDGET_HELP, PRECISION_HELP, check_precision
 from embsearch_dist.methods.utilities.config import JUDGE_HELP, JUDGES, SPEND_HELP
-from embsearch_dist.models.tables import SCHEMES, check_candidates
 from embsearch_dist.precision import served
 
 MODES = ("adaptive", "random", "vanilla_uniform", "weighted_uniform")

@@ -2,46 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from embsearch_dist.config.options import option, require
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.methods.allocating import AllocateStage, Finder, budgets_of
+from embsearch_dist.methods.autodim.config import AutoDimConfig
 from embsearch_dist.methods.base import Method
-from embsearch_dist.methods.gated.choosing import ChoiceOptions, ChoiceStage, ChoiceTask
+from embsearch_dist.methods.gated.choosing import ChoiceStage, ChoiceTask
 from embsearch_dist.methods.gated.mixture import MixtureModel, most_probable
 from embsearch_dist.methods.gated.relaxed import Choice
 from embsearch_dist.methods.gated.unrolled import unrolled_loss
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.trial import TRAINING
-from embsearch_dist.models.tables import check_candidates
 from embsearch_dist.run import Run
 from embsearch_dist.train.monitor import Monitor
-
-ORDERS = ("first", "second")
-
-
-@dataclass
-class AutoDimConfig(ChoiceOptions):
-    """AutoDim: a relaxed choice of each field's width."""
-
-    candidates: list[int] = option(
-        [2, 4, 8, 16, 32], "candidate widths, ascending, the widest a multiple of 4; a leading 0 may drop fields"
-    )
-    order: str = option(
-        "first",
-        "held-out rows are scored with the weights as they are (first) or after a virtual step of the head (second)",
-        choices=ORDERS,
-    )
-
-    def check(self) -> None:
-        super().check()
-        widest = check_candidates(self.candidates)[-1]
-        require(widest % 4 == 0, "search.candidates", f"the widest must be a multiple of 4, got {widest}")
 
 
 class WidthTask(ChoiceTask):

@@ -2,48 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 
-from embsearch_dist.config.options import option, require
-from embsearch_dist.config.sections import TrainConfig
 from embsearch_dist.data.load.batch import Batch
-from embsearch_dist.methods.allocating import AllocateStage, BudgetOptions, Finder, budgets_of
+from embsearch_dist.methods.allocating import AllocateStage, Finder, budgets_of
+from embsearch_dist.methods.autoemb.config import AutoEmbConfig
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.gated.mixture import MixtureModel, most_probable
-from embsearch_dist.methods.gated.popularity import (
-    Popularity,
-    PopularityConfig,
-    PopularityNet,
-    popularity_of,
-    row_by_row,
-)
+from embsearch_dist.methods.gated.popularity import Popularity, PopularityNet, popularity_of, row_by_row
 from embsearch_dist.methods.gated.stage import SelectorStage
-from embsearch_dist.methods.gated.task import GatedTask, OuterConfig
+from embsearch_dist.methods.gated.task import GatedTask
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.trial import PLANTED_TRAINING, TRAINING
-from embsearch_dist.models.tables import check_candidates
 from embsearch_dist.run import Run
 from embsearch_dist.train.monitor import Monitor
-
-
-@dataclass
-class AutoEmbConfig(BudgetOptions):
-    """AutoEmb: widths weighed by the popularity of values."""
-
-    candidates: list[int] = option(
-        [2, 4, 8, 16, 32], "candidate widths, ascending, the widest a multiple of 4; a leading 0 may drop fields"
-    )
-    popularity: PopularityConfig = field(default_factory=PopularityConfig)
-    training: TrainConfig = field(default_factory=lambda: TrainConfig(batch_size=2048, epochs=8, patience=0))
-    outer: OuterConfig = field(default_factory=lambda: OuterConfig(pretrain_epochs=0.0, every=1))
-
-    def check(self) -> None:
-        super().check()
-        widest = check_candidates(self.candidates)[-1]
-        require(widest % 4 == 0, "search.candidates", f"the widest must be a multiple of 4, got {widest}")
 
 
 class AutoEmbTask(GatedTask):

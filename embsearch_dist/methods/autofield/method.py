@@ -3,37 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from embsearch_dist.config.options import option, require
+from embsearch_dist.config.options import require
 from embsearch_dist.methods.allocating import AllocateStage, Chosen, Finder, budgets_of
+from embsearch_dist.methods.autofield.config import AutoFieldConfig
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.budget import Budget, cost_table, knapsack
-from embsearch_dist.methods.gated.choosing import ChoiceOptions, ChoiceStage, ChoiceTask
+from embsearch_dist.methods.gated.choosing import ChoiceStage, ChoiceTask
 from embsearch_dist.methods.gated.model import GatedModel
 from embsearch_dist.methods.gated.relaxed import Choice
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.trial import PLANTED_TRAINING, TRAINING
 from embsearch_dist.run import Run
 from embsearch_dist.train.monitor import Monitor
-
-
-@dataclass
-class AutoFieldConfig(ChoiceOptions):
-    """AutoField: gates choose whole fields; what is kept has one width."""
-
-    width: int = option(16, "width of every kept field, in the search and after it")
-    k: int = option(0, "without a budget: fields that are kept; 0 = half of them", low=0)
-
-    def check(self) -> None:
-        super().check()
-        require(self.width >= 4 and self.width % 4 == 0, "search.width", f"must be a multiple of 4, got {self.width}")
-
-    @property
-    def candidates(self) -> list[int]:
-        return [0, self.width]
 
 
 class FieldTask(ChoiceTask):

@@ -2,49 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from embsearch_dist.config.options import option, require
-from embsearch_dist.config.sections import TrainConfig
 from embsearch_dist.data.load.batch import Batch
-from embsearch_dist.methods.allocating import AllocateStage, BudgetOptions, Chosen, Finder, budgets_of
+from embsearch_dist.methods.allocating import AllocateStage, Chosen, Finder, budgets_of
+from embsearch_dist.methods.autosrh.config import AutoSrhConfig
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.budget import Budget
 from embsearch_dist.methods.columns import best_columns, best_columns_under, check_one_column, cost_of
 from embsearch_dist.methods.gated.model import GatedModel
-from embsearch_dist.methods.gated.popularity import MOST, Popularity, popularity_of, row_by_row
+from embsearch_dist.methods.gated.popularity import Popularity, popularity_of, row_by_row
 from embsearch_dist.methods.gated.stage import SelectorStage
-from embsearch_dist.methods.gated.task import GatedTask, OuterConfig
+from embsearch_dist.methods.gated.task import GatedTask
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.trial import PLANTED_TRAINING, TRAINING
 from embsearch_dist.methods.widest import blocks_of
 from embsearch_dist.run import Run
 from embsearch_dist.train.monitor import Monitor
-
-
-@dataclass
-class AutoSrhConfig(BudgetOptions):
-    """DNIS: weights of columns for groups of values that are met equally often."""
-
-    width: int = option(32, "d: width of every field in the search")
-    groups: int = option(24, "frequency groups, one for each doubling of a value's count", low=2, high=MOST)
-    l1: float = option(1e-5, "penalty on the sizes of the weights in held-out steps", low=0)
-    keep: float = option(0.9, "without a budget: share of the summed column scores that is kept", above=0, high=1)
-    training: TrainConfig = field(default_factory=lambda: TrainConfig(batch_size=2048, epochs=8, patience=0))
-    outer: OuterConfig = field(default_factory=lambda: OuterConfig(pretrain_epochs=1.0, every=1))
-
-    def check(self) -> None:
-        super().check()
-        require(self.width >= 4 and self.width % 4 == 0, "search.width", f"must be a multiple of 4, got {self.width}")
-
-    @property
-    def candidates(self) -> list[int]:
-        """All widths that a choice of columns can give."""
-        return list(range(self.width + 1))
 
 
 class GroupWeights(nn.Module):

@@ -3,66 +3,29 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from embsearch_dist.config.options import option, require
-from embsearch_dist.config.sections import TrainConfig
 from embsearch_dist.data.load.batch import Batch
-from embsearch_dist.methods.allocating import AllocateStage, BudgetOptions, Chosen, Finder, budgets_of
+from embsearch_dist.methods.allocating import AllocateStage, Chosen, Finder, budgets_of
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.budget import Budget
 from embsearch_dist.methods.columns import cost_of
+from embsearch_dist.methods.esapn.config import ESAPNConfig
 from embsearch_dist.methods.esapn.growth import Growth, replayed
 from embsearch_dist.methods.gated.model import GatedModel
-from embsearch_dist.methods.gated.popularity import (
-    Popularity,
-    PopularityConfig,
-    PopularityNet,
-    popularity_of,
-    row_by_row,
-)
+from embsearch_dist.methods.gated.popularity import Popularity, PopularityNet, popularity_of, row_by_row
 from embsearch_dist.methods.gated.stage import SelectorStage
-from embsearch_dist.methods.gated.task import GatedTask, OuterConfig
+from embsearch_dist.methods.gated.task import GatedTask
 from embsearch_dist.methods.noise import uniform_noise
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.trial import PLANTED_TRAINING, TRAINING
-from embsearch_dist.models.tables import check_candidates
 from embsearch_dist.run import Run
 from embsearch_dist.train.monitor import Monitor
 
-BASELINES = ("rows", "last")
 LAST = 5  # held-out losses that the baseline of that name is the mean of
-
-
-@dataclass
-class ESAPNConfig(BudgetOptions):
-    """ESAPN: policies enlarge fields by the popularity of their values."""
-
-    candidates: list[int] = option(
-        [2, 4, 8, 16, 32], "candidate widths, ascending, at least 1, the widest a multiple of 4"
-    )
-    start: float = option(-1.0, "logit of enlarging, of every size at the start")
-    ahead: float = option(0.5, "share of the rows that train a field's columns of the next size", above=0, high=1)
-    baseline: str = option(
-        "rows",
-        "of the reward: rows (the same rows at the present sizes) | last (mean of the last five held-out losses)",
-        choices=BASELINES,
-    )
-    popularity: PopularityConfig = field(default_factory=PopularityConfig)
-    training: TrainConfig = field(default_factory=lambda: TrainConfig(batch_size=2048, epochs=8, patience=0))
-    outer: OuterConfig = field(default_factory=lambda: OuterConfig(pretrain_epochs=0.5, every=1, lr=1e-4))
-
-    def check(self) -> None:
-        super().check()
-        widest = check_candidates(self.candidates)[-1]
-        require(widest % 4 == 0, "search.candidates", f"the widest must be a multiple of 4, got {widest}")
-        require(self.candidates[0] > 0, "search.candidates", "sizes grow from the first one, which must be at least 1")
-        require(len(self.candidates) > 1, "search.candidates", "must be at least two, or nothing can grow")
-        require(self.start <= 0, "search.start", f"must be at most 0, or every field grows at once, got {self.start:g}")
 
 
 class GrowthTask(GatedTask):

@@ -1,35 +1,23 @@
-"""Searches that learn a relaxed choice per field on held-out rows: their options, task and stage."""
+"""Searches that learn a relaxed choice per field on held-out rows: their task and stage."""
 
 from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 
-from embsearch_dist.config.sections import TrainConfig
 from embsearch_dist.data.load.batch import Batch
-from embsearch_dist.methods.allocating import BudgetOptions
 from embsearch_dist.methods.gated import task as gated
+from embsearch_dist.methods.gated.config import ChoiceOptions
 from embsearch_dist.methods.gated.model import GatedModel
-from embsearch_dist.methods.gated.relaxed import Choice, RelaxConfig, step_noise
+from embsearch_dist.methods.gated.relaxed import Choice, step_noise
 from embsearch_dist.methods.gated.stage import SelectorStage
-from embsearch_dist.methods.gated.task import OuterConfig
 from embsearch_dist.run import Run
 from embsearch_dist.train.monitor import Monitor
 
 STAGE = "choice"
-
-
-@dataclass
-class ChoiceOptions(BudgetOptions):
-    """Budgets, the training of the search, when held-out rows train the choice, and how it is relaxed."""
-
-    training: TrainConfig = field(default_factory=lambda: TrainConfig(batch_size=2048, epochs=8, patience=0))
-    outer: OuterConfig = field(default_factory=lambda: OuterConfig(pretrain_epochs=0.0, every=10))
-    relax: RelaxConfig = field(default_factory=RelaxConfig)
 
 
 class ChoiceTask(gated.GatedTask):

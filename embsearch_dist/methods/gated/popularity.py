@@ -7,7 +7,6 @@ what a network says of all of them is computed once a step, and looked up row by
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -15,23 +14,13 @@ from torch import nn
 from torch.nn import functional
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embsearch_dist.config.options import option
+from embsearch_dist.methods.gated.config import PopularityConfig
 from embsearch_dist.models.model import seeded
 from embsearch_dist.models.rows import fill_rows
 from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
 
 SEED = 1 << 33  # added to the run's seed: the network must not begin with the backbone's numbers
-MOST = 63  # buckets: the last one begins at 2^61
-
-
-@dataclass
-class PopularityConfig:
-    """Buckets of popularity, and the network that looks at them."""
-
-    buckets: int = option(24, "buckets of a value's popularity, one for each doubling of its count", low=2, high=MOST)
-    width: int = option(16, "embedding of a bucket", low=1)
-    hidden: int = option(64, "hidden layer of the network behind it", low=1)
 
 
 def bucket_of(counts: torch.Tensor, buckets: int) -> torch.Tensor:

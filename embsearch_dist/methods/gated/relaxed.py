@@ -10,31 +10,11 @@ probability p where g is the Gumbel noise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
-from embsearch_dist.config.options import option
+from embsearch_dist.methods.gated.config import RelaxConfig
 from embsearch_dist.methods.noise import uniform_noise
-
-MODES = ("softmax", "tempered", "gumbel")
-
-
-@dataclass
-class RelaxConfig:
-    """How a choice among candidates is relaxed while it is learned."""
-
-    mode: str = option(
-        "gumbel", "softmax (of the logits) | tempered (over tau) | gumbel (over tau, with noise)", choices=MODES
-    )
-    tau: float = option(1.0, "temperature at the first step with a choice", above=0)
-    fall: float = option(5e-5, "by which the temperature falls with each ordinary step", low=0)
-    floor: float = option(0.01, "least temperature", above=0)
-
-    def temperature(self, step: int) -> float:
-        """Of an ordinary step, counted from the first with a choice; evaluation does not count."""
-        return 1.0 if self.mode == "softmax" else max(self.floor, self.tau - self.fall * max(step, 0))
 
 
 class Choice(nn.Module):

@@ -9,18 +9,17 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from embsearch_dist.config.options import option
 from embsearch_dist.config.sections import TrainConfig
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.errors import UserError
+from embsearch_dist.methods.gated.config import OuterConfig
 from embsearch_dist.methods.gated.model import GatedModel
 from embsearch_dist.methods.stages import training_inputs
 from embsearch_dist.models.rows import fill_rows
@@ -33,17 +32,6 @@ from embsearch_dist.train.task import Task
 from embsearch_dist.train.trainer import Trainer
 
 PICTURES = 40  # of a selector over a whole training
-
-
-@dataclass
-class OuterConfig:
-    """When and how fast the selector learns from held-out rows."""
-
-    pretrain_epochs: float = option(
-        1.0, "epochs at the start with everything open; part of the training's epochs", low=0
-    )
-    every: int = option(100, "ordinary batches to one held-out batch that trains the selector", low=1)
-    lr: float = option(1e-3, "learning rate of the selector (Adam)", above=0)
 
 
 class GatedTask(ABC):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from embsearch_dist.config.options import option, require
 from embsearch_dist.config.sections import TrainConfig
-from embsearch_dist.methods.gated.task import OuterConfig
+from embsearch_dist.methods.gated.config import OuterConfig
 
 FEATURES = ("embeddings", "scaled", "masks", "probabilities")
 

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
-from embsearch_dist.config.options import option
 from embsearch_dist.methods.columns import Cost
+from embsearch_dist.methods.optembed.config import EvolutionConfig
 
 Widths = tuple[int, ...]
-
-
-@dataclass
-class EvolutionConfig:
-    """The evolution over widths; numbers as published."""
-
-    generations: int = option(30, "rounds of parents and children", low=1)
-    mutations: int = option(10, "children of one parent in a round", low=1)
-    crossovers: int = option(10, "children of two parents in a round", low=0)
-    keep: int = option(15, "best candidates of all rounds so far that may be parents", low=2)
-    probability: float = option(0.1, "with which a mutation redraws the width of a field", above=0, high=1)
 
 
 class Evolution:

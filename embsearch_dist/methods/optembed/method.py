@@ -5,24 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config.options import option
-from embsearch_dist.config.sections import TrainConfig
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.kept_values import KeptValues
-from embsearch_dist.methods.allocating import AllocateStage, BudgetOptions, Chosen, Finder, budgets_of
+from embsearch_dist.methods.allocating import AllocateStage, Chosen, Finder, budgets_of
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.budget import Budget
 from embsearch_dist.methods.columns import Cost, cost_of
 from embsearch_dist.methods.masked import MaskedModel, MaskedStage, MaskedTask
 from embsearch_dist.methods.noise import uniform_noise
-from embsearch_dist.methods.optembed.evolution import Evolution, EvolutionConfig, Widths
+from embsearch_dist.methods.optembed.config import OptEmbedConfig
+from embsearch_dist.methods.optembed.evolution import Evolution, Widths
 from embsearch_dist.methods.optembed.rows import RowThreshold, kept_rows
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.trial import PLANTED_TRAINING, TRAINING
@@ -35,25 +33,6 @@ from embsearch_dist.train.metrics import score
 from embsearch_dist.train.monitor import Monitor
 
 PIECE_ROWS = 8192
-
-
-@dataclass
-class OptEmbedConfig(BudgetOptions):
-    """OptEmbed: a supernet of random prefixes, then evolution over widths."""
-
-    width: int = option(32, "d: the widest a field can be", low=1)
-    thresholds: bool = option(False, "learn which values keep a row, too: a threshold per field on the size of a row")
-    threshold_lr: float = option(3e-4, "learning rate of the thresholds", above=0)
-    alpha: float = option(3e-4, "weight of sum exp(-t), which raises the thresholds t", low=0)
-    drop: bool = option(False, "widths may be 0, so that fields can be dropped; as published they are at least 1")
-    rows: int = option(20_000, "validation rows that score a candidate", low=1)
-    training: TrainConfig = field(default_factory=lambda: TrainConfig(batch_size=2048, epochs=8, patience=0))
-    evolution: EvolutionConfig = field(default_factory=EvolutionConfig)
-
-    @property
-    def candidates(self) -> list[int]:
-        """All widths that a field may get."""
-        return list(range(0 if self.drop else 1, self.width + 1))
 
 
 class Prefix(nn.Module):

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from embsearch_dist.allocation import cost
-from embsearch_dist.config.options import option, require
-from embsearch_dist.config.sections import TrainConfig
 from embsearch_dist.errors import UserError
-from embsearch_dist.methods.allocating import AllocateStage, BudgetOptions, Chosen, Finder, budgets_of
+from embsearch_dist.methods.allocating import AllocateStage, Chosen, Finder, budgets_of
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.budget import Budget
 from embsearch_dist.methods.columns import last_that_fits
 from embsearch_dist.methods.masked import MaskedStage
+from embsearch_dist.methods.optfs.config import OptFSConfig
 from embsearch_dist.methods.optfs.gates import ValueGateTask
 from embsearch_dist.methods.optfs.rewinding import rewind
 from embsearch_dist.methods.retraining import Results, Retraining
@@ -27,28 +26,6 @@ from embsearch_dist.precision import SERVED
 from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
 from embsearch_dist.train.monitor import Monitor
-
-
-@dataclass
-class OptFSConfig(BudgetOptions):
-    """OptFS: a gate for each value of each field, learned with the tables."""
-
-    width: int = option(16, "width of every field, in the search and in its result; 16 as published", low=1)
-    lr: float = option(1e-2, "learning rate of the gates", above=0)
-    penalty: float = option(0.02, "lambda: weight of the sum of all gates; higher shuts more of them", low=0)
-    tau: float = option(200.0, "of the last epoch; it grows from 1, and gates with it from soft to hard", low=1)
-    rewind: int = option(0, "retraining begins with the weights after so many epochs of the search; 0: new ones", low=0)
-    training: TrainConfig = field(default_factory=lambda: TrainConfig(batch_size=2048, epochs=8, patience=0))
-
-    def check(self) -> None:
-        super().check()
-        last = self.training.epochs - 1
-        require(self.rewind <= last, "search.rewind", f"must be at most {last}, an epoch less than are trained")
-
-    @property
-    def candidates(self) -> list[int]:
-        """Widths that a field may get: dropped, or that of all."""
-        return [0, self.width]
 
 
 class ValueGateStage(MaskedStage):

@@ -10,8 +10,9 @@ from embsearch_dist.methods.allocating import AllocateStage, Chosen, Finder, bud
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.budget import COLUMN_BYTES, Budget
 from embsearch_dist.methods.columns import best_columns, best_columns_under, check_one_column, cost_of
+from embsearch_dist.methods.pep.config import PEPConfig
 from embsearch_dist.methods.pep.margins import BIN, REACH, Margins, edge_of
-from embsearch_dist.methods.pep.thresholds import PEPConfig, ThresholdStage, ThresholdTask
+from embsearch_dist.methods.pep.thresholds import ThresholdStage, ThresholdTask
 from embsearch_dist.methods.pep.tickets import TicketStage
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.trial import PLANTED_TRAINING, TRAINING

@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config.options import option, require
 from embsearch_dist.files import copy_sealed
 from embsearch_dist.methods.base import Method
-from embsearch_dist.methods.budget import BUDGET_HELP, PRECISION_HELP, Budget, check_precision, cost_table, knapsack
+from embsearch_dist.methods.budget import Budget, cost_table, knapsack
 from embsearch_dist.methods.found import budget_told, budgets
+from embsearch_dist.methods.random.config import RandomConfig
 from embsearch_dist.methods.stages import Stage
-from embsearch_dist.models.tables import check_candidates
 from embsearch_dist.run import Run
-
-
-@dataclass
-class RandomConfig:
-    """Random widths: the exact knapsack under the budget, with scores that mean nothing."""
-
-    name: str = option("random", "name of the result among the allocations of the run directory")
-    candidates: list[int] = option([0, 2, 4, 8, 16, 32], "candidate widths, ascending; a leading 0 may drop fields")
-    budget: str = option("", BUDGET_HELP)
-    precision: str = option("", PRECISION_HELP)
-    pareto: list[str] = option([], "further budgets to draw allocations for, e.g. [20%, 40%, 80%]")
-
-    def check(self) -> None:
-        check_candidates(self.candidates)
-        check_precision(self.precision)
-        require(bool(self.name) and "/" not in self.name, "search.name", f"must be a plain word, got {self.name!r}")
 
 
 class DrawStage(Stage[RandomConfig]):

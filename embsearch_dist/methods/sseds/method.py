@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from embsearch_dist.config.options import option
-from embsearch_dist.methods.allocating import AllocateStage, BudgetOptions, Chosen, Finder, budgets_of
+from embsearch_dist.methods.allocating import AllocateStage, Chosen, Finder, budgets_of
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.budget import Budget
 from embsearch_dist.methods.columns import best_columns, best_columns_under, check_one_column, cost_of
 from embsearch_dist.methods.directions import columns_by
+from embsearch_dist.methods.sseds.config import SSEDSConfig
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.truncated import TruncatedModel
 from embsearch_dist.methods.widest import (
@@ -31,29 +30,6 @@ from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.run import Run
 from embsearch_dist.train.monitor import Monitor
-
-ORDERS = ("saliency", "density")
-
-
-@dataclass
-class SSEDSConfig(BudgetOptions):
-    """SSEDS: the columns of a trained model whose closing would change the loss most, by one backward pass a batch."""
-
-    width: int = option(32, "width of every field of the model that is trained and cut down", low=1)
-    batch_size: int = option(2048, "rows of a batch of which the gradient is taken, at most", low=1)
-    batches: int = option(16, "batches whose saliencies are averaged; 1 as published", low=1)
-    order: str = option(
-        "saliency",
-        "columns by saliency, as published | by saliency over values of the field (density)",
-        choices=ORDERS,
-    )
-    keep: float = option(0.9, "without a budget: share of the summed saliency that is kept", above=0, high=1)
-    rows: int = option(50_000, "validation rows drawn for the figures shown", low=1)
-
-    @property
-    def candidates(self) -> list[int]:
-        """All widths that a choice of columns can give."""
-        return list(range(self.width + 1))
 
 
 def saliencies(model: SubnetModel, samples: Iterable[Sample], context: Context) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from embsearch_dist.config.options import option, require
-from embsearch_dist.methods.budget import BUDGET_HELP, PRECISION_HELP, check_precision
+from embsearch_dist.methods.budget_options import BUDGET_HELP, PRECISION_HELP, check_precision
 
 RULES = ("fdo", "magnitude")
 

@@ -9,19 +9,11 @@ the better one by more than a standard error, of two that are level the smaller 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from embsearch_dist.config.options import option
 from embsearch_dist.methods.retraining import Results, Retraining
-from embsearch_dist.methods.utilities.config import UtilitiesConfig
+from embsearch_dist.methods.utilities.config import AutoConfig
 from embsearch_dist.methods.utilities.method import Utilities
-
-
-@dataclass
-class AutoConfig(UtilitiesConfig):
-    """Width utilities, trained beside the uniform width of the same budget; the better of both is the result."""
-
-    name: str = option("auto", "name of this search's result among the allocations of the run directory")
 
 
 class Auto(Utilities):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from embsearch_dist.config.options import option, require
-from embsearch_dist.methods.budget import BUDGET_HELP, PRECISION_HELP, check_precision
-from embsearch_dist.models.tables import check_candidates
+from embsearch_dist.config.widths import check_candidates
+from embsearch_dist.methods.budget_options import BUDGET_HELP, PRECISION_HELP, check_precision
 from embsearch_dist.precision import MIXED
 
 UTILITIES = ("loss", "saliency")
@@ -80,3 +80,10 @@ class UtilitiesConfig(MeasuredSearch):
         measured = self.utility == "loss" or self.precision != MIXED
         require(measured, "search.precision", "mixed needs search.utility loss: it measures what rounding costs")
         require(bool(self.name) and "/" not in self.name, "search.name", f"must be a plain word, got {self.name!r}")
+
+
+@dataclass
+class AutoConfig(UtilitiesConfig):
+    """Width utilities, trained beside the uniform width of the same budget; the better of both is the result."""
+
+    name: str = option("auto", "name of this search's result among the allocations of the run directory")

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from embsearch_dist.config.backbone_options import AutoIntOptions
 from embsearch_dist.config.backbones import register_backbone
-from embsearch_dist.config.options import option
 from embsearch_dist.kernels.linear import Linear
 from embsearch_dist.models.backbones.layers import hidden_layers, joined
-
-
-@dataclass
-class AutoIntOptions:
-    """Options of AutoInt."""
-
-    layers: int = option(3, "attention layers", low=1)
-    heads: int = option(2, "heads of each", low=1)
-    head_width: int = option(16, "d': width of a head", low=1)
 
 
 @register_backbone("autoint")

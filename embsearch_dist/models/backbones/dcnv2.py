@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from embsearch_dist.config.backbone_options import DCNv2Options
 from embsearch_dist.config.backbones import register_backbone
-from embsearch_dist.config.options import option
 from embsearch_dist.kernels.linear import Linear
 from embsearch_dist.models.backbones.layers import hidden_layers, joined
 from embsearch_dist.models.room import check_room
-
-
-@dataclass
-class DCNv2Options:
-    """Options of DCN-V2."""
-
-    layers: int = option(3, "cross layers", low=1)
-    rank: int = option(0, "of the cross layers' matrices, W = U V^T; 0 = full", low=0)
-    structure: str = option(
-        "parallel",
-        "parallel | stacked: the MLP beside the cross layers, or behind them",
-        choices=("parallel", "stacked"),
-    )
 
 
 @register_backbone("dcnv2")

@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from embsearch_dist.config.backbone_options import FinalMLPOptions
 from embsearch_dist.config.backbones import register_backbone
-from embsearch_dist.config.options import option, require
+from embsearch_dist.config.options import require
 from embsearch_dist.kernels.linear import Linear
 from embsearch_dist.models.backbones.layers import hidden_layers, joined
-
-
-@dataclass
-class FinalMLPOptions:
-    """Options of FinalMLP."""
-
-    second: list[int] = option([], "hidden layers of the second stream; empty: model.hidden, as the first")
-    heads: int = option(2, "k: heads of the bilinear fusion, which divide the last layer of either stream", low=1)
-    gate: list[int] = option([], "hidden layers of each stream's gate on the features; empty: no gates")
-
-    def check(self) -> None:
-        for key in ("second", "gate"):
-            widths = getattr(self, key)
-            require(all(h > 0 for h in widths), f"model.options.{key}", f"every width must be above 0, got {widths}")
 
 
 @register_backbone("finalmlp")

@@ -4,30 +4,15 @@ Mask")."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from embsearch_dist.config.backbone_options import MaskNetOptions
 from embsearch_dist.config.backbones import register_backbone
-from embsearch_dist.config.options import option
 from embsearch_dist.kernels.linear import Linear
 from embsearch_dist.models.backbones.layers import hidden_layers, joined
-
-
-@dataclass
-class MaskNetOptions:
-    """Options of MaskNet."""
-
-    structure: str = option(
-        "parallel",
-        "parallel | serial: every block on the embeddings, or each on the block before",
-        choices=("parallel", "serial"),
-    )
-    blocks: int = option(3, "mask blocks", low=1)
-    block_width: int = option(64, "outputs of a block", low=1)
-    ratio: float = option(2.0, "r = t / z: aggregation layer of a mask against what it masks", above=0)
 
 
 class MaskBlock(nn.Module):

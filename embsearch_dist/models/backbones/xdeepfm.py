@@ -4,29 +4,17 @@ Systems")."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from embsearch_dist.config.backbone_options import XDeepFMOptions
 from embsearch_dist.config.backbones import register_backbone
-from embsearch_dist.config.options import option, require
 from embsearch_dist.kernels.linear import Linear, linear
 from embsearch_dist.models.backbones.layers import hidden_layers, joined
 from embsearch_dist.models.rows import BLOCK
 
 PAIR_BYTES = 64 << 20  # products of a map and a field that are in hand at a time, where nothing is learned
-
-
-@dataclass
-class XDeepFMOptions:
-    """Options of xDeepFM."""
-
-    maps: list[int] = option([64, 64], "H_k: feature maps of each layer of the CIN")
-
-    def check(self) -> None:
-        good = bool(self.maps) and all(h > 0 for h in self.maps)
-        require(good, "model.options.maps", f"needs a layer, and every width above 0, got {self.maps}")
 
 
 @register_backbone("xdeepfm")

@@ -1,22 +1,14 @@
-"""UES: the same width for every field. The baseline of every report, through the same path as the rest."""
+"""UES as a method: the uniform allocation is written, and trained as any other."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.config.options import option
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.stages import Stage
+from embsearch_dist.methods.ues.config import UESConfig
 from embsearch_dist.run import Run
-
-
-@dataclass
-class UESConfig:
-    """Uniform embedding size."""
-
-    width: int = option(32, "width of every field", above=0)
 
 
 class Allocate(Stage):
