@@ -66,11 +66,11 @@ def test_a_league_runs_continues_and_grows(
 ) -> None:
     out = tmp_path / "out"
 
-    def run(*methods: str) -> list[str]:
+    def run(*methods: str, options: tuple[str, ...] = ()) -> list[str]:
         """Starts the league; gives the commands that it started."""
         before = len(started.names)
         file = plan(tmp_path, methods=list(methods), widths=[32], seeds=1)
-        assert league.main(["run", "--plan", str(file), "--out", str(out), "--jobs", "1"]) == 0
+        assert league.main(["run", "--plan", str(file), "--out", str(out), "--jobs", "1", *options]) == 0
         return started.names[before:]
 
     started.failing = "seed0-random-10pct"
@@ -97,6 +97,12 @@ def test_a_league_runs_continues_and_grows(
     text = (out / "league.md").read_text()
     assert "## tiny, deepfm" in text and "| mde 50% | 1 |" in text
     assert {p.name for p in out.glob("*.png")} == {"tiny-deepfm-parameters.png", "tiny-deepfm-int8.png", "cost.png"}
+
+    assert run("random", "mde", "pep", options=("--searches",)) == ["seed0-search-pep"]
+    costs = list(csv.DictReader((out / "search_costs.csv").open()))
+    assert [(r["method"], r["search_cost"]) for r in costs] == [("random", "1.000"), ("mde", "1.000"), ("pep", "1.000")]
+    assert str(tmp_path) not in "".join(r["command"] for r in costs)
+    assert "| pep | 1.00 | 2 | 0.5 |" in capsys.readouterr().out
 
 
 @pytest.mark.slow

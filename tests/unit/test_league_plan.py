@@ -14,6 +14,7 @@ from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Schema
 from launch import prepare_arguments
 from tests.factories import CONFIGS
+from tools.league import costs
 from tools.league.plan import ROOT, LeaguePlan, read_plan
 from tools.make import planted
 from tools.studies.compare_budgets import comparable
@@ -67,6 +68,35 @@ def test_a_dry_run_lists_every_command_of_a_shipped_plan(
         own += [f"{k}={v}" for k, v in plan.settings.get(method, {}).items()]
         file = plan.config if method == "adass" else tmp_path / plan.data_set / "configs" / f"{method}.yaml"
         assert load_config(CONFIGS, ROOT / file, own).search.name == method
+
+
+def test_searches_alone_train_nothing_that_is_found(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``auto`` chooses between trained models, which is a part of its search: under one budget it runs to its end."""
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(GOOD | {"methods": ["fdo", "auto"], "budgets": ["10%", "50%"], "widths": [4, 8]}))
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "schema.json").touch()
+    words = ["run", "--plan", str(path), "--out", str(tmp_path), "--data", str(data), "--searches", "--dry-run"]
+    assert tool.main(words) == 0
+    names = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert names == ["seed0-ues-8", "seed0-search-fdo", "seed0-search-auto-10pct", "seed0-auto-10pct"]
+
+
+def test_costs_of_searches_are_told_the_cheapest_first() -> None:
+    same = {"data_set": "x", "backbone": "fm", "data": "x 0f 9 training rows", "commit": "abc", "hardware": "CPU"}
+    same |= {"cost_clock": "processor", "cost_reference": "UES-32", "search_memory_gib": "1.25"}
+    rows = [
+        same | {"method": method, "seed": str(seed), "search_cost": str(cost), "search_cost_seconds": str(600 * cost)}
+        for method, cost in (("auto", 4.0), ("mde", 0.5))
+        for seed, cost in ((0, cost), (1, cost + 1))
+    ]
+    text = costs.markdown(rows)
+    assert text.index("| mde | 1.00 +- 0.71 | 600 | 1.2 |") < text.index("| auto | 4.50 +- 0.71 | 2,700 | 1.2 |")
+    assert "seeds 0, 1, commit abc; CPU. Whole commands, processor time." in text and costs.AUTO_TOLD in text
+    assert costs.AUTO_TOLD not in costs.markdown(rows[2:])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
     python tools/studies/league.py run --plan tools/league/plans/movielens_1m_time.yaml --raw ml-1m/ --out runs/league
     python tools/studies/league.py run --plan tools/league/plans/planted_*.yaml --out runs/league --seeds 3 --jobs 2
     python tools/studies/league.py run --plan ... --out runs/league --dry-run        list the commands
+    python tools/studies/league.py run --plan ... --searches                         what searches cost, and no more
     python tools/studies/league.py run --plan ... --first-seed 3 --seeds 2 --earlier docs/results/league.csv
     python tools/studies/league.py tables runs/league/league.csv more.csv --out runs/pages
 
@@ -28,6 +29,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from embsearch_dist.errors import UserError
+from tools.league import costs
 from tools.league.pictures import draw_all
 from tools.league.plan import LeaguePlan, read_plan, ready
 from tools.league.published import read_orders
@@ -35,9 +37,10 @@ from tools.league.rows import Row, groups_of, read_rows, write_rows
 from tools.league.tables import page
 from tools.studies.budget_tables import write_all
 from tools.studies.compare_budgets import Plan
-from tools.studies.jobs import Job, read_csv, run_all, shown
+from tools.studies.jobs import Job, read_csv, run_all, shown, write_csv
 
 LEAGUE = "league.csv"
+COSTS = "search_costs.csv"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--first-seed", type=int, default=0, help="number of the first one")
     run.add_argument("--earlier", type=Path, help="league.csv whose lines are not run again and join the tables")
     run.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
+    run.add_argument("--searches", action="store_true", help="train nothing that is found: what do searches cost?")
     run.add_argument("--dry-run", action="store_true", help="print the commands and leave")
     tables = commands.add_parser("tables", help="tables and pictures from CSV files")
     tables.set_defaults(command=make_tables)
@@ -92,6 +96,8 @@ def run_plans(args: argparse.Namespace) -> int:
         run_plan(plan, args)
     if args.dry_run:
         return 0
+    if args.searches:
+        return write_costs(plans, args)
     rows = [row for plan in plans for row in rows_of(args.out, plan.data_set)]
     write_rows(args.out / LEAGUE, merged(args.out / LEAGUE, rows, names))
     return write_tables([("", args.out / LEAGUE)], args.out)
@@ -99,19 +105,38 @@ def run_plans(args: argparse.Namespace) -> int:
 
 def run_plan(plan: LeaguePlan, args: argparse.Namespace) -> None:
     """Prepare, search and train; or print the commands."""
-    out, data = args.out / plan.data_set, data_of(plan, args)
+    out = args.out / plan.data_set
     before = preparation(plan, args)
     if not args.dry_run:
         run_all([before], out / "logs", 1)
-    asked = plan.arguments(out, data, args.jobs, args.seeds)
-    asked.first_seed, asked.earlier = args.first_seed, args.earlier
-    comparison = Plan(asked, plan.data_set)
+    comparison = comparison_of(plan, args)
     if args.dry_run:
-        for job in [*before, *comparison.jobs()]:
+        chains = [chain for step in costs.steps(comparison) for chain in step] if args.searches else []
+        jobs = [job for chain in chains for job in chain] if args.searches else comparison.jobs()
+        for job in [*before, *jobs]:
             print(f"{job.name}: {shown(job)}")
+        return
+    if args.searches:
+        costs.carry_out(comparison)
         return
     comparison.carry_out()
     write_all(out, comparison.trained(), comparison.earlier.with_new)
+
+
+def comparison_of(plan: LeaguePlan, args: argparse.Namespace) -> Plan:
+    """The comparison that a plan stands for under this command line."""
+    asked = plan.arguments(args.out / plan.data_set, data_of(plan, args), args.jobs, args.seeds)
+    asked.first_seed, asked.earlier = args.first_seed, args.earlier
+    return Plan(asked, plan.data_set)
+
+
+def write_costs(plans: Sequence[LeaguePlan], args: argparse.Namespace) -> int:
+    """OUT/search_costs.csv and its table."""
+    rows = [row for plan in plans for row in costs.rows_of(comparison_of(plan, args), plan.data_set)]
+    rows = merged(args.out / COSTS, rows, [plan.data_set for plan in plans])
+    write_csv(args.out / COSTS, costs.COLUMNS, rows)
+    print(costs.markdown(rows))
+    return 0
 
 
 def preparation(plan: LeaguePlan, args: argparse.Namespace) -> list[Job]:

@@ -11,7 +11,8 @@ A page says where a table goes:
 
 FILE.csv is seen from the folder of the page. It is the comparison.csv of tools/studies/compare_budgets.py: a line per
 trained model, with command, commit, seed and hardware. ``backbones``, ``consistency`` and ``search_table`` in its place
-do the same with what the tools of these names leave. Of any other CSV file a block shows the columns that it names:
+do the same with what the tools of these names leave, ``costs`` with the search_costs.csv of tools/studies/league.py.
+Of any other CSV file a block shows the columns that it names:
 
     <!-- columns FILE.csv: column, column, ... -->
     <!-- end -->
@@ -34,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from embsearch_dist.errors import UserError  # noqa: E402
+from tools.league import costs  # noqa: E402
 from tools.league.published import read_orders  # noqa: E402
 from tools.league.rows import groups_of, read_rows  # noqa: E402
 from tools.league.tables import sections  # noqa: E402
@@ -45,7 +47,7 @@ PAGES = ROOT / "docs" / "results"
 COLUMNS = re.compile(r"(<!-- columns (\S+\.csv): ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 LEAGUE = re.compile(r"(<!-- league ([^>:]+): ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCK = re.compile(
-    r"(<!-- (comparison|backbones|consistency|search_table) (\S+\.csv) -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (comparison|backbones|consistency|search_table|costs) (\S+\.csv) -->\n).*?(<!-- end -->)", re.DOTALL
 )
 
 
@@ -79,6 +81,7 @@ def filled(text: str, folder: Path) -> str:
     made = {
         "comparison": table_of,
         "backbones": backbones_of,
+        "costs": lambda path: costs.markdown(lines_of(path)),
         "consistency": lambda path: measured_by(consistency.markdown, path),
         "search_table": lambda path: measured_by(search_table.markdown, path),
     }
