@@ -37,7 +37,7 @@ from embsearch_dist.library.supernet import Supernet
 from embsearch_dist.library.widths import search_widths
 from embsearch_dist.methods import CONFIGS, METHODS
 from embsearch_dist.methods.results import read_result, searched_network
-from embsearch_dist.methods.retraining import Wish
+from embsearch_dist.methods.wish import Wish
 from embsearch_dist.ranks.context import Context, start
 from embsearch_dist.run import Run
 from embsearch_dist.run import open_data as open_checked

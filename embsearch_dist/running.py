@@ -14,8 +14,9 @@ from embsearch_dist.grouped import GROUPS
 from embsearch_dist.methods import CONFIGS, METHODS
 from embsearch_dist.methods.gated.collected import is_gated, search_of
 from embsearch_dist.methods.results import kept_network, restore_allocation
-from embsearch_dist.methods.retraining import BRACKET, Found, Results, Retraining, Wish, read_wish, taken
+from embsearch_dist.methods.retraining import Found, Results, Retraining, read_wish, taken
 from embsearch_dist.methods.stages import check_stages, run_stages
+from embsearch_dist.methods.wish import BRACKET, Wish
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.ranks.shared import open_shared
 from embsearch_dist.run import Run, check_classes, open_data

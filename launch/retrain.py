@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     known_options(plain, ["run", "config", "allocation", "name", "or-uniform", "best", "refit", *beginnings])
     from embsearch_dist.allocation import REFERENCE_WIDTH, Allocation  # torch: not needed for --help
     from embsearch_dist.methods.results import searched_network
-    from embsearch_dist.methods.retraining import Wish
+    from embsearch_dist.methods.wish import Wish
     from embsearch_dist.ranks.context import start
     from embsearch_dist.running import continuing, retrain
     from embsearch_dist.train.metrics import shown

@@ -17,9 +17,10 @@ from embsearch_dist.grouped import GROUPS, GroupedAllocation
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.results import kept_network, read_result, searched_network
-from embsearch_dist.methods.retraining import BRACKET, Retraining, Wish
+from embsearch_dist.methods.retraining import Retraining
 from embsearch_dist.methods.stages import check_stages, run_stages
 from embsearch_dist.methods.trial import merged, words_of
+from embsearch_dist.methods.wish import BRACKET, Wish
 from embsearch_dist.networks.architecture import RESULT, Architecture
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.run import Run, open_data

@@ -133,15 +133,16 @@ class Compared:
         return "; level, ".join(f"{gain:+.5f} {what[m]}, standard error {error:.5f}" for m, gain, error in parts)
 
 
-def compare(a: Trained, b: Trained, labels: np.ndarray, metric: str) -> Compared:
+def compare(a: Trained, b: Trained, labels: np.ndarray, metric: str, margin: float = 1.0) -> Compared:
     """Which of two models to keep, by their rows.
 
-    The better one by ``metric``, by more than a standard error. Of two that are level by it the better one by the other
+    The better one by ``metric``, by more than the margin. Of two that are level by it the better one by the other
     metric: AUC does not see that a model is too sure of itself, and logloss not how well it ranks. Of two that are
     level by both the smaller one; of equal size the better one by ``metric``.
 
     Args:
         metric: ``auc`` or ``logloss``, as early stopping has it.
+        margin: standard errors by which two models must differ, or they are level.
     """
     both = {"auc": paired_auc, "logloss": paired_logloss}
     order = [metric, *(name for name in both if name != metric)]
@@ -152,17 +153,16 @@ def compare(a: Trained, b: Trained, labels: np.ndarray, metric: str) -> Compared
     for name in order:
         gain, error = both[name](a.logits, b.logits, labels)
         gains, errors = [*gains, gain], [*errors, error]
-        if abs(gain) > error:
+        if abs(gain) > margin * error:
             return Compared(tuple(order[: len(gains)]), tuple(gains), tuple(errors), gain > 0, False)
     first = a.size < b.size if a.size != b.size else gains[0] >= 0  # the first one where they are the same
     return Compared(tuple(order), tuple(gains), tuple(errors), first, True)
 
 
-def choose_of(trained: Sequence[Trained], labels: np.ndarray, metric: str) -> dict[str, Any]:
-    """:func:`choose` between the found model, the first one, and the best uniform one of the others."""
-    found, *uniform = trained
+def choose_of(found: Trained, uniform: Sequence[Trained], labels: np.ndarray, metric: str) -> dict[str, Any]:
+    """:func:`choose` between the found model and the best uniform one."""
     best = functools.reduce(lambda a, b: a if compare(a, b, labels, metric).first else b, uniform)
-    return choose(found, best, labels, metric) | {"size": {m.name: m.size for m in trained}}
+    return choose(found, best, labels, metric)
 
 
 def choose(found: Trained, uniform: Trained, labels: np.ndarray, metric: str) -> dict[str, Any]:

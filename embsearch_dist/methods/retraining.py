@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +16,19 @@ from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import write_sealed
 from embsearch_dist.grouped import GroupedAllocation
-from embsearch_dist.methods.fallback import Trained, bracket, choose_of, predictions, uniform_like, widest_within
+from embsearch_dist.methods.fallback import (
+    Trained,
+    bracket,
+    choose_of,
+    predictions,
+    uniform_like,
+    widest_within,
+)
 from embsearch_dist.methods.finetuning import FINETUNED, by_default, widest_start
 from embsearch_dist.methods.results import read_result
+from embsearch_dist.methods.widening import climb
 from embsearch_dist.methods.widest import FOLDER
+from embsearch_dist.methods.wish import BRACKET, Wish
 from embsearch_dist.precision import MIXED, served
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.ranks.shared import open_shared
@@ -36,73 +45,8 @@ from embsearch_dist.train.retrain import SubnetTask, evaluate_model, load_best, 
 from embsearch_dist.train.served import evaluate_served, rounded_tables
 from embsearch_dist.train.warm.start import DONE, Start, read_record
 
-BRACKET = "bracket"
 Found = Allocation | GroupedAllocation
 Results = dict[str, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What the command line asks to be trained.
-
-    Attributes:
-        allocation: a file, ``ues-WIDTH``, ``bracket`` or empty.
-        name: of the result; empty: from the allocation.
-        or_uniform: the uniform width of the budget beside it, and a choice.
-        best: so many networks of the search; 0: none but the first.
-        refit: the winner of them once more, on training and validation rows.
-        start: directory of an earlier training to begin with; empty: fresh weights.
-        start_optimizer: take the state of its optimizers along.
-        finetune: begin with the widest model, cut down; None: as the method does by default.
-    """
-
-    allocation: str
-    name: str
-    or_uniform: bool
-    best: int
-    refit: bool
-    start: str = ""
-    start_optimizer: bool = True
-    finetune: bool | None = None
-
-    @classmethod
-    def of(cls, plain: Mapping[str, str], overrides: Sequence[str]) -> Wish:
-        """Raises:
-        UserError: options that cannot go together, or no number behind ``--best``.
-        """
-        wish = cls(
-            plain.get("allocation", ""),
-            plain.get("name", ""),
-            "or-uniform" in plain,
-            _best_of(plain, overrides),
-            "refit" in plain,
-            plain.get("from", ""),
-            plain.get("from-optimizer", "true") == "true",
-            plain["finetune"] == "true" if "finetune" in plain else None,
-        )
-        if plain.get("finetune", "true") not in ("true", "false"):
-            raise UserError(f"--finetune {plain['finetune']!r}: write true or false")
-        if wish.finetune and (wish.start or wish.best):
-            other = "--from" if wish.start else "--best"
-            raise UserError(f"--finetune begins with the widest model, {other} with other weights. Give one of them")
-        if wish.start == "true" or ("from-optimizer" in plain and not wish.start):
-            raise UserError("--from wants the directory of an earlier training, RUN/retrain/NAME. Write it behind")
-        if plain.get("from-optimizer", "true") not in ("true", "false"):
-            raise UserError(f"--from-optimizer {plain['from-optimizer']!r}: write true or false")
-        if wish.start and wish.best:
-            raise UserError("--best compares networks trained anew. Leave --from out, or give it for the winner alone")
-        around = wish.allocation == BRACKET
-        if wish.or_uniform and around:
-            raise UserError(
-                f"--or-uniform compares what was found with a uniform width; leave --allocation {BRACKET} out"
-            )
-        if around and wish.name:
-            raise UserError(f"--allocation {BRACKET} names its results ues-WIDTH; leave --name out")
-        if wish.best and (around or wish.or_uniform):
-            raise UserError(
-                "--best compares networks and --or-uniform or --allocation bracket widths; give one of them"
-            )
-        return wish
 
 
 @dataclass(frozen=True)
@@ -135,18 +79,6 @@ class Retraining:
         directory = self.run_dir / "retrain" / ((name or self.name) + self.suffix)
         config.run.dir, config.run.mirror = str(directory), below(config.run.mirror, self.run_dir, directory)
         return Run(config, self.run.schema, self.run.context)
-
-
-def _best_of(plain: Mapping[str, str], overrides: Sequence[str]) -> int:
-    if "best" not in plain:
-        if "refit" in plain:
-            raise UserError("--refit trains the winner of --best K once more; give both")
-        return 0
-    if any(o.startswith(("model.architecture=", "model.backbone=")) for o in overrides):
-        raise UserError("--best trains the networks that the search kept; leave out --model.architecture and backbone")
-    if not plain["best"].isdigit() or plain["best"] == "0":
-        raise UserError(f"--best {plain['best']}: give how many of the search's best networks to train, at least 1")
-    return int(plain["best"])
 
 
 def read_wish(wish: Wish, config: Config, run_dir: Path, schema: Schema) -> tuple[str, Found]:
@@ -243,19 +175,48 @@ def retrain_models(job: Retraining) -> Results:
     if finetunes(job):
         beside = f"{FOLDER}-{job.name}{job.suffix}"
         widest = widest_start(job.run, job.run_dir, beside, retrain_one)
-    results: Results = {}
-    trained: list[Trained] = []
+    done = Trainings(job)
     for name, (allocation, start) in planned(job, widest).items():
-        run = job.run_in(name)
-        with mirroring(run.config, run.context):
-            begin = job.begin if allocation is found else None
-            task, results[run.dir.name] = retrain_one(run, allocation, run.dir, run.dir.name, start, begin)
-        if wish.or_uniform:
-            one, labels = _as_chosen_from(task, allocation, run)
-            trained.append(one)
+        done.train(name, allocation, start)
     if wish.or_uniform:
-        _choose(job, trained, labels)
-    return results
+        assert isinstance(found, Allocation)
+        kept, *uniform = done.answers
+        if wish.widen:
+            train = partial(_train_wider, done, widest)
+            candidates, metric = job.run.config.search.candidates, job.run.config.train.metric
+            kept = climb(job.name, kept, found, candidates, train, done.labels, metric, fresh=widest is not None)
+        _choose(done, kept, uniform)
+    return done.results
+
+
+class Trainings:
+    """The trainings of one call, one after the other.
+
+    Attributes:
+        results: evaluations by the name of their directory.
+        answers: where one model is to be chosen: what each answers to validation rows, whose labels are ``labels``.
+    """
+
+    def __init__(self, job: Retraining) -> None:
+        self.job = job
+        self.results: Results = {}
+        self.answers: list[Trained] = []
+        self.labels: Any = None
+
+    def train(self, name: str, allocation: Allocation, start: Start | None) -> None:
+        """Train and measure an allocation in ``RUN/retrain/NAME``."""
+        run, job = self.job.run_in(name), self.job
+        with mirroring(run.config, run.context):
+            begin = job.begin if allocation is job.found else None
+            task, self.results[run.dir.name] = retrain_one(run, allocation, run.dir, run.dir.name, start, begin)
+        if job.wish.or_uniform:
+            one, self.labels = _as_chosen_from(task, allocation, run)
+            self.answers.append(one)
+
+
+def _train_wider(done: Trainings, widest: Start | None, name: str, allocation: Allocation, fresh: bool) -> Trained:
+    done.train(name, allocation, None if fresh else widest or done.job.start)
+    return done.answers[-1]
 
 
 def _as_chosen_from(task: SubnetTask, allocation: Allocation, run: Run) -> tuple[Trained, Any]:
@@ -269,11 +230,12 @@ def _as_chosen_from(task: SubnetTask, allocation: Allocation, run: Run) -> tuple
     return Trained(run.dir.name, size, logits, unit), labels
 
 
-def _choose(job: Retraining, trained: list[Trained], labels: Any) -> None:
-    if len(trained) > 1:
-        final = choose_of(trained, labels, job.run.config.train.metric)
-    else:
-        final = {"name": trained[0].name, "fallback": False, "reason": "no other uniform width fits its budget"}
+def _choose(done: Trainings, found: Trained, uniform: list[Trained]) -> None:
+    job = done.job
+    final: dict[str, Any] = {"name": found.name, "fallback": False, "reason": "no other uniform width fits its budget"}
+    if uniform:
+        final = choose_of(found, uniform, done.labels, job.run.config.train.metric)
+        final["size"] = {m.name: m.size for m in done.answers}
     final["model"] = f"retrain/{final['name']}"
     file = job.run_dir / f"final{job.suffix}.json"
     whole = copy.deepcopy(job.run.config)

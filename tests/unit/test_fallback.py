@@ -123,8 +123,16 @@ def test_models_that_are_the_same_are_level_and_the_first_is_kept() -> None:
 
 def test_of_several_uniform_models_the_best_stands_against_what_was_found() -> None:
     labels, good, poor = drawn(4000, 1.0, 1)
-    models = [Trained("auto", 700, poor), Trained("ues-8", 800, poor), Trained("ues-8-finetuned", 800, good)]
+    found, uniform = Trained("auto", 700, poor), [Trained("ues-8", 800, poor), Trained("ues-8-finetuned", 800, good)]
     for metric in ("auc", "logloss"):
-        final = choose_of(models, labels, metric)
+        final = choose_of(found, uniform, labels, metric)
         assert final["name"] == "ues-8-finetuned" and final["fallback"]
-        assert final["size"] == {"auto": 700, "ues-8": 800, "ues-8-finetuned": 800}
+        assert final["size"] == {"auto": 700, "ues-8-finetuned": 800}
+
+
+def test_models_are_level_within_the_margin() -> None:
+    labels, good, poor = drawn(4000, 1.0, 1)
+    clear = compare(Trained("a", 800, good), Trained("b", 700, poor), labels, "auc")
+    assert clear.first and not clear.size
+    wide = compare(Trained("a", 800, good), Trained("b", 700, poor), labels, "auc", 1000.0)
+    assert wide.size and not wide.first and wide.metrics == ("auc", "logloss")

@@ -11,7 +11,7 @@ from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_sealed
 from embsearch_dist.methods.finetuning import by_default, width_of
-from embsearch_dist.methods.retraining import Wish
+from embsearch_dist.methods.wish import Wish
 from tests.factories import one_rank, prepared, small_config
 from tests.method_contract import Case
 

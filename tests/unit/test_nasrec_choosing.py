@@ -17,7 +17,7 @@ from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_sealed
 from embsearch_dist.methods.nasrec import choosing
 from embsearch_dist.methods.nasrec.choosing import candidate_files, chosen, reason, train_best
-from embsearch_dist.methods.retraining import Wish
+from embsearch_dist.methods.wish import Wish
 from embsearch_dist.networks.sampling import SCHEMES, draw
 from embsearch_dist.networks.space import Space
 from embsearch_dist.run import Run

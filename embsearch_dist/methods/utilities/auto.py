@@ -5,6 +5,9 @@ widest uniform width that fits the same budget beside what was found, from fresh
 the widest model. It compares them on the validation split, and says in ``final.json`` which one is to be used and why:
 the better one by more than a standard error, of two that are level the smaller one
 (:func:`embsearch_dist.methods.fallback.choose`).
+
+A search can also stop short of its budget. Before that choice, wider allocations are trained as long as the budget
+holds them and they pay (:mod:`embsearch_dist.methods.widening`).
 """
 
 from __future__ import annotations
@@ -24,5 +27,5 @@ class Auto(Utilities):
     def retrain(self, job: Retraining) -> Results:
         wish = job.wish
         if not (wish.allocation or job.run.config.model.allocation or wish.best):
-            job = replace(job, wish=replace(wish, or_uniform=True))
+            job = replace(job, wish=replace(wish, or_uniform=True, widen=job.run.config.search.widen))
         return super().retrain(job)

@@ -87,3 +87,8 @@ class AutoConfig(UtilitiesConfig):
     """Width utilities, trained beside the uniform width of the same budget; the better of both is the result."""
 
     name: str = option("auto", "name of this search's result among the allocations of the run directory")
+    widen: bool = option(
+        True,
+        "train wider allocations, too, while the budget holds them and each is better on validation rows",
+        before=False,
+    )
