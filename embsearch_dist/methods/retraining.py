@@ -184,7 +184,8 @@ def retrain_models(job: Retraining) -> Results:
         if wish.widen:
             train = partial(_train_wider, done, widest)
             candidates, metric = job.run.config.search.candidates, job.run.config.train.metric
-            kept = climb(job.name, kept, found, candidates, train, done.labels, metric, fresh=widest is not None)
+            agreed = job.run.context.share
+            kept = climb(job.name, kept, found, candidates, train, done.labels, metric, widest is not None, agreed)
         _choose(done, kept, uniform)
     return done.results
 

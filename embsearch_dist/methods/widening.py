@@ -63,6 +63,7 @@ def climb(
     labels: np.ndarray,
     metric: str,
     fresh: bool,
+    agreed: Callable[[bool], bool],
 ) -> Trained:
     """Train wider allocations than ``found`` while each is better than the one before, by :data:`MARGIN`.
 
@@ -73,6 +74,7 @@ def climb(
         labels: of the validation split ``[N]``.
         metric: ``auc`` or ``logloss``: by which models are compared, see :func:`fallback.compare`.
         fresh: train the widest one that was better from fresh weights, too.
+        agreed: what rank 0 says, on all ranks: they may round otherwise, and train together.
 
     Returns:
         The model that is kept: ``first`` where there is nothing to spend, or nothing is gained by it.
@@ -80,10 +82,10 @@ def climb(
     best, called, factor = first, name, 2
     while (wider := widened(found, candidates, factor)) is not None:
         model = train(f"{name}-x{factor}", wider, False)
-        if not compare(model, best, labels, metric, MARGIN).first:
+        if not agreed(compare(model, best, labels, metric, MARGIN).first):
             break
         best, called, found, factor = model, f"{name}-x{factor}", wider, 2 * factor
     if fresh and best is not first:
         begun = train(called + FRESH, found, True)
-        best = begun if compare(begun, best, labels, metric).first else best
+        best = begun if agreed(compare(begun, best, labels, metric).first) else best
     return best

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.stages import run_stages
 from tests.factories import one_rank, open_run, prepared, rank_context, small_config
+from tests.method_contract import Case
 from tests.ranks import run_ranks
 
 SEARCHES = [
@@ -40,3 +43,22 @@ def test_two_ranks_find_what_one_finds(tmp_path_factory: pytest.TempPathFactory,
         assert two["widths"] == one["widths"]
         for key in ("truncated_auc", "truncated_logloss"):
             assert two["provenance"][key] == pytest.approx(one["provenance"][key], abs=2e-4)
+
+
+def climb(rank: int, world_size: int, data: str, directory: str) -> dict[str, int]:
+    """``auto`` where every wider model is called better, but on rank 1 alone: rank 0 decides."""
+    case = Case("auto", data, more=("search.candidates=[1,2,4]", "search.evidence=100"), short=True)
+    context = rank_context(rank, world_size)
+    run = case.search(directory, context, "search.budget=80%")
+    better = SimpleNamespace(first=rank == 0)
+    with mock.patch("embsearch_dist.methods.widening.compare", lambda *_: better):
+        figures = case.retrain(run.dir, context)
+    return {name: int(one["embedding_parameters"]) for name, one in figures.items()}
+
+
+def test_ranks_agree_on_what_is_trained_wider(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    data = str(prepared(tmp_path_factory))
+    both = run_ranks(climb, 2, tmp_path, data, str(tmp_path / "run"))
+    assert both[0] == both[1]
+    assert [n for n in both[0] if "-x" in n] == ["auto-x2", "auto-x4", "auto-x4-fresh"]
+    assert both[0]["auto-x4"] == 4 * both[0]["auto"]

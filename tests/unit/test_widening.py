@@ -77,7 +77,7 @@ class Ladder:
     def climb(self, start: Allocation, fresh: bool) -> str:
         first = self.model("a", start.total("parameters"))
         self.asked.clear()
-        return climb("a", first, start, CANDIDATES, self.train, self.labels, "auc", fresh).name
+        return climb("a", first, start, CANDIDATES, self.train, self.labels, "auc", fresh, bool).name
 
 
 def test_the_ladder_ends_with_the_first_model_that_is_not_better() -> None:
