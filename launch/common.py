@@ -14,6 +14,7 @@ from embsearch_dist.config.read import load_config, split_arguments, written_met
 from embsearch_dist.config.sections import Config
 from embsearch_dist.config.settings import describe
 from embsearch_dist.errors import UserError, nearest
+from embsearch_dist.files import read_sealed
 from embsearch_dist.methods import CONFIGS
 from embsearch_dist.pipes import quietly
 from embsearch_dist.ranks import peers
@@ -24,6 +25,7 @@ from embsearch_dist.rundir import check_text, release
 from embsearch_dist.train import signals
 
 ROOT = Path(__file__).resolve().parent.parent
+FINAL = "final.json"
 DEFAULT_CONFIG = ROOT / "configs" / "synthetic" / "adass_deepfm.yaml"
 
 
@@ -163,6 +165,16 @@ def read_run_config(directory: Path, overrides: Sequence[str] = ()) -> Config:
     """
     check_text(directory / "config.yaml")
     return read_config(directory / "config.yaml", overrides)
+
+
+def chosen_model(directory: Path) -> Path:
+    """The model that retrain.py has chosen in a run directory, as its ``final.json`` says; any other directory itself.
+
+    Raises:
+        UserError: that file is damaged.
+    """
+    final = directory / FINAL
+    return directory / str(read_sealed(final)["model"]) if final.exists() else directory
 
 
 def take_words(argv: Sequence[str], option: str) -> tuple[list[str], list[str]]:

@@ -1,6 +1,7 @@
 """Evaluate a retrained model: exact AUC, logloss and calibration over all ranks, parameters, bytes, FLOPs.
 
     python launch/evaluate.py --run runs/synthetic_adass_deepfm/retrain/adass
+    python launch/evaluate.py --run runs/my            the model that retrain.py chose there (method auto, --or-uniform)
     python launch/evaluate.py --run runs/synthetic_adass_deepfm/retrain/adass --split validation
     python launch/evaluate.py --run runs/synthetic_adass_deepfm/retrain/adass --precision int8     tables as served
     python launch/evaluate.py --run runs/my/retrain/ihas --router fields       models of groups, the cheap router
@@ -10,7 +11,8 @@
                                                                                whether the test rows can tell it
     torchrun --standalone --nproc-per-node 2 -- launch/evaluate.py --run runs/synthetic_adass_deepfm/retrain/adass
 
-Options: --run DIR (a directory that retrain.py wrote), --split test|validation|train, --section.key VALUE; --precision
+Options: --run DIR (a directory that retrain.py wrote, or a run directory with its choice, final.json), --split
+test|validation|train, --section.key VALUE; --precision
 fp32|fp16|int8|int4|mixed adds figures with tables rounded as an export at it serves them (default: search.precision);
 for models of groups --router centres|fields: the search's own (default) or one that looks at a few raw fields.
 --group FIELD (or train.group): the mean AUC inside the values of a field; --intervals [RESAMPLES]: 95% bootstrap
@@ -40,13 +42,13 @@ from embsearch_dist.methods import METHODS
 from embsearch_dist.precision import MIXED, PRECISIONS
 from embsearch_dist.rundir import hold
 from embsearch_dist.schema import SPLITS
-from launch.common import known_options, run_main
+from launch.common import chosen_model, known_options, run_main
 
 
 def main(argv: Sequence[str]) -> None:
     plain, overrides = split_arguments(argv)
     known_options(plain, ["run", "split", "router", "precision", "group", "intervals", "against"])
-    directory, split = Path(plain.get("run", "")), plain.get("split", "test")
+    directory, split = chosen_model(Path(plain.get("run", ""))), plain.get("split", "test")
     router, precision = plain.get("router", ""), plain.get("precision", "")
     one_of("--split", split, SPLITS)
     one_of("--precision", precision, ("", *PRECISIONS, MIXED))
@@ -66,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
         run = Run(config, open_data(config, context), context)
         check_group(run.schema, config.train.group)
         context.first("opening the directory", lambda: hold(directory, "evaluate.py"))
-        other = answers_of(Path(plain["against"]), run, split) if "against" in plain else None
+        other = answers_of(chosen_model(Path(plain["against"])), run, split) if "against" in plain else None
         wanted = Wanted(config.train.group, resamples, config.run.seed, other)
         figures = method.evaluate(run, directory, split, router, precision, wanted)
         if context.rank == 0:

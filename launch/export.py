@@ -1,12 +1,14 @@
 """Turn a trained model into a directory that stands alone: weights, vocabulary, how rows are read, programs, a card.
 
     python launch/export.py --run runs/my/retrain/adass --out exported/my
+    python launch/export.py --run runs/my --out exported/my     the model that retrain.py chose there (method auto)
     python launch/export.py --run runs/my/retrain/adass --out exported/my --precision int8 --format onnx
     python launch/export.py --run runs/my/retrain/adass --out exported/my --format torch onnx triton
     python launch/export.py --run runs/my/retrain/ihas --out exported/ihas --router fields
     python launch/export.py --run runs/my/retrain/adafs --out exported/adafs
 
-Options: --run DIR (what retrain.py, or a search that needs no retraining, has left), --out DIR, --precision
+Options: --run DIR (what retrain.py, or a search that needs no retraining, has left; or a run directory with a choice
+of retrain.py), --out DIR, --precision
 fp32|fp16|int8|int4 of the embedding tables (default fp32; mixed: what a search with search.precision mixed chose for
 each field), --format torch onnx aoti triton (programs beside the directory's own arrays; default none), --name NAME
 (default: that of the run), --router centres|fields of models of groups, --source FILE (the YAML source file, or criteo,
@@ -33,7 +35,7 @@ from embsearch_dist.config.read import split_arguments
 from embsearch_dist.errors import UserError
 from embsearch_dist.precision import MIXED, PRECISIONS
 from embsearch_dist.rundir import plain_word
-from launch.common import known_options, run_main, take_words
+from launch.common import chosen_model, known_options, run_main, take_words
 
 OPTIONS = ("run", "out", "precision", "format", "name", "router", "source", "overwrite")
 
@@ -53,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
     for name in ("run", "out"):
         if not plain.get(name):
             raise UserError(f"--{name} is missing. See --help")
-    directory, router = Path(plain["run"]), plain.get("router", ROUTERS[0])
+    directory, router = chosen_model(Path(plain["run"])), plain.get("router", ROUTERS[0])
     precision = plain.get("precision", PRECISIONS[0])
     one_of("--precision", precision, (*PRECISIONS, MIXED))
     one_of("--router", router, ROUTERS)

@@ -106,6 +106,8 @@ def test_the_uniform_widths_around_the_found_size_and_the_choice_between_two(run
         assert final["name"] in (f"adass{suffix}", f"ues-{below}{suffix}")
         assert (run / final["model"] / "evaluation.json").exists()
         assert set(final["size"]) == {f"adass{suffix}", f"ues-{below}{suffix}"}
+    chosen = json.loads((run / "final.json").read_text())["name"]
+    assert json.loads(run_script("evaluate.py", "--run", run).stdout)["name"] == chosen
     run_script("retrain.py", "--run", run, *short, "--or-uniform", "--run.seed", 4, "--search.precision", "int8")
     final = json.loads((run / "final-seed4.json").read_text())
     # What was found without a precision is compared by its size in parameters, and both as served.
