@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -133,9 +134,12 @@ def test_a_shipped_space_names_a_config_and_some_hundred_allocations(path: Path)
 
 
 @pytest.mark.parametrize("percent", [10, 25, 50, 80])
-def test_in_the_table_of_this_repository_the_additive_knapsack_is_above_uniform_widths(percent: int) -> None:
+@pytest.mark.parametrize("name", ["movielens_100k", "planted"])
+def test_in_the_tables_of_this_repository_the_additive_knapsack_is_above_uniform_widths(
+    name: str, percent: int
+) -> None:
     tables = ROOT / "tools" / "tables"
-    whole = WidthTable.load(tables / "movielens_100k.csv", Space.load(tables / "movielens_100k.yaml"))
+    whole = WidthTable.load(tables / f"{name}.csv", Space.load(tables / f"{name}.yaml"))
     limit = percent / 100 * float(whole.costs.max(1).values.sum())
     for seed in whole.seeds:
         task = Task(whole, whole.score(seed), limit, 0)
@@ -143,3 +147,13 @@ def test_in_the_table_of_this_repository_the_additive_knapsack_is_above_uniform_
         assert whole.size(found) <= limit and whole.regret(found, limit) < whole.regret(plain, limit)
         climbed, best = SEARCHES["additive + local"](task), SEARCHES["every allocation"](task)
         assert task.value(found) <= task.value(climbed) <= task.value(best)
+
+
+def test_the_best_planted_allocation_is_the_planted_one_without_idle_fields() -> None:
+    """Ranks 0 and 1, 2, and 4 to 16: the widths that hold them, or the next candidates."""
+    tables = ROOT / "tools" / "tables"
+    whole = WidthTable.load(tables / "planted.csv", Space.load(tables / "planted.yaml"))
+    best = max(whole.within(math.inf), key=whole.truth)
+    assert whole.widths(best)[0] == 0 and whole.widths(best)[-1] == 16
+    wide = whole.choice((8, 16, 16, 16))
+    assert whole.truth(best) > whole.truth(wide) + 0.05
