@@ -266,12 +266,17 @@ def _without_results(runs: Sequence[Run], comparison: Comparison | None) -> str:
 
 
 def _found(runs: Sequence[Run], rows: Sequence[Row]) -> tuple[str, ...]:
-    """Which rows are this project's finds: named by the runs' own artifacts, otherwise all that are not uniform."""
+    """Which rows are this project's finds: named by the runs' own artifacts, otherwise all that are not uniform. Where
+    retrain.py has chosen a wider allocation than the one a search ended with, that one stands in its place."""
     own = {str(run.provenance.get(key)) for run in runs for key in ("method", "name") if run.provenance.get(key)}
     own |= {str(p["name"]) for run in runs if run.pareto for p in run.pareto.get("points", []) if p.get("chosen")}
     widths = [run.widths for run in runs if run.widths is not None]
     searched = [r for r in rows if r.uniform_width is None]
     named = [r.name for r in searched if r.name in own or any(x.widths in widths for x in r.results if x.widths)]
+    chosen = {str(run.final["name"]) for run in runs if run.final and not run.final.get("fallback")}
+    if len(chosen) == 1 and chosen <= {r.name for r in searched}:
+        ended = {run.provenance.get("name") for run in runs if run.final}
+        named = list(dict.fromkeys(next(iter(chosen)) if name in ended else name for name in named))
     return tuple(named or [r.name for r in searched])
 
 

@@ -101,6 +101,12 @@ def test_a_report_opens_with_the_verdict_or_says_how_to_get_one(tmp_path: Path) 
     assert command not in html
     assert "the found widths are better." in html
     assert (tmp_path / "report" / "verdict.png").exists()
+    wider = Allocation(SCHEMA, {"f0": 16, "f1": 9, "f2": 0}, {"method": "utilities", "name": "utilities", "widened": 2})
+    evaluated("utilities-x2", wider, 0.77)
+    assert "+0.0050 AUC over UES-8" in write_report([tmp_path]).read_text(), "trained, and not chosen"
+    write_json(tmp_path / "final.json", {"name": "utilities-x2", "fallback": False, "reason": "it is better"})
+    share = f"{wider.total('parameters') / Allocation.uniform(SCHEMA, 32).total('parameters'):.0%}"
+    assert f'<p class="headline">At {share} of UES-32: +0.0190 AUC over UES-16' in write_report([tmp_path]).read_text()
 
 
 def test_what_was_fine_tuned_asks_for_uniform_widths_that_were(tmp_path: Path) -> None:
