@@ -17,7 +17,7 @@ from tools.league.ranks import Ranking
 from tools.league.rows import UNIFORM, Group
 from tools.league.tables import FIGURES, cost_of, ranking_of, stability_of
 
-MARKERS = "Do^vsPX*<>"  # with six colours thirty methods have looks of their own
+MARKERS = "Do^vsPXp<>"  # with six colours thirty methods have looks of their own
 SIZES = {"parameters": "embedding parameters", "served_int8_bytes": "bytes of all tables at int8"}
 SHORT = {"parameters": "parameters", "served_int8_bytes": "int8"}
 Look = tuple[str, str]  # colour and marker
