@@ -21,7 +21,7 @@ from embsearch_dist.ranks import peers
 from embsearch_dist.ranks.environment import end_restarts
 from embsearch_dist.ranks.peers import group_was_opened
 from embsearch_dist.ranks.torchrun import note_error
-from embsearch_dist.rundir import check_text, release
+from embsearch_dist.rundir import check_text, plain_word, release
 from embsearch_dist.train import signals
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -171,10 +171,12 @@ def chosen_model(directory: Path) -> Path:
     """The model that retrain.py has chosen in a run directory, as its ``final.json`` says; any other directory itself.
 
     Raises:
-        UserError: that file is damaged.
+        UserError: that file is damaged, or names a place elsewhere.
     """
     final = directory / FINAL
-    return directory / str(read_sealed(final)["model"]) if final.exists() else directory
+    if not final.exists():
+        return directory
+    return directory / "retrain" / plain_word(str(read_sealed(final)["name"]), f"the name in {final}")
 
 
 def take_words(argv: Sequence[str], option: str) -> tuple[list[str], list[str]]:

@@ -16,14 +16,7 @@ from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import write_sealed
 from embsearch_dist.grouped import GroupedAllocation
-from embsearch_dist.methods.fallback import (
-    Trained,
-    bracket,
-    choose_of,
-    predictions,
-    uniform_like,
-    widest_within,
-)
+from embsearch_dist.methods.fallback import Trained, bracket, choose_of, predictions, uniform_like, widest_within
 from embsearch_dist.methods.finetuning import FINETUNED, by_default, widest_start
 from embsearch_dist.methods.results import read_result
 from embsearch_dist.methods.widening import climb

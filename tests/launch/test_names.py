@@ -10,8 +10,10 @@ import pytest
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.data.prepare.pipeline import prepare
-from embsearch_dist.files import read_json
+from embsearch_dist.errors import UserError
+from embsearch_dist.files import read_json, write_sealed
 from embsearch_dist.schema import Schema
+from launch.common import chosen_model
 from tests.factories import command_line, write_config
 from tests.renamed import ODD, renamed
 
@@ -52,3 +54,12 @@ def test_odd_names_from_search_to_report(
     page = (run / "report" / "index.html").read_text()
     assert "x$y_{$" in page and "&lt;b&gt;" in page
     assert "ünï <b>" not in page
+
+
+def test_a_choice_names_a_model_of_its_own_run(tmp_path: Path) -> None:
+    assert chosen_model(tmp_path) == tmp_path
+    write_sealed(tmp_path / "final.json", {"name": "auto-x2", "model": "retrain/auto-x2"})
+    assert chosen_model(tmp_path) == tmp_path / "retrain" / "auto-x2"
+    write_sealed(tmp_path / "final.json", {"name": "../../elsewhere", "model": "retrain/auto"})
+    with pytest.raises(UserError, match="cannot name a folder"):
+        chosen_model(tmp_path)

@@ -36,6 +36,11 @@ def steps(plan: Plan) -> list[list[list[Job]]]:
     return [measures + plan.searches(), [chain for chain in plan.choices() if chain[-1].name in first]]
 
 
+def jobs(plan: Plan) -> list[Job]:
+    """All that is to be run, as :func:`steps` has it."""
+    return [job for chains in steps(plan) for chain in chains for job in chain]
+
+
 def carry_out(plan: Plan) -> None:
     """Run what is not finished.
 
@@ -48,17 +53,17 @@ def carry_out(plan: Plan) -> None:
 
 def rows_of(plan: Plan, data_set: str) -> list[Row]:
     """A line for each search that has ended, and its measure with it."""
-    jobs, models, machine = recorded(plan.out / "logs"), plan.trained(), hardware()
+    records, models, machine = recorded(plan.out / "logs"), plan.trained(), hardware()
     data = data_told(Schema.load(Path(plan.args.data)))
     backbone = plan.body.get("model", {}).get("backbone", ModelConfig().backbone)
     found: dict[tuple[str, int], Row] = {}
     for model in models:
         key = (model.method, model.seed)
-        if not model.search or key in found or jobs.get(model.search, {}).get("exit"):
+        if not model.search or key in found or records.get(model.search, {}).get("exit"):
             continue
-        cost = cost_of(model, models, jobs, plan.out)
+        cost = cost_of(model, models, records, plan.out)
         if "search_cost" in cost:
-            search = jobs[model.search]
+            search = records[model.search]
             told = {"data_set": data_set, "data": data, "backbone": backbone, "seed": model.seed, "hardware": machine}
             told |= {"commit": search["commit"], "command": portable(search["command"], plan.out)}
             told |= {"method": model.method, "search_memory_gib": search["memory_gib"]}

@@ -111,8 +111,7 @@ def run_plan(plan: LeaguePlan, args: argparse.Namespace) -> None:
         run_all([before], out / "logs", 1)
     comparison = comparison_of(plan, args)
     if args.dry_run:
-        chains = [chain for step in costs.steps(comparison) for chain in step] if args.searches else []
-        jobs = [job for chain in chains for job in chain] if args.searches else comparison.jobs()
+        jobs = costs.jobs(comparison) if args.searches else comparison.jobs()
         for job in [*before, *jobs]:
             print(f"{job.name}: {shown(job)}")
         return

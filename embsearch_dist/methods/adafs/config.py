@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from embsearch_dist.config.options import option, require
 from embsearch_dist.config.sections import TrainConfig
+from embsearch_dist.config.widths import check_table_width
 from embsearch_dist.methods.gated.config import OuterConfig
 
 MODES = ("soft", "hard")
@@ -33,7 +34,7 @@ class AdaFSConfig:
 
     def check(self) -> None:
         require("/" not in self.name, "search.name", f"must be a plain word, got {self.name!r}")
-        require(self.width >= 4 and self.width % 4 == 0, "search.width", f"must be a multiple of 4, got {self.width}")
+        check_table_width(self.width)
         require(self.k >= 0, "search.k", f"must be >= 0 (0 = half of the fields), got {self.k}")
 
     @property

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from embsearch_dist.config.options import option, require
-from embsearch_dist.config.widths import check_candidates
+from embsearch_dist.config.options import option
+from embsearch_dist.config.widths import check_table_candidates
 from embsearch_dist.methods.gated.config import ChoiceOptions
 
 ORDERS = ("first", "second")
@@ -26,5 +26,4 @@ class AutoDimConfig(ChoiceOptions):
 
     def check(self) -> None:
         super().check()
-        widest = check_candidates(self.candidates)[-1]
-        require(widest % 4 == 0, "search.candidates", f"the widest must be a multiple of 4, got {widest}")
+        check_table_candidates(self.candidates)

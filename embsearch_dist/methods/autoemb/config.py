@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from embsearch_dist.config.options import option, require
+from embsearch_dist.config.options import option
 from embsearch_dist.config.sections import TrainConfig
-from embsearch_dist.config.widths import check_candidates
+from embsearch_dist.config.widths import check_table_candidates
 from embsearch_dist.methods.budget_options import BudgetOptions
 from embsearch_dist.methods.gated.config import OuterConfig, PopularityConfig
 
@@ -24,5 +24,4 @@ class AutoEmbConfig(BudgetOptions):
 
     def check(self) -> None:
         super().check()
-        widest = check_candidates(self.candidates)[-1]
-        require(widest % 4 == 0, "search.candidates", f"the widest must be a multiple of 4, got {widest}")
+        check_table_candidates(self.candidates)

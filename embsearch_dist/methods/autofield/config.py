@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from embsearch_dist.config.options import option, require
+from embsearch_dist.config.options import option
+from embsearch_dist.config.widths import check_table_width
 from embsearch_dist.methods.gated.config import ChoiceOptions
 
 
@@ -17,7 +18,7 @@ class AutoFieldConfig(ChoiceOptions):
 
     def check(self) -> None:
         super().check()
-        require(self.width >= 4 and self.width % 4 == 0, "search.width", f"must be a multiple of 4, got {self.width}")
+        check_table_width(self.width)
 
     @property
     def candidates(self) -> list[int]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from embsearch_dist.config.options import option, require
+from embsearch_dist.config.options import option
 from embsearch_dist.config.sections import TrainConfig
+from embsearch_dist.config.widths import check_table_width
 from embsearch_dist.methods.budget_options import BudgetOptions
 from embsearch_dist.methods.gated.config import MOST, OuterConfig
 
@@ -23,7 +24,7 @@ class AutoSrhConfig(BudgetOptions):
 
     def check(self) -> None:
         super().check()
-        require(self.width >= 4 and self.width % 4 == 0, "search.width", f"must be a multiple of 4, got {self.width}")
+        check_table_width(self.width)
 
     @property
     def candidates(self) -> list[int]:

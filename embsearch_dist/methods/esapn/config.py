@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from embsearch_dist.config.options import option, require
 from embsearch_dist.config.sections import TrainConfig
-from embsearch_dist.config.widths import check_candidates
+from embsearch_dist.config.widths import check_table_candidates
 from embsearch_dist.methods.budget_options import BudgetOptions
 from embsearch_dist.methods.gated.config import OuterConfig, PopularityConfig
 
@@ -33,8 +33,7 @@ class ESAPNConfig(BudgetOptions):
 
     def check(self) -> None:
         super().check()
-        widest = check_candidates(self.candidates)[-1]
-        require(widest % 4 == 0, "search.candidates", f"the widest must be a multiple of 4, got {widest}")
+        check_table_candidates(self.candidates)
         require(self.candidates[0] > 0, "search.candidates", "sizes grow from the first one, which must be at least 1")
         require(len(self.candidates) > 1, "search.candidates", "must be at least two, or nothing can grow")
         require(self.start <= 0, "search.start", f"must be at most 0, or every field grows at once, got {self.start:g}")

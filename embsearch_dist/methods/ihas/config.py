@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from embsearch_dist.config.options import option, require
 from embsearch_dist.config.sections import TrainConfig
+from embsearch_dist.config.widths import check_table_width
 from embsearch_dist.methods.gated.config import OuterConfig
 
 FEATURES = ("embeddings", "scaled", "masks", "probabilities")
@@ -64,4 +65,4 @@ class IHASConfig:
 
     def check(self) -> None:
         require(bool(self.name) and "/" not in self.name, "search.name", f"must be a plain word, got {self.name!r}")
-        require(self.width >= 4 and self.width % 4 == 0, "search.width", f"must be a multiple of 4, got {self.width}")
+        check_table_width(self.width)
