@@ -77,6 +77,28 @@ def test_a_block_of_ranks_has_means_over_supernets(tmp_path: Path) -> None:
     assert "| plain | 0.600 +- 0.141 | 0.75 | 0.600 +- 0.000 | 0.0020 |" in made
 
 
+def method_line(seed: int, model: str, auc: float, validation: float) -> str:
+    return f"abc,CPU,clicks,{seed},{model},10,2000,{validation},{auc},0.5"
+
+
+def test_a_block_of_methods_pools_what_is_numbered_and_pairs_seeds(tmp_path: Path) -> None:
+    head = "commit,hardware,data,seed,model,dense_parameters,flops_per_sample,validation_logloss,test_auc,test_logloss"
+    lines = [method_line(0, "dlrm", 0.70, 0.6), method_line(1, "dlrm", 0.72, 0.6)]
+    # By validation the second is chosen with seed 0, the first with seed 1.
+    lines += [method_line(0, "found-1", 0.71, 0.60), method_line(0, "found-2", 0.73, 0.59)]
+    lines += [method_line(1, "found-1", 0.73, 0.58), method_line(1, "found-2", 0.75, 0.59)]
+    (tmp_path / "x.csv").write_text("\n".join([head, *lines, method_line(1, "late", 0.60, 0.9)]) + "\n")
+    made = filled("<!-- methods x.csv: dlrm -->\nold\n<!-- end -->\n", tmp_path)
+    assert "clicks, seeds 0, 1, commit abc; CPU." in made
+    assert "| found: mean of 2 | 0.7300 +- 0.0141 | 0.5000 +- 0.0000 | +0.0200 (s.e. 0.0000) | 10 | 2 |" in made
+    assert "| found: by validation | 0.7300 +- 0.0000 | 0.5000 +- 0.0000 | +0.0200 (s.e. 0.0100) | 10 | 2 |" in made
+    assert "| dlrm | 0.7100 +- 0.0141 | 0.5000 +- 0.0000 |  | 10 | 2 |" in made
+    assert "| late (1 of 2 seeds) | 0.6000 | 0.5000 | -0.1200 (one seed) | 10 | 2 |" in made
+    assert made.index("| dlrm |") > made.index("| found: mean")
+    with pytest.raises(SystemExit, match="'ues-4'; its file has dlrm"):
+        filled("<!-- methods x.csv: ues-4 -->\n<!-- end -->\n", tmp_path)
+
+
 def test_a_league_block_shows_the_parts_that_it_names(tmp_path: Path) -> None:
     more = {"data": "y 0f 9 training rows", "backbone": "deepfm"}
     lines = [line(s, "uniform", 16, 1600, 0.70 + s / 1000) | more | {"budget": ""} for s in range(2)]

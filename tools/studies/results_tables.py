@@ -12,6 +12,11 @@ A page says where a table goes:
 FILE.csv is seen from the folder of the page. It is the comparison.csv of tools/studies/compare_budgets.py: a line per
 trained model, with command, commit, seed and hardware. ``backbones``, ``consistency`` and ``search_table`` in its place
 do the same with what the tools of these names leave, ``costs`` with the search_costs.csv of tools/studies/league.py.
+The comparison.csv of tools/studies/compare_methods.py needs the result that the others are compared with:
+
+    <!-- methods FILE.csv: RESULT -->
+    <!-- end -->
+
 Of any other CSV file a block shows the columns that it names:
 
     <!-- columns FILE.csv: column, column, ... -->
@@ -39,12 +44,13 @@ from tools.league import costs  # noqa: E402
 from tools.league.published import read_orders  # noqa: E402
 from tools.league.rows import groups_of, read_rows  # noqa: E402
 from tools.league.tables import sections  # noqa: E402
-from tools.studies import compare_backbones, consistency, search_table  # noqa: E402
+from tools.studies import compare_backbones, consistency, method_tables, search_table  # noqa: E402
 from tools.studies.budget_tables import markdown, summarise  # noqa: E402
 from tools.studies.jobs import read_csv  # noqa: E402
 
 PAGES = ROOT / "docs" / "results"
 COLUMNS = re.compile(r"(<!-- columns (\S+\.csv): ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+METHODS = re.compile(r"(<!-- methods (\S+\.csv): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 LEAGUE = re.compile(r"(<!-- league ([^>:]+): ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCK = re.compile(
     r"(<!-- (comparison|backbones|consistency|search_table|costs) (\S+\.csv) -->\n).*?(<!-- end -->)", re.DOTALL
@@ -87,6 +93,9 @@ def filled(text: str, folder: Path) -> str:
     }
     text = LEAGUE.sub(lambda found: f"{found[1]}{league_of(folder, found[2], found[3])}{found[4]}", text)
     text = BLOCK.sub(lambda found: f"{found[1]}{made[found[2]](folder / found[3])}{found[4]}", text)
+    text = METHODS.sub(
+        lambda found: f"{found[1]}{method_tables.markdown(lines_of(folder / found[2]), found[3])}{found[4]}", text
+    )
     return COLUMNS.sub(lambda found: f"{found[1]}{columns_of(folder / found[2], found[3])}{found[4]}", text)
 
 
