@@ -14,7 +14,7 @@ from embsearch_dist.config.read import load_config
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.nasrec import evolution as module
 from embsearch_dist.methods.nasrec.config import NASRecConfig
-from embsearch_dist.methods.nasrec.evolution import TRIES, Candidate, Evolution
+from embsearch_dist.methods.nasrec.evolution import TRIES, Candidate, Evolution, Limits
 from embsearch_dist.methods.nasrec.scoring import Score
 from embsearch_dist.networks.architecture import Architecture
 from embsearch_dist.networks.canonical import key
@@ -268,6 +268,27 @@ def test_a_dear_cost_is_searched_for() -> None:
     assert [c.fitness for c in free.seen] == [c.score.logloss for c in free.seen]
 
 
+def widths_of(architecture: Architecture) -> float:
+    return float(sum(b.dense_width for b in architecture.blocks))
+
+
+@pytest.mark.parametrize("strategy", ["evolution", "random"])
+def test_no_candidate_is_outside_of_the_limits_of_the_cost(strategy: str) -> None:
+    free = [widths_of(c.architecture) for c in run(start(strategy=strategy)).seen]
+    assert min(free) < 32 and max(free) > 32
+    limited = start(strategy=strategy, cost="flops", cost_at_least=32, cost_at_most=32)
+    limited.limits = Limits(limited.config, widths_of)
+    found = [widths_of(c.architecture) for c in run(limited).seen]
+    assert len(found) == len(free) and set(found) == {32}
+
+
+def test_limits_that_no_network_keeps_are_told_with_what_there_is() -> None:
+    narrow = start(cost="flops", cost_at_most=1.0)
+    narrow.limits = Limits(narrow.config, widths_of)
+    with pytest.raises(UserError, match=r"cost_at_most 1: of 20,000 .* they have \d+ to \d+\. Set other limits"):
+        narrow.propose()
+
+
 @pytest.mark.parametrize("generation", [0, 1, 6, 13])
 def test_a_search_that_was_written_and_read_goes_on_as_if_nothing_was(generation: int) -> None:
     options: dict[str, Any] = {"cost": "latency", "cost_weight": 0.01, "cost_target": 0.3}
@@ -344,6 +365,8 @@ def test_a_file_that_would_break_the_search_later_is_named(change: Callable[[dic
         ("search.evolution.parents=200", "search.evolution.parents: must not exceed the population"),
         ("search.evolution.generations=-1", "search.evolution.generations: must be >= 0"),
         ("search.evolution.cost_weight=0.1", "search.evolution.cost: search.evolution.cost_weight needs a cost"),
+        ("search.evolution.cost_at_most=1e6", "search.evolution.cost: must be one of flops.*where it has limits"),
+        ("search.evolution.cost_at_most=-1", "search.evolution.cost_at_most: must be >= 0"),
         ("search.scoring.tune_lr=0", "search.scoring.tune_lr: must be above 0"),
         ("search.sampling.scheme=single", "search.sampling.scheme: 'single' is none of"),
         ("search.sampling.warmup=1.5", r"search.sampling.warmup: must be in \[0, 1\]"),

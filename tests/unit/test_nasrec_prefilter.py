@@ -15,7 +15,7 @@ from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.nasrec import config as settings
 from embsearch_dist.methods.nasrec.config import NASRecConfig
-from embsearch_dist.methods.nasrec.evolution import Evolution
+from embsearch_dist.methods.nasrec.evolution import Evolution, Limits
 from embsearch_dist.methods.nasrec.prefilter import FILE, batch_of, draw_distinct, mean_ranks, prefilter, vectors
 from embsearch_dist.methods.nasrec.proxies import PARTS, PROXIES, jacob_cov, snip, zico
 from embsearch_dist.networks.architecture import Architecture, Block
@@ -120,6 +120,16 @@ def test_networks_are_drawn_once_and_a_small_space_runs_out() -> None:
     assert len({name for _, name in found}) == 40 and all(key(a) == name for a, name in found)
     assert draw_distinct(SPACE, 40, 0) == found != draw_distinct(SPACE, 40, 1)
     assert len(draw_distinct(ONE_BLOCK, 40, 0)) == 4
+
+
+def test_networks_outside_of_the_limits_of_the_cost_are_not_drawn() -> None:
+    def blocks(architecture: Architecture) -> float:
+        return float(sum(b.fm for b in architecture.blocks))
+
+    limits = Limits(settings.EvolutionConfig(cost="flops", cost_at_most=1), blocks)
+    free, found = draw_distinct(SPACE, 40, 0), draw_distinct(SPACE, 40, 0, limits)
+    assert max(blocks(a) for a, _ in free) > 1
+    assert len(found) == 40 and max(blocks(a) for a, _ in found) == 1
 
 
 def test_vectors_are_of_values_and_have_variance_one() -> None:

@@ -284,6 +284,16 @@ def test_the_front_is_over_the_cost_that_was_asked_for(data: Path, copied: Path,
         assert not any(c[measured] < point[measured] and c["logloss"] <= point["logloss"] for c in seen)
 
 
+@pytest.mark.parametrize("cost", ["flops", "parameters"])
+def test_a_search_keeps_the_limits_of_its_cost(data: Path, copied: Path, cost: str) -> None:
+    free = sorted(c[cost] for c in search(data, copied)["seen"])
+    low, high = free[len(free) // 4], free[-len(free) // 4]
+    limits = [f"search.evolution.cost_at_least={low}", f"search.evolution.cost_at_most={high}"]
+    seen = search(data, copied, f"search.evolution.cost={cost}", *limits, "search.prefilter.proxies=[snip]")["seen"]
+    assert free[0] < low and free[-1] > high
+    assert len(seen) == len(free) and all(low <= c[cost] <= high for c in seen)
+
+
 class Killed(Exception):
     """Raised in place of a kill."""
 

@@ -75,6 +75,13 @@ class EvolutionConfig:
     )
     cost_weight: float = option(0.0, "beta of: score = logloss + beta * (cost / cost_target - 1)", low=0)
     cost_target: float = option(0.0, "cost at which nothing is added or taken off")
+    cost_at_most: float = option(0.0, "a candidate that costs more is not looked at; 0 = no limit", low=0)
+    cost_at_least: float = option(0.0, "nor is one that costs less", low=0)
+
+    @property
+    def limited(self) -> bool:
+        """Whether the cost of candidates has limits."""
+        return bool(self.cost_at_most or self.cost_at_least)
 
     def check(self) -> None:
         require(self.children <= self.population, "search.evolution.children", "must not exceed the population")
@@ -82,6 +89,11 @@ class EvolutionConfig:
         if self.cost_weight:
             require(self.cost != "none", "search.evolution.cost", "search.evolution.cost_weight needs a cost")
             require(self.cost_target > 0, "search.evolution.cost_target", "must be above 0 where cost_weight is")
+        if self.limited:
+            one = f"must be one of {', '.join(COSTS[1:])} where it has limits"
+            require(self.cost != "none", "search.evolution.cost", one)
+            in_order = not self.cost_at_most or self.cost_at_least <= self.cost_at_most
+            require(in_order, "search.evolution.cost_at_least", f"must not exceed cost_at_most {self.cost_at_most:g}")
 
 
 @dataclass

@@ -6,7 +6,7 @@ Every draw depends on the seed and the generation alone, so a search that was ki
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from embsearch_dist.networks.space import Space, check
 
 _STREAM = 0x45564F
 TRIES = 200  # proposals in a row that were seen before; then the space has nothing new left, or as good as nothing
+LIMITED_TRIES = 20_000  # random networks in a row that were seen before or are outside of the limits of the cost
 SCHEME = "single_operator_any_connection"
 
 
@@ -56,6 +57,35 @@ class Candidate:
             raise UserError(f"{where}: not a scored architecture ({e!r}). Delete the file to search anew") from e
 
 
+class Limits:
+    """What a candidate may cost.
+
+    Args:
+        config: whose ``cost_at_least`` and ``cost_at_most`` count.
+        cost: of a network.
+    """
+
+    def __init__(self, config: EvolutionConfig, cost: Callable[[Architecture], float]) -> None:
+        self.config, self.cost = config, cost
+        self.least, self.most = math.inf, 0.0  # of all that were asked for
+
+    def hold(self, architecture: Architecture) -> bool:
+        """Whether a network is within the limits."""
+        cost, c = self.cost(architecture), self.config
+        self.least, self.most = min(self.least, cost), max(self.most, cost)
+        return cost >= c.cost_at_least and (not c.cost_at_most or cost <= c.cost_at_most)
+
+    def refusal(self) -> str:
+        """What to say where none is."""
+        c = self.config
+        keys = {k: v for k, v in (("cost_at_least", c.cost_at_least), ("cost_at_most", c.cost_at_most)) if v}
+        told = ", ".join(f"config key search.evolution.{k} {v:,.10g}" for k, v in keys.items())
+        return (
+            f"{told}: of {LIMITED_TRIES:,} random networks of the space none has {c.cost} within that; they have "
+            f"{self.least:,.10g} to {self.most:,.10g}. Set other limits, or other widths and blocks in search.space"
+        )
+
+
 class Evolution:
     """The search: what to score next, and what came of it.
 
@@ -64,10 +94,12 @@ class Evolution:
         seen: every candidate so far, in the order of proposal.
         population: those that are alive, oldest first, as places in ``seen``.
         start: networks with their keys that the first population is made of, as far as they go; the rest is random.
+        limits: of what a candidate may cost; None: there are none.
     """
 
     def __init__(self, space: Space, config: EvolutionConfig, seed: int) -> None:
         self.space, self.config, self.seed = space, config, seed
+        self.limits: Limits | None = None
         self.generation = 0
         self.seen: list[Candidate] = []
         self.population: list[int] = []
@@ -78,7 +110,12 @@ class Evolution:
         return self.generation > self.config.generations
 
     def propose(self) -> list[tuple[Architecture, str]]:
-        """The architectures of the next generation with their keys: none that was seen before, none twice."""
+        """The architectures of the next generation with their keys: none that was seen before, none twice, none outside
+        of the limits of the cost.
+
+        Raises:
+            UserError: the first generation finds no network within those limits.
+        """
         c, generator = self.config, np.random.default_rng([_STREAM, self.seed, self.generation])
         known = {candidate.key for candidate in self.seen}
         first = self.generation == 0
@@ -88,11 +125,13 @@ class Evolution:
             parent = min((self.seen[self.population[i]] for i in sorted(drawn)), key=lambda x: (x.fitness, x.key))
 
         def new(parent: Candidate | None) -> tuple[Architecture, str] | None:
-            for _ in range(TRIES):
+            for _ in range(LIMITED_TRIES if self.limits and parent is None else TRIES):
                 if parent is None:
                     made = draw(self.space, SCHEME, generator, "uniform")
                 else:
                     made = mutate(parent.architecture, self.space, count, generator)
+                if self.limits and not self.limits.hold(made):
+                    continue
                 name = key(made)
                 if name not in known:
                     known.add(name)
@@ -107,6 +146,8 @@ class Evolution:
             if proposal is None:
                 break
             found.append(proposal)
+        if first and self.limits and not found:
+            raise UserError(self.limits.refusal())
         return found
 
     def record(self, proposed: Sequence[tuple[Architecture, str]], scores: Sequence[Score]) -> None:

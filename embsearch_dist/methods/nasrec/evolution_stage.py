@@ -12,13 +12,15 @@ from typing import Any
 from embsearch_dist.errors import script
 from embsearch_dist.files import read_sealed, write_sealed
 from embsearch_dist.methods.nasrec.config import NASRecConfig
-from embsearch_dist.methods.nasrec.evolution import Candidate, Evolution
-from embsearch_dist.methods.nasrec.latency import FILE, table_of
+from embsearch_dist.methods.nasrec.evolution import Candidate, Evolution, Limits
+from embsearch_dist.methods.nasrec.latency import FILE, LatencyTable, table_of
 from embsearch_dist.methods.nasrec.prefilter import prefilter
 from embsearch_dist.methods.nasrec.scoring import Score, Scorer
 from embsearch_dist.methods.nasrec.supernet_stage import SupernetStage
 from embsearch_dist.methods.stages import Stage, flatten
 from embsearch_dist.networks.architecture import RESULT, Architecture
+from embsearch_dist.networks.cost import network_cost
+from embsearch_dist.networks.space import Space
 from embsearch_dist.run import Run
 from embsearch_dist.train.monitor import Monitor
 
@@ -56,6 +58,8 @@ class EvolutionStage(Stage[NASRecConfig]):
         """What a search under way depends on."""
         search = run.config.search
         own = {"scoring": dataclasses.asdict(search.scoring), "evolution": dataclasses.asdict(search.evolution)}
+        if not search.evolution.limited:  # as a search says that was begun before there were limits
+            own["evolution"] = {k: v for k, v in own["evolution"].items() if k not in ("cost_at_most", "cost_at_least")}
         if search.prefilter.proxies:
             own["prefilter"] = dataclasses.asdict(search.prefilter)
         supernet = json.dumps(flatten(SupernetStage().inputs(run)), sort_keys=True, default=str)
@@ -70,8 +74,10 @@ class EvolutionStage(Stage[NASRecConfig]):
         table = table_of(run, evolution.space, evolution.generation > 0) if c.cost == "latency" else None
         if table is not None:
             monitor.say(f"latencies are predicted within {table.error:.0%} (median; {FILE}, {table.where})")
+        if c.limited:
+            evolution.limits = Limits(c, lambda a: cost_by(c.cost, a, evolution.space, run, table))
         if not evolution.generation and run.config.search.prefilter.proxies:
-            evolution.start = prefilter(run, evolution.space, monitor)
+            evolution.start = prefilter(run, evolution.space, monitor, evolution.limits)
         scorer = Scorer(run, table)
         monitor.say(scorer.rows_in_words())
         total = c.population + c.generations * c.children
@@ -129,6 +135,18 @@ class EvolutionStage(Stage[NASRecConfig]):
                 f"{rank}: logloss {c.score.logloss:.5f}, {c.score.flops / 1e6:.2f} MFLOPs (generation {c.generation})"
             )
         monitor.say(f"{len(evolution.seen):,} candidates; next: {script('retrain')} --run {run.dir}")
+
+
+def cost_by(measure: str, architecture: Architecture, space: Space, run: Run, table: LatencyTable | None) -> float:
+    """What a network costs, as its score says.
+
+    Args:
+        measure: ``flops``, ``parameters`` or ``latency``, which ``table`` predicts.
+    """
+    columns, fields = len(run.schema.dense), len(run.schema.fields)
+    if table is not None:
+        return table.predict(architecture, space, columns, fields)
+    return float(getattr(network_cost(architecture, space, columns, fields).total, measure))
 
 
 def _read(path: Path, signature: dict[str, Any]) -> dict[str, Any] | None:

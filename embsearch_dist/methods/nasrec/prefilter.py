@@ -20,6 +20,7 @@ from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import write_sealed
 from embsearch_dist.methods.nasrec.config import NASRecConfig
+from embsearch_dist.methods.nasrec.evolution import LIMITED_TRIES, TRIES, Limits
 from embsearch_dist.methods.nasrec.proxies import PROXIES, Inputs
 from embsearch_dist.methods.nasrec.scoring import all_rows
 from embsearch_dist.models.model import seeded
@@ -32,19 +33,25 @@ from embsearch_dist.run import Run
 from embsearch_dist.train.monitor import Monitor
 
 FILE = "prefilter.json"
-TRIES = 200  # draws in a row that were seen before; then the space has nothing new left, or as good as nothing
 _STREAM = 0x505245
 
 
-def prefilter(run: Run[NASRecConfig], space: Space, monitor: Monitor) -> list[tuple[Architecture, str]]:
+def prefilter(
+    run: Run[NASRecConfig], space: Space, monitor: Monitor, limits: Limits | None = None
+) -> list[tuple[Architecture, str]]:
     """The kept networks with their keys, best mean rank first, on all ranks; leaves ``prefilter.json``.
 
+    Args:
+        limits: of what a network may cost.
+
     Raises:
-        UserError: a proxy is not finite.
+        UserError: a proxy is not finite, or no network is within the limits.
     """
     search = run.config.search
     c, started = search.prefilter, time.monotonic()
-    drawn = draw_distinct(space, c.sample, run.config.run.seed)
+    drawn = draw_distinct(space, c.sample, run.config.run.seed, limits)
+    if not drawn and limits is not None:
+        raise UserError(limits.refusal())
     batch = batch_of(run, space.width)
     values = _score(run, [a for a, _ in drawn], space, batch)
     means = mean_ranks(values)
@@ -63,15 +70,18 @@ def prefilter(run: Run[NASRecConfig], space: Space, monitor: Monitor) -> list[tu
     return [drawn[i] for i in kept]
 
 
-def draw_distinct(space: Space, count: int, seed: int) -> list[tuple[Architecture, str]]:
-    """So many random networks of a space, or as many as it has, none twice, with their keys."""
+def draw_distinct(space: Space, count: int, seed: int, limits: Limits | None = None) -> list[tuple[Architecture, str]]:
+    """So many random networks of a space within ``limits``, or as many as it has, none twice, with their keys."""
     generator = np.random.default_rng([_STREAM, seed])
     found: dict[str, Architecture] = {}
     tries = 0
-    while len(found) < count and tries < TRIES:
+    while len(found) < count and tries < (TRIES if limits is None else LIMITED_TRIES):
         architecture = draw(space, SCHEMES[0], generator, "uniform")
+        tries += 1
+        if limits is not None and not limits.hold(architecture):
+            continue
         name = key(architecture)
-        tries = tries + 1 if name in found else 0
+        tries = tries if name in found else 0
         found.setdefault(name, architecture)
     return [(a, name) for name, a in found.items()]
 
