@@ -282,6 +282,25 @@ def test_no_candidate_is_outside_of_the_limits_of_the_cost(strategy: str) -> Non
     assert len(found) == len(free) and set(found) == {32}
 
 
+def test_a_search_that_has_seen_all_within_its_limits_does_not_look_long_for_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limited = start(ONE_BLOCK, cost="flops", cost_at_most=8)
+    asked: list[int] = []
+
+    def cost(architecture: Architecture) -> float:
+        asked[-1] += 1
+        return widths_of(architecture)
+
+    limited.limits = Limits(limited.config, cost)
+    monkeypatch.setattr(module, "LIMITED_TRIES", 1000)
+    while not limited.over:
+        asked.append(0)
+        step(limited)
+    assert len(limited.seen) == 4  # the whole space
+    assert asked[0] > 1000 and max(asked[1:]) <= 2 * TRIES
+
+
 def test_limits_that_no_network_keeps_are_told_with_what_there_is() -> None:
     narrow = start(cost="flops", cost_at_most=1.0)
     narrow.limits = Limits(narrow.config, widths_of)

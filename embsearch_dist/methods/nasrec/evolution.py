@@ -120,12 +120,13 @@ class Evolution:
         known = {candidate.key for candidate in self.seen}
         first = self.generation == 0
         parent, count = None, mutations_at(self.generation - 1, c.generations)
+        patience = LIMITED_TRIES if self.limits and not self._ran_out() else TRIES
         if not first and c.strategy == "evolution":
             drawn = generator.choice(len(self.population), min(c.parents, len(self.population)), replace=False)
             parent = min((self.seen[self.population[i]] for i in sorted(drawn)), key=lambda x: (x.fitness, x.key))
 
         def new(parent: Candidate | None) -> tuple[Architecture, str] | None:
-            for _ in range(LIMITED_TRIES if self.limits and parent is None else TRIES):
+            for _ in range(patience if parent is None else TRIES):
                 if parent is None:
                     made = draw(self.space, SCHEME, generator, "uniform")
                 else:
@@ -149,6 +150,12 @@ class Evolution:
         if first and self.limits and not found:
             raise UserError(self.limits.refusal())
         return found
+
+    def _ran_out(self) -> bool:
+        """Whether the last generation had fewer networks than it should: few within the limits are new by now. Told by
+        what was scored alone, so that a search that goes on proposes what the unbroken one did."""
+        last = sum(c.generation == self.generation - 1 for c in self.seen)
+        return self.generation > 0 and last < (self.config.population if self.generation == 1 else self.config.children)
 
     def record(self, proposed: Sequence[tuple[Architecture, str]], scores: Sequence[Score]) -> None:
         """Take the scores of what was proposed: the new ones join the population, and the oldest ones leave it."""
