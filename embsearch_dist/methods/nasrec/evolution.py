@@ -75,6 +75,14 @@ class Limits:
         self.least, self.most = min(self.least, cost), max(self.most, cost)
         return cost >= c.cost_at_least and (not c.cost_at_most or cost <= c.cost_at_most)
 
+    def check(self, space: Space, seed: int) -> None:
+        """Raises:
+        UserError: of many random networks of a space none is within the limits.
+        """
+        generator = np.random.default_rng([_STREAM, seed])
+        if not any(self.hold(draw(space, SCHEME, generator, "uniform")) for _ in range(LIMITED_TRIES)):
+            raise UserError(self.refusal())
+
     def refusal(self) -> str:
         """What to say where none is."""
         c = self.config

@@ -74,8 +74,7 @@ class EvolutionStage(Stage[NASRecConfig]):
         table = table_of(run, evolution.space, evolution.generation > 0) if c.cost == "latency" else None
         if table is not None:
             monitor.say(f"latencies are predicted within {table.error:.0%} (median; {FILE}, {table.where})")
-        if c.limited:
-            evolution.limits = Limits(c, lambda a: cost_by(c.cost, a, evolution.space, run, table))
+        evolution.limits = limits_of(run, evolution.space, table)
         if not evolution.generation and run.config.search.prefilter.proxies:
             evolution.start = prefilter(run, evolution.space, monitor, evolution.limits)
         scorer = Scorer(run, table)
@@ -137,16 +136,19 @@ class EvolutionStage(Stage[NASRecConfig]):
         monitor.say(f"{len(evolution.seen):,} candidates; next: {script('retrain')} --run {run.dir}")
 
 
-def cost_by(measure: str, architecture: Architecture, space: Space, run: Run, table: LatencyTable | None) -> float:
-    """What a network costs, as its score says.
+def limits_of(run: Run[NASRecConfig], space: Space, table: LatencyTable | None = None) -> Limits | None:
+    """What the config lets a network cost, as its score says; None: there are no limits, or no ``table`` that predicts
+    the latencies that they are of."""
+    c, columns, fields = run.config.search.evolution, len(run.schema.dense), len(run.schema.fields)
+    if not c.limited or (c.cost == "latency" and table is None):
+        return None
 
-    Args:
-        measure: ``flops``, ``parameters`` or ``latency``, which ``table`` predicts.
-    """
-    columns, fields = len(run.schema.dense), len(run.schema.fields)
-    if table is not None:
-        return table.predict(architecture, space, columns, fields)
-    return float(getattr(network_cost(architecture, space, columns, fields).total, measure))
+    def cost(architecture: Architecture) -> float:
+        if table is not None:
+            return table.predict(architecture, space, columns, fields)
+        return float(getattr(network_cost(architecture, space, columns, fields).total, c.cost))
+
+    return Limits(c, cost)
 
 
 def _read(path: Path, signature: dict[str, Any]) -> dict[str, Any] | None:

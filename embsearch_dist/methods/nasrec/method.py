@@ -7,7 +7,7 @@ from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.nasrec.choosing import candidate_files, train_best
 from embsearch_dist.methods.nasrec.config import NASRecConfig
-from embsearch_dist.methods.nasrec.evolution_stage import EvolutionStage
+from embsearch_dist.methods.nasrec.evolution_stage import EvolutionStage, limits_of
 from embsearch_dist.methods.nasrec.supernet_stage import SupernetStage
 from embsearch_dist.methods.retraining import Results, Retraining
 from embsearch_dist.methods.stages import Stage
@@ -38,6 +38,9 @@ class NASRec(Method):
             raise UserError("config key optim.weight_decay: must be 0 for a supernet of slices")
         if run.config.model.precision != "float32":
             raise UserError("config key model.precision: NASRec's networks have products in float32 alone")
+        space = run.config.search.space.make()
+        if limits := limits_of(run, space):  # before a supernet is trained that none can be found in
+            limits.check(space, run.config.run.seed)
 
     def stages(self) -> list[Stage]:
         return [SupernetStage(), EvolutionStage()]
