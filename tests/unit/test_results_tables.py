@@ -99,6 +99,15 @@ def test_a_block_of_methods_pools_what_is_numbered_and_pairs_seeds(tmp_path: Pat
         filled("<!-- methods x.csv: ues-4 -->\n<!-- end -->\n", tmp_path)
 
 
+def test_uniform_widths_are_no_pool(tmp_path: Path) -> None:
+    head = "commit,hardware,data,seed,model,dense_parameters,flops_per_sample,validation_logloss,test_auc,test_logloss"
+    lines = [method_line(0, "ues-8", 0.70, 0.6), method_line(0, "ues-16", 0.72, 0.6)]
+    (tmp_path / "x.csv").write_text("\n".join([head, *lines]) + "\n")
+    made = filled("<!-- methods x.csv: ues-8 -->\n<!-- end -->\n", tmp_path)
+    assert "| ues-16 | 0.7200 | 0.5000 | +0.0200 (one seed) | 10 | 2 |" in made
+    assert "mean of" not in made and "| ues-8 | 0.7000 |" in made
+
+
 def test_a_league_block_shows_the_parts_that_it_names(tmp_path: Path) -> None:
     more = {"data": "y 0f 9 training rows", "backbone": "deepfm"}
     lines = [line(s, "uniform", 16, 1600, 0.70 + s / 1000) | more | {"budget": ""} for s in range(2)]

@@ -1,7 +1,7 @@
 """The table of a page from the comparison.csv that compare_methods.py leaves: means over seeds, gains paired by seed.
 
-Results that are numbered, as ``found-1`` and ``found-2`` of one run, are a pool: in their place stand their mean and,
-of each seed, the one of least validation logloss.
+Results that are numbered from 1 on, as ``found-1`` and ``found-2``, are a pool: in their place stand their mean and, of
+each seed, the one of least validation logloss. ``ues-8`` and ``ues-16`` are none.
 """
 
 from __future__ import annotations
@@ -53,11 +53,12 @@ def results_of(lines: Sequence[Line]) -> dict[str, Figures]:
     found: dict[str, Figures] = {}
     pools: dict[str, list[Line]] = {}
     for line in lines:
-        if numbered := NUMBERED.fullmatch(line["model"]):
-            pools.setdefault(numbered[1], []).append(line)
-        else:
-            found[line["model"]] = figures_of(line)
+        numbered = NUMBERED.fullmatch(line["model"])
+        pools.setdefault(numbered[1] if numbered else line["model"], []).append(line)
     for name, members in pools.items():
+        if {m["model"] for m in members} != {f"{name}-{k + 1}" for k in range(len(members))}:
+            found |= {member["model"]: figures_of(member) for member in members}
+            continue
         each = [figures_of(member) for member in members]
         best = min(members, key=lambda member: float(member["validation_logloss"]))
         found[f"{name}: mean of {len(members)}"] = {k: statistics.fmean(e[k] for e in each) for k in FIGURES}
