@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from embsearch_dist.config.read import load_config, split_arguments, written_method
+from embsearch_dist.config.read import check_keys, load_config, split_arguments, written_method
 from embsearch_dist.config.sections import Config
 from embsearch_dist.config.settings import describe
 from embsearch_dist.errors import UserError, nearest
@@ -139,13 +139,14 @@ def _end_restarts() -> None:
         end_restarts()
 
 
-def known_options(plain: dict[str, str], known: Sequence[str]) -> None:
-    """Raise ``UserError`` for an option that the script does not have."""
+def known_options(plain: dict[str, str], known: Sequence[str], overrides: Sequence[str] = ()) -> None:
+    """Raise ``UserError`` for an option or a config key that the script does not have."""
     for name in plain:
         if name not in known:
             hint = nearest(name, list(known))
             options = ", ".join(f"--{k}" for k in known)
             raise UserError(f"unknown option --{name}{hint}; known: {options}, --section.key")
+    check_keys(CONFIGS, overrides)
 
 
 def override(overrides: Sequence[str], key: str) -> str | None:

@@ -47,7 +47,7 @@ from launch.common import chosen_model, known_options, run_main
 
 def main(argv: Sequence[str]) -> None:
     plain, overrides = split_arguments(argv)
-    known_options(plain, ["run", "split", "router", "precision", "group", "intervals", "against"])
+    known_options(plain, ["run", "split", "router", "precision", "group", "intervals", "against"], overrides)
     directory, split = chosen_model(Path(plain.get("run", ""))), plain.get("split", "test")
     router, precision = plain.get("router", ""), plain.get("precision", "")
     one_of("--split", split, SPLITS)

@@ -41,20 +41,20 @@ OPTIONS = ("run", "out", "precision", "format", "name", "router", "source", "ove
 
 
 def main(argv: Sequence[str]) -> None:
-    from embsearch_dist.serving import programs  # torch: not needed for --help
+    rest, words = take_words(argv, "--format")
+    plain, overrides = split_arguments(rest)
+    known_options(plain, OPTIONS, overrides)
+    for name in ("run", "out"):
+        if not plain.get(name):
+            raise UserError(f"--{name} is missing. See --help")
+    from embsearch_dist.serving import programs  # torch: not needed for what is refused above
     from embsearch_dist.serving.collect import ROUTERS, kind_of
     from embsearch_dist.serving.export import Wish, export, summary
     from embsearch_dist.serving.trained import trained
 
-    rest, words = take_words(argv, "--format")
     formats = list(dict.fromkeys(words))
     if "--format" in argv and not formats:
         raise UserError(f"--format needs a word: {', '.join(programs.FORMATS)}")
-    plain, overrides = split_arguments(rest)
-    known_options(plain, OPTIONS)
-    for name in ("run", "out"):
-        if not plain.get(name):
-            raise UserError(f"--{name} is missing. See --help")
     directory, router = chosen_model(Path(plain["run"])), plain.get("router", ROUTERS[0])
     precision = plain.get("precision", PRECISIONS[0])
     one_of("--precision", precision, (*PRECISIONS, MIXED))

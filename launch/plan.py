@@ -35,19 +35,19 @@ OPTIONS = ["world-size", "local-world-size", "device", "data", "cardinalities", 
 
 
 def main(argv: Sequence[str]) -> None:
-    import torch
+    argv, allocations = take_words(argv, "--allocation")
+    plain, overrides = split_arguments(argv)
+    known_options(plain, [*OPTIONS, *SHORT, "json", "allocation"], overrides)
+    short = [f"dist.planner.{SHORT[k]}={v}" for k, v in plain.items() if k in SHORT]
+    file = Path(plain["run"]) / "config.yaml" if "run" in plain else plain.get("config", DEFAULT_CONFIG)
+    config = read_config(file, ["dist.sharding=planner", *short, *overrides])
+    import torch  # not needed to refuse a config
 
     from embsearch_dist.sharding.card import fill, origin, read_card, smallest
     from embsearch_dist.sharding.dry_run import Subject, asked_schema, make_plans, read_subjects, supernet_subject
     from embsearch_dist.sharding.plan import Topology
     from embsearch_dist.sharding.plan_text import comparison, heading, plan_text, to_json
 
-    argv, allocations = take_words(argv, "--allocation")
-    plain, overrides = split_arguments(argv)
-    known_options(plain, [*OPTIONS, *SHORT, "json", "allocation"])
-    short = [f"dist.planner.{SHORT[k]}={v}" for k, v in plain.items() if k in SHORT]
-    file = Path(plain["run"]) / "config.yaml" if "run" in plain else plain.get("config", DEFAULT_CONFIG)
-    config = read_config(file, ["dist.sharding=planner", *short, *overrides])
     device = plain.get("device", "cuda")
     one_of("--device", device, ["cuda", "cpu"])
     world = whole_number(plain, "world-size", 8)

@@ -54,7 +54,7 @@ from launch.common import DEFAULT_CONFIG, known_options, override, read_config, 
 def main(argv: Sequence[str]) -> None:
     plain, overrides = split_arguments(argv)
     beginnings = ["from", "from-optimizer", "finetune"]
-    known_options(plain, ["run", "config", "allocation", "name", "or-uniform", "best", "refit", *beginnings])
+    known_options(plain, ["run", "config", "allocation", "name", "or-uniform", "best", "refit", *beginnings], overrides)
     from embsearch_dist.allocation import REFERENCE_WIDTH, Allocation  # torch: not needed for --help
     from embsearch_dist.methods.results import searched_network
     from embsearch_dist.methods.wish import Wish

@@ -84,6 +84,20 @@ def load_config(
     return config
 
 
+def check_keys(methods: Mapping[str, type], overrides: Sequence[str]) -> None:
+    """Refuse overrides whose keys no config has, before any file is read. Keys of ``search`` are the method's and are
+    left to :func:`load_config`.
+
+    Raises:
+        UserError: unknown key (nearest name offered).
+    """
+    given = [(key, value) for key, _, value in (item.partition("=") for item in overrides)]
+    name = next(iter(methods))
+    base = _defaults(name, methods[name])
+    for layer in layers_of([pair for pair in given if pair[0].partition(".")[0] != "search"], base, literal=True):
+        _reject_unknown(layer, base, "")
+
+
 @functools.cache  # to make it takes as long as all the rest of a config
 def _defaults(name: str, search: type) -> DictConfig:
     """The typed config of a method, as its dataclasses have it; to be copied."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +70,26 @@ def test_unknown_options_and_files(tmp_path: Path, run_script: Callable) -> None
     assert_refused(done, "unknown option --confg", "did you mean 'config'")
     done = run_script("search.py", "--config", tmp_path / "none.yaml", check=False)
     assert_refused(done, "none.yaml does not exist")
+
+
+def test_an_unknown_key_is_refused_before_torch_is_loaded() -> None:
+    """Loading it takes seconds."""
+    code = """
+import sys
+from embsearch_dist.errors import UserError
+from launch import evaluate, export, plan, retrain
+for script in (retrain, evaluate, export, plan):
+    try:
+        script.main(["--train.epoch=3"])
+    except UserError as e:
+        print(script.__name__, e)
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    *told, loaded = done.stdout.splitlines()
+    assert [line.split()[0] for line in told] == ["launch.retrain", "launch.evaluate", "launch.export", "launch.plan"]
+    assert all("unknown config key 'train.epoch' (did you mean 'epochs'?)" in line for line in told), told
+    assert loaded == "False"
 
 
 def test_ids_outside_a_table_are_counted_and_named(
