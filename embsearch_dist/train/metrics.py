@@ -34,8 +34,10 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
         labels: ``[N]`` 0 or 1.
 
     Returns:
-        The area; NaN when only one class is present.
+        The area; NaN when only one class is present, or a score is not a number.
     """
+    if np.isnan(scores).any():
+        return float("nan")
     packed = pack(scores, labels)
     packed.sort()
     return _area(packed)
@@ -72,6 +74,8 @@ def binned_auc(logits: np.ndarray, labels: np.ndarray) -> float:
 
     On 100,000 rows it is within 1e-5 of the exact area, since order inside so narrow a bin is chance.
     """
+    if np.isnan(logits).any():
+        return float("nan")
     place = np.clip(logits * np.float32(1024) + np.float32(BINS / 2), 0, BINS - 1).astype(np.int32)
     place += (labels > 0.5).astype(np.int32) * BINS
     counts = np.bincount(place, minlength=2 * BINS)
@@ -116,7 +120,7 @@ def score_many(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
     Returns:
         ``[K, 3]`` float64, :data:`METRICS`: AUC (that of :func:`binned_auc`, exactly; NaN when only one class is
-        present), logloss in nats and accuracy.
+        present, or where the logloss is not a number), logloss in nats and accuracy.
     """
     at_a_time = max(1, SCORED_AT_A_TIME // max(1, logits.shape[1]))
     return torch.cat([_score_some(some, labels) for some in logits.split(at_a_time)])
@@ -130,7 +134,7 @@ def _score_some(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     losses = functional.binary_cross_entropy_with_logits(logits, labels.expand_as(logits), reduction="none")
     right = (logits > 0) == (labels > 0.5)
     means = [x.sum(1, dtype=torch.float64) / logits.shape[1] for x in (losses, right)]
-    return torch.stack([area, *means], 1)
+    return torch.stack([area.where(~means[0].isnan(), math.nan), *means], 1)
 
 
 def evaluate(
@@ -204,10 +208,12 @@ def predictions(
 def figures(found: Predictions) -> dict[str, float]:
     """:func:`score` and, of one sort, what :mod:`embsearch_dist.train.measures` says of the probabilities; by group too
     where groups are known: ``group_auc`` (mean weighed by rows), ``group_count`` (groups with both classes) and
-    ``group_share`` (of all rows, theirs). NaN where undefined."""
+    ``group_share`` (of all rows, theirs). NaN where undefined: an order of rows says nothing once a logit is not
+    finite."""
     packed = pack(found.logits.numpy(), found.labels.numpy())
     packed.sort()
     told = score(found.logits, found.labels, lambda *_: _area(packed))
+    finite = bool(torch.isfinite(found.logits).all())
     curve = reliability(packed)
     rate = float((packed & 1).sum()) / len(packed) if len(packed) else math.nan
     told |= {
@@ -218,7 +224,8 @@ def figures(found: Predictions) -> dict[str, float]:
     if found.groups is not None:
         del packed
         areas = areas_by_group(found.logits.numpy(), found.labels.numpy(), found.groups.numpy())
-        told |= {"group_auc": areas.mean, "group_count": float(len(areas.rows)), "group_share": areas.share}
+        told |= {"group_auc": areas.mean if finite else math.nan}
+        told |= {"group_count": float(len(areas.rows)), "group_share": areas.share}
     return told
 
 
@@ -247,6 +254,8 @@ def area_of(metrics: dict[str, float], split: str) -> dict[str, Any]:
     """``auc`` for a result file: null, and why, where it is undefined."""
     if not math.isnan(metrics["auc"]):
         return {"auc": metrics["auc"]}
+    if not math.isfinite(metrics["logloss"]):
+        return {"auc": None, "auc_undefined": f"a prediction of the {split} split is not a finite number"}
     return {"auc": None, "auc_undefined": f"the {split} split has rows of one class only"}
 
 
@@ -281,9 +290,9 @@ def score(
     labels: torch.Tensor,
     area: Callable[[np.ndarray, np.ndarray], float] = auc,
 ) -> dict[str, float]:
-    """AUC (by ``area``), logloss and accuracy of ``[N]`` logits."""
+    """AUC (by ``area``; NaN where a logit is not finite), logloss and accuracy of ``[N]`` logits."""
     return {
-        "auc": area(logits.numpy(), labels.numpy()),
+        "auc": area(logits.numpy(), labels.numpy()) if bool(torch.isfinite(logits).all()) else math.nan,
         "logloss": logloss(logits, labels),
         "accuracy": float(((logits > 0) == (labels > 0.5)).double().mean()),
         "rows": float(len(labels)),

@@ -49,7 +49,7 @@ class Progress:
         Args:
             metric: of what selects; greater is better.
         """
-        found, number = [metric, -logloss], math.isfinite(metric)
+        found, number = [metric, -logloss], math.isfinite(metric) and math.isfinite(logloss)
         better = number and (self.best is None or found > self._least())
         if better:
             self.best, self.best_logloss, self.best_step = metric, logloss, self.step

@@ -10,7 +10,19 @@ import torch
 from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 
 from embsearch_dist.train import metrics
-from embsearch_dist.train.metrics import BINS, auc, binned_auc, binned_counts, evaluate, logloss, score, score_many
+from embsearch_dist.train.metrics import (
+    BINS,
+    Predictions,
+    area_of,
+    auc,
+    binned_auc,
+    binned_counts,
+    evaluate,
+    figures,
+    logloss,
+    score,
+    score_many,
+)
 from tests.factories import one_rank, random_batch, small_schema
 
 
@@ -50,6 +62,19 @@ def test_auc_of_perfect_and_reversed_order() -> None:
 @pytest.mark.parametrize("label", [0.0, 1.0])
 def test_auc_of_one_class_is_nan(label: float) -> None:
     assert math.isnan(auc(np.arange(5, dtype=np.float32), np.full(5, label, np.float32)))
+
+
+def test_a_score_that_is_no_number_has_no_order() -> None:
+    """Behind infinity it would be the surest click."""
+    logits, labels = torch.tensor([math.nan, math.nan, 0.0, 0.0]), torch.tensor([1.0, 1.0, 0.0, 0.0])
+    assert math.isnan(auc(logits.numpy(), labels.numpy())) and math.isnan(binned_auc(logits.numpy(), labels.numpy()))
+    assert math.isnan(float(score_many(logits[None], labels)[0, 0]))
+    found = figures(Predictions(logits, labels, torch.tensor([1, 2, 1, 2]), None))
+    assert math.isnan(found["auc"]) and math.isnan(found["group_auc"]) and math.isnan(found["logloss"])
+    told = area_of(found, "test")
+    assert told == {"auc": None, "auc_undefined": "a prediction of the test split is not a finite number"}
+    sane = figures(Predictions(logits.nan_to_num(1), labels, torch.tensor([1, 2, 1, 2]), None))
+    assert (sane["auc"], sane["group_auc"]) == (1, 1)
 
 
 def test_auc_does_not_change_its_input() -> None:

@@ -324,6 +324,7 @@ def test_of_equal_metrics_the_lower_logloss_is_better() -> None:
     assert better(0.5, 0.7, 0.4) and not better(0.5, 0.7, 0.6) and not better(0.5, 0.7, 0.5)
     assert not better(None, 0.7, 0.1)  # of an older version: equal is not better
     assert better(None, 0.71, 9.0) and not better(0.5, math.nan, 0.1)
+    assert not better(0.5, 0.9, math.nan) and not better(0.5, 0.9, math.inf)
 
 
 def test_the_start_may_be_the_best_but_patience_counts_from_the_first_evaluation_after_it() -> None:
