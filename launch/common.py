@@ -202,6 +202,6 @@ def whole_number(plain: dict[str, str], option: str, default: int) -> int:
         UserError: it is none above 0.
     """
     text = plain.get(option, str(default))
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise UserError(f"--{option} {text}: expected a whole number above 0")
     return int(text)

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from embsearch_dist.config.options import one_of
 from embsearch_dist.config.read import split_arguments
+from embsearch_dist.rundir import check_text
 from launch.common import DEFAULT_CONFIG, known_options, read_config, run_main, take_words, whole_number
 
 SHORT = {"hbm-gb": "hbm_gb", "ddr-gb": "ddr_gb", "batch-size": "batch_size"}
@@ -40,6 +41,8 @@ def main(argv: Sequence[str]) -> None:
     known_options(plain, [*OPTIONS, *SHORT, "json", "allocation"], overrides)
     short = [f"dist.planner.{SHORT[k]}={v}" for k, v in plain.items() if k in SHORT]
     file = Path(plain["run"]) / "config.yaml" if "run" in plain else plain.get("config", DEFAULT_CONFIG)
+    if "run" in plain:
+        check_text(Path(file))
     config = read_config(file, ["dist.sharding=planner", *short, *overrides])
     import torch  # not needed to refuse a config
 

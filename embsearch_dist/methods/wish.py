@@ -83,6 +83,6 @@ def _best_of(plain: Mapping[str, str], overrides: Sequence[str]) -> int:
         return 0
     if any(o.startswith(("model.architecture=", "model.backbone=")) for o in overrides):
         raise UserError("--best trains the networks that the search kept; leave out --model.architecture and backbone")
-    if not plain["best"].isdigit() or plain["best"] == "0":
+    if not plain["best"].isdecimal() or plain["best"] == "0":
         raise UserError(f"--best {plain['best']}: give how many of the search's best networks to train, at least 1")
     return int(plain["best"])

@@ -131,7 +131,7 @@ def _rule(words: list[str]) -> Rule:
         if not equals or not value:
             raise UserError(f"{VARIABLE}: {word!r} in {whole!r} has no value; write {key}=VALUE")
         if key in NUMBERS:
-            if not value.isdigit():
+            if not value.isdecimal():
                 raise UserError(f"{VARIABLE}: {word!r} in {whole!r} is not a number >= 0; write e.g. {key}=3")
             setattr(rule, key, int(value))
         else:

@@ -51,7 +51,7 @@ def resamples_of(text: str | None) -> int:
     """
     if text is None:
         return 0
-    number = RESAMPLES if text == "true" else int(text) if text.isdigit() else 0
+    number = RESAMPLES if text == "true" else int(text) if text.isdecimal() else 0
     if number < 40:
         raise UserError(f"--intervals {text}: give how many resamples to draw, at least 40, or nothing for {RESAMPLES}")
     return number
@@ -106,7 +106,8 @@ def _bootstrap(
     parts = context.every(resampled(samples, wanted.seed, numbers, groups).tolist())
     spread = np.empty((wanted.resamples, len(FIGURES)))
     for rank, part in enumerate(parts):
-        spread[rank :: context.world_size] = part
+        if part:  # with fewer resamples than ranks some draw none
+            spread[rank :: context.world_size] = part
     ones = np.ones(len(samples[0].order), np.uint8)
     values = [s.figures(ones) for s in samples]
     return as_told(values[0] if len(values) == 1 else values[0] - values[1], spread)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import log_loss, roc_auc_score
 
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.fallback import paired_auc
+from embsearch_dist.ranks.context import Context
 from embsearch_dist.train.bootstrap import FIGURES, Sample, as_told, resampled, row_weights
-from embsearch_dist.train.figures import resamples_of
+from embsearch_dist.train.figures import Wanted, _intervals, resamples_of
 from embsearch_dist.train.measures import areas_by_group, normalised_entropy, probabilities
+from embsearch_dist.train.metrics import Predictions
+from tests.factories import one_rank
 
 
 def clicks(seed: int, rows: int = 2000) -> tuple[np.ndarray, np.ndarray]:
@@ -121,8 +125,21 @@ def test_the_interval_of_a_planted_difference_covers_it_as_often_as_it_says() ->
     assert (covered < 60).any()
 
 
+def test_more_ranks_than_resamples_draw_the_same_ones() -> None:
+    logits, labels = clicks(3)
+    found = Predictions(torch.from_numpy(logits), torch.from_numpy(labels), None, None)
+
+    class Many(Context):
+        def every(self, own: list[list[float]]) -> list[list[list[float]]]:
+            drawn = [resampled([Sample(logits, labels)], 0, range(r, 40, self.world_size)) for r in range(1, 64)]
+            return [own, *(part.tolist() for part in drawn)]
+
+    wanted = Wanted(resamples=40)
+    assert _intervals(found, wanted, Many(0, 64, torch.device("cpu"))) == _intervals(found, wanted, one_rank())
+
+
 def test_the_number_of_resamples() -> None:
     assert [resamples_of(x) for x in (None, "true", "400")] == [0, 200, 400]
-    for text in ("10", "-50", "many"):
+    for text in ("10", "-50", "many", "²"):
         with pytest.raises(UserError, match="--intervals"):
             resamples_of(text)
