@@ -49,6 +49,19 @@ def _default(key: str, search: type | None) -> Any:
     return before.get(rest, getattr(found, rest, None))
 
 
+def flatten(body: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts and dataclasses as one level of dotted keys."""
+    if dataclasses.is_dataclass(body) and not isinstance(body, type):
+        body = dataclasses.asdict(body)
+    flat: dict[str, Any] = {}
+    for key, value in body.items():
+        if isinstance(value, dict) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def describe(methods: Mapping[str, type]) -> str:
     """Every key with its default and meaning, for ``--help``."""
     lines = []

@@ -7,14 +7,13 @@ when that is cheap (``repeatable``), and is an error that names the changed keys
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol
 
 from embsearch_dist import written
 from embsearch_dist.config.sections import SAFETY_KEYS, S, TrainConfig
-from embsearch_dist.config.settings import changed_settings, tell_changed
+from embsearch_dist.config.settings import changed_settings, flatten, tell_changed
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_sealed, write_sealed
 from embsearch_dist.run import Run
@@ -176,19 +175,6 @@ def _lost(run: Run, stage: Stage, mark: dict[str, Any]) -> bool:
         for text in compare_lines(run.dir, stage.name, mark.get("lines")):
             print(text, flush=True)
     return bool(found)
-
-
-def flatten(body: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts and dataclasses as one level of dotted keys."""
-    if dataclasses.is_dataclass(body) and not isinstance(body, type):
-        body = dataclasses.asdict(body)
-    flat: dict[str, Any] = {}
-    for key, value in body.items():
-        if isinstance(value, dict) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _other_data(run: Run, stage: str, before: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config.read import load_config, written_method
 from embsearch_dist.config.sections import SAFETY_KEYS, Config
+from embsearch_dist.config.settings import changed_settings, flatten, tell_changed
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import copy_sealed, write_sealed
 from embsearch_dist.grouped import GROUPS, GroupedAllocation
@@ -21,6 +22,9 @@ from embsearch_dist.networks.space import load as load_architecture
 from embsearch_dist.rundir import check_text, clear, hold, is_ours
 from embsearch_dist.schema import Schema, differs
 from embsearch_dist.train.warm.start import RECORD, Start, check_same_start, write_record
+
+BEGINNINGS = ("rewind", "groups.inherit")
+"""Keys of ``search`` that say which weights a training of what was found begins with."""
 
 
 def read_own_config(directory: Path, like: Config) -> Config | None:
@@ -38,18 +42,25 @@ def read_own_config(directory: Path, like: Config) -> Config | None:
 
 
 def lasting(config: Config, same_data: bool = False) -> dict[str, Any]:
-    """All that one training must keep from start to start; ``same_data``: known to be, wherever they lie now."""
+    """All that one training must keep from start to start, by dotted keys: what its steps depend on, beside its widths
+    and its network. Where it runs, how its tables are spread and how else its widths were found may change.
+
+    Args:
+        same_data: the rows are known to be the same, wherever they lie now.
+    """
     found = config.to_dict()
-    del found["run"]["dir"], found["run"]["mirror"]  # where it lies, which may be another machine by now
+    search = flatten(found.pop("search"))
+    del found["dist"]
+    found["run"] = {"seed": config.run.seed}
     if same_data:
         del found["data"]["path"], found["data"]["source"], found["data"]["module"]
     found["train"] = {k: v for k, v in found["train"].items() if k not in SAFETY_KEYS}
-    found["dist"] = {k: v for k, v in found["dist"].items() if k not in ("timeout_s", "wait_s")}
     found["data"] = {k: v for k, v in found["data"].items() if k != "skip_unreadable"}
-    del found["model"]["module"]  # where its code lies
+    for name in ("module", "allocation", "architecture"):  # where its code lies, and what is compared by its content
+        del found["model"][name]
     if config.model.backbone != "nasrec":
         del found["model"]["layer_norm"]  # nothing reads it
-    return found
+    return flatten(found) | {f"search.{name}": search[name] for name in BEGINNINGS if name in search}
 
 
 def open_run_directory(
@@ -110,13 +121,12 @@ def open_retraining(
     for file, kind in kinds.items():
         if (directory / file).exists() and not config.run.overwrite:
             same = isinstance(found, kind) and _tables(kind.load(directory / file, schema)) == _tables(found)
-            # Read as a config: one of an older version lacks keys that have been added since.
             kept = _network(directory / RESULT)[0] if (directory / RESULT).exists() else None
-            old = read_own_config(directory, config)
-            alike = old is not None and lasting(old, same_data) == lasting(config, same_data)
-            if not same or kept != network or not alike:
+            told = "" if same else "other widths"
+            told = told or ("" if kept == network else "another network") or _changed(directory, config, same_data)
+            if told:
                 raise UserError(
-                    f"{directory} holds another training; give --name, or --run.overwrite true to replace it"
+                    f"{directory} holds another training; give --name, or --run.overwrite true to replace it ({told})"
                 )
             check_same_start(directory, start)
     # Read now: it may lie in the directory that is about to be emptied.
@@ -127,6 +137,16 @@ def open_retraining(
         write_record(directory, start.facts())
     if network and not (directory / RESULT).exists():
         write_sealed(directory / RESULT, network_body)
+
+
+def _changed(directory: Path, config: Config, same_data: bool) -> str:
+    """How the config of a training differs from one that is to go on in its directory; empty where it does not."""
+    # Read as a config: one of an older version lacks keys that have been added since.
+    old = read_own_config(directory, config)
+    if old is None:
+        return f"not of method {config.method}"
+    before, now = lasting(old, same_data), lasting(config, same_data)
+    return tell_changed(before, now, changed_settings(before, now, type(config.search)))
 
 
 def _network(path: str | Path) -> tuple[tuple[str, int], Space]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from embsearch_dist.config.settings import flatten
 from embsearch_dist.errors import script
 from embsearch_dist.files import read_sealed, write_sealed
 from embsearch_dist.methods.nasrec.config import NASRecConfig
@@ -17,7 +18,7 @@ from embsearch_dist.methods.nasrec.latency import FILE, LatencyTable, table_of
 from embsearch_dist.methods.nasrec.prefilter import prefilter
 from embsearch_dist.methods.nasrec.scoring import Score, Scorer
 from embsearch_dist.methods.nasrec.supernet_stage import SupernetStage
-from embsearch_dist.methods.stages import Stage, flatten
+from embsearch_dist.methods.stages import Stage
 from embsearch_dist.networks.architecture import RESULT, Architecture
 from embsearch_dist.networks.cost import network_cost
 from embsearch_dist.networks.space import Space
