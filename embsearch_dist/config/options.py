@@ -77,7 +77,7 @@ def _inside(value: float, bounds: Mapping[str, float]) -> bool:
 def _bounds_told(bounds: Mapping[str, float]) -> str:
     if len(bounds) == 2:
         opening, closing = "[" if "low" in bounds else "(", "]" if "high" in bounds else ")"
-        return f"in {opening}{', '.join(f'{v:g}' for v in bounds.values())}{closing}"
+        return f"in {opening}{', '.join(str(v) if isinstance(v, int) else f'{v:g}' for v in bounds.values())}{closing}"
     ((kind, value),) = bounds.items()
     word = {"low": "at least", "above": "above", "high": "at most", "below": "below"}[kind]
     return f">= {value:g}" if kind == "low" and value == 0 else f"{word} {value:g}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -15,6 +16,7 @@ from embsearch_dist.config.options import check_section, one_of, option, require
 from embsearch_dist.config.own_module import load_module
 from embsearch_dist.rundir import plain_word, write_text
 
+LARGEST_SEED = 2**32 - 1  # generators take 64 bits, and streams of one run multiply it
 _fetched: dict[str, str] = {}  # folder of this machine -> the URL whose data were fetched into it
 
 
@@ -29,7 +31,7 @@ class RunConfig:
     """Where a run lives and what it may use."""
 
     dir: str = option("", "run directory; empty = runs/<folder and name of the config file>")
-    seed: int = option(0, "seed of weights, sampling, search and data order")
+    seed: int = option(0, "seed of weights, sampling, search and data order", low=0, high=LARGEST_SEED)
     device: str = option("auto", "auto | cpu | cuda", choices=("auto", "cpu", "cuda"))
     threads: int = option(0, "CPU threads of each process; 0 = cores / processes on this machine", low=0)
     tf32: bool = option(False, "GPU: float32 products in TF32 (10 bits of mantissa, faster); no effect on CPU")
@@ -127,7 +129,7 @@ class ModelConfig:
         choices=("field", "width", "none"),
     )
     gain: float = option(0.1, "initial scale of that BatchNorm; small, so that FM starts near zero")
-    init_std: float = option(0.01, "standard deviation of the initial embedding values")
+    init_std: float = option(0.01, "standard deviation of the initial embedding values", low=0, below=math.inf)
 
     def check(self) -> None:
         load_module(self.module, "config key model.module")
@@ -187,7 +189,7 @@ class TrainConfig:
         "auc", "auc | logloss: what early stopping and the best checkpoint look at", choices=("auc", "logloss")
     )
     group: str = option("", "a field, such as a user's id, inside whose values AUC is measured too; empty = none")
-    patience: int = option(2, "stop after this many evaluations without a better metric; 0 = never")
+    patience: int = option(2, "stop after this many evaluations without a better metric; 0 = never", low=0)
     lr_cut: float = option(
         1.0, "factor on the learning rates after each evaluation without a better metric", above=0, high=1
     )
@@ -243,7 +245,8 @@ class PlannerConfig:
     def check(self) -> None:
         widths = [f.name for f in dataclasses.fields(self) if "width" in f.name and f.name != "hbm_bandwidth"]
         for key in ("batch_size", "ddr_gb", *widths):
-            require(getattr(self, key) > 0, f"dist.planner.{key}", f"must be above 0, got {getattr(self, key)}")
+            number = getattr(self, key)
+            require(0 < number < math.inf, f"dist.planner.{key}", f"must be above 0 and finite, got {number}")
         require(self.column_width % 4 == 0, "dist.planner.column_width", "must be a multiple of 4")
 
 

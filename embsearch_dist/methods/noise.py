@@ -6,6 +6,11 @@ import numpy as np
 import torch
 
 
+def stream_seed(seed: int, step: int, first: int) -> int:
+    """A rank's seed for a step; generators take 64 bits, which a seed like 20261129 would overflow."""
+    return ((seed * 1_000_003 + step) * 1_000_033 + first) % 2**64
+
+
 def uniform_noise(seed: int, step: int, first: int, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
     """Numbers in (0, 1) for rows ``first, first + 1, ...`` of a global batch: the same for any number of ranks on CPU.
 
@@ -14,7 +19,7 @@ def uniform_noise(seed: int, step: int, first: int, shape: tuple[int, int], devi
     """
     rows, columns = shape
     if device.type == "cuda":
-        generator = torch.Generator(device).manual_seed((seed * 1_000_003 + step) * 1_000_033 + first)
+        generator = torch.Generator(device).manual_seed(stream_seed(seed, step, first))
         return torch.rand(shape, generator=generator, device=device).clamp_(1e-7, 1 - 1e-7)
     # 64 random bits make two numbers, and a step of the counter is four times 64 bits.
     bits = np.random.Philox(key=np.array([seed, step], np.uint64))

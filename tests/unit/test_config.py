@@ -104,6 +104,11 @@ def test_help_names_every_word_that_an_option_may_be() -> None:
     ("given", "told"),
     [
         ("run.threads=-1", "run.threads: must be >= 0, got -1"),
+        ("run.seed=-1", r"run.seed: must be in \[0, 4294967295\], got -1"),
+        ("run.seed=1700000000000", "run.seed: must be in .*, got 1700000000000"),
+        ("model.init_std=.inf", r"model.init_std: must be in \[0, inf\), got inf"),
+        ("train.patience=-3", "train.patience: must be >= 0, got -3"),
+        ("dist.planner.ddr_gb=.inf", "dist.planner.ddr_gb: must be above 0 and finite, got inf"),
         ("train.epochs=0", "train.epochs: must be at least 1, got 0"),
         ("search.supernet.epochs=0", "search.supernet.epochs: must be at least 1, got 0"),
         ("optim.dense_lr=0", "optim.dense_lr: must be above 0, got 0"),

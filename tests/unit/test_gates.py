@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from embsearch_dist.config.sections import LARGEST_SEED
 from embsearch_dist.methods.ihas.gates import (
     BernoulliGates,
     deterministic,
@@ -14,7 +15,7 @@ from embsearch_dist.methods.ihas.gates import (
     straight_through,
     thresholds,
 )
-from embsearch_dist.methods.noise import uniform_noise
+from embsearch_dist.methods.noise import stream_seed, uniform_noise
 
 CPU = torch.device("cpu")
 
@@ -104,6 +105,12 @@ def test_regulariser_is_equation_5_per_row_and_column() -> None:
     expected = sum(0.3 * p[i, j] - 2 * abs(p[i, j] - p[i].mean()) for i in range(4) for j in range(7)) / 28
     torch.testing.assert_close(regulariser(p, 0.3, 2.0), expected)
     torch.testing.assert_close(regulariser(p, 0.3, 0.0), 0.3 * p.mean())
+
+
+def test_generators_take_the_stream_of_any_seed_that_a_config_may_have() -> None:
+    for seed in (0, 20261129, LARGEST_SEED):
+        torch.Generator().manual_seed(stream_seed(seed, 10**7, 10**6))
+    assert stream_seed(3, 2, 1) == 3_000_011 * 1_000_033 + 1  # as it always was
 
 
 def test_noise_of_a_row_does_not_depend_on_who_draws_it() -> None:
