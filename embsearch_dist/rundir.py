@@ -11,6 +11,8 @@ from pathlib import Path
 
 from embsearch_dist import lockfile, written
 from embsearch_dist.errors import UserError
+from embsearch_dist.files import read_sealed, write_sealed
+from embsearch_dist.ranks.environment import job, may_be_restart
 from embsearch_dist.written import LOCK
 
 EDITED = "# edited"
@@ -20,10 +22,13 @@ SEAL = "# sha256 of the lines above: "
 OURS = re.compile(
     r"run\.lock|config\.yaml|schema\.json|truth\.json|unreadable\.json|(metrics|heatmaps)\.jsonl|allocation\.json|"
     r"architecture\.json|groups\.json|(evolution|pareto|latency|prefilter|training|start|choice)\.json|"
-    r"written\.json|mirror\.json|evaluation(-[a-z]+)*\.json|final(-seed\d+)?\.json|allocations|architectures|stages|checkpoints(\.partial)?|widest|"
-    r"groups|group-\d+|search|tb|report|retrain|.*\.tmp"
+    r"(written|mirror|emptied)\.json|evaluation(-[a-z]+)*\.json|difference-to-.+\.json|final(-seed\d+)?\.json|"
+    r"allocations|architectures|stages|checkpoints(\.partial)?|widest(-.+)?|groups|group-\d+|search|tb|report|retrain|"
+    r".*\.tmp"
 )
-NESTED = ("retrain", "widest")  # folders with directories of the same kind
+RETRAIN = "retrain"  # a folder of directories of the same kind
+ALIKE = re.compile(r"widest(-.+)?|group-\d+")  # such directories
+EMPTIED = "emptied.json"  # which job has emptied a directory
 _CHECKPOINTS = r"[\w-]+/(best\.json|step-\d+(\.(partial|old|damaged))*/(data/[^/]+|(state|manifest)\.json))"
 _SHARDS = r"group-\d+(\.(partial|replaced))?/((schema|manifest|job)\.json|PREPARING|\w+/part-\d+\.parquet)"
 # And what their folders hold, by paths inside them.
@@ -40,6 +45,7 @@ INSIDE = {
 }
 LISTED = ("allocations", "architectures")  # a person may put a file of that form there; written.json tells whose it is
 _held: dict[Path, int] = {}
+_anew: set[Path] = set()  # what this process or an earlier start of its job has emptied
 
 
 def plain_word(name: str, where: str) -> str:
@@ -63,11 +69,13 @@ def foreign(directory: Path) -> Path | None:
             return path
         if path.name in INSIDE and (inner_file := _foreign_inside(path, directory)) is not None:
             return inner_file
-        if path.name in NESTED and path.is_dir():
-            inner = [p for p in sorted(path.iterdir()) if p.is_dir() and path.name == "retrain"] or [path]
-            lying = [p for p in path.iterdir() if not p.is_dir()] if path.name == "retrain" else []
-            for one in (*lying[:1], *(f for d in inner if (f := foreign(d)) is not None)):
+        if path.name == RETRAIN and path.is_dir():
+            inner = sorted(path.iterdir())
+            lying = [p for p in inner if not p.is_dir()]
+            for one in (*lying[:1], *(f for d in inner if d.is_dir() and (f := foreign(d)) is not None)):
                 return one
+        if ALIKE.fullmatch(path.name) and path.is_dir() and (other := foreign(path)) is not None:
+            return other
     return None
 
 
@@ -87,7 +95,10 @@ def _foreign_inside(folder: Path, directory: Path) -> Path | None:
 
 
 def clear(directory: Path, given: Path | None = None) -> None:
-    """Delete what a run directory holds, but for its lock. The directory must be :func:`hold` already.
+    """Delete what a run directory holds, but for its lock, and note the job that did. The directory must be
+    :func:`hold` already.
+
+    A job that was started again goes on in a directory that it has emptied itself, and does not call this.
 
     Args:
         given: the config file of the command line, which must not go.
@@ -106,20 +117,50 @@ def clear(directory: Path, given: Path | None = None) -> None:
         raise UserError(f"{other} was not made by a run, and --run.overwrite true would delete it. {stays}")
     if given is not None and given.resolve().is_relative_to(directory.resolve()) and given.name != "config.yaml":
         raise UserError(f"--config {given} lies in the run directory that --run.overwrite true deletes. {stays}")
-    for lock in directory.glob(f"retrain/*/{LOCK}"):
+    for lock in (*directory.glob(f"{RETRAIN}/*/{LOCK}"), *directory.glob(f"widest*/{LOCK}")):
         hold(lock.parent, "a start with --run.overwrite true")
-    for path in entries:
+    # The config goes last: while it is there, the same command takes the directory for a run's, also after a kill.
+    for path in sorted(entries, key=lambda p: p.name == "config.yaml"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
 
 
+def note_emptied(directory: Path) -> None:
+    """Note in a directory that is new, or was emptied, by which job; no file where the job has no name."""
+    _anew.add(directory)
+    if name := job():
+        write_sealed(directory / EMPTIED, {"by": name})
+
+
+def emptied_by_this_job(directory: Path) -> bool:
+    """Whether this job emptied the directory before it was started again: what is there now is its own work."""
+    file = directory / EMPTIED
+    if not may_be_restart() or not file.is_file():
+        return False
+    try:
+        own = bool(read_sealed(file)["by"] == job())
+    except UserError:  # damaged: nobody knows
+        return False
+    _anew.update([directory] if own else [])
+    return own
+
+
+def warned_of_anew(text: str) -> str:
+    """``text``, which tells a person to give the same command again, with what that would do to a directory that the
+    command has emptied."""
+    if not _anew:
+        return text
+    return f"{text}, but without --run.overwrite true (or run.overwrite in its config), which would begin anew"
+
+
 def is_ours(directory: Path) -> bool:
-    """Whether a config.yaml there is one that a run wrote (of an older version too), not a person."""
+    """Whether a config.yaml there is one that a run wrote (of an older version too), not a person. Without one, whether
+    a start was killed before it had written it: there is its lock, and nothing that is not ours."""
     path = directory / "config.yaml"
     if not path.is_file():
-        return False
+        return (directory / LOCK).exists() and foreign(directory) is None
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

@@ -21,7 +21,7 @@ from embsearch_dist.ranks import peers
 from embsearch_dist.ranks.environment import end_restarts
 from embsearch_dist.ranks.peers import group_was_opened
 from embsearch_dist.ranks.torchrun import note_error
-from embsearch_dist.rundir import check_text, plain_word, release
+from embsearch_dist.rundir import check_text, plain_word, release, warned_of_anew
 from embsearch_dist.train import signals
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +43,7 @@ def run_main(main: Callable[[Sequence[str]], None], document: str | None, search
         _run(main, argv)
     except signals.StoppedBySignal as e:
         if os.environ.get("RANK", "0") == "0":
-            print(e, file=sys.stderr, flush=True)
+            print(warned_of_anew(str(e)), file=sys.stderr, flush=True)
         _end_restarts()
         sys.exit(signals.EXIT_CODE)
     if "RANK" in os.environ and group_was_opened():
@@ -114,7 +114,8 @@ def _run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
             raise
         peers.end(ending)
     except KeyboardInterrupt:
-        print("interrupted; start the same command again to continue", file=sys.stderr, flush=True)
+        text = "interrupted; start the same command again to continue"
+        print(warned_of_anew(text), file=sys.stderr, flush=True)
         sys.exit(130)
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from embsearch_dist.ranks.environment import attempt, is_torchrun
 from embsearch_dist.ranks.torchrun import AGAIN, BUG
+from embsearch_dist.rundir import warned_of_anew
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -207,7 +208,7 @@ def end(ending: Ending, hopeless: bool = False) -> None:
     Args:
         hopeless: the lost host was silent for so long that ranks are not to be started again without it.
     """
-    print(ending.text, file=sys.stderr, flush=True)
+    print(warned_of_anew(ending.text) if ending.code == AGAIN else ending.text, file=sys.stderr, flush=True)
     sys.stdout.flush()
     if ending.code == AGAIN:
         _end_launcher(hopeless)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from embsearch_dist.config.sections import Config
 from embsearch_dist.ranks.context import Context
+from embsearch_dist.rundir import emptied_by_this_job
 from embsearch_dist.stores.mirror import Mirror, wait_for_pushes, watched
-from embsearch_dist.stores.states import restore
+from embsearch_dist.stores.states import emptied_there, restore
 from embsearch_dist.stores.waiting import wait_for_all
 
 STOPPED_S = 25.0  # for uploads when the run ends before its time: schedulers give half a minute
@@ -35,9 +36,10 @@ def mirroring(config: Config, context: Context) -> Iterator[None]:
         print(text, flush=True)
 
     def begin() -> None:
-        if not config.run.overwrite:
+        # Another machine may go on with what this job has begun, and finds it in the mirror alone.
+        if not config.run.overwrite or emptied_there(config.run.mirror):
             restore(home, config.run.mirror, say)
-        mirrors.append(Mirror(home, config.run.mirror, config.run.overwrite))
+        mirrors.append(Mirror(home, config.run.mirror, config.run.overwrite and not emptied_by_this_job(home)))
 
     first = context.rank == 0
     wait_for_all(context, "looking at the mirror", begin if first else _nothing)

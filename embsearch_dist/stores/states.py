@@ -19,6 +19,8 @@ from pathlib import Path
 
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_json, sealed, write_json
+from embsearch_dist.ranks.environment import job, may_be_restart
+from embsearch_dist.rundir import EMPTIED
 from embsearch_dist.stores.cache import WrongBytes, alone, bring, check_room
 from embsearch_dist.stores.urls import Missing, Store
 
@@ -59,6 +61,21 @@ class State:
     def save(self, store: Store) -> None:
         body = {"format": FORMAT, "token": self.token, "writer": self.writer, "files": [asdict(f) for f in self.files]}
         store.write(STATE, json.dumps({**body, "sha256": sealed(body)}, indent=1).encode())
+
+
+def emptied_there(url: str) -> bool:
+    """Whether a mirror holds what this job has begun anew before it was started again, perhaps on another machine.
+
+    Raises:
+        UserError: the store fails, or the list is damaged.
+    """
+    store = Store(url)
+    state = read_state(store) if may_be_restart() else None
+    mark = next((f for f in state.files if f.name == EMPTIED), None) if state is not None else None
+    try:
+        return mark is not None and bool(json.loads(store.read(mark.object))["by"] == job())
+    except (Missing, ValueError, KeyError, TypeError):  # replaced or damaged meanwhile: nobody knows
+        return False
 
 
 def read_state(store: Store) -> State | None:

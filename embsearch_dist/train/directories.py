@@ -19,7 +19,7 @@ from embsearch_dist.networks.canonical import key
 from embsearch_dist.networks.network import check_width
 from embsearch_dist.networks.space import Space
 from embsearch_dist.networks.space import load as load_architecture
-from embsearch_dist.rundir import check_text, clear, hold, is_ours
+from embsearch_dist.rundir import check_text, clear, emptied_by_this_job, hold, is_ours, note_emptied
 from embsearch_dist.schema import Schema, differs
 from embsearch_dist.train.warm.start import RECORD, Start, check_same_start, write_record
 
@@ -80,11 +80,13 @@ def open_run_directory(
             f"{directory / 'config.yaml'} was not written by a run: {directory} is not a run directory, and it "
             "would be replaced. Give another --run.dir; nothing was deleted"
         )
-    if config.run.overwrite and directory.exists() and not is_ours(directory) and any(directory.iterdir()):
+    anew = _anew(config, directory)
+    if anew and directory.exists() and not is_ours(directory) and any(directory.iterdir()):
         raise UserError(f"{directory} is not a run directory (no config.yaml in it); it is not deleted")
     hold(directory, doing)
-    if config.run.overwrite:
+    if anew:
         clear(directory, Path(given) if given else None)
+        note_emptied(directory)
     config.save(directory)
     schema.save(directory)
     truth = Path(config.data.path) / "truth.json"
@@ -109,7 +111,8 @@ def open_retraining(
         for widths in ({w for w in part.values() if w} for part, _ in _tables(found)):
             check_width(config.model.architecture, space, common_width(config.model, sorted(widths)))
     same_data = False
-    if (directory / "schema.json").exists() and not config.run.overwrite:
+    anew = _anew(config, directory)
+    if (directory / "schema.json").exists() and not anew:
         before = Schema.load(directory)
         same_data = bool(schema.data) and before.data == schema.data
         if differs(before.data, schema.data):
@@ -119,7 +122,7 @@ def open_retraining(
             )
     kinds: dict[str, type[Allocation | GroupedAllocation]] = {"allocation.json": Allocation, GROUPS: GroupedAllocation}
     for file, kind in kinds.items():
-        if (directory / file).exists() and not config.run.overwrite:
+        if (directory / file).exists() and not anew:
             same = isinstance(found, kind) and _tables(kind.load(directory / file, schema)) == _tables(found)
             kept = _network(directory / RESULT)[0] if (directory / RESULT).exists() else None
             told = "" if same else "other widths"
@@ -137,6 +140,11 @@ def open_retraining(
         write_record(directory, start.facts())
     if network and not (directory / RESULT).exists():
         write_sealed(directory / RESULT, network_body)
+
+
+def _anew(config: Config, directory: Path) -> bool:
+    """Whether what a directory holds is to be replaced. What this very job has begun there goes on after a restart."""
+    return config.run.overwrite and not emptied_by_this_job(directory)
 
 
 def _changed(directory: Path, config: Config, same_data: bool) -> str:

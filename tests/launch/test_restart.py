@@ -55,8 +55,9 @@ def unbroken(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def test_a_killed_rank_is_started_again_and_nothing_is_lost(
     data: Path, config: Path, tmp_path: Path, unbroken: dict[str, Any], start: Callable
 ) -> None:
+    """Also where the command says to begin anew: it was this job that did."""
     pytest.importorskip("torchx")
-    words = ["--max_restarts", 1, "retrain.py", *arguments(data, config, tmp_path / "run")]
+    words = ["--max_restarts", 1, "retrain.py", *arguments(data, config, tmp_path / "run"), "--run.overwrite", "true"]
     told = finish(start(*DIST_DDP, *words, **{VARIABLE: "kill rank=1 step=9 attempt=0"}))
     assert told.count("continuing from") == 1 and "step-8" in told
     assert result(tmp_path / "run") == unbroken

@@ -12,7 +12,7 @@ import pytest
 
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_json, write_json, write_sealed
-from embsearch_dist.rundir import LOCK, foreign, hold, plain_word, release
+from embsearch_dist.rundir import LOCK, clear, foreign, hold, plain_word, release
 from embsearch_dist.written import adopt
 from tests.factories import command_line, small_config
 from tests.launch.test_bad_input import assert_refused
@@ -51,6 +51,7 @@ def test_a_folder_of_the_users_is_left_as_it_is(
 
 PLACES = ["notes.txt", "retrain/mine.txt", "retrain/a/thesis.tex", "more.yaml"]
 PLACES += ["report/notes.md", "tb/notes.txt", "stages/mine.txt", "search/thesis.tex", "allocations/by_hand.json"]
+PLACES += ["widest-mine/thesis.tex", "retrain/a/group-0/notes.txt"]
 PLACES += ["checkpoints/supernet/step-3/readme", "groups/group-0/mine.csv", "widest/checkpoints/retrain/notes"]
 
 
@@ -76,6 +77,7 @@ def test_files_of_the_users_are_found_in_every_folder(run: Path) -> None:
     made += ["checkpoints/gates/step-9.damaged/manifest.json", "checkpoints/gates/step-9.partial/state.json"]
     made += ["groups/router.json", "groups/field_router-0.npy", "groups/assignment/train.npy", "groups/kmeans.json.tmp"]
     made += ["groups/group-1/train/part-00000.parquet", "groups/group-1/schema.json", "retrain/a/training.json"]
+    made += ["widest-auto-seed2/training.json", "retrain/a/difference-to-ues-8.json", "emptied.json"]
     made += ["widest/checkpoints/retrain/step-1/state.json", "retrain/a/group-0/tb/retrain/events.out.tfevents.1"]
     for name in made:
         (run / name).parent.mkdir(parents=True, exist_ok=True)
@@ -90,6 +92,31 @@ def test_files_of_the_users_are_found_in_every_folder(run: Path) -> None:
     (run / "report" / "index.html").unlink()
     (run / "report" / "index.html").symlink_to(run / "config.yaml")
     assert foreign(run) == run / "report" / "index.html"
+
+
+def test_a_kill_while_it_is_emptied_does_not_lock_the_directory(
+    data: Path, run: Path, run_script: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed: list[str] = []
+
+    def killed(path: Path) -> None:
+        removed.append(path.name)
+        if path.name == "schema.json":
+            raise KeyboardInterrupt
+        os.unlink(path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", killed)
+        hold(run, "test")
+        clear(run)
+    release()
+    assert (run / "config.yaml").exists() and "config.yaml" not in removed
+    assert search(run_script, data, run, "--run.overwrite", "true").returncode == 0
+    for path in run.iterdir():  # a first start that was killed before it wrote anything
+        if path.name != LOCK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert search(run_script, data, run, "--run.overwrite", "true").returncode == 0
+    assert (run / "allocation.json").exists()
 
 
 def test_one_process_works_in_a_directory(data: Path, run: Path, run_script: Callable) -> None:

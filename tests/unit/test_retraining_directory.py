@@ -8,7 +8,8 @@ import pytest
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
-from embsearch_dist.train.directories import open_retraining
+from embsearch_dist.rundir import warned_of_anew
+from embsearch_dist.train.directories import open_retraining, open_run_directory
 from tests.factories import one_rank, open_run, small_config
 
 
@@ -78,3 +79,49 @@ def test_other_first_weights_are_another_training(data: Path, tmp_path: Path) ->
     with pytest.raises(UserError, match=r"\(search.rewind was 0, now 1\)"):
         rewinding = small_config(data, tmp_path / "run", epochs, "search.rewind=1", method="optfs")
         open_retraining(rewinding, allocation.schema, allocation, Path(config.run.dir))
+
+
+LAUNCHERS = [
+    {"TORCHELASTIC_RUN_ID": "a1", "TORCHELASTIC_RESTART_COUNT": "{count}"},
+    {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "{count}"},
+    {"TORCHX_JOB_ID": "local_cwd://torchx/search-x1"},
+]
+
+
+def begin_anew(data: Path, directory: Path) -> Path:
+    """Open a run directory that is to be emptied first; a checkpoint in it."""
+    config = small_config(data, directory, "run.overwrite=true")
+    open_run_directory(config, open_run(config, one_rank()).schema, directory)
+    step = directory / "checkpoints" / "supernet" / "step-4"
+    step.mkdir(parents=True, exist_ok=True)
+    return step
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_job_that_is_started_again_keeps_what_it_has_begun_anew(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: dict[str, str]
+) -> None:
+    for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "TORCHX_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    directory = tmp_path / "run"
+    old = begin_anew(data, directory)
+    (old / "state.json").touch()
+    for count in ("0", "1", "2"):
+        for name, value in launcher.items():
+            monkeypatch.setenv(name, value.format(count=count))
+        step = begin_anew(data, directory)
+        assert (step / "state.json").exists() == (count != "0"), "the first start empties it, the next ones go on"
+        (step / "state.json").touch()
+    monkeypatch.setenv(next(iter(launcher)), "another job")
+    assert not (begin_anew(data, directory) / "state.json").exists()
+
+
+def test_the_same_command_in_one_session_begins_anew_each_time(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a node of a Slurm job that was not requeued a person gives it twice."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    (begin_anew(data, tmp_path / "run") / "state.json").touch()
+    assert not (begin_anew(data, tmp_path / "run") / "state.json").exists()
+    told = warned_of_anew("stopped; give the same command again to continue")
+    assert told.endswith("but without --run.overwrite true (or run.overwrite in its config), which would begin anew")
