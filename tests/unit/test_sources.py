@@ -22,6 +22,7 @@ from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.trial import merged
 from embsearch_dist.schema import Field, Schema
 from embsearch_dist.train.faults import VARIABLE
+from embsearch_dist.train.warm.ids import Data, check_values, id_map
 from tests.method_contract import records, weights
 
 ROWS = {"train": 900, "validation": 200, "test": 200}
@@ -161,6 +162,48 @@ def test_categories_lists_of_one_length_and_columns_of_gaps_are_raw_values_too()
     (batch,) = es.open_data(own).batches("train")
     ids = {n: batch.sparse[n].values().tolist() for n in own.schema.names}
     assert ids == {"kind": [1, 2, 1], "gap": [0, 0, 0], "pair": [2, 1, 1, 1, 3, 2]}
+
+
+def raw_source(values: list[Any], vocabulary: es.ArraySource | None = None, **more: Any) -> es.ArraySource:
+    rows = {"user": values, "x": [float(i) for i in range(len(values))], "label": [i % 2 for i in range(len(values))]}
+    splits = dict.fromkeys(("train", "validation", "test"), rows)
+    return es.ArraySource(["user"], splits, dense=["x"], raw=True, vocabulary=vocabulary, **more)
+
+
+def known(source: es.ArraySource) -> Data:
+    return Data(Path(), schema_of(source))
+
+
+def test_a_later_source_keeps_the_ids_and_scales_of_an_earlier_one() -> None:
+    monday = raw_source(["ann"] * 3 + ["bob"] * 2 + ["cid"])
+    tuesday = raw_source(["eve", "cid", "dan", "dan"], monday)
+    assert tuesday.vocabulary["user"].to_list() == ["ann", "bob", "cid", "dan", "eve"]
+    assert tuesday.encode({"user": ["cid"], "x": [0.0]}).row(0) == monday.encode({"user": ["cid"], "x": [0.0]}).row(0)
+    wednesday = raw_source(["dan", "fay", "fay"], tuesday, min_count=2)
+    assert wednesday.vocabulary["user"].to_list() == ["ann", "bob", "cid", "dan", "eve", "fay"]
+    for earlier in (monday, tuesday):
+        check_values(known(earlier), known(wednesday))
+    assert id_map(known(monday), known(wednesday), "user").rows.tolist() == [0, 1, 2, 3, -1, -1, -1]
+    numbers = raw_source([3, 3, 5])
+    assert raw_source([7, 5], numbers).vocabulary["user"].to_list() == [3, 5, 7]
+    with pytest.raises(es.UserError, match="field 'user' holds String, the earlier source has Int64"):
+        raw_source(["a"], numbers)
+    with pytest.raises(es.UserError, match="has fields user and dense columns x, this one user and none"):
+        es.ArraySource(["user"], splits(), label="clicked", raw=True, vocabulary=monday)
+    with pytest.raises(es.UserError, match="vocabulary belongs to raw=True"):
+        es.ArraySource(["user"], splits(), label="clicked", vocabulary=source())
+
+
+def test_ids_of_two_vocabularies_are_not_taken_for_the_same() -> None:
+    """The same three names in another order by their counts: id 1 is ann on Monday and cid on Tuesday."""
+    monday, tuesday = (raw_source(names) for names in (["ann", "ann", "bob", "cid"], ["cid", "cid", "bob", "ann"]))
+    with pytest.raises(es.UserError, match="one id is one value .* vocabulary=EARLIER"):
+        check_values(known(monday), known(tuesday))
+    with pytest.raises(es.UserError, match="vocabulary=EARLIER"):
+        check_values(known(source()), known(tuesday))
+    same = raw_source(["bob", "cid", "ann", "ann"])  # other rows, the same ids and scale
+    check_values(known(monday), known(same))
+    assert id_map(known(monday), known(same), "user").same
 
 
 def test_another_row_is_another_fingerprint() -> None:

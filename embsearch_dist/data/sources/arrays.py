@@ -10,6 +10,7 @@ from typing import Any
 import polars as pl
 
 from embsearch_dist.data.prepare.encode import standardised
+from embsearch_dist.data.sources.registry import RAW_VALUES, schema_of
 from embsearch_dist.data.sources.tables import frame_of
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import SPLITS, Field, Schema
@@ -44,6 +45,7 @@ class ArraySource:
         raw: bool = False,
         min_count: int = 1,
         name: str = "arrays",
+        vocabulary: ArraySource | None = None,
     ) -> None:
         """
         Args:
@@ -56,9 +58,12 @@ class ArraySource:
                 standardised on the training rows, and a gap is their mean. False: ids and numbers are used as they are.
             min_count: raw values seen less often in training share id 0.
             name: of the data set, for people.
+            vocabulary: with raw, an earlier source of raw values: its ids, means and deviations are kept, and values
+                that it lacks get the ids behind its own. So a model that was trained on it can be trained further.
 
         Raises:
-            UserError: a split or column is missing, or a column holds what it cannot.
+            UserError: a split or column is missing, or a column holds what it cannot; the earlier source has other
+                columns.
         """
         given, names = (fields, fields.names) if isinstance(fields, Schema) else (None, list(fields))
         self._dense = list(given.dense if given is not None else dense)
@@ -67,6 +72,9 @@ class ArraySource:
         frames = {split: self._frame(splits, split, [*names, *weights, *self._dense, label]) for split in SPLITS}
         self.vocabulary: dict[str, pl.Series] = {}
         self._scale: dict[str, tuple[float, float]] = {}
+        self._keeps: list[str] = []
+        if vocabulary is not None:
+            self._keep(vocabulary, raw)
         if raw:
             self._learn(frames["train"])
         self._frames = {split: self._encoded(frame, raw).rename({label: LABEL}) for split, frame in frames.items()}
@@ -74,7 +82,8 @@ class ArraySource:
         if raw:
             known = {n: len(v) + 1 for n, v in self.vocabulary.items()}
             own = tuple(replace(f, cardinality=known[f.name]) for f in self.schema.fields)
-            self.schema = replace(self.schema, fields=own)
+            told = {**self.schema.provenance, RAW_VALUES: self._hash_of_values(), "vocabulary": {"keeps": self._keeps}}
+            self.schema = replace(self.schema, fields=own, provenance=told)
         self.fingerprint = self._hash()
 
     def rows(self, split: str) -> int:
@@ -112,15 +121,35 @@ class ArraySource:
             raise UserError(f"data source: a column called {LABEL!r} beside the label {self._label!r}. Rename it")
         return _plain(frame.select(list(dict.fromkeys(columns))))
 
+    def _keep(self, earlier: ArraySource, raw: bool) -> None:
+        """Take over the ids, means and deviations of an earlier source."""
+        if not raw or not earlier.vocabulary:
+            raise UserError("data source: vocabulary belongs to raw=True, here and in the earlier source")
+        if list(earlier.vocabulary) != self._fields or list(earlier._scale) != self._dense:
+            raise UserError(
+                f"data source: the earlier source has fields {', '.join(earlier.vocabulary)} and dense columns "
+                f"{', '.join(earlier._scale) or 'none'}, this one {', '.join(self._fields)} and "
+                f"{', '.join(self._dense) or 'none'}. Name the same in the same order, or leave vocabulary out"
+            )
+        self.vocabulary, self._scale = dict(earlier.vocabulary), dict(earlier._scale)
+        before = schema_of(earlier)
+        self._keeps = [before.data, *earlier._keeps]
+
     def _learn(self, train: pl.DataFrame) -> None:
-        """Vocabularies and scales of the training rows; the most frequent value first, of equals the lesser."""
+        """Vocabularies and scales of the training rows, behind those that are kept; the most frequent value first, of
+        equals the lesser."""
         for name in self._fields:
             column = train[name]
             values = _flat(column).drop_nulls()
+            if (known := self.vocabulary.get(name)) is not None and len(known):
+                self.vocabulary[name] = _extended(name, known, values, self._min_count)
+                continue
             counts = values.value_counts(name="rows of it").filter(pl.col("rows of it") >= self._min_count)
             order = counts.sort(["rows of it", name], descending=[True, False])
             self.vocabulary[name] = order[name]
         for name in self._dense:
+            if name in self._scale:
+                continue
             try:
                 numbers = train[name].cast(pl.Float64).fill_nan(None).drop_nulls().to_numpy()
             except pl.exceptions.PolarsError as e:
@@ -163,6 +192,14 @@ class ArraySource:
         largest = max((int(_flat(c).max() or 0) for c in columns if len(c)), default=0)  # type: ignore[arg-type, call-overload]
         return Field(name, largest + 1, pooling)
 
+    def _hash_of_values(self) -> str:
+        """Of what says which raw value is which id or number."""
+        found = hashlib.sha256(repr(list(self._scale.items())).encode())
+        for name, values in self.vocabulary.items():
+            kind = "int" if values.dtype.is_integer() else str(values.dtype)
+            found.update(f"{name} {kind} ".encode() + "\0".join(map(str, values.to_list())).encode())
+        return found.hexdigest()[:16]
+
     def _hash(self) -> str:
         found = hashlib.sha256()
         for split, frame in self._frames.items():
@@ -185,6 +222,28 @@ def _flat(column: pl.Series) -> pl.Series:
         return column
     column = column.fill_null([])
     return column.filter(column.list.len() > 0).explode()
+
+
+def _extended(name: str, known: pl.Series, values: pl.Series, min_count: int) -> pl.Series:
+    """A vocabulary with the values behind it that it lacks, by their count.
+
+    Raises:
+        UserError: they are of another type.
+    """
+    if not len(values):
+        return known
+    if values.dtype != known.dtype:
+        if not (values.dtype.is_integer() and known.dtype.is_integer()):
+            raise UserError(
+                f"data source: field {name!r} holds {values.dtype}, the earlier source has {known.dtype}. "
+                "Give both one type"
+            )
+        values = values.cast(pl.Int64)
+        known = known.cast(pl.Int64)
+    new = values.filter(~values.is_in(known.implode()))
+    counts = new.value_counts(name="rows of it").filter(pl.col("rows of it") >= min_count)
+    order = counts.sort(["rows of it", values.name], descending=[True, False])[values.name]
+    return pl.concat([known, order.alias(known.name)])
 
 
 def _plain(frame: pl.DataFrame) -> pl.DataFrame:

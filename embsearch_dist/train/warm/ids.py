@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from embsearch_dist.data.sources.registry import RAW_VALUES
 from embsearch_dist.data.store import manifest
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Schema, differs
@@ -53,6 +54,12 @@ class Data:
         return bool(source.get("given_ids"))
 
     @property
+    def raw(self) -> str:
+        """Where a data source has made the ids of values that nobody has kept: what tells its vocabulary from others,
+        and with it the scale of its dense columns. Empty elsewhere."""
+        return str(self.schema.provenance.get(RAW_VALUES) or "")
+
+    @property
     def keeps(self) -> list[str]:
         """Identities of the earlier data whose ids are the first ones here."""
         told: Any = self.schema.provenance.get("vocabulary") or {}
@@ -84,6 +91,12 @@ def check_values(old: Data, new: Data) -> None:
         raise UserError(
             f"--from: of {old.path} and {new.path} one has ids that were made elsewhere (--format ids), the other a "
             "vocabulary: no id can be found again. Prepare both alike"
+        )
+    if old.raw != new.raw:
+        raise UserError(
+            "--from (start): a data source has made ids of raw values by its own training rows, so one id is one value "
+            "in the data of the earlier model and another one here. Make the new source with "
+            "es.ArraySource(..., raw=True, vocabulary=EARLIER), where EARLIER is the source of that model"
         )
     if old.given_ids:
         return
