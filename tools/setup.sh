@@ -83,11 +83,14 @@ if command -v flock > /dev/null; then
 fi
 
 if ! "$python" -m pip --version > /dev/null 2>&1 || [[ -e $mark ]]; then
-    if [[ -e $folder && ! -e $mark && ! -e $folder/pyvenv.cfg && -n "$(ls -A "$folder")" ]]; then
-        fail "$folder exists and is no virtual environment; give another folder"
+    made=("$folder"/.embsearch-*)
+    if [[ ! -e ${made[0]} && -n "$(ls -A "$folder" 2> /dev/null)" ]]; then
+        fail "$folder exists, has no pip, and was not made by this script; give another folder, or remove it first"
     fi
-    [[ -e $folder ]] && say "removing the half-built $folder"
+    [[ -e ${made[0]} ]] && say "removing the half-built $folder"
     rm -rf "$folder"
+    mkdir -p "$folder"
+    : > "$mark"  # from here on it is ours to remove
     base_python=$(find_python)
     say "making $folder with $("$base_python" --version)"
     make_venv "$base_python"

@@ -289,8 +289,19 @@ def test_a_folder_that_is_no_environment_is_left_alone(fake: FakeSetup) -> None:
     precious.mkdir()
     (precious / "thesis.txt").touch()
     code, output, _ = fake.run("cpu", "precious")
-    assert code == 1 and "no virtual environment" in output
+    assert code == 1 and "was not made by this script" in output
     assert (precious / "thesis.txt").exists()
+
+
+def test_an_environment_without_pip_that_others_made_is_left_alone(fake: FakeSetup) -> None:
+    """As uv and ``python -m venv --without-pip`` make them, in the default folder."""
+    package = fake.tree / ".venv" / "lib" / "package.py"
+    package.parent.mkdir(parents=True)
+    package.touch()
+    (fake.tree / ".venv" / "pyvenv.cfg").touch()
+    code, output, calls = fake.run()
+    assert code == 1 and "has no pip, and was not made by this script" in output
+    assert package.exists() and "-m venv" not in calls
 
 
 def test_cpu_and_cuda_do_not_mix(fake: FakeSetup) -> None:
