@@ -63,11 +63,13 @@ def search_widths(
         At most of the budget's size; ``embedding_bag_configs()`` keeps the names of tables and features.
 
     Raises:
-        UserError: a budget that nothing can meet, an unknown key, or a score that is not what was asked for.
+        UserError: a budget that nothing can meet, an unknown key, labels that are not 0 and 1 or of one class, or a
+            score that is not what was asked for.
     """
     own = tables.own if isinstance(tables, Supernet) else OwnTables.of(tables, candidates)
     config = AdassConfig(candidates=own.candidates, policy=_policy(policy or {}, labels is not None))
     limit = _budget(budget, own)
+    _check_labels(labels, config.policy.metric)
     asked = Asked(score, own, labels)
     searcher = Searcher(own.schema, config, asked, own.allowed)  # type: ignore[arg-type]  # it answers alike
     found = searcher.find(seed, limit)
@@ -75,6 +77,26 @@ def search_widths(
     told |= {"budget": budget} if budget else {}
     told |= {k: found.metrics[k] for k in ("score", "auc", "logloss") if k in found.metrics and k in asked.told}
     return own.allocation([own.candidates[j] for j in found.choice], told)
+
+
+def _check_labels(labels: torch.Tensor | None, metric: str) -> None:
+    """See that rows can be judged by their labels.
+
+    Raises:
+        UserError: they are no 0 and 1, or of one class where AUC is to tell subnets apart.
+    """
+    if labels is None:
+        return
+    if labels.dim() != 1 or not len(labels):
+        raise UserError(f"labels must be a row of 0 and 1, one per logit, got the shape {list(labels.shape)}")
+    wrong = (labels != 0) & (labels != 1)
+    if bool(wrong.any()):
+        raise UserError(f"labels must be 0 or 1, got {labels[wrong][0].item()} in row {int(wrong.nonzero()[0])}")
+    if metric == "auc" and len(labels.unique()) == 1:
+        raise UserError(
+            f"labels: all {len(labels):,} are {labels[0].item():g}, so there is no AUC. Give more rows, or "
+            "policy={'metric': 'logloss'}"
+        )
 
 
 class Asked:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,14 @@ def test_sharded_in_a_model_it_computes_the_same() -> None:
         inside.cut(dict.fromkeys(net.own.names, 4))
 
 
+def labelled(labels: torch.Tensor, **more: Any) -> es.Allocation:
+    return es.search_widths(lambda w: torch.zeros(len(labels)), tables(), labels=labels, **more)
+
+
+def test_labels_of_one_class_do_where_logloss_tells_subnets_apart() -> None:
+    assert labelled(torch.zeros(9), policy={"metric": "logloss", "steps": 2}).total("parameters") > 0
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
@@ -227,9 +236,14 @@ def test_sharded_in_a_model_it_computes_the_same() -> None:
         (lambda: es.search_widths(lambda w: float("nan"), tables()), "must be a finite number"),
         (lambda: es.search_widths(lambda w: torch.zeros(3), tables()), r"with labels=...., got shape \[3\]"),
         (
-            lambda: es.search_widths(lambda w: torch.zeros(3), tables(), labels=torch.ones(2)),
+            lambda: es.search_widths(lambda w: torch.zeros(3), tables(), labels=torch.arange(2)),
             r"the finite logits of 2 rows with labels, got the shape \[3\]",
         ),
+        (lambda: labelled(torch.full((9,), 2.0)), "labels must be 0 or 1, got 2.0 in row 0"),
+        (lambda: labelled(torch.tensor([0.0, 1.0, math.nan])), "labels must be 0 or 1, got nan in row 2"),
+        (lambda: labelled(torch.zeros(9)), "all 9 are 0, so there is no AUC. Give more rows, or policy="),
+        (lambda: labelled(torch.zeros(0)), r"one per logit, got the shape \[0\]"),
+        (lambda: labelled(torch.zeros(3, 2)), r"one per logit, got the shape \[3, 2\]"),
         (lambda: es.search_widths(lambda w: 1.0, tables(), policy={"evidence": 1}), "let score give logits"),
         (lambda: es.search_widths(lambda w: 1.0, tables(), policy={"step": 1}), "no key 'step' .did you mean 'steps'"),
     ],
