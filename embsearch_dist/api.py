@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from embsearch_dist.grouped import GroupedAllocation
 from embsearch_dist.library.supernet import Supernet
 from embsearch_dist.library.widths import search_widths
 from embsearch_dist.methods import CONFIGS, METHODS
-from embsearch_dist.methods.results import read_result, searched_network
+from embsearch_dist.methods.results import read_result, searched_network, seed_suffix
 from embsearch_dist.methods.wish import Wish
 from embsearch_dist.ranks.context import Context, start
 from embsearch_dist.run import Run
@@ -45,6 +46,8 @@ from embsearch_dist.rundir import check_text, hold, release
 from embsearch_dist.schema import SPLITS, Field, Schema
 from embsearch_dist.serving.directory import ModelDirectory, open_directory
 from embsearch_dist.serving.predict import LOGIT, PROBABILITY, Job, Scorer
+from embsearch_dist.stores.mirroring import mirroring
+from embsearch_dist.stores.states import restore
 
 __all__ = [
     "Allocation",
@@ -67,6 +70,7 @@ __all__ = [
 ]
 
 Settings = Mapping[str, Any]
+_busy = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -134,12 +138,10 @@ def search(
     """
     words = [*_words(settings), *_data_words(data), f"run.dir={run_dir}"]
     made = load_config(CONFIGS, config, words, method=method)
-    try:
-        with _handed_over(data), _alone(made.run, made.dist) as context:
+    with _one_call(), _handed_over(data):
+        with _alone(made.run, made.dist) as context, mirroring(made, context):
             run = running.search(made, context, "es.search")
         return read_result("", run.dir, run.schema)[1] if METHODS[made.method].result else None
-    finally:
-        release()
 
 
 def retrain(
@@ -159,7 +161,8 @@ def retrain(
         run_dir: of the search.
         allocation: a file, ``ues-32`` for a uniform width, or empty for what was found.
         data: a prepared data set, or a data source; None: that of the search, unless a program handed it over.
-        name: of the result under ``run_dir/retrain``; empty: from the allocation.
+        name: of the result under ``run_dir/retrain``; empty: from the allocation. ``-seedN`` is added for a seed other
+            than the search's (``settings={"run.seed": N}``).
         settings: ``train``, ``optim`` and ``model`` keys that are to be other ones.
         start: directory of an earlier training (``run_dir/retrain/NAME``) to begin with; empty: fresh weights.
         start_optimizer: take the state of its optimizers along.
@@ -172,15 +175,15 @@ def retrain(
         UserError: names the file, key or field, and the cure.
     """
     home = Path(run_dir)
+    if mirror := (settings or {}).get("run.mirror"):
+        restore(home, str(mirror))
     check_text(home / "config.yaml")
     words = [*_words(settings), *_data_words(data)]
     config: Config = load_config(CONFIGS, home / "config.yaml", [*searched_network(home, words), *words])
+    suffix = seed_suffix(config, load_config(CONFIGS, home / "config.yaml", _modules(settings)))
     wish = Wish(str(allocation), name, False, 0, False, str(start), start_optimizer, finetune)
-    try:
-        with _handed_over(data), _alone(config.run, config.dist) as context:
-            return running.retrain(config, context, home, wish).results
-    finally:
-        release()
+    with _one_call(), _handed_over(data), _alone(config.run, config.dist) as context:
+        return running.retrain(config, context, home, wish, suffix).results
 
 
 def evaluate(
@@ -203,13 +206,10 @@ def evaluate(
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}. Use one of {', '.join(SPLITS)}")
     config = running.trained_config(home, "es.evaluate:", _data_words(data))
-    try:
-        with _handed_over(data), _alone(config.run, config.dist) as context:
-            run = Run(config, open_checked(config, context), context)
-            hold(home, "es.evaluate")
-            return METHODS[config.method]().evaluate(run, home, split, "", "")
-    finally:
-        release()
+    with _one_call(), _handed_over(data), _alone(config.run, config.dist) as context, mirroring(config, context):
+        run = Run(config, open_checked(config, context), context)
+        hold(home, "es.evaluate")
+        return METHODS[config.method]().evaluate(run, home, split, "", "")
 
 
 class Model:
@@ -265,6 +265,26 @@ def load_model(directory: str | Path, *, module: str | Path = "") -> Model:
 
 
 @contextmanager
+def _one_call() -> Iterator[None]:
+    """One search, training or evaluation at a time; what it holds is let go at its end. The process group, torch's
+    random numbers and the locks of run directories are the process's, so calls of two threads would mix.
+
+    Raises:
+        UserError: another thread is in such a call.
+    """
+    if not _busy.acquire(blocking=False):
+        raise UserError(
+            "another thread of this program is in es.search, es.retrain or es.evaluate. Wait for it, or start a "
+            "process of its own for each"
+        )
+    try:
+        yield
+    finally:
+        release()
+        _busy.release()
+
+
+@contextmanager
 def _alone(run: RunConfig, config: DistConfig) -> Iterator[Context]:
     """The one rank of this process; in its group, if the program that imports us has opened one.
 
@@ -292,6 +312,11 @@ def _data_words(data: str | Path | DataSource | None) -> list[str]:
 
 def _handed_over(data: str | Path | DataSource | None) -> AbstractContextManager[None]:
     return nullcontext() if data is None or isinstance(data, str | Path) else handed_over(data)
+
+
+def _modules(settings: Settings | None) -> list[str]:
+    """The words that a run's config cannot be read without: where its own backbone lies now."""
+    return [word for word in _words(settings) if word.startswith("model.module=")]
 
 
 def _words(settings: Settings | None) -> list[str]:

@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
     beginnings = ["from", "from-optimizer", "finetune"]
     known_options(plain, ["run", "config", "allocation", "name", "or-uniform", "best", "refit", *beginnings], overrides)
     from embsearch_dist.allocation import REFERENCE_WIDTH, Allocation  # torch: not needed for --help
-    from embsearch_dist.methods.results import searched_network
+    from embsearch_dist.methods.results import searched_network, seed_suffix
     from embsearch_dist.methods.wish import Wish
     from embsearch_dist.ranks.context import start
     from embsearch_dist.running import continuing, retrain
@@ -76,9 +76,8 @@ def main(argv: Sequence[str]) -> None:
     base = read_config(file, [o for o in overrides if o.startswith(("run.dir=", "model.module="))])
     run_dir = Path(plain.get("run", base.run.dir))
     config = read_config(file, [*([] if goes_on else searched_network(run_dir, overrides)), *overrides])
-    suffix = f"-seed{config.run.seed}" if config.run.seed != base.run.seed else ""
     with start(config.run, config.dist) as context:
-        done = retrain(config, context, run_dir, wish, suffix)
+        done = retrain(config, context, run_dir, wish, seed_suffix(config, base))
         whole = Allocation.uniform(done.schema, REFERENCE_WIDTH).counted(config.model.extra).total("parameters")
         for label, result in done.results.items() if context.rank == 0 else ():
             size, place = result["embedding_parameters"], run_dir / "retrain" / label.split(" (router")[0]

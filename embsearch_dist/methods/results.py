@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from embsearch_dist.allocation import Allocation
+from embsearch_dist.config.sections import Config
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import copy_sealed, read_sealed
 from embsearch_dist.grouped import GROUPS, GroupedAllocation
@@ -69,6 +70,11 @@ def searched_network(directory: Path, overrides: Sequence[str]) -> list[str]:
     # Other widths than the space's are mapped to it.
     width = ["model.unify=mixed", "model.transform=width", f"model.unified_width={space.width}"]
     return ["model.backbone=nasrec", f"model.architecture={path}", *width]
+
+
+def seed_suffix(config: Config, base: Config) -> str:
+    """What the names of a training's results end with: nothing for the seed of the run, ``base``, else ``-seedN``."""
+    return f"-seed{config.run.seed}" if config.run.seed != base.run.seed else ""
 
 
 def kept_network(directory: Path) -> list[str]:

@@ -21,7 +21,9 @@ from embsearch_dist.run import Run, open_data
 from embsearch_dist.running import answers_of, trained_config
 from embsearch_dist.schema import Field, Schema
 from embsearch_dist.serving.predict import Job, predict
+from embsearch_dist.stores.states import restore
 from tests.factories import one_rank, prepared
+from tests.faulty_store import faulty_store
 from tests.served import exported, run_of, single
 
 SCHEMA = Schema("shop", (Field("user", 50), Field("tags", 9, "mean"), Field("idle", 7)), ("price",))
@@ -105,6 +107,44 @@ def test_a_search_and_a_retraining_in_one_process(data: Path, tmp_path: Path) ->
     again = es.retrain(run, name="again", start=run / "retrain" / "utilities", settings={"train.epochs": 1})["again"]
     assert again["widths"] == found.widths and again["start"]["from"] == str(run / "retrain" / "utilities")
     assert all(0.4 < r["auc"] < 1 and (run / "retrain" / n / "evaluation.json").exists() for n, r in results.items())
+
+
+def test_another_seed_has_a_name_of_its_own(data: Path, tmp_path: Path) -> None:
+    run, quick = tmp_path / "run", {"train.epochs": 1}
+    es.search(run_dir=run, method="ues", settings=settings(data, "ues"))
+    names = [list(es.retrain(run, settings={**quick, "run.seed": seed})) for seed in (0, 1)]
+    assert [len(n) for n in names] == [1, 1] and names[1] == [f"{names[0][0]}-seed1"]
+
+
+def test_a_run_is_mirrored_and_goes_on_from_there_on_an_empty_machine(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faulty_store(tmp_path, monkeypatch)
+    words = {**settings(data, "ues"), "run.mirror": "s3://bucket/runs/one"}
+    found = es.search(run_dir=tmp_path / "one", method="ues", settings=words)
+    assert es.search(tmp_path / "one" / "config.yaml", run_dir=tmp_path / "two", settings=words) == found
+    assert (tmp_path / "two" / "stages").is_dir()
+    mirror = {"run.mirror": "s3://bucket/runs/one", "train.epochs": 1}
+    (name, figures), *_ = es.retrain(tmp_path / "three", settings=mirror).items()
+    restore(tmp_path / "four", f"s3://bucket/runs/one/retrain/{name}")
+    assert es.evaluate(tmp_path / "four")["auc"] == figures["auc"]
+
+
+def test_one_call_at_a_time(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a thread holds is the process's: another one would read its data and let go of its locks."""
+    told: list[str] = []
+
+    def meanwhile(*_: object) -> None:
+        with pytest.raises(UserError, match="another thread of this program is in es.search"):
+            es.search(run_dir=tmp_path / "b", method="ues", settings=settings(data, "ues"))
+        told.append("refused")
+        raise UserError("enough")
+
+    monkeypatch.setattr("embsearch_dist.running.search", meanwhile)
+    with pytest.raises(UserError, match="enough"):
+        es.search(run_dir=tmp_path / "a", method="ues", settings=settings(data, "ues"))
+    monkeypatch.undo()
+    assert told == ["refused"] and es.search(run_dir=tmp_path / "b", method="ues", settings=settings(data, "ues"))
 
 
 def test_a_search_that_trains_its_model_itself_gives_no_widths(data: Path, tmp_path: Path) -> None:
