@@ -2,6 +2,7 @@
 
     python launch/predict.py --model exported/my --input tomorrow.csv --out scores.parquet
     python launch/predict.py --model exported/my --input parts/ --out scores.parquet --keep user item --processes 8
+    python launch/predict.py --model exported/my --input 'parts/*/*.parquet' --out scores.parquet
 
 Rows come in the form of the training data (the columns of the source file, in CSV, TSV or Parquet; Criteo's train or
 test file; MovieLens's folder; ...), the label is not needed. --format table reads any model's columns by name. Values
@@ -13,6 +14,7 @@ that column is kept too, and the answers' AUC, logloss, normalised entropy, cali
 from __future__ import annotations
 
 import argparse
+import glob
 import signal
 import sys
 import time
@@ -33,7 +35,7 @@ from embsearch_dist.serving import OWN
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", type=Path, required=True, help="directory that export.py made")
-    p.add_argument("--input", type=Path, required=True, help="file or folder of raw rows")
+    p.add_argument("--input", type=Path, required=True, help="file or folder of raw rows, or a pattern in quotes")
     p.add_argument("--out", type=Path, required=True, help="Parquet file to write")
     p.add_argument("--format", choices=[OWN, "table"], default=OWN, help="own: that of the training data (default)")
     p.add_argument("--keep", nargs="+", default=[], metavar="COLUMN", help="columns to write beside the scores")
@@ -86,10 +88,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _bytes(path: Path) -> int:
-    """Of a file, or of all files of a folder; for the progress."""
-    if path.is_dir():
-        return sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-    return path.stat().st_size if path.exists() else 0
+    """Of a file, or of all files of a folder or a pattern; for the progress."""
+    if path.is_file():
+        return path.stat().st_size
+    files = path.rglob("*") if path.is_dir() else map(Path, glob.iglob(str(path), recursive=True))
+    return sum(f.stat().st_size for f in files if f.is_file())
 
 
 def _interrupt(*_: object) -> NoReturn:

@@ -7,6 +7,7 @@ model looks at.
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from embsearch_dist.data.formats import FORMATS, open_rows
 from embsearch_dist.data.formats.cells import Spelling
 from embsearch_dist.data.formats.columns import Bag, Column, Reading, Source
+from embsearch_dist.data.formats.inputs import expand
 from embsearch_dist.data.formats.source_file import TableSource
 from embsearch_dist.data.formats.table import unlabelled
 from embsearch_dist.errors import UserError
@@ -76,34 +78,54 @@ class Description:
         """Raw rows to be predicted.
 
         Args:
-            path: a file or folder in the form ``format``.
+            path: a file or folder in the form ``format``; of a table also a pattern.
             format: that of the training data, or ``table``: CSV, TSV or Parquet with the columns by name.
 
         Raises:
             UserError: whatever the reader finds.
         """
+        if format == "table":
+            return unlabelled(self.table(path), reading)
         if not path.exists():
             raise UserError(f"--input {path}: no such file or folder. Check the path")
-        if format != "table":
-            return open_rows(format, path, reading=reading, **self.options)
-        own = self.text if self.format == "table" else {"delimiter": "", "encoding": "utf-8", "quoted": True}
-        return unlabelled(self.table(path.absolute(), own), reading)
+        return open_rows(format, path, reading=reading, **self.options)
 
-    def table(self, path: Path, text: Mapping[str, Any]) -> TableSource:
-        """The columns by name, from a file or folder."""
+    def files(self, path: Path) -> tuple[Path, ...]:
+        """The files of a table behind a file, a folder or a pattern, in the order of their rows.
+
+        Raises:
+            UserError: there are none.
+        """
+        spec = self.table(path)
+        return expand(spec.path, spec.files, bool(spec.likely))[0]
+
+    def table(self, path: Path) -> TableSource:
+        """The columns by name, from a file, a folder or a pattern.
+
+        Raises:
+            UserError: nothing is there.
+        """
+        pattern = not path.exists()
+        if pattern:
+            if not glob.has_magic(str(path)):
+                raise UserError(f"--input {path}: no such file or folder. Check the path")
+            if not any(Path(p).is_file() for p in glob.iglob(str(path), recursive=True)):
+                raise UserError(f"--input {path}: no file fits the pattern. Check the path")
+        plain: dict[str, Any] = {"delimiter": "", "encoding": "utf-8", "quoted": True}
+        own = self.text if self.format == "table" else plain
         return TableSource(
             path=Path("--input"),
             name=path.name,
-            files=(str(path),),
+            files=(str(path if pattern else path.absolute()),),  # the folder one works in is no part of the pattern
             format="",
-            delimiter=text["delimiter"],
-            encoding=text["encoding"],
-            quoted=text["quoted"],
+            delimiter=own["delimiter"],
+            encoding=own["encoding"],
+            quoted=own["quoted"],
             spelling=self.spelling,
             label=None,
             time=None,
             columns=self.columns,
             raw=self.raw,
             min_count=1,
-            likely=text.get("format", ""),
+            likely=own.get("format", ""),
         )

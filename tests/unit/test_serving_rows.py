@@ -1,0 +1,63 @@
+"""Which files predict takes as rows, how it cuts them, and what it passes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from embsearch_dist.data.prepare.pipeline import prepare
+from embsearch_dist.errors import UserError
+from embsearch_dist.serving.directory import ModelDirectory, open_directory
+from embsearch_dist.serving.predict import Job, predict
+from tests.served import exported, run_of, single
+
+ROWS = 300
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelDirectory:
+    """A model of a user and a number."""
+    return made(tmp_path_factory.mktemp("rows"), "")
+
+
+def made(folder: Path, keys: str, separator: str = ",") -> ModelDirectory:
+    """A model of ``user`` and ``x``, trained on ``clicks.csv`` with some keys of the source file."""
+    rng = np.random.default_rng(0)
+    columns = {"click": rng.integers(0, 2, ROWS), "user": rng.integers(0, 20, ROWS), "x": rng.standard_normal(ROWS)}
+    pl.DataFrame(columns).write_csv(folder / "clicks.csv", separator=separator)
+    fields = "{user: categorical, x: dense}"
+    (folder / "s.yaml").write_text(f"files: clicks.csv\n{keys}label: click\nfields: {fields}\n")
+    prepare("table", folder / "s.yaml", folder / "out", quiet=True)
+    run = run_of(folder / "out", "model.hidden=[8]")
+    exported(run, single(run, {"user": 4}), folder / "model")
+    return open_directory(folder / "model")
+
+
+def rows(n: int = 20, first: int = 0) -> pl.DataFrame:
+    return pl.DataFrame({"user": [k % 25 for k in range(first, first + n)], "x": [k / 7 for k in range(n)]})
+
+
+def logits(model: ModelDirectory, given: Path, out: Path, **options: object) -> list[float]:
+    predict(Job(model.path, given, out, **options))  # type: ignore[arg-type]
+    return pl.read_parquet(out)["logit"].to_list()
+
+
+def test_a_pattern_gives_its_files_in_the_order_of_their_names(
+    model: ModelDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = rows(30)
+    for k in (2, 10, 1):
+        (tmp_path / f"w[1]/parts/day={k}").mkdir(parents=True)
+        first = {1: 0, 2: 10, 10: 20}[k]
+        whole[first : first + 10].write_csv(tmp_path / f"w[1]/parts/day={k}/a.csv")
+    whole.write_csv(tmp_path / "whole.csv")
+    wanted = logits(model, tmp_path / "whole.csv", tmp_path / "whole.out")
+    monkeypatch.chdir(tmp_path / "w[1]")  # that of the working folder's name is no pattern
+    for pattern in ("parts/*/*.csv", "parts/**/*.csv", "./parts/day=*/?.csv"):
+        assert logits(model, Path(pattern), Path("s.parquet"), overwrite=True) == wanted
+    assert logits(model, Path("parts/*/*.csv"), Path("s.parquet"), overwrite=True, processes=2) == wanted
+    with pytest.raises(UserError, match=r"--input parts/\*\.csv: no file fits the pattern"):
+        predict(Job(model.path, Path("parts/*.csv"), Path("t.parquet")))
