@@ -28,11 +28,11 @@ from embsearch_dist.files import temporary
 from embsearch_dist.serving import OWN
 from embsearch_dist.serving.directory import ModelDirectory, open_directory
 from embsearch_dist.serving.encoding import RowEncoder, add_counts
+from embsearch_dist.serving.reading import MARK, check_apart, holds_scores, refuse_scores
 from embsearch_dist.serving.tables import Ids
 from embsearch_dist.train.metrics import Predictions, figures, shown
 
 LOGIT, PROBABILITY = "logit", "probability"
-MARK = b"embsearch_dist.scores"
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,12 @@ def open_input(job: Job, directory: ModelDirectory, columns: frozenset[str]) -> 
     for name in job.keep:
         if name in (LOGIT, PROBABILITY):
             raise UserError(f"--keep {name}: that is the name of a column of scores. Rename the column of the input")
-    format = directory.source.format if job.format == OWN else job.format
-    return directory.source.open(job.input, format, Reading(False, columns, job.keep))
+    return directory.source.open(job.input, format_of(job, directory), Reading(False, columns, job.keep))
+
+
+def format_of(job: Job, directory: ModelDirectory) -> str:
+    """The form in which the rows of a job come."""
+    return directory.source.format if job.format == OWN else job.format
 
 
 def predict(job: Job, tick: Callable[[int], None] = lambda n: None) -> Done:
@@ -126,6 +130,7 @@ def predict(job: Job, tick: Callable[[int], None] = lambda n: None) -> Done:
     check_out(job)
     load_module(job.module, "--module")
     directory = open_directory(job.model)
+    refuse_scores(directory.source, job.input, format_of(job, directory))
     if job.processes == 1:
         return _write(job, directory, _alone(Scorer(job, directory)), tick)
     open_input(job, directory, directory.columns)  # what every process would refuse is told before any is started
@@ -138,25 +143,20 @@ _Piece = tuple[pa.Table, dict[str, int], int]
 
 def check_out(job: Job) -> None:
     """Raises:
-    UserError: the output is no Parquet file's name, exists and may not be replaced, or its folder is missing.
+    UserError: the output is no Parquet file's name, would be read as input by the next call, exists and may not be
+    replaced, or its folder is missing.
     """
     out = job.out
     if out.suffix.lower() in (".csv", ".tsv", ".txt", ".json"):
         raise UserError(f"--out {out}: scores are written as Parquet. Give a name that ends in .parquet")
+    check_apart(job.input, out)
     if out.exists() or out.is_symlink():
-        if not _is_ours(out):
+        if not holds_scores(out):
             raise UserError(f"--out {out} exists and holds no scores: it is left alone. Give another --out")
         if not job.overwrite:
             raise UserError(f"--out {out} exists. Give another --out, or --overwrite to replace the scores")
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: no such folder. Make it, or give another --out")
-
-
-def _is_ours(path: Path) -> bool:
-    try:
-        return path.is_file() and MARK in (pq.read_schema(path).metadata or {})
-    except (pa.ArrowException, OSError):
-        return False
 
 
 def _write(job: Job, directory: ModelDirectory, pieces: Iterator[_Piece], tick: Callable[[int], None]) -> Done:

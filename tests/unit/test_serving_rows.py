@@ -61,3 +61,27 @@ def test_a_pattern_gives_its_files_in_the_order_of_their_names(
     assert logits(model, Path("parts/*/*.csv"), Path("s.parquet"), overwrite=True, processes=2) == wanted
     with pytest.raises(UserError, match=r"--input parts/\*\.csv: no file fits the pattern"):
         predict(Job(model.path, Path("parts/*.csv"), Path("t.parquet")))
+
+
+def test_scores_are_not_written_where_the_next_call_reads_rows(
+    model: ModelDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    rows().write_parquet(folder / "a.parquet")
+    monkeypatch.chdir(folder)
+    given = [(folder, folder / "s.parquet"), (folder, tmp_path / "link" / "s.parquet"), (Path("."), Path("s.parquet"))]
+    given += [(Path("*.parquet"), Path("s.parquet")), (tmp_path / "**" / "*.parquet", tmp_path / "link" / "s.parquet")]
+    for named, out in given:
+        with pytest.raises(UserError, match="the next call would read the scores as rows"):
+            predict(Job(model.path, named, out, overwrite=True))
+    with pytest.raises(UserError, match="is the --input itself"):
+        predict(Job(model.path, folder / "a.parquet", folder / "a.parquet", overwrite=True))
+    assert [p.name for p in folder.iterdir()] == ["a.parquet"]
+    beside = {"keep": ("user", "x"), "overwrite": True}
+    assert len(logits(model, Path("a*.parquet"), Path("s.parquet"), **beside)) == 20
+    for given_again in (folder, Path("*.parquet")):
+        with pytest.raises(UserError, match=r"s\.parquet holds scores of an earlier call"):
+            predict(Job(model.path, given_again, tmp_path / "t.parquet"))
+    assert len(logits(model, Path("s.parquet"), tmp_path / "t.parquet")) == 20  # named itself, it is meant

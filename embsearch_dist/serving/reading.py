@@ -1,0 +1,80 @@
+"""What is settled about the rows to be predicted before any is read: which files they are, and that no scores are
+among them.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embsearch_dist.data.formats.described import Description
+from embsearch_dist.errors import UserError
+
+MARK = b"embsearch_dist.scores"
+
+
+def holds_scores(path: Path) -> bool:
+    """Whether predict has written a file."""
+    try:
+        return path.is_file() and MARK in (pq.read_schema(path).metadata or {})
+    except (pa.ArrowException, OSError):
+        return False
+
+
+def check_apart(input: Path, out: Path) -> None:
+    """The next call on the same input must not find the scores of this one among its rows.
+
+    Args:
+        input: a file, a folder or a pattern.
+        out: the file to be written.
+
+    Raises:
+        UserError: ``out`` is the input, lies in it, or fits the pattern.
+    """
+    again = "the next call would read the scores as rows"
+    place = out.parent.resolve() / out.name
+    if input.is_dir():
+        if input.resolve() in place.parents:
+            raise UserError(f"--out {out} lies in the folder {input} of --input: {again}. Give an --out outside of it")
+    elif input.exists():
+        if out.exists() and out.samefile(input):
+            raise UserError(f"--out {out} is the --input itself. Give another --out")
+    elif glob.has_magic(str(input)) and any(_fits(file, input) for file in (place, out.absolute())):
+        raise UserError(f"--out {out} fits the pattern of --input: {again}. Give an --out that does not fit it")
+
+
+def _fits(file: Path, pattern: Path) -> bool:
+    """Whether a pattern would find a file. Only what is behind the last folder without ``*`` and the like counts as a
+    pattern: the folder that a user works in may have any name."""
+    first = next(k for k, part in enumerate(pattern.parts) if glob.has_magic(part))
+    folder = Path(*pattern.parts[:first])
+    return any(
+        file.is_relative_to(start) and _fit(file.relative_to(start).parts, pattern.parts[first:])
+        for start in (folder.resolve(), folder.absolute())
+    )
+
+
+def _fit(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the parts of a path fit those of a pattern, of which ``**`` takes any number."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_fit(parts[k:], pattern[1:]) for k in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _fit(parts[1:], pattern[1:])
+
+
+def refuse_scores(source: Description, input: Path, format: str) -> None:
+    """A folder or a pattern may hold what an earlier call has written; a file that is named itself is meant.
+
+    Raises:
+        UserError: one of its files holds scores.
+    """
+    if format == "table" and not input.is_file():
+        for file in source.files(input):
+            if holds_scores(file):
+                raise UserError(f"--input {input}: {file} holds scores of an earlier call, not rows. Move it elsewhere")
