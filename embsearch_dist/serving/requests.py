@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import polars as pl
 
 from embsearch_dist.data.formats.cells import text_of
-from embsearch_dist.data.formats.columns import Rows
+from embsearch_dist.data.formats.columns import Column, Rows
 from embsearch_dist.errors import UserError
 from embsearch_dist.serving.directory import ModelDirectory
 from embsearch_dist.serving.encoding import Encoded, RowEncoder
@@ -76,45 +76,55 @@ class RequestEncoder:
         source = directory.source
         self.encoder, self.raw, self.spelling = RowEncoder(directory), dict(source.raw), source.spelling
         self.columns = [c for c in source.columns if c.name in directory.columns]
+        self.single = {self.raw[c.name] for c in self.columns if c.bag is None}
 
     @property
     def names(self) -> dict[str, str]:
-        """The columns that each row must have, and what each is."""
-        found = {}
-        for c in self.columns:
-            found[self.raw[c.name]] = c.kind
-            if c.bag is not None and c.bag.weights:
-                found[c.bag.weights] = "weights"
+        """The columns that each row must have, and what each is; one that is read as a single value and as a list takes
+        what both take."""
+        found: dict[str, str] = {}
+        for column in self.columns:
+            for name, kind in self._uses(column).items():
+                if kind not in ("list", "weights") or name not in self.single:
+                    found[name] = kind
         return found
+
+    def _uses(self, column: Column) -> dict[str, str]:
+        """The columns of the rows behind one of the model, and what each is to it."""
+        name = self.raw[column.name]
+        bag = {column.bag.weights: "weights"} if column.bag is not None and column.bag.weights else {}
+        return bag | {name: column.kind}
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Encoded:
         """Raises:
         BadRequest: a column is missing, or a value is of a kind that its column does not take.
         """
-        cells = [_column(rows, name, kind) for name, kind in self.names.items()]
-        read = Rows(pl.DataFrame(cells), lambda k: f"row {k}", self.spelling)
+        # Two fields may read one column, each in its way.
+        read = [(c, pl.DataFrame([self._column(rows, *use) for use in self._uses(c).items()])) for c in self.columns]
         try:
-            return self.encoder(pl.DataFrame([read.convert(c, self.raw[c.name]) for c in self.columns]))
+            cells = [Rows(f, lambda k: f"row {k}", self.spelling).convert(c, self.raw[c.name]) for c, f in read]
+            return self.encoder(pl.DataFrame(cells))
         except UserError as e:
             raise BadRequest(400, str(e)) from e
         except pl.exceptions.PolarsError as e:
             raise BadRequest(400, f"a value cannot be read ({' '.join(str(e).split())[:120]})") from e
 
+    def _column(self, rows: Sequence[Mapping[str, Any]], name: str, kind: str) -> pl.Series:
+        try:
+            return _cells(rows, name, kind, name in self.single)
+        except UnicodeEncodeError as e:  # JSON can write half of a character
+            raise BadRequest(400, f"column {name!r}: a text is no Unicode text ({e.reason})") from e
 
-def _column(rows: Sequence[Mapping[str, Any]], name: str, kind: str) -> pl.Series:
-    try:
-        return _cells(rows, name, kind)
-    except UnicodeEncodeError as e:  # JSON can write half of a character
-        raise BadRequest(400, f"column {name!r}: a text is no Unicode text ({e.reason})") from e
 
-
-def _cells(rows: Sequence[Mapping[str, Any]], name: str, kind: str) -> pl.Series:
-    """One column of all rows."""
+def _cells(rows: Sequence[Mapping[str, Any]], name: str, kind: str, single: bool) -> pl.Series:
+    """One column of all rows; ``single``: some field takes it as one value, so that a list has it as a text."""
     for k, row in enumerate(rows):
         if name not in row:
             raise BadRequest(400, f"row {k} lacks column {name!r}; write null where there is no value")
     values = [row[name] for row in rows]
     if kind in ("list", "weights"):
+        if single:
+            values = [v if isinstance(v, list | dict) else _texts([v], name)[0] for v in values]
         return _lists(values, name, kind)
     for k, value in enumerate(values):
         if isinstance(value, list | dict):

@@ -230,3 +230,25 @@ def test_a_batch_that_fails_fails_alone(model: ModelDirectory) -> None:
         return found
 
     assert asyncio.run(twice()).tolist() == [0.0]
+
+
+def test_a_column_of_two_fields_is_read_for_each_in_its_way(tmp_path: Path) -> None:
+    columns = {"click": [k % 2 for k in range(300)], "n": [("", "7", "8|9", "7|8")[k % 4] for k in range(300)]}
+    pl.DataFrame(columns).write_csv(tmp_path / "a.csv")
+    # The model sees them in both orders: which field is the last does not matter.
+    fields = "{before: {column: n, kind: list}, one: {column: n}, behind: {column: n, kind: list, pooling: mean}}"
+    (tmp_path / "s.yaml").write_text(f"files: a.csv\nlabel: click\nfields: {fields}\n")
+    prepare("table", tmp_path / "s.yaml", tmp_path / "out", quiet=True)
+    run = run_of(tmp_path / "out")
+    exported(run, single(run, {"before": 4, "one": 2, "behind": 2}), tmp_path / "model")
+    pl.DataFrame({"n": ["", "7", "8|9"]}).write_csv(tmp_path / "rows.csv")
+    found = open_directory(tmp_path / "model")
+    predict(Job(found.path, tmp_path / "rows.csv", tmp_path / "scores.parquet"))
+    wanted = pl.read_parquet(tmp_path / "scores.parquet")["probability"].to_list()
+    with TestClient(application(found, LIMITS), raise_server_exceptions=False) as client:
+        assert client.get("/model").json()["columns"] == {"n": "categorical"}
+        assert ask(client, [{"n": None}, {"n": 7}, {"n": "8|9"}]).json()["probabilities"] == wanted
+        assert ask(client, [{"n": None}]).json()["probabilities"] == wanted[:1]
+        assert ask(client, [{"n": 7.0}]).json()["probabilities"] == wanted[1:2]
+        said = ask(client, [{"n": ["7"]}])
+        assert said.status_code == 400 and "column 'n': a categorical column takes a text" in said.json()["error"]
