@@ -38,6 +38,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--input", type=Path, required=True, help="file or folder of raw rows, or a pattern in quotes")
     p.add_argument("--out", type=Path, required=True, help="Parquet file to write")
     p.add_argument("--format", choices=[OWN, "table"], default=OWN, help="own: that of the training data (default)")
+    p.add_argument(
+        "--delimiter", metavar="SIGN", help="of CSV and TSV, where not the training data's: ',', ';', tab, ..."
+    )
+    p.add_argument("--encoding", metavar="NAME", help="of CSV and TSV, where not the training data's: utf-8 or latin-1")
     p.add_argument("--keep", nargs="+", default=[], metavar="COLUMN", help="columns to write beside the scores")
     p.add_argument("--label", default="", metavar="COLUMN", help="0 or 1: measure the answers by it, and keep it")
     p.add_argument("--processes", type=int, default=0, metavar="N", help="default: as many as there are cores")
@@ -70,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
             args.overwrite,
             args.label,
             args.module,
+            {key: value for key in ("delimiter", "encoding") if (value := getattr(args, key)) is not None},
         )
         with Progress("predict", _bytes(args.input), "bytes", args.quiet) as bar:
             done = predict(job, bar.add)

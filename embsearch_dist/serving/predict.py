@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 
 from embsearch_dist.config.own_module import load_module
 from embsearch_dist.data.formats.columns import KEPT, Chunk, Reading, Source
+from embsearch_dist.data.formats.described import as_options
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import temporary
 from embsearch_dist.serving import OWN
@@ -49,6 +50,7 @@ class Job:
         overwrite: replace scores that an earlier call has written.
         label: one of ``keep``, 0 or 1, by which the answers are measured; empty: they are not.
         module: registers the model's backbone, where it is the user's own; every process imports it.
+        text: ``delimiter`` and ``encoding`` of text files with columns by name, where they are not the training data's.
     """
 
     model: Path
@@ -60,6 +62,7 @@ class Job:
     overwrite: bool = False
     label: str = ""
     module: str = ""
+    text: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -109,7 +112,7 @@ def open_input(job: Job, directory: ModelDirectory, columns: frozenset[str]) -> 
     for name in job.keep:
         if name in (LOGIT, PROBABILITY):
             raise UserError(f"--keep {name}: that is the name of a column of scores. Rename the column of the input")
-    return directory.source.open(job.input, format_of(job, directory), Reading(False, columns, job.keep))
+    return directory.source.open(job.input, format_of(job, directory), Reading(False, columns, job.keep), job.text)
 
 
 def format_of(job: Job, directory: ModelDirectory) -> str:
@@ -130,6 +133,13 @@ def predict(job: Job, tick: Callable[[int], None] = lambda n: None) -> Done:
     check_out(job)
     load_module(job.module, "--module")
     directory = open_directory(job.model)
+    try:
+        return _predict(job, directory, tick)
+    except UserError as e:
+        raise UserError(as_options(str(e))) from e
+
+
+def _predict(job: Job, directory: ModelDirectory, tick: Callable[[int], None]) -> Done:
     refuse_scores(directory.source, job.input, format_of(job, directory))
     if job.processes == 1:
         return _write(job, directory, _alone(Scorer(job, directory)), tick)

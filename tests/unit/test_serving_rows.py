@@ -23,11 +23,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelDirectory:
     return made(tmp_path_factory.mktemp("rows"), "")
 
 
-def made(folder: Path, keys: str, separator: str = ",") -> ModelDirectory:
+def made(folder: Path, keys: str, separator: str = ",", encoding: str = "utf-8") -> ModelDirectory:
     """A model of ``user`` and ``x``, trained on ``clicks.csv`` with some keys of the source file."""
     rng = np.random.default_rng(0)
     columns = {"click": rng.integers(0, 2, ROWS), "user": rng.integers(0, 20, ROWS), "x": rng.standard_normal(ROWS)}
-    pl.DataFrame(columns).write_csv(folder / "clicks.csv", separator=separator)
+    text = pl.DataFrame(columns).write_csv(separator=separator)
+    (folder / "clicks.csv").write_text(text, encoding=encoding)
     fields = "{user: categorical, x: dense}"
     (folder / "s.yaml").write_text(f"files: clicks.csv\n{keys}label: click\nfields: {fields}\n")
     prepare("table", folder / "s.yaml", folder / "out", quiet=True)
@@ -85,3 +86,38 @@ def test_scores_are_not_written_where_the_next_call_reads_rows(
         with pytest.raises(UserError, match=r"s\.parquet holds scores of an earlier call"):
             predict(Job(model.path, given_again, tmp_path / "t.parquet"))
     assert len(logits(model, Path("s.parquet"), tmp_path / "t.parquet")) == 20  # named itself, it is meant
+
+
+def test_text_that_is_named_as_another_is_cut_as_the_training_was(tmp_path: Path) -> None:
+    model = made(tmp_path, "format: tsv\n", "\t")
+    for name, separator in (("tabs.csv", "\t"), ("commas.csv", ","), ("tabs.tsv", "\t"), ("tabs.data", "\t")):
+        rows().write_csv(tmp_path / name, separator=separator)
+    wanted = logits(model, tmp_path / "tabs.tsv", tmp_path / "tsv.out")
+    for name in ("tabs.csv", "commas.csv", "tabs.data"):
+        assert logits(model, tmp_path / name, tmp_path / f"{name}.out") == wanted
+    rows().drop("x").write_csv(tmp_path / "few.csv", separator="\t")
+    with pytest.raises(UserError, match=r"few\.csv has no column"):
+        predict(Job(model.path, tmp_path / "few.csv", tmp_path / "few.out"))
+
+
+def test_a_delimiter_and_an_encoding_are_given_as_options(tmp_path: Path) -> None:
+    model = made(tmp_path, 'delimiter: ";"\nencoding: utf-16\n', ";", "utf-16")
+    for name, separator in (("as.csv", ";"), ("commas.csv", ","), ("tabs.csv", "\t")):
+        rows().with_columns(näme=1).write_csv(tmp_path / name, separator=separator)
+    wanted = logits(model, tmp_path / "as.csv", tmp_path / "as.out")  # UTF-8 needs no word: a mark tells UTF-16
+    for name, shown, given in (("commas", "','", ","), ("tabs", "'tab'", "tab"), ("tabs", "'tab'", "\\t")):
+        with pytest.raises(UserError, match=f"Give --delimiter {shown}$"):
+            predict(Job(model.path, tmp_path / f"{name}.csv", tmp_path / "no.out"))
+        text = {"delimiter": given}
+        assert logits(model, tmp_path / f"{name}.csv", tmp_path / "s.out", text=text, overwrite=True) == wanted
+    (tmp_path / "old.csv").write_bytes((tmp_path / "as.csv").read_text().encode("latin-1"))
+    with pytest.raises(UserError, match="or give --encoding latin-1$"):
+        predict(Job(model.path, tmp_path / "old.csv", tmp_path / "no.out"))
+    text = {"encoding": "Latin1"}
+    assert logits(model, tmp_path / "old.csv", tmp_path / "old.out", text=text) == wanted
+    for text, said in (
+        ({"delimiter": "::"}, "--delimiter '::'"),
+        ({"encoding": "koi8"}, "--encoding 'koi8' is none of"),
+    ):
+        with pytest.raises(UserError, match=said):
+            predict(Job(model.path, tmp_path / "as.csv", tmp_path / "no.out", text=text))

@@ -8,8 +8,9 @@ model looks at.
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,38 @@ from embsearch_dist.data.formats import FORMATS, open_rows
 from embsearch_dist.data.formats.cells import Spelling
 from embsearch_dist.data.formats.columns import Bag, Column, Reading, Source
 from embsearch_dist.data.formats.inputs import expand
-from embsearch_dist.data.formats.source_file import TableSource
-from embsearch_dist.data.formats.table import unlabelled
+from embsearch_dist.data.formats.source_file import ENCODINGS, TableSource
+from embsearch_dist.data.formats.table import DELIMITERS, unlabelled
 from embsearch_dist.errors import UserError
+
+NOTHING: Mapping[str, str] = {}
+KEYS = re.compile(r"(Try|write) `(delimiter|encoding): ([^`]+)`(?: in the source file)?")
+
+
+def checked(text: Mapping[str, str]) -> dict[str, str]:
+    """``delimiter`` and ``encoding`` as they are written, checked.
+
+    Raises:
+        UserError: one of them cannot be.
+    """
+    found = dict(text)
+    if "delimiter" in found:
+        mark = found["delimiter"] = {"tab": "\t", "\\t": "\t"}.get(found["delimiter"], found["delimiter"])
+        if len(mark.encode()) != 1 or mark in ('"', "\n", "\r"):
+            raise UserError(
+                f"--delimiter {mark!r}: it is one ASCII character other than a quote, or tab. Give such a one"
+            )
+    if "encoding" in found:
+        given = found["encoding"].lower()
+        found["encoding"] = ENCODINGS.get(given, given)
+        if found["encoding"] not in ("utf-8", "latin-1", "utf-16"):
+            raise UserError(f"--encoding {given!r} is none of utf-8, latin-1, utf-16. Convert the file to UTF-8")
+    return found
+
+
+def as_options(told: str) -> str:
+    """What a reader advises to write into a source file, as options: rows to be predicted have no source file."""
+    return KEYS.sub(lambda found: f"{'Give' if found[1] == 'Try' else 'give'} --{found[2]} {found[3]}", told)
 
 
 @dataclass(frozen=True)
@@ -74,18 +104,21 @@ class Description:
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise UserError(f"{where}: does not describe how rows are read ({e!r}). Export the model again") from e
 
-    def open(self, path: Path, format: str, reading: Reading) -> Source:
+    def open(self, path: Path, format: str, reading: Reading, text: Mapping[str, str] = NOTHING) -> Source:
         """Raw rows to be predicted.
 
         Args:
             path: a file or folder in the form ``format``; of a table also a pattern.
             format: that of the training data, or ``table``: CSV, TSV or Parquet with the columns by name.
+            text: ``delimiter`` and ``encoding`` of the text files of a table, where they are not those of the training.
 
         Raises:
             UserError: whatever the reader finds.
         """
         if format == "table":
-            return unlabelled(self.table(path), reading)
+            return self._table(self.table(path, text), reading)
+        if text:
+            raise UserError(f"--{next(iter(text))} is for tables, not for {format}. Leave it out")
         if not path.exists():
             raise UserError(f"--input {path}: no such file or folder. Check the path")
         return open_rows(format, path, reading=reading, **self.options)
@@ -99,11 +132,24 @@ class Description:
         spec = self.table(path)
         return expand(spec.path, spec.files, bool(spec.likely))[0]
 
-    def table(self, path: Path) -> TableSource:
-        """The columns by name, from a file, a folder or a pattern.
+    def _table(self, spec: TableSource, reading: Reading) -> Source:
+        """A file may be named .csv and be cut by tabs, as the training's was: `format: tsv` told it then."""
+        try:
+            return unlabelled(spec, reading)
+        except UserError:
+            if spec.delimiter or spec.likely not in DELIMITERS:
+                raise
+            try:
+                return unlabelled(replace(spec, delimiter=DELIMITERS[spec.likely]), reading)
+            except UserError:
+                pass  # what is wrong under the separator of the files' names is told
+            raise
+
+    def table(self, path: Path, text: Mapping[str, str] = NOTHING) -> TableSource:
+        """The columns by name, from a file, a folder or a pattern; ``text`` as :meth:`open` takes it.
 
         Raises:
-            UserError: nothing is there.
+            UserError: nothing is there, or ``text`` cannot be.
         """
         pattern = not path.exists()
         if pattern:
@@ -112,14 +158,14 @@ class Description:
             if not any(Path(p).is_file() for p in glob.iglob(str(path), recursive=True)):
                 raise UserError(f"--input {path}: no file fits the pattern. Check the path")
         plain: dict[str, Any] = {"delimiter": "", "encoding": "utf-8", "quoted": True}
-        own = self.text if self.format == "table" else plain
+        own = (self.text if self.format == "table" else plain) | checked(text)
         return TableSource(
             path=Path("--input"),
             name=path.name,
             files=(str(path if pattern else path.absolute()),),  # the folder one works in is no part of the pattern
             format="",
             delimiter=own["delimiter"],
-            encoding=own["encoding"],
+            encoding="utf-8" if own["encoding"] == "utf-16" else own["encoding"],  # a mark tells UTF-16
             quoted=own["quoted"],
             spelling=self.spelling,
             label=None,
