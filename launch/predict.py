@@ -38,10 +38,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--input", type=Path, required=True, help="file or folder of raw rows, or a pattern in quotes")
     p.add_argument("--out", type=Path, required=True, help="Parquet file to write")
     p.add_argument("--format", choices=[OWN, "table"], default=OWN, help="own: that of the training data (default)")
-    p.add_argument(
-        "--delimiter", metavar="SIGN", help="of CSV and TSV, where not the training data's: ',', ';', tab, ..."
-    )
-    p.add_argument("--encoding", metavar="NAME", help="of CSV and TSV, where not the training data's: utf-8 or latin-1")
+    p.add_argument("--delimiter", metavar="SIGN", help="of text, where not that of the training data: ',', ';', tab")
+    p.add_argument("--encoding", metavar="NAME", help="of text, where not that of the training data: utf-8 or latin-1")
     p.add_argument("--keep", nargs="+", default=[], metavar="COLUMN", help="columns to write beside the scores")
     p.add_argument("--label", default="", metavar="COLUMN", help="0 or 1: measure the answers by it, and keep it")
     p.add_argument("--processes", type=int, default=0, metavar="N", help="default: as many as there are cores")
@@ -61,8 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.processes < 0:
             raise UserError(f"--processes must be at least 1, got {args.processes}. Give another")
-        words = [*(word for part in args.keep for word in part.split(",")), args.label]
-        keep = tuple(dict.fromkeys(word for word in words if word))
+        keep = (*args.keep, args.label)
         processes = args.processes or available_cores()
         job = Job(
             args.model,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,13 @@ from embsearch_dist.files import temporary
 from embsearch_dist.serving import OWN
 from embsearch_dist.serving.directory import ModelDirectory, open_directory
 from embsearch_dist.serving.encoding import RowEncoder, add_counts
-from embsearch_dist.serving.reading import MARK, check_apart, holds_scores, refuse_scores
+from embsearch_dist.serving.reading import (
+    MARK,
+    check_apart,
+    holds_scores,
+    kept_names,
+    refuse_scores,
+)
 from embsearch_dist.serving.tables import Ids
 from embsearch_dist.train.metrics import Predictions, figures, shown
 
@@ -45,7 +51,7 @@ class Job:
         input: file or folder of raw rows.
         out: the Parquet file to write.
         format: of the rows: that of the training data (``own``), or ``table``: columns by name.
-        keep: columns of the input that are written beside the scores.
+        keep: columns of the input that are written beside the scores; see :func:`.reading.kept_names`.
         processes: how many work.
         overwrite: replace scores that an earlier call has written.
         label: one of ``keep``, 0 or 1, by which the answers are measured; empty: they are not.
@@ -141,11 +147,23 @@ def predict(job: Job, tick: Callable[[int], None] = lambda n: None) -> Done:
 
 def _predict(job: Job, directory: ModelDirectory, tick: Callable[[int], None]) -> Done:
     refuse_scores(directory.source, job.input, format_of(job, directory))
+    job = replace(job, keep=kept_names(job.keep, lambda word: word == job.label or _has(job, directory, word)))
     if job.processes == 1:
         return _write(job, directory, _alone(Scorer(job, directory)), tick)
     open_input(job, directory, directory.columns)  # what every process would refuse is told before any is started
     with _Workers(job) as workers:
         return _write(job, directory, workers.pieces(), tick)
+
+
+def _has(job: Job, directory: ModelDirectory, column: str) -> bool:
+    """Whether the rows have a column of that name; public data have none with a comma, which alone is asked for."""
+    if format_of(job, directory) != "table":
+        return False
+    try:
+        open_input(replace(job, keep=(column,)), directory, frozenset())
+    except UserError:
+        return False
+    return True
 
 
 _Piece = tuple[pa.Table, dict[str, int], int]

@@ -1,11 +1,11 @@
-"""What is settled about the rows to be predicted before any is read: which files they are, and that no scores are
-among them.
+"""What is settled about the rows to be predicted before any is read: which files they are, that no scores are among
+them, and which columns are kept.
 """
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -78,3 +78,14 @@ def refuse_scores(source: Description, input: Path, format: str) -> None:
         for file in source.files(input):
             if holds_scores(file):
                 raise UserError(f"--input {input}: {file} holds scores of an earlier call, not rows. Move it elsewhere")
+
+
+def kept_names(words: Sequence[str], there: Callable[[str], bool]) -> tuple[str, ...]:
+    """The columns that ``words`` name, each once: one word may name several with commas between them, but a column may
+    have a comma in its name.
+
+    Args:
+        there: whether the rows have a column of that whole name.
+    """
+    split = (word.split(",") if "," in word and not there(word) else [word] for word in words)
+    return tuple(dict.fromkeys(name for names in split for name in names if name))

@@ -121,3 +121,20 @@ def test_a_delimiter_and_an_encoding_are_given_as_options(tmp_path: Path) -> Non
     ):
         with pytest.raises(UserError, match=said):
             predict(Job(model.path, tmp_path / "as.csv", tmp_path / "no.out", text=text))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_kept_column_may_have_commas_in_its_name(model: ModelDirectory, tmp_path: Path, processes: int) -> None:
+    whole = rows().with_columns(pl.lit(1).alias("user,x"), pl.lit(2).alias("a,b"), pl.lit(1).alias("y,z"))
+    whole.write_parquet(tmp_path / "r.parquet")
+
+    def kept(*words: str, label: str = "") -> list[str]:
+        job = Job(model.path, tmp_path / "r.parquet", tmp_path / "s", "own", words, processes, True, label)
+        predict(job)
+        return pl.read_parquet(tmp_path / "s").columns[:-2]
+
+    assert kept("user,x", "x,user,", "a,b") == ["user,x", "x", "user", "a,b"]
+    if processes == 1:
+        assert kept("x", "y,z", label="y,z") == ["x", "y,z"]
+        with pytest.raises(UserError, match="--keep b: .* no column 'b'"):
+            kept("user,b")
