@@ -32,8 +32,10 @@ from embsearch_dist.serving.encoding import RowEncoder, add_counts
 from embsearch_dist.serving.reading import (
     MARK,
     check_apart,
+    fitting,
     holds_scores,
     kept_names,
+    kept_types,
     refuse_scores,
 )
 from embsearch_dist.serving.tables import Ids
@@ -149,10 +151,12 @@ def _predict(job: Job, directory: ModelDirectory, tick: Callable[[int], None]) -
     refuse_scores(directory.source, job.input, format_of(job, directory))
     job = replace(job, keep=kept_names(job.keep, lambda word: word == job.label or _has(job, directory, word)))
     if job.processes == 1:
-        return _write(job, directory, _alone(Scorer(job, directory)), tick)
-    open_input(job, directory, directory.columns)  # what every process would refuse is told before any is started
+        scorer = Scorer(job, directory)
+        return _write(job, directory, scorer.source, _alone(scorer), tick)
+    # What every process would refuse is told before any is started.
+    source = open_input(job, directory, directory.columns)
     with _Workers(job) as workers:
-        return _write(job, directory, workers.pieces(), tick)
+        return _write(job, directory, source, workers.pieces(), tick)
 
 
 def _has(job: Job, directory: ModelDirectory, column: str) -> bool:
@@ -187,16 +191,20 @@ def check_out(job: Job) -> None:
         raise UserError(f"--out {out}: no such folder. Make it, or give another --out")
 
 
-def _write(job: Job, directory: ModelDirectory, pieces: Iterator[_Piece], tick: Callable[[int], None]) -> Done:
+def _write(
+    job: Job, directory: ModelDirectory, source: Source, pieces: Iterator[_Piece], tick: Callable[[int], None]
+) -> Done:
     done, unfinished = Done(), temporary(job.out)
     writer: pq.ParquetWriter | None = None
     told = f"{directory.body['name']}, tables at {directory.body['precision']}"
     try:
         for table, unseen, consumed in pieces:
             if writer is None:
-                schema = table.schema.with_metadata({MARK: told.encode()})
+                wide = kept_types(source.files, job.keep)
+                types = [(f.name, wide.get(f.name, f.type)) for f in table.schema]
+                schema = pa.schema(types, {MARK: told.encode()})
                 writer = pq.ParquetWriter(unfinished, schema, compression="zstd", compression_level=1)
-            writer.write_table(_fitting(table, writer.schema))
+            writer.write_table(fitting(table, writer.schema))
             done.rows += table.num_rows
             done.unanswered += pc.sum(pc.is_nan(table[LOGIT])).as_py() or 0
             add_counts(done.unseen, unseen)
@@ -232,14 +240,6 @@ def measured(scores: Path, label: str) -> dict[str, float]:
     logits, known = torch.from_numpy(table[LOGIT].to_numpy()), torch.from_numpy(labels.to_numpy())
     answered = ~logits.isnan()
     return figures(Predictions(logits[answered], known[answered], None, None))
-
-
-def _fitting(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The table with the types of the first one: a kept column may differ from file to file."""
-    try:
-        return table.cast(schema)
-    except (pa.ArrowException, ValueError) as e:
-        raise UserError(f"--keep: the files differ in the type of a column ({' '.join(str(e).split())[:120]})") from e
 
 
 def _alone(scorer: Scorer) -> Iterator[_Piece]:

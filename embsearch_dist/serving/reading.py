@@ -1,5 +1,5 @@
 """What is settled about the rows to be predicted before any is read: which files they are, that no scores are among
-them, and which columns are kept.
+them, and which columns are kept, in what types.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from embsearch_dist.data.formats import parquet
 from embsearch_dist.data.formats.described import Description
+from embsearch_dist.data.formats.opening import PARQUET, packing
 from embsearch_dist.errors import UserError
 
 MARK = b"embsearch_dist.scores"
@@ -89,3 +92,58 @@ def kept_names(words: Sequence[str], there: Callable[[str], bool]) -> tuple[str,
     """
     split = (word.split(",") if "," in word and not there(word) else [word] for word in words)
     return tuple(dict.fromkeys(name for names in split for name in names if name))
+
+
+def kept_types(files: Sequence[Path], names: Sequence[str]) -> dict[str, pa.DataType]:
+    """Of each kept column whose types differ over Parquet files, the type that holds the values of all, if there is
+    one: that of the first file may be narrower than another's."""
+    if not names or len(files) < 2:
+        return {}
+    schemas = [schema_of(file) for file in files if packing(file) == PARQUET]
+    found = {}
+    for name in names:
+        types = dict.fromkeys(parquet.plain(schema.field(name).type) for schema in schemas)
+        if len(types) > 1:
+            try:
+                wide = pa.unify_schemas([pa.schema([(name, t)]) for t in types], promote_options="permissive")
+            except pa.ArrowException:
+                continue  # whether the values fit the first file's type is seen when they are there
+            found[name] = pl.DataFrame(pl.from_arrow(wide.empty_table())).to_arrow().field(name).type
+    return found
+
+
+def schema_of(file: Path) -> pa.Schema:
+    """The columns of a Parquet file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    with parquet.opened(file) as found:
+        return found.schema_arrow
+
+
+def fitting(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table with the types of ``schema``.
+
+    Raises:
+        UserError: a value would not be the same in that type.
+    """
+    pairs = ((table[field.name], field) for field in schema)
+    columns = [given if given.type == field.type else _cast(given, field) for given, field in pairs]
+    return pa.table(columns, schema=schema)
+
+
+def _cast(given: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
+    """Arrow's own check of a cast lets digits of floats and zeros before numbers go."""
+    try:
+        found = given.cast(field.type)
+        empty = pa.types.is_null(given.type)  # which no type can be cast back to
+        same = empty or pl.Series(given).equals(pl.Series(found.cast(given.type)), null_equal=True)
+    except (pa.ArrowException, ValueError):
+        same = False
+    if not same:
+        raise UserError(
+            f"--keep {field.name}: its type differs from file to file, and not all of its {given.type} are the same as "
+            f"{field.type}. Write all files with one type, or leave it out of --keep"
+        )
+    return found

@@ -138,3 +138,33 @@ def test_a_kept_column_may_have_commas_in_its_name(model: ModelDirectory, tmp_pa
         assert kept("x", "y,z", label="y,z") == ["x", "y,z"]
         with pytest.raises(UserError, match="--keep b: .* no column 'b'"):
             kept("user,b")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "wanted"),
+    [
+        (pl.Series([0.5], dtype=pl.Float32), pl.Series([0.1]), pl.Float64),
+        (pl.Series([1], dtype=pl.Int8), pl.Series([1 << 40]), pl.Int64),
+        (pl.Series([None]), pl.Series([[0.1]]), pl.List(pl.Float64)),
+        (pl.Series([1]), pl.Series([0.5, None, float("nan")]), pl.Float64),
+        (pl.Series([1.5]), pl.Series([(1 << 53) + 1]), None),
+        (pl.Series([7]), pl.Series(["007"]), None),
+        (pl.Series([7]), pl.Series(["7"]), pl.Int64),
+    ],
+)
+def test_kept_values_are_the_same_where_types_differ(
+    first: pl.Series, second: pl.Series, wanted: pl.DataType | None, model: ModelDirectory, tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    for name, series in (("a", first), ("b", second)):
+        rows(len(series)).with_columns(series.alias("k")).write_parquet(tmp_path / f"in/{name}.parquet")
+    job = Job(model.path, tmp_path / "in", tmp_path / "s.parquet", keep=("k",))
+    if wanted is None:
+        with pytest.raises(UserError, match="--keep k: its type differs from file to file"):
+            predict(job)
+        assert not (tmp_path / "s.parquet").exists()
+        return
+    predict(job)
+    found = pl.read_parquet(tmp_path / "s.parquet")["k"]
+    assert found.dtype == wanted
+    assert found.equals(pl.concat([first.cast(wanted), second.cast(wanted)]), null_equal=True)
