@@ -29,6 +29,7 @@ from embsearch_dist.files import temporary
 from embsearch_dist.serving import OWN
 from embsearch_dist.serving.directory import ModelDirectory, open_directory
 from embsearch_dist.serving.encoding import RowEncoder, add_counts
+from embsearch_dist.serving.narrow import narrow_columns
 from embsearch_dist.serving.reading import (
     MARK,
     check_apart,
@@ -99,10 +100,15 @@ class Scorer:
         self.model = directory.model()
         self.encoder = RowEncoder(directory)
         self.source = open_input(job, directory, directory.columns)
+        # Public data come as text.
+        table = format_of(job, directory) == "table"
+        self.narrow = narrow_columns(directory, self.source.files) if table else []
 
     def score(self, chunk: Chunk) -> tuple[pa.Table, dict[str, int]]:
         """Kept columns, logits and probabilities of a piece, and the values that have no id."""
         frame = chunk.frame
+        for column in self.narrow:
+            column.check(frame)
         encoded = self.encoder(frame)
         logits = logits_of(self.model, encoded.ids, self.directory.batch_rows)
         kept = [frame[f"{KEPT}{name}"].alias(name) for name in self.job.keep]

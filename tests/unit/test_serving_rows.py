@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from embsearch_dist.data.prepare.pipeline import prepare
 from embsearch_dist.errors import UserError
 from embsearch_dist.serving.directory import ModelDirectory, open_directory
+from embsearch_dist.serving.narrow import narrow_columns
 from embsearch_dist.serving.predict import Job, predict
 from tests.served import exported, run_of, single
 
@@ -23,10 +27,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelDirectory:
     return made(tmp_path_factory.mktemp("rows"), "")
 
 
-def made(folder: Path, keys: str, separator: str = ",", encoding: str = "utf-8") -> ModelDirectory:
+def made(folder: Path, keys: str, separator: str = ",", encoding: str = "utf-8", first: int = 0) -> ModelDirectory:
     """A model of ``user`` and ``x``, trained on ``clicks.csv`` with some keys of the source file."""
     rng = np.random.default_rng(0)
-    columns = {"click": rng.integers(0, 2, ROWS), "user": rng.integers(0, 20, ROWS), "x": rng.standard_normal(ROWS)}
+    columns = {
+        "click": rng.integers(0, 2, ROWS),
+        "user": first + rng.integers(0, 20, ROWS),
+        "x": rng.standard_normal(ROWS),
+    }
     text = pl.DataFrame(columns).write_csv(separator=separator)
     (folder / "clicks.csv").write_text(text, encoding=encoding)
     fields = "{user: categorical, x: dense}"
@@ -168,3 +176,53 @@ def test_kept_values_are_the_same_where_types_differ(
     found = pl.read_parquet(tmp_path / "s.parquet")["k"]
     assert found.dtype == wanted
     assert found.equals(pl.concat([first.cast(wanted), second.cast(wanted)]), null_equal=True)
+
+
+LARGE = 1 << 24
+
+
+@pytest.mark.parametrize(
+    ("given", "first", "step", "said"),
+    [
+        (pl.Float32, LARGE, 1, "is float, which does not tell 16777216 from its neighbours"),
+        (pl.Float32, LARGE - 40, 1, ""),
+        (pl.Float32, LARGE, 2, ""),  # a float32 holds all that the model knows: it may be trained on such
+        (pl.Float64, LARGE, 1, ""),
+        (pl.Float64, 1 << 53, 1, "is double, which does not tell"),
+        (pl.Int32, LARGE, 1, ""),
+    ],
+)
+@pytest.mark.parametrize("kind", ["categorical", "list"])
+def test_ids_as_floats_that_do_not_hold_them_are_refused(
+    given: pl.DataType, first: int, step: int, said: str, kind: str, tmp_path: Path
+) -> None:
+    ids = [first + step * (k % 20) for k in range(ROWS)]
+    frame = pl.DataFrame({"user": ids, "click": [k % 2 for k in range(ROWS)]})
+    asked = frame.head(20).select(pl.col("user").cast(given))
+    if kind == "list":
+        frame, asked = (f.with_columns(pl.concat_list("user", "user")) for f in (frame, asked))
+    frame.write_parquet(tmp_path / "clicks.parquet")
+    asked.write_parquet(tmp_path / "rows.parquet")
+    fields = f"{{user: {{kind: {kind}}}}}"
+    (tmp_path / "s.yaml").write_text(f"files: clicks.parquet\nlabel: click\nfields: {fields}\n")
+    prepare("table", tmp_path / "s.yaml", tmp_path / "out", quiet=True)
+    run = run_of(tmp_path / "out", "model.hidden=[8]")
+    exported(run, single(run, {"user": 4}), tmp_path / "model")
+    job = Job(tmp_path / "model", tmp_path / "rows.parquet", tmp_path / "s.parquet")
+    if said:
+        with pytest.raises(UserError, match=rf"rows\.parquet: column 'user' {said}.*as whole numbers or text"):
+            predict(job)
+    else:
+        assert predict(job).unseen == {"user": 0}
+
+
+def test_half_floats_and_given_ids_are_checked_too(tmp_path: Path) -> None:
+    model = made(tmp_path, "", first=2048)
+    half = pa.table({"user": pa.array([np.float16(2048)] * 3), "x": [0.5] * 3})
+    pq.write_table(half, tmp_path / "half.parquet")
+    with pytest.raises(UserError, match="column 'user' is halffloat, which does not tell 2048"):
+        predict(Job(model.path, tmp_path / "half.parquet", tmp_path / "s.parquet"))
+    ids = replace(model, source=replace(model.source, given_ids=True))
+    assert narrow_columns(ids, [tmp_path / "half.parquet"]) == []  # 20 ids: a half holds them
+    many = replace(ids.schema, fields=(replace(ids.schema.fields[0], cardinality=2051),))
+    assert narrow_columns(replace(ids, schema=many), [tmp_path / "half.parquet"])[0].bits == 11
