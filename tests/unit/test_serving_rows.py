@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from embsearch_dist.errors import UserError
 from embsearch_dist.serving.directory import ModelDirectory, open_directory
 from embsearch_dist.serving.narrow import narrow_columns
 from embsearch_dist.serving.predict import Job, predict
+from launch.predict import main
 from tests.served import exported, run_of, single
 
 ROWS = 300
@@ -226,3 +228,19 @@ def test_half_floats_and_given_ids_are_checked_too(tmp_path: Path) -> None:
     assert narrow_columns(ids, [tmp_path / "half.parquet"]) == []  # 20 ids: a half holds them
     many = replace(ids.schema, fields=(replace(ids.schema.fields[0], cardinality=2051),))
     assert narrow_columns(replace(ids, schema=many), [tmp_path / "half.parquet"])[0].bits == 11
+
+
+def test_the_script_takes_names_patterns_and_separators_as_words(
+    model: ModelDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows().with_columns(pl.lit("z").alias("a,b")).write_csv(tmp_path / "r.csv", separator=";")
+    words = ["--model", str(model.path), "--input", str(tmp_path / "?.csv"), "--out", str(tmp_path / "s.parquet")]
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main([*words, "--processes", "1", "--quiet"]) == 2
+        assert "Give --delimiter ';'\n" in capsys.readouterr().err
+        more = ["--delimiter", ";", "--encoding", "utf-8", "--keep", "a,b", "user,x"]
+        assert main([*words, *more, "--processes", "1"]) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert pl.read_parquet(tmp_path / "s.parquet").columns == ["a,b", "user", "x", "logit", "probability"]
