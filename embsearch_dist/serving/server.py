@@ -105,7 +105,7 @@ class Service:
     async def _body(self, request: Request) -> bytes:
         most = self.limits.body_bytes
         said = request.headers.get("content-length", "")
-        if said.isdigit() and int(said) > most:
+        if said.isdecimal() and int(said) > most:
             raise BadRequest(413, f"the body has {int(said):,} bytes, at most {most:,} are taken")
         parts, size = [], 0
         try:
