@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -62,6 +62,11 @@ class Changes:
         variance = float(m[narrow, narrow] + m[wide, wide] - 2 * m[narrow, wide]) - mean**2
         rows = self.rows if self.counts is None else int(self.counts[field])
         return mean, (max(variance, 0.0) / max(rows - 1, 1)) ** 0.5
+
+    def ordered(self, order: Sequence[int]) -> Changes:
+        """The same with the candidates in another order: place k has candidate ``order[k]``."""
+        places = list(order)
+        return replace(self, more=self.more[:, places], second=self.second[:, places][:, :, places])
 
 
 class ChangeSums:

@@ -34,11 +34,8 @@ class Option:
 
 
 def options_of(config: MeasuredSearch, extra: int) -> list[Option]:
-    """What is searched: the candidate widths; with ``precision: mixed`` each at int8 and at int4, cheapest row first.
-
-    Of two whose rows cost the same the first counts unless there is evidence for the other: the narrower one, and of
-    one width that at int8.
-    """
+    """What is searched: the candidate widths; with ``precision: mixed`` each at int8 and at int4, shortest served row
+    first. A budget puts them in an order of its own, see :meth:`Searcher.order`."""
     if config.precision != MIXED:
         return [Option(width) for width in config.candidates]
     both = [Option(w, p) for w in config.candidates for p in (("int8", "int4") if w else ("",))]
@@ -83,12 +80,31 @@ class Searcher:
         return self.measured[key]
 
     def worth_at_full_width(self) -> torch.Tensor:
-        """``[F, T]``: by saliency, or with every other field at its widest candidate."""
+        """``[F, T]``, options as in ``options``: by saliency, or with every other field at its widest candidate."""
+        return self._at_full_width(range(len(self.options)))
+
+    def _at_full_width(self, order: Sequence[int]) -> torch.Tensor:
         if self.salient is not None:
             summed = torch.nn.functional.pad(self.salient.cumsum(1), (1, 0))
             return summed[:, self.config.candidates] - summed[:, self.config.candidates[:1]]
-        widest = [len(self.options) - 1] * self.model.fields
-        return supported(self.around(widest), self.config.evidence, self.held)
+        return self._supported([len(self.options) - 1] * self.model.fields, order)
+
+    def _supported(self, choice: Sequence[int], order: Sequence[int]) -> torch.Tensor:
+        """Worths around an allocation, ``[F, T]``, options in an order."""
+        changes, widths = self.around(choice).ordered(order), [self.widths[j] for j in order]
+        return supported(changes, self.config.evidence, self.held, widths)
+
+    def order(self, costs: torch.Tensor) -> list[int]:
+        """The options by what they cost of a budget, ``costs [F, T]``.
+
+        Of two that cost the same the first counts unless there is evidence for the other: the narrower one, and of one
+        width that at int8. Parameters do not tell int8 from int4, and bytes as served may be fewer for more columns, so
+        the order is the budget's.
+        """
+        of_field, options = costs[0].tolist(), self.options
+        return sorted(
+            range(len(options)), key=lambda j: (of_field[j], options[j].width, options[j].precision == "int4")
+        )
 
     def find(self, budget: Budget | None) -> list[int]:
         """The best measured allocation under a budget.
@@ -96,20 +112,24 @@ class Searcher:
         Worths measured with all other fields wide are added up first, which is right as long as fields do not depend
         on each other. So the found allocation is measured, with all changes around it; the mean of all worths so far
         gives the next one; of those that were measured the one of least loss is taken.
+
+        Raises:
+            ValueError: no allocation obeys the budget.
         """
         costs = self.costs(budget)
         limit = float(budget.limit) if budget else None
-        worths = [self.worth_at_full_width()]
-        choice = self._choose(worths, costs, limit)
+        order = self.order(costs)
+        worths = [self._at_full_width(order)]
+        choice = self._choose(worths, costs, limit, order)
         if self.salient is not None:
             return choice
         tried: list[list[int]] = []
         while choice not in tried:
             tried.append(choice)
-            worths.append(supported(self.around(choice), self.config.evidence, self.held))
+            worths.append(self._supported(choice, order))
             if len(tried) == self.config.rounds:
                 break
-            choice = self._choose(worths, costs, limit)
+            choice = self._choose(worths, costs, limit, order)
         best = min(tried, key=lambda c: (self.around(c).loss, total_cost(c, costs)))
         return best if limit is None else self._spent(best, costs, limit)
 
@@ -129,11 +149,19 @@ class Searcher:
         cost_before = total_cost(choice, costs)
         for share in SHARES:
             room = cost_before + share * (limit - cost_before)
-            found = context.share(spend(choice, changes, self.widths, costs, room, harms) if context.rank == 0 else [])
+            found = context.share(self._spend(choice, changes, costs, room, harms) if context.rank == 0 else [])
             worse, error = self.model.paired(self._losses(found), before, self._speaking(choice, found))
             if worse <= self.config.evidence * error + LEAST_GAIN:
                 return found
         return choice
+
+    def _spend(
+        self, choice: list[int], changes: Changes, costs: torch.Tensor, room: float, harms: torch.Tensor
+    ) -> list[int]:
+        order = self.order(costs)
+        own, widths = [order.index(j) for j in choice], [self.widths[j] for j in order]
+        found = spend(own, changes.ordered(order), widths, costs[:, order], room, harms[:, order])
+        return [order[j] for j in found]
 
     def _new(self, choice: Sequence[int]) -> torch.Tensor:
         assert self.trained is not None
@@ -149,11 +177,15 @@ class Searcher:
         """Of this rank's measured rows ``[n]``."""
         return self.model.calibrated(self.ranks(choice), [self.options[j].precision for j in choice])
 
-    def _choose(self, worths: list[torch.Tensor], costs: torch.Tensor, limit: float | None) -> list[int]:
+    def _choose(
+        self, worths: list[torch.Tensor], costs: torch.Tensor, limit: float | None, order: list[int]
+    ) -> list[int]:
+        """By worths of options in an order, and by costs of them as in ``options``."""
         # One rank decides: all have the same figures, but perhaps not the same solver, and must measure the same.
         context = self.model.context
         worth = torch.stack(worths).mean(0)
-        return context.share(choose(worth, costs, limit, self.groups) if context.rank == 0 else [])
+        found = context.share(choose(worth, costs[:, order], limit, self.groups) if context.rank == 0 else [])
+        return [order[j] for j in found]
 
     def costs(self, budget: Budget | None) -> torch.Tensor:
         """``[F, T]``: what each option costs, in the budget's unit; without one parameters, or bytes as served."""

@@ -19,21 +19,28 @@ AGAIN = 1.0  # other training rows with the id of a row: of fewer, most of what 
 SCALE = 1e4  # of the scores: the knapsack's solver stops within 1e-6 of the best sum
 
 
-def supported(changes: Changes, evidence: float, held: torch.Tensor | None = None) -> torch.Tensor:
+def supported(
+    changes: Changes, evidence: float, held: torch.Tensor | None = None, widths: Sequence[int] | None = None
+) -> torch.Tensor:
     """Worth ``[F, T]`` of each candidate of each field, in nats of logloss saved against the field's narrowest.
 
     A candidate is worth more than a narrower one only if its rows' losses, paired, are lower by more than ``evidence``
     standard errors. Else it is worth the same, so that nothing is paid for what noise may have given. What a field
-    loses by a wider candidate does not count against it: the directions added last are the least important ones.
+    loses by a wider candidate does not count against it: the directions added last are the least important ones. That
+    cannot be said of a narrower one that costs more because it is stored more finely: it has the worth of what is no
+    wider than itself, or what it gains.
 
     To drop a field asks for evidence as well. One that does nothing for validation rows may have done much in training:
     user ids that are new in every later split take up there what items would have to explain without them. So unless
     some width of it is worse than none, and none is better, its first width is worth what it is on training rows.
 
     Args:
+        changes: of candidates in the order of their cost.
         held: ``[F]``: worth of the first candidate above 0 on training rows; None where no candidate drops a field.
+        widths: ``[T]``, of the candidates; None where they ascend.
     """
     fields, count = changes.more.shape
+    wide = list(widths or range(count))
     worth = torch.zeros(fields, count, dtype=torch.float64)
     for f in range(fields):
         best, first = 0, 1
@@ -46,7 +53,7 @@ def supported(changes: Changes, evidence: float, held: torch.Tensor | None = Non
                 best, first = 1, 2
         for j in range(first, count):
             gain, error = changes.gain(f, best, j)
-            worth[f, j] = worth[f, j - 1]
+            worth[f, j] = max(float(worth[f, i]) for i in range(j) if wide[i] <= wide[j])
             if gain > max(evidence * error, LEAST_GAIN):
                 worth[f, j] = worth[f, best] + gain
                 best = j
@@ -57,22 +64,41 @@ def choose(worth: torch.Tensor, costs: torch.Tensor, limit: float | None, groups
     """The candidates ``[F]`` of the highest summed worth whose cost is at most ``limit``; of equal worth the cheapest.
 
     Args:
-        worth: ``[F, T]``, not falling along T.
-        costs: ``[F, T]``, rising along T.
+        worth: ``[F, T]``.
+        costs: ``[F, T]``, not falling along T; only the first may be 0.
         groups: F counts the fields of each, group by group, and each keeps at least one.
+
+    Raises:
+        ValueError: no choice fits.
     """
     bound = float(costs[:, -1].sum()) if limit is None else limit
     choice = knapsack(worth * (SCALE / max(float(worth.max()), 1e-30)), costs, bound, groups)
-    for f, j in enumerate(choice):
-        while j > 0 and worth[f, j - 1] >= worth[f, j]:
-            j -= 1
-        choice[f] = j
+    choice = [cheapest_alike(worth[f], costs[f], j) for f, j in enumerate(choice)]
     own = len(choice) // groups
     for fields in (range(k * own, (k + 1) * own) for k in range(groups)):
         if not any(costs[f, choice[f]] for f in fields):  # all dropped is no model
             room = bound - total_cost(choice, costs)
             order = sorted(fields, key=lambda f: (-float(worth[f, 1]), float(costs[f, 1])))
             choice[next(f for f in order if float(costs[f, 1]) <= room)] = 1
+    return within(choice, costs, bound)
+
+
+def cheapest_alike(worth: torch.Tensor, costs: torch.Tensor, own: int) -> int:
+    """The cheapest candidate of a field, by ``worth [T]`` and ``costs [T]``, that is worth no less than candidate
+    ``own``; of equal cost the first."""
+    alike = [j for j in range(len(worth)) if worth[j] >= worth[own]]
+    return min(alike, key=lambda j: (float(costs[j]), j))
+
+
+def within(choice: list[int], costs: torch.Tensor, limit: float) -> list[int]:
+    """``choice [F]`` as it is. A budget is hard, so what has been changed after the knapsack is added up once more.
+
+    Raises:
+        ValueError: it costs more than ``limit`` under ``costs [F, T]``.
+    """
+    total = total_cost(choice, costs)
+    if total > limit:
+        raise ValueError(f"a choice that costs {total:,.0f} was found under a limit of {limit:,.0f}")
     return choice
 
 
@@ -94,24 +120,23 @@ def spend(
         choice: candidates that evidence asks for.
         changes: around ``choice``, on training rows.
         widths: of the candidates.
-        costs: ``[F, T]``, rising along T.
+        costs: ``[F, T]``, not falling along T.
         harms: ``[F, T]`` bool: candidates that validation rows speak against; None: they speak against none.
+
+    Raises:
+        ValueError: ``choice`` costs more than ``limit``.
     """
     worth = torch.full(costs.shape, -torch.inf, dtype=torch.float64)
     for f, j in enumerate(choice):
         stop = len(widths) if widths[j] else j + 1
-        worth[f, j:stop] = rising(-changes.more[f, j:stop])
+        worth[f, j:stop] = rising(-changes.more[f, j:stop], widths[j:stop])
         if harms is not None:
             worth[f, j + 1 :][harms[f, j + 1 :]] = -torch.inf
     top = float(worth.max())
     if top <= LEAST_GAIN:
-        return list(choice)
+        return within(list(choice), costs, limit)
     found = knapsack(worth * (SCALE / top), costs, limit)
-    for f, j in enumerate(found):
-        while j > choice[f] and worth[f, choice[f] : j].max() >= worth[f, j]:
-            j -= 1
-        found[f] = j
-    return found
+    return within([cheapest_alike(worth[f], costs[f], j) for f, j in enumerate(found)], costs, limit)
 
 
 def mostly_new(widths: Sequence[int], held_out: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
@@ -136,15 +161,20 @@ def by_heart(again: torch.Tensor) -> torch.Tensor:
     return again < AGAIN
 
 
-def rising(saved: torch.Tensor) -> torch.Tensor:
-    """``[n]``: the most that is saved so far; what a candidate saves beyond it by rounding alone does not count.
+def rising(saved: torch.Tensor, widths: Sequence[int] | None = None) -> torch.Tensor:
+    """``[n]``: the most that is saved so far by what is no wider; what a candidate saves beyond it by rounding alone
+    does not count.
 
     A table of three values has no more than three directions: all widths from there on save the same but for rounding.
+
+    Args:
+        saved: ``[n]``, by each candidate.
+        widths: ``[n]``, of the candidates; None where they ascend.
     """
-    best, found = -float("inf"), []
-    for value in saved.tolist():
-        best = value if value > best + LEAST_GAIN else best
-        found.append(best)
+    wide, found = list(widths or range(len(saved))), list[float]()
+    for j, value in enumerate(saved.tolist()):
+        best = max((found[i] for i in range(j) if wide[i] <= wide[j]), default=-float("inf"))
+        found.append(value if value > best + LEAST_GAIN else best)
     return saved.new_tensor(found)
 
 
