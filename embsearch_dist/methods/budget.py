@@ -88,11 +88,16 @@ def check_feasible(
     key: str = "search.budget",
     extra: int = 0,
     groups: int = 1,
+    precisions: bool = False,
 ) -> None:
     """Raise ``UserError`` when even the narrowest allocation is too large, of each of ``groups`` of rows that have
-    tables of their own."""
+    tables of their own.
+
+    ``precisions``: the search may give a field int4. Others leave all tables at int8 where the budget counts mixed
+    precisions.
+    """
     costs = cost_table(schema, candidates, budget.resource, extra)
-    if budget.resource == served(MIXED):
+    if precisions and budget.resource == served(MIXED):
         costs = costs.minimum(cost_table(schema, candidates, served("int4"), extra))
     least = int(costs.min(1).values.sum())
     if not any(candidates[:1]):

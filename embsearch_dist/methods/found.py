@@ -47,10 +47,14 @@ class Budgeted(Protocol):
         """Widths that a field may get."""
 
 
-def budgets(config: Budgeted, name: str, schema: Schema, extra: int) -> list[tuple[str, Budget | None]]:
+def budgets(
+    config: Budgeted, name: str, schema: Schema, extra: int, precisions: bool = False
+) -> list[tuple[str, Budget | None]]:
     """(allocation name, budget) of every search of a stage, the main one first; all checked.
 
-    ``extra``: columns of a kept field's table beside its width (``ModelConfig.extra``).
+    Args:
+        extra: columns of a kept field's table beside its width (``ModelConfig.extra``).
+        precisions: with ``precision: mixed`` the search chooses that of each field.
 
     Raises:
         UserError: a budget that no allocation of the candidates can obey.
@@ -61,7 +65,7 @@ def budgets(config: Budgeted, name: str, schema: Schema, extra: int) -> list[tup
     for called, text, key in texts:
         parsed = parse_budget(text, schema, key, extra, config.precision) if text else None
         if parsed:
-            check_feasible(parsed, schema, config.candidates, key, extra)
+            check_feasible(parsed, schema, config.candidates, key, extra, precisions=precisions)
         found.append((called.replace("%", "pct").replace(" ", ""), parsed))
     return found
 

@@ -9,10 +9,14 @@ import pytest
 import torch
 
 from embsearch_dist.allocation import Allocation
+from embsearch_dist.errors import UserError
+from embsearch_dist.methods.adass.config import AdassConfig
 from embsearch_dist.methods.budget import parse_budget, total_cost
+from embsearch_dist.methods.found import budgets
+from embsearch_dist.methods.optembed.config import OptEmbedConfig
 from embsearch_dist.methods.truncated import Changes, Truncated
 from embsearch_dist.methods.utilities.config import UtilitiesConfig
-from embsearch_dist.methods.utilities.search_stage import Searcher, options_of
+from embsearch_dist.methods.utilities.search_stage import Searcher, budgets_of, options_of
 from embsearch_dist.methods.utilities.worth import choose, rising, spend, supported, within
 from tests.factories import one_rank, small_schema
 
@@ -121,3 +125,15 @@ def test_worth_is_carried_from_narrower_options_alone() -> None:
     assert supported(around, 1.0, None, [0, 8, 24, 16])[0].tolist() == pytest.approx([0, 0.2, 0.4, 0.2])
     assert supported(around, 1.0)[0].tolist() == pytest.approx([0, 0.2, 0.4, 0.4])
     assert rising(-more[0], [0, 8, 24, 16]).tolist() == pytest.approx([-0.5, -0.3, -0.1, -0.2])
+
+
+def test_a_budget_that_only_int4_keeps_is_for_searches_that_choose_precisions() -> None:
+    schema = small_schema(1000, 500)  # a row of 16 columns takes 32 bytes at int8, 16 at int4
+    config = UtilitiesConfig(candidates=[16, 32], width=32, precision="mixed", budget="30KB")
+    ((_, budget),) = budgets_of(config, schema, 0)
+    assert budget is not None and budget.limit == 30_000
+    adass = AdassConfig(candidates=[16, 32], precision="mixed", budget="30KB")
+    optembed = OptEmbedConfig(precision="mixed", pareto=["20KB"])
+    for search, least in ((adass, "48,000"), (optembed, "24,000")):
+        with pytest.raises(UserError, match=f"needs {least} served_mixed"):
+            budgets(search, "found", schema, 0)

@@ -11,15 +11,18 @@ import pytest
 import torch
 
 from embsearch_dist.allocation import Allocation
+from embsearch_dist.kept_values import KeptValues
+from embsearch_dist.methods.budget import check_feasible, parse_budget
 from embsearch_dist.methods.optembed.config import EvolutionConfig
 from embsearch_dist.methods.optembed.evolution import Evolution, Widths
-from embsearch_dist.methods.optembed.method import OptEmbed, PrefixStage, closed, measured
+from embsearch_dist.methods.optembed.method import OptEmbed, PrefixStage, closed, cost_of_kept, measured
 from embsearch_dist.methods.optembed.rows import RowThreshold, slope
 from embsearch_dist.methods.stages import check_stages, run_stages
+from embsearch_dist.methods.values import paying_values
 from embsearch_dist.methods.widest import Sample
 from embsearch_dist.run import Run
 from embsearch_dist.train.metrics import evaluate
-from tests.factories import one_rank, open_run, prepared, small_config, table_gradients, whole_tables
+from tests.factories import one_rank, open_run, prepared, small_config, small_schema, table_gradients, whole_tables
 
 ROWS = [10, 100, 1, 40]
 SEARCH = [
@@ -86,6 +89,43 @@ def test_repair_cuts_what_is_too_dear_and_keeps_a_field() -> None:
     assert search.repaired([0, 0, 0, 0]) == (0, 0, 1, 0)  # the cheapest
     with pytest.raises(ValueError, match="the least widths"):
         evolution(100, least=1).repaired([1, 1, 1, 1])
+
+
+def test_a_column_that_no_budget_holds_is_no_result() -> None:
+    """Where all fields can be dropped, the one that is kept all the same must fit, too."""
+    with pytest.raises(ValueError, match="one column of the cheapest field costs more than 0.5"):
+        evolution(0.5).repaired([0, 0, 0, 0])
+
+
+def losing(cardinality: int, dropped: int) -> KeptValues:
+    mask = torch.ones(cardinality, dtype=torch.bool)
+    mask[1 : 1 + dropped] = False
+    return KeptValues.of(mask.numpy())
+
+
+@pytest.mark.parametrize("text", ["ues-1", "800000B", "60%"])
+@pytest.mark.parametrize("least", [0, 1])
+def test_values_are_dropped_only_where_their_rows_are_more_than_the_bits(text: str, least: int) -> None:
+    """At int8 a row takes 16 bytes or more: field 0 saves one row and field 1 many, a bit a value being 12,500 and
+    6,250 bytes."""
+    schema = small_schema(100_000, 50_000)
+    budget = parse_budget(text, schema, precision="int8")
+    if text == "800000B" and least:
+        return  # refused beforehand
+    check_feasible(budget, schema, range(least, 33))
+    values = {"f0": losing(100_000, 1), "f1": losing(50_000, 300 if text == "ues-1" else 1)}
+    cost = cost_of_kept(schema, values, budget.resource, 0)
+    search = Evolution(EvolutionConfig(generations=3), 2, least, 32, cost, budget.limit, lambda w: sum(w), [0])
+    best = search.run()
+    for widths in search.scored:
+        kept = paying_values(schema, widths, values, budget.resource, 0)
+        found = Allocation(schema, dict(zip(schema.names, widths, strict=True)), values=kept)
+        assert found.total(budget.resource) == cost(widths) <= budget.limit
+        assert "f0" not in kept or not widths[0]
+    assert best in search.scored
+    assert set(paying_values(schema, [0, 4], values, "parameters", 0)) == {"f0", "f1"}  # no bits are counted
+    assert set(paying_values(schema, [4, 4], {"f0": losing(100_000, 800)}, "served_int8", 0)) == {"f0"}
+    assert not paying_values(schema, [4, 4], {"f0": losing(100_000, 700)}, "served_int8", 0)
 
 
 def test_each_row_and_field_draws_a_width_and_only_its_columns_learn(data: Path, tmp_path: Path) -> None:

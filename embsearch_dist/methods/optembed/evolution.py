@@ -71,7 +71,7 @@ class Evolution:
         """Widths within the limit: fields are drawn and cut until they fit; at least one field is kept.
 
         Raises:
-            ValueError: not even the least widths fit.
+            ValueError: not even the least widths fit, or no single column where all fields can be dropped.
         """
         widths = list(widths)
         while self.cost(widths) > self.limit:
@@ -83,6 +83,8 @@ class Evolution:
         if not any(widths):
             alone = [[int(f == kept) for f in range(self.fields)] for kept in range(self.fields)]
             widths = min(alone, key=self.cost)
+            if self.cost(widths) > self.limit:
+                raise ValueError(f"one column of the cheapest field costs more than {self.limit}")
         return tuple(widths)
 
     def _add(self, widths: list[int]) -> None:

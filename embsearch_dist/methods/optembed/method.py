@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from embsearch_dist.allocation import Allocation
+from embsearch_dist.allocation import cost as cost_of_table
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.kept_values import KeptValues
 from embsearch_dist.methods.allocating import AllocateStage, Chosen, Finder, budgets_of
@@ -24,7 +24,7 @@ from embsearch_dist.methods.optembed.evolution import Evolution, Widths
 from embsearch_dist.methods.optembed.rows import RowThreshold, kept_rows
 from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.trial import PLANTED_TRAINING, TRAINING
-from embsearch_dist.methods.values import mask_told, values_of
+from embsearch_dist.methods.values import cost_of_values, mask_told, paying_values, values_of
 from embsearch_dist.methods.widest import Sample, logits_of, sample_of, unified
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.run import Run
@@ -125,14 +125,18 @@ def measured(model: MaskedModel, sample: Sample, widths: Widths, context: Contex
 
 
 def cost_of_kept(schema: Schema, values: Mapping[str, KeptValues], resource: str, extra: int) -> Cost:
-    """The cost of widths for tables that have rows for some values alone."""
-    whole = cost_of(schema, resource, extra)
+    """The cost of widths for tables that have rows for some values alone; see :func:`paying_values`: never more than
+    with all rows, so a budget that holds the narrowest whole tables holds these."""
     if not values:
-        return whole
+        return cost_of(schema, resource, extra)
 
     def cost(widths: Sequence[int]) -> float:
-        own = dict(zip(schema.names, widths, strict=True))
-        return float(Allocation(schema, own, {}, extra, values=dict(values)).total(resource)) if any(widths) else 0.0
+        found = 0
+        for f, width in zip(schema.fields, widths, strict=True):
+            whole = cost_of_table(resource, f.cardinality, width, extra)
+            kept = values.get(f.name)
+            found += whole if kept is None else min(whole, cost_of_values(kept, width, resource, extra))
+        return float(found)
 
     return cost
 
@@ -157,15 +161,17 @@ class EvolveStage(AllocateStage):
             return float(run.context.share(value))
 
         def find(budget: Budget | None) -> Chosen:
-            cost = cost_of_kept(run.schema, values, budget.resource if budget else "parameters", extra)
+            resource = budget.resource if budget else "parameters"
+            cost = cost_of_kept(run.schema, values, resource, extra)
             limit = budget.limit if budget else math.inf
             seed = [run.config.run.seed, budget.limit if budget else 0]
             least = search.candidates[0]
             evolution = Evolution(search.evolution, fields, least, search.width, cost, limit, fitness, seed)
             best = evolution.run()
             told: dict[str, object] = {"candidates_scored": len(evolution.scored)}
-            mask = mask_told(run.schema, best, values, extra) if rows is not None else {}
-            return Chosen(best, told, measured(model, sample, best, run.context), mask, values)
+            paying = paying_values(run.schema, best, values, resource, extra)
+            mask = mask_told(run.schema, best, paying, extra) if rows is not None else {}
+            return Chosen(best, told, measured(model, sample, best, run.context), mask, paying)
 
         return find
 

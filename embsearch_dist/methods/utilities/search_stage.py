@@ -329,4 +329,4 @@ class UtilitiesStage(Stage[UtilitiesConfig]):
 
 def budgets_of(config: UtilitiesConfig, schema: Schema, extra: int) -> list[tuple[str, Budget | None]]:
     """The searches of this stage; see :func:`embsearch_dist.methods.found.budgets`."""
-    return budgets(config, config.name, schema, extra)
+    return budgets(config, config.name, schema, extra, precisions=True)
