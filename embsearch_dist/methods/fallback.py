@@ -159,14 +159,19 @@ def compare(a: Trained, b: Trained, labels: np.ndarray, metric: str, margin: flo
     return Compared(tuple(order), tuple(gains), tuple(errors), first, True)
 
 
-def choose_of(found: Trained, uniform: Sequence[Trained], labels: np.ndarray, metric: str) -> dict[str, Any]:
+def choose_of(
+    found: Trained, uniform: Sequence[Trained], labels: np.ndarray, metric: str, alike: bool = False
+) -> dict[str, Any]:
     """:func:`choose` between the found model and the best uniform one."""
     best = functools.reduce(lambda a, b: a if compare(a, b, labels, metric).first else b, uniform)
-    return choose(found, best, labels, metric)
+    return choose(found, best, labels, metric, alike)
 
 
-def choose(found: Trained, uniform: Trained, labels: np.ndarray, metric: str) -> dict[str, Any]:
+def choose(found: Trained, uniform: Trained, labels: np.ndarray, metric: str, alike: bool = False) -> dict[str, Any]:
     """Keep the found model or fall back to the uniform one, by validation rows: see :func:`compare`.
+
+    Args:
+        alike: both have the same widths; the found model began with the widest one, the other with fresh weights.
 
     Returns:
         What ``final.json`` says: ``name``, ``fallback``, ``reason`` in words, and the figures of the metric that
@@ -178,6 +183,9 @@ def choose(found: Trained, uniform: Trained, labels: np.ndarray, metric: str) ->
     if result.size:
         why = "the smaller one" if found.size != uniform.size else f"{kept.name}, of one size"
         reason = f"{figures}: level, so {why}"
+    elif alike:
+        began = "the widest model" if kept is found else "fresh weights"
+        reason = f"{figures}: both have the uniform width of the budget, which is better begun with {began}"
     elif kept is found:
         reason = f"{figures}: the found widths are better"
     else:

@@ -115,12 +115,22 @@ def taken(wish: Wish, config: Config, run_dir: Path, name: str, found: Found) ->
     return f"retraining {name}{': ' if parts else ''}{', '.join(parts)}{more}"
 
 
-def beside_uniform(name: str, found: Allocation) -> dict[str, Allocation]:
-    """What was found and the widest uniform allocation of its budget; alone where that is the same or none fits."""
-    width = widest_within(found)
-    if not width or (set(found.widths.values()) == {width} and not found.values):
-        return {name: found}
-    return {name: found, f"ues-{width}": uniform_like(found, width)}
+def is_uniform_of_budget(found: Allocation) -> bool:
+    """Whether what was found is the widest uniform width of its budget: all rows, and no table at another precision
+    than uniform widths are served at."""
+    plain = not found.values and set(found.precisions.values()) <= {"int8"}
+    return plain and set(found.widths.values()) == {widest_within(found)}
+
+
+def beside(found: Allocation, widest: Start | None, start: Start | None) -> dict[str, tuple[Allocation, Start | None]]:
+    """Name -> the widest uniform allocation of the budget of ``found`` and a beginning, in each way that the choice
+    is to know; see :func:`planned`. Nothing where no width fits, or where it would be the model of ``found`` again."""
+    width, same = widest_within(found), is_uniform_of_budget(found)
+    if not width or (same and widest is None):
+        return {}
+    name, uniform = f"ues-{width}", uniform_like(found, width)
+    fresh: dict[str, tuple[Allocation, Start | None]] = {name: (uniform, start)}
+    return fresh if same or widest is None else fresh | {name + FINETUNED: (uniform, widest)}
 
 
 def finetunes(job: Retraining) -> bool:
@@ -143,21 +153,24 @@ def planned(job: Retraining, widest: Start | None) -> dict[str, tuple[Allocation
     """Name -> allocation and beginning of each model of the wish.
 
     Args:
-        widest: what is fine-tuned begins with; uniform widths beside it are trained in both ways.
+        widest: what is fine-tuned begins with; uniform widths beside it are trained in both ways. Where what was found
+            is the uniform width itself, it is that one fine-tuned, and from fresh weights it stands beside it.
+
+    Raises:
+        UserError: the name of the result is that of a uniform width beside it.
     """
     wish, found = job.wish, job.found
     assert isinstance(found, Allocation)  # groups are their method's
     name = job.name
     if widest is not None and not wish.name and name.startswith("ues-"):
         name += FINETUNED
-    models = {name: (found, widest or job.start)}
     if wish.allocation == BRACKET:
         models = {f"ues-{w}": (uniform_like(found, w), job.start) for w in bracket(found)}
-    elif wish.or_uniform:
-        models |= {n: (a, job.start) for n, a in beside_uniform(name, found).items() if a is not found}
-    if widest is not None:
-        models |= {n + FINETUNED: (a, widest) for n, (a, _) in models.items() if a is not found}
-    return models
+        return models | ({n + FINETUNED: (a, widest) for n, (a, _) in models.items()} if widest else {})
+    others = beside(found, widest, job.start) if wish.or_uniform else {}
+    if name in others:
+        raise UserError(f"--name {name} is that of the uniform width which is trained beside it. Give another")
+    return {name: (found, widest or job.start), **others}
 
 
 def retrain_models(job: Retraining) -> Results:
@@ -173,13 +186,14 @@ def retrain_models(job: Retraining) -> Results:
         done.train(name, allocation, start)
     if wish.or_uniform:
         assert isinstance(found, Allocation)
-        kept, *uniform = done.answers
+        own, *uniform = done.answers
+        kept = own
         if wish.widen:
             train = partial(_train_wider, done, widest)
             candidates, metric = job.run.config.search.candidates, job.run.config.train.metric
             agreed = job.run.context.share
             kept = climb(job.name, kept, found, candidates, train, done.labels, metric, widest is not None, agreed)
-        _choose(done, kept, uniform)
+        _choose(done, kept, uniform, kept is own and is_uniform_of_budget(found))
     return done.results
 
 
@@ -224,11 +238,12 @@ def _as_chosen_from(task: SubnetTask, allocation: Allocation, run: Run) -> tuple
     return Trained(run.dir.name, size, logits, unit), labels
 
 
-def _choose(done: Trainings, found: Trained, uniform: list[Trained]) -> None:
+def _choose(done: Trainings, found: Trained, uniform: list[Trained], alike: bool) -> None:
+    """``alike``: what was found is the uniform width, so that they differ by their beginning alone."""
     job = done.job
     final: dict[str, Any] = {"name": found.name, "fallback": False, "reason": "no other uniform width fits its budget"}
     if uniform:
-        final = choose_of(found, uniform, done.labels, job.run.config.train.metric)
+        final = choose_of(found, uniform, done.labels, job.run.config.train.metric, alike)
         final["size"] = {m.name: m.size for m in done.answers}
     final["model"] = f"retrain/{final['name']}"
     file = job.run_dir / f"final{job.suffix}.json"

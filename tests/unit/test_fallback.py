@@ -93,6 +93,14 @@ def test_the_better_model_is_kept_and_of_level_ones_the_smaller(metric: str) -> 
     assert "level, so the smaller one" in level["reason"]
 
 
+def test_of_one_width_begun_in_two_ways_the_reason_is_the_beginning() -> None:
+    labels, good, poor = drawn(4000, 1.0, 1)
+    for found, uniform, began in ((good, poor, "the widest model"), (poor, good, "fresh weights")):
+        final = choose(Trained("auto", 700, found), Trained("ues-8", 700, uniform), labels, "auc", alike=True)
+        assert f"both have the uniform width of the budget, which is better begun with {began}" in final["reason"]
+        assert final["fallback"] == (final["name"] == "ues-8") == (began == "fresh weights")
+
+
 def test_of_models_that_rank_alike_the_better_calibrated_one_is_kept_whatever_its_size() -> None:
     labels, good, _ = drawn(4000, 1.0, 1)
     sure = 3 * good  # the same order, so the same AUC

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,8 +12,9 @@ from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_sealed
 from embsearch_dist.methods.finetuning import by_default, width_of
+from embsearch_dist.methods.retraining import planned
 from embsearch_dist.methods.wish import Wish
-from tests.factories import one_rank, prepared, small_config
+from tests.factories import one_rank, prepared, small_config, small_schema
 from tests.method_contract import Case
 
 ASKED = ("train.epochs=2",)
@@ -104,3 +106,58 @@ def test_what_cannot_go_together_is_refused() -> None:
     with pytest.raises(UserError, match="--finetune 'yes': write true or false"):
         Wish.of({"finetune": "yes"}, [])
     assert Wish.of({"finetune": "false"}, []).finetune is False and Wish.of({}, []).finetune is None
+
+
+def plan(found: Allocation, widest: str | None, **wished: object) -> dict[str, str]:
+    """Name -> widths and beginning of what ``--or-uniform`` trains."""
+    wish = Wish(**{"allocation": "", "name": "", "or_uniform": True, "best": 0, "refit": False, **wished})  # type: ignore[arg-type]
+    job = SimpleNamespace(wish=wish, found=found, name=wish.name or found.provenance["name"], start=None)
+    models = planned(job, widest)  # type: ignore[arg-type]
+    return {n: f"{'-'.join(map(str, a.widths.values()))} {start or 'fresh'}" for n, (a, start) in models.items()}
+
+
+def test_the_uniform_width_is_trained_from_fresh_weights_where_the_search_finds_it_itself() -> None:
+    schema = small_schema(60, 30)
+    told = {"name": "auto", "budget": "ues-8"}
+    uniform = Allocation(schema, {"f0": 8, "f1": 8}, told)
+    assert plan(uniform, "widest") == {"auto": "8-8 widest", "ues-8": "8-8 fresh"}
+    assert plan(uniform, None) == {"auto": "8-8 fresh"}  # the same model again would tell nothing
+    other = Allocation(schema, {"f0": 4, "f1": 16}, told)
+    assert plan(other, "widest") == {"auto": "4-16 widest", "ues-8": "8-8 fresh", "ues-8-finetuned": "8-8 widest"}
+    assert plan(other, None) == {"auto": "4-16 fresh", "ues-8": "8-8 fresh"}
+    by_name = Allocation.uniform(schema, 8)
+    assert plan(by_name, "widest") == {"ues-8-finetuned": "8-8 widest", "ues-8": "8-8 fresh"}
+    assert plan(uniform, "widest", or_uniform=False) == {"auto": "8-8 widest"}
+    around = plan(other, "widest", or_uniform=False, allocation="bracket")
+    assert around["ues-8"] == "8-8 fresh" and around["ues-8-finetuned"] == "8-8 widest" and "auto" not in around
+
+
+def test_uniform_widths_at_other_precisions_or_with_fewer_rows_are_no_uniform_width() -> None:
+    schema = small_schema(60, 30)
+    told = {"name": "auto", "budget": "720", "precision": "mixed"}
+    coarse = Allocation(schema, {"f0": 8, "f1": 8}, told, precisions={"f0": "int4", "f1": "int8"})
+    assert sorted(plan(coarse, "widest")) == ["auto", "ues-8", "ues-8-finetuned"]
+    fine = replace(coarse, precisions={"f0": "int8", "f1": "int8"})
+    assert sorted(plan(fine, "widest")) == ["auto", "ues-8"]
+
+
+def test_a_result_cannot_be_called_as_the_uniform_width_beside_it() -> None:
+    found = Allocation(small_schema(60, 30), {"f0": 8, "f1": 8}, {"name": "auto", "budget": "ues-8"})
+    with pytest.raises(UserError, match="--name ues-8 is that of the uniform width which is trained beside it"):
+        plan(found, "widest", name="ues-8")
+
+
+def test_a_found_uniform_width_is_compared_with_itself_from_fresh_weights(data: str, tmp_path: Path) -> None:
+    case = Case("auto", data, ("search.candidates=[2,4]", "search.budget=ues-2", "search.pareto=[]"))
+    run = case.search(tmp_path, one_rank())
+    assert set(Allocation.load(tmp_path / "allocation.json").widths.values()) == {2}
+    figures = case.retrain(run.dir, one_rank())
+    final = read_sealed(tmp_path / "final.json")
+    assert sorted(figures) == ["auto", "ues-2"] == sorted(final["size"])
+    assert "start" in figures["auto"] and "start" not in figures["ues-2"]
+    assert "auto" in final["reason"] and "against ues-2" in final["reason"] and final["name"] in figures
+    again = case.retrain(run.dir, one_rank())  # nothing is trained twice
+    assert {n: x["auc"] for n, x in again.items()} == {n: x["auc"] for n, x in figures.items()}
+    assert read_sealed(tmp_path / "final.json") == final
+    alone = case.retrain(run.dir, one_rank(), finetune=False, name="fresh")
+    assert list(alone) == ["fresh"] and alone["fresh"]["auc"] == figures["ues-2"]["auc"]
