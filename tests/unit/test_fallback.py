@@ -129,6 +129,37 @@ def test_models_that_are_the_same_are_level_and_the_first_is_kept() -> None:
     assert one_class.metrics == ("logloss",) and not one_class.first
 
 
+@pytest.mark.parametrize("of_clicks", [True, False])
+@pytest.mark.parametrize("rows", [0, 1, 2, 9])
+def test_few_rows_of_a_class_do_not_tell_which_model_ranks_better(rows: int, of_clicks: bool) -> None:
+    """With one click the variance over clicks is unknown, not 0; of two models that know nothing one would win by AUC
+    nearly always."""
+    rng = np.random.default_rng(rows)
+    labels = np.full(2000, not of_clicks, np.float32)
+    labels[:rows] = of_clicks
+    for _ in range(20):
+        a, b = rng.normal(size=(2, 2000)).astype(np.float32)
+        if rows:
+            gain, error = paired_auc(a, b, labels)
+            assert abs(gain) < 1 and error == float("inf")
+        for margin in (1.0, 2.0):
+            found = compare(Trained("a", 700, a), Trained("b", 600, b), labels, "auc", margin)
+            assert found.metrics == ("logloss",) and found.few == rows and np.isfinite(found.errors).all()
+    final = choose(Trained("a", 700, a), Trained("b", 600, b), labels, "auc")
+    assert final["metric"] == "logloss"
+    assert f"(AUC needs 10 rows of each class, the rarer one has {rows})" in final["reason"]
+
+
+def test_models_that_know_nothing_are_told_apart_by_auc_about_as_often_as_chance_has_it() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.zeros(600, np.float32)
+    labels[:10] = 1
+    found = [paired_auc(*rng.normal(size=(2, 600)).astype(np.float32), labels) for _ in range(400)]
+    share = np.mean([abs(gain) > error for gain, error in found])
+    assert 0.27 < share < 0.42  # 0.32 of a normal distribution, 0.34 of Student's with 9 degrees of freedom
+    assert compare(Trained("a", 7, labels), Trained("b", 6, -labels), labels, "auc").metrics == ("auc",)
+
+
 def test_of_several_uniform_models_the_best_stands_against_what_was_found() -> None:
     labels, good, poor = drawn(4000, 1.0, 1)
     found, uniform = Trained("auto", 700, poor), [Trained("ues-8", 800, poor), Trained("ues-8-finetuned", 800, good)]
