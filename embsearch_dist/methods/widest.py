@@ -171,17 +171,21 @@ class Repeats:
         """``[F]`` float64: how many other ids of the split equal an id above 0, on average over such ids: that of a
         user with ten rows comes again nine times, the number of an order never. NaN where nothing tells.
 
-        Two of the split are equal as often as two of the sample are, however small a part of the split that is.
+        Two of the split are equal as often as two of the sample are, however small a part of the split that is. Pairs
+        are counted among the rows of all ranks, so that it does not matter how many ranks these lie on: every rank gets
+        the ids of all, one field at a time. All ranks call this.
 
         Args:
             rows: of the split, of which all ranks' rows are a sample; 0 where nobody knows.
         """
         told = []
         for ids in self.ids.values():
-            counts = torch.cat(ids).unique(return_counts=True)[1].double()
+            of_all = context.gather(torch.cat(ids).to(context.device))
+            counts = of_all.unique(return_counts=True)[1].double()
             met = counts.sum()
-            told.append(torch.stack([(counts * (counts - 1)).sum(), met * (met - 1), met, met.new_tensor(self.rows)]))
-        equal, possible, met, sampled = context.sum(torch.stack(told, 1).to(context.device)).cpu()
+            told.append(torch.stack([(counts * (counts - 1)).sum(), met * (met - 1), met]))
+        equal, possible, met = torch.stack(told, 1).cpu()
+        sampled = context.sum(torch.tensor([float(self.rows)], dtype=torch.float64, device=context.device)).cpu()
         return equal / possible * (met / sampled * (rows or torch.nan) - 1)
 
 
