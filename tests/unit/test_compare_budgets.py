@@ -42,7 +42,8 @@ def call(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, out: Path, *argument
 def searched(out: Path, seed: int, method: str, budget: str, widths: dict[str, int]) -> None:
     folder = method if method in ("adass", "random") else "widest"
     name = method if budget == "20%" else f"{method}-{budget.replace('%', 'pct')}"
-    Allocation(SCHEMA, widths).save(out / f"seed{seed}" / folder / "allocations" / f"{name}.json")
+    file = out / f"seed{seed}" / folder / "allocations" / f"{name}.json"
+    Allocation(SCHEMA, widths, {"budget": budget}).save(file)
 
 
 def trained(
@@ -95,8 +96,8 @@ def test_every_method_with_budgets_can_be_compared_under_one_recipe(
             assert (config.search.training.batch_size, config.search.training.epochs) == (512, 8)
         folder = "widest" if method in ("utilities", "fdo", "magnitude", "sseds") else method
         folder, name = ("auto-20pct", "search-auto-20pct") if method == "auto" else (folder, f"search-{method}")
-        command = lines[f"seed0-{name}"]
-        assert f"seed0/{folder} " in command and f"--search.name={method} " in command
+        command, result = lines[f"seed0-{name}"], method if method == "auto" else f"{method}-20pct"
+        assert f"seed0/{folder} " in command and f"--search.name={result} " in command
         assert hasattr(config.search, "width") is False or config.search.width in (16, 32)
     assert load_config(CONFIGS, tmp_path / "configs" / "autofield.yaml").search.width == 16  # its own config says so
     with pytest.raises(SystemExit, match="--methods adass: .* is a config of ues"):
@@ -254,9 +255,9 @@ def test_tables_of_the_same_widths_and_other_values_are_trained_each(
     tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name, size = SCHEMA.names[0], SCHEMA.cardinalities[0]
-    for text, kept in (("optfs", size // 2), ("optfs-50pct", size - 1)):
+    for text, budget, kept in (("optfs", "20%", size // 2), ("optfs-50pct", "50%", size - 1)):
         values = {name: KeptValues.of(np.arange(size) < kept)}
-        found = Allocation(SCHEMA, dict.fromkeys(SCHEMA.names, 4), values=values)
+        found = Allocation(SCHEMA, dict.fromkeys(SCHEMA.names, 4), {"budget": budget}, values=values)
         found.save(tmp_path / "seed0" / "optfs" / "allocations" / f"{text}.json")
     call(tool, monkeypatch, tmp_path, "--dry-run", "--methods", "optfs", "--seeds", "1")
     names = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
@@ -311,12 +312,13 @@ def test_at_a_precision_bytes_and_figures_as_served_judge(
     assert all("--search.precision=int8" in line for line in jobs)
     for seed in (0, 1):
         folder = tmp_path / f"seed{seed}" / "widest" / "allocations"
-        Allocation(SCHEMA, {"f0": 12, "f1": 28, "f2": 0}).save(folder / "utilities.json")
+        told = {"budget": "ues-12", "precision": "int8"}
+        Allocation(SCHEMA, {"f0": 12, "f1": 28, "f2": 0}, told).save(folder / "utilities.json")
         for name, width, auc in (("utilities-ues-12", 0, 0.753), ("ues-4", 4, 0.7), ("ues-8", 8, 0.75 - 0.001 * seed)):
             widths = dict.fromkeys(SCHEMA.names, width) if width else {"f0": 12, "f1": 28, "f2": 0}
             size = Allocation(SCHEMA, widths).total("served_int8")
-            told = {"precision": "int8", "bytes": size, "ues32_bytes": 4800, "auc": auc, "logloss": 0.6}
-            trained(tmp_path, seed, name, widths, 0.9, told)
+            served = {"precision": "int8", "bytes": size, "ues32_bytes": 4800, "auc": auc, "logloss": 0.6}
+            trained(tmp_path, seed, name, widths, 0.9, served)
     call(tool, monkeypatch, tmp_path, *arguments, "--only-tables")
     text = capsys.readouterr().out
     # 60 rows of 16 bytes and 30 of 32 are more than UES-8 takes, 100 of 16; so no width judges.
@@ -324,6 +326,75 @@ def test_at_a_precision_bytes_and_figures_as_served_judge(
     assert "| UES-8 | 1,600 | 33% | 0.7495 (0.0005) | 0.6000 |" in text and "| bytes at int8 |" in text
     row = next(r for r in csv.DictReader((tmp_path / "comparison.csv").open()) if r["method"] == "utilities")
     assert (row["precision"], row["served_bytes"], row["served_auc"]) == ("int8", "1920", "0.753")
+
+
+def test_what_was_found_under_another_budget_or_precision_is_searched_again(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``utilities.json`` of an earlier call holds whatever budget came first there."""
+    searched(tmp_path, 0, "utilities", "20%", FOUND)
+    words = ["--methods", "utilities", "--seeds", "1", "--widths", ""]
+
+    def commands(*more: str) -> dict[str, str]:
+        call(tool, monkeypatch, tmp_path, "--dry-run", *words, *more)
+        return {line.split(":")[0]: line for line in capsys.readouterr().out.splitlines()}
+
+    assert list(commands("--budgets", "20%")) == ["seed0-utilities-20pct"]
+    for budgets in ("50%", "20%,50%", "50%,20%"):
+        lines = commands("--budgets", budgets)
+        assert (
+            "--search.name=utilities-50pct --search.budget=50% '--search.pareto=[]'" in lines["seed0-search-utilities"]
+        )
+        assert "allocations/utilities-50pct.json " in lines["seed0-utilities-50pct"]
+    assert "allocations/utilities.json " in lines["seed0-utilities-20pct"]
+    lines = commands("--budgets", "50%,80%,20%")
+    assert '--search.pareto=["80%"]' in lines["seed0-search-utilities"]
+    assert "allocations/utilities-50pct-80pct.json " in lines["seed0-utilities-80pct"]
+
+    # At a precision 20% are bytes: other tables, beside those that are there.
+    lines = commands("--budgets", "20%", "--precision", "int8")
+    assert "--search.name=utilities-int8-20pct " in lines["seed0-search-utilities"]
+    assert commands("--budgets", "20%", "--extra", "search.precision=int8").keys() == lines.keys()
+
+    # Names that hold the budget count, and what further budgets of a search are called; names alone do not.
+    folder = tmp_path / "seed0" / "widest" / "allocations"
+    for name, budget in (("utilities-50pct", "50%"), ("utilities-50pct-80pct", "80%"), ("utilities-90pct", "91%")):
+        Allocation(SCHEMA, FOUND | {"f2": len(name)}, {"budget": budget}).save(folder / f"{name}.json")
+    assert list(commands("--budgets", "50%,20%,80%")) == [f"seed0-utilities-{b}pct" for b in (50, 20, 80)]
+    assert list(commands("--budgets", "90%")) == ["seed0-search-utilities", "seed0-utilities-90pct"]
+
+
+def test_a_finished_training_of_other_tables_than_asked_is_refused(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its place has the name of what is asked, which would be the line of the table."""
+    words = ["--methods", "utilities", "--seeds", "1", "--widths", "4", "--budgets", "50%"]
+    trained(tmp_path, 0, "utilities-50pct", FOUND, 0.76)
+    place = tmp_path / "seed0" / "models" / "retrain" / "utilities-50pct"
+    Allocation(SCHEMA, FOUND, {"budget": "20%"}).save(place / "allocation.json")
+    for way in ("--dry-run", "--only-tables"):
+        with pytest.raises(
+            SystemExit, match=f"{place}: its tables were found under the budget 20pct, and 50pct is asked"
+        ):
+            call(tool, monkeypatch, tmp_path, *words, way)
+    Allocation(SCHEMA, FOUND, {"budget": "50%"}).save(place / "allocation.json")
+    with pytest.raises(SystemExit, match="under the budget 50pct, and 50pct at int8 is asked. Delete this folder"):
+        call(tool, monkeypatch, tmp_path, *words, "--only-tables", "--precision", "int8")
+    searched(tmp_path, 0, "utilities", "50%", FOUND)
+    call(tool, monkeypatch, tmp_path, *words, "--only-tables")
+    searched(tmp_path, 0, "utilities", "50%", FOUND | {"f0": 8})
+    with pytest.raises(SystemExit, match="utilities-50pct.json, which a later search has written. Delete this folder"):
+        call(tool, monkeypatch, tmp_path, *words, "--only-tables")
+    trained(tmp_path, 0, "ues-4", dict.fromkeys(SCHEMA.names, 4), 0.7)
+    with pytest.raises(SystemExit, match="ues-4: measured as trained alone, and --precision int8 is asked"):
+        call(tool, monkeypatch, tmp_path, "--methods", "", *words[2:], "--precision", "int8")
+    chosen = tmp_path / "seed0" / "auto-50pct"
+    write_sealed(chosen / "final.json", {"model": "retrain/auto"})
+    Allocation(SCHEMA, FOUND, {"budget": "50%", "precision": "int8"}).save(chosen / "allocation.json")
+    with pytest.raises(
+        SystemExit, match=f"{chosen}: its tables were found under the budget 50pct at int8, and 50pct is"
+    ):
+        call(tool, monkeypatch, tmp_path, "--methods", "auto", *words[2:], "--only-tables")
 
 
 def test_a_comparison_of_nothing_and_wrong_arguments_are_told(

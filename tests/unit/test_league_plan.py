@@ -17,7 +17,8 @@ from tests.factories import CONFIGS
 from tools.league import costs
 from tools.league.plan import ROOT, LeaguePlan, read_plan
 from tools.make import planted
-from tools.studies.compare_budgets import comparable
+from tools.studies.asked import slug
+from tools.studies.comparable import comparable
 
 SHIPPED = sorted((ROOT / "tools" / "league" / "plans").glob("*.yaml"))
 GOOD = {"data_set": "x", "config": "configs/synthetic/adass_deepfm.yaml", "budgets": ["10%"], "widths": [4], "seeds": 1}
@@ -67,7 +68,8 @@ def test_a_dry_run_lists_every_command_of_a_shipped_plan(
         own = [w.strip("'").removeprefix("--") for w in line.split(" ") if w.strip("'").startswith("--search.name")]
         own += [f"{k}={v}" for k, v in plan.settings.get(method, {}).items()]
         file = plan.config if method == "adass" else tmp_path / plan.data_set / "configs" / f"{method}.yaml"
-        assert load_config(CONFIGS, ROOT / file, own).search.name == method
+        name = load_config(CONFIGS, ROOT / file, own).search.name
+        assert name == (method if method == "auto" else f"{method}-{slug(plan.budgets[0])}")
 
 
 def test_searches_alone_train_nothing_that_is_found(

@@ -30,7 +30,8 @@ from typing import Any
 import yaml
 
 from embsearch_dist.errors import UserError
-from tools.studies.compare_budgets import comparable, parser
+from tools.studies.comparable import comparable
+from tools.studies.compare_budgets import parser
 from tools.studies.jobs import ROOT, Job
 
 NEEDED = ("data_set", "config", "budgets", "widths", "seeds")

@@ -35,7 +35,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,31 +45,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from embsearch_dist.config.read import written
 from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.finetuning import FINETUNED as TUNED
-from embsearch_dist.methods.widest import FOLDER, WidestStage
+from embsearch_dist.methods.widest import FOLDER
+from tools.studies.allocations import Found, check_precision, check_under, fitting, names_of
 from tools.studies.asked import named, slug, words
 from tools.studies.budget_tables import FINETUNED, Trained, write_all
+from tools.studies.comparable import RULES, USUAL, comparable, cuts_widest, rule_section
 from tools.studies.earlier import Earlier
 from tools.studies.finals import AUTO, Final
 from tools.studies.jobs import Job, Pace, run_all, shown, trained_in
 
-USUAL = ("adass", "utilities", "fdo", "magnitude")
-RULES = ("fdo", "magnitude")  # of the method truncation
 FRESH = ("--finetune", "false")  # whatever the method of --config does by itself
 WIDEST = 32  # of the model that utilities and baselines cut down, unless a candidate is wider
-
-
-@dataclass(frozen=True)
-class Found:
-    """What one search of one seed found, or is to find, under one budget."""
-
-    method: str
-    budget: str
-    seed: int
-    allocation: Path
-
-    @property
-    def name(self) -> str:
-        return f"{self.method}-{slug(self.budget)}"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -140,6 +125,7 @@ class Plan:
         self.body: dict[str, Any] = written(args.config)
         if "adass" in self.methods and self.body.get("method") != "adass":
             raise SystemExit(f"--methods adass: {args.config} is a config of {self.body.get('method')}")
+        self.precisions = {method: self.precision_of(method) for method in [*self.methods, *([AUTO] * self.chooses)]}
 
     def jobs(self) -> list[Job]:
         """All that is still to be run, searches first; trainings that may turn out to be the same are all here."""
@@ -150,8 +136,9 @@ class Plan:
         """Run what is not finished, and say how much is left.
 
         Raises:
-            SystemExit: a command failed; names its log.
+            SystemExit: a command failed; names its log. Or what :meth:`trained` refuses, before anything is run.
         """
+        self.trained()
         logs, side_by_side = self.out / "logs", self.args.jobs
         pace = Pace(self.jobs(), logs, side_by_side)
         run_all(self.searches() + self.uniforms(), logs, side_by_side, pace)
@@ -197,13 +184,27 @@ class Plan:
         return (alike or bodies or [{}])[0]
 
     def found(self, seed: int) -> list[Found]:
-        places = []
-        for method in self.methods:
-            folder = self.search_dir(method, seed) / "allocations"
-            for k, budget in enumerate(self.budgets):
-                file = f"{method}.json" if k == 0 else f"{method}-{slug(budget)}.json"
-                places.append(Found(method, budget, seed, folder / file))
-        return places
+        return [found for method in self.methods for found in self.found_by(method, seed)]
+
+    def found_by(self, method: str, seed: int) -> list[Found]:
+        """One for each budget. What is not there yet has the place that the next search, for all such, will give it."""
+        folder, precision = self.search_dir(method, seed) / "allocations", self.precisions[method]
+        files = {budget: fitting(folder, method, budget, precision) for budget in self.budgets}
+        lacking = [b for b, file in files.items() if file is None and not self.told(seed, method, b)]
+        names = dict(zip(lacking, names_of(method, lacking, precision), strict=True))
+        found = []
+        for budget, file in files.items():
+            name = names.get(budget) or names_of(method, [budget], precision)[0]
+            place = file or folder / f"{name}.json"
+            found.append(Found(method, budget, seed, place, precision, file is not None))
+        return found
+
+    def precision_of(self, method: str) -> str:
+        """The precision at which the budgets of a method's search count bytes; empty where they do not."""
+        section = self.body.get("search", {}) if method == "adass" else self.section(method)
+        told = [f"search.precision={section.get('precision') or ''}", *self.overrides()]
+        told += self.settings.get(method, [])
+        return [value for key, _, value in (text.partition("=") for text in told) if key == "search.precision"][-1]
 
     def search_dir(self, method: str, seed: int) -> Path:
         """Methods that cut the widest model down share one run directory, and so the model."""
@@ -219,11 +220,14 @@ class Plan:
         for seed in self.seeds:
             for method in self.methods:
                 directory = self.search_dir(method, seed)
-                mine = [f for f in self.found(seed) if f.method == method]
-                if all(f.allocation.exists() or self.told(f) for f in mine):
+                found = self.found_by(method, seed)
+                lacking = [f for f in found if not f.there and not self.told(seed, method, f.budget)]
+                if not lacking:
                     continue
-                pareto = "[" + ", ".join(json.dumps(b) for b in self.budgets[1:]) + "]"
-                own = [f"search.name={method}", f"search.budget={self.budgets[0]}", f"search.pareto={pareto}"]
+                # What is there is not searched again: trainings refer to it.
+                first, pareto = lacking[0], "[" + ", ".join(json.dumps(f.budget) for f in lacking[1:]) + "]"
+                own = [f"search.name={first.allocation.stem}", f"search.budget={first.budget}"]
+                own.append(f"search.pareto={pareto}")
                 arguments = ["--config", str(self.config_of(method)), *self.common(directory, seed)]
                 arguments += [f"--{x}" for x in [*own, *self.settings.get(method, [])]]
                 name, shared = f"seed{seed}-search-{method}", self.shared(method, seed)
@@ -233,8 +237,11 @@ class Plan:
 
     def common(self, directory: Path, seed: int) -> list[str]:
         where = [f"data.path={self.args.data}", f"run.dir={directory}", f"run.seed={seed}"]
-        served = [f"search.precision={self.args.precision}"] if self.args.precision else []
-        return [f"--{x}" for x in [*where, *served, *self.args.extra]]
+        return [f"--{x}" for x in [*where, *self.overrides()]]
+
+    def overrides(self) -> list[str]:
+        """Of all runs, as section.key=value."""
+        return [*([f"search.precision={self.args.precision}"] if self.args.precision else []), *self.args.extra]
 
     def uniforms(self) -> list[list[Job]]:
         return [
@@ -248,12 +255,25 @@ class Plan:
 
     def trainings(self) -> list[list[Job]]:
         """The found allocations; of equal ones of a seed the first."""
+        self.check()
         chains = []
         for seed in self.seeds:
             for found in self.found(seed):
                 if self.owner(found) == found.name and not self.known(seed, found.method, found.budget):
                     chains.append([self.training(seed, found.name, str(found.allocation), [])])
         return chains
+
+    def check(self) -> None:
+        """Refuse finished trainings of other tables than are asked: their places have the same names.
+
+        Raises:
+            SystemExit: names the folder and the cure.
+        """
+        for final in (f for seed in self.seeds for f in self.finals(seed) if f.file.exists()):
+            check_under(final.run_dir / "allocation.json", final.budget, self.precisions[AUTO], final.run_dir)
+        for found in (f for seed in self.seeds for f in self.found(seed) if self.owner(f) == f.name):
+            for name in (found.name, *([found.name + TUNED] if self.args.finetuned else [])):
+                found.check(self.place(found.seed, name))
 
     def tuned(self) -> list[list[Job]]:
         """Uniform widths and found allocations once more, each begun with the widest uniform model of its seed."""
@@ -296,10 +316,10 @@ class Plan:
         """Whether an earlier comparison has a line of this budget or width."""
         return (seed, method, str(label)) in self.earlier.keys
 
-    def told(self, found: Found) -> bool:
-        """Whether an earlier comparison has all lines that would come of what is found."""
-        methods = [found.method, *([found.method + FINETUNED] if self.args.finetuned else [])]
-        return all(self.known(found.seed, method, found.budget) for method in methods)
+    def told(self, seed: int, method: str, budget: str) -> bool:
+        """Whether an earlier comparison has all lines that would come of what is found under a budget."""
+        methods = [method, *([method + FINETUNED] if self.args.finetuned else [])]
+        return all(self.known(seed, m, budget) for m in methods)
 
     def training(
         self, seed: int, name: str, allocation: str, overrides: list[str], start: Sequence[str] = FRESH
@@ -314,7 +334,7 @@ class Plan:
 
     def owner(self, found: Found) -> str:
         """The name under which these tables are trained in this seed."""
-        tables = tables_of(found.allocation)
+        tables = found.tables
         if tables is None:
             return found.name
         widths, values = tables
@@ -322,11 +342,16 @@ class Plan:
         uniform = not values and len(set(widths.values())) == 1 and width in self.widths
         if uniform and not self.known(found.seed, uniform_method(""), width):
             return uniform_name(width, "")
-        alike = (f for f in self.found(found.seed) if tables_of(f.allocation) == tables)
+        alike = (f for f in self.found(found.seed) if f.tables == tables)
         return next((f.name for f in alike if not self.known(f.seed, f.method, f.budget)), found.name)
 
     def trained(self) -> list[Trained]:
-        """Every model of the comparison, finished or not."""
+        """Every model of the comparison, finished or not.
+
+        Raises:
+            SystemExit: a finished one is of other tables than are asked, or was not measured at the precision.
+        """
+        self.check()
         models = []
         for seed in self.seeds:
             for variant in self.variants:
@@ -349,25 +374,9 @@ class Plan:
                     method = found.method + FINETUNED
                     models.append(dataclasses.replace(first, method=method, place=place, job=job))
             models += [final.trained() for final in self.finals(seed)]
+        for model in models:
+            check_precision(model.place, self.args.precision)
         return models
-
-
-def comparable() -> list[str]:
-    """What may be compared: methods that find allocations for budgets, truncation by its rules."""
-    fields = {n: {f.name for f in dataclasses.fields(m.config)} for n, m in METHODS.items()}
-    found = [n for n, own in fields.items() if {"name", "budget", "pareto"} <= own and n != "truncation"]
-    return [*USUAL, *(n for n in found if n not in USUAL)]
-
-
-def cuts_widest(method: str) -> bool:
-    """Whether its search begins with the widest model, which such searches can share."""
-    return any(isinstance(s, WidestStage) for s in METHODS["truncation" if method in RULES else method]().stages())
-
-
-def rule_section(rule: str, width: int) -> dict[str, Any]:
-    """The ``search`` section of a rule of ``truncation``. A row of a table counts as often as it is looked up where
-    that makes the stronger baseline."""
-    return {"rule": rule, "width": width, "weighted": rule == "magnitude"}
 
 
 def uniform_method(variant: str) -> str:
@@ -377,14 +386,6 @@ def uniform_method(variant: str) -> str:
 
 def uniform_name(width: int, variant: str) -> str:
     return f"ues-{width}" + (f"-{variant}" if variant else "")
-
-
-def tables_of(allocation: Path) -> tuple[dict[str, int], dict[str, Any]] | None:
-    """Widths, and the values that have rows where not all have; None before there is a result."""
-    if not allocation.exists():
-        return None
-    body = json.loads(allocation.read_text())
-    return body["widths"], body.get("values", {})
 
 
 if __name__ == "__main__":

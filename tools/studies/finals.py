@@ -41,6 +41,11 @@ class Final:
     searched: str = ""
 
     @property
+    def file(self) -> Path:
+        """What the choice leaves."""
+        return self.run_dir / FINAL
+
+    @property
     def job(self) -> str:
         return f"seed{self.seed}-{AUTO}-{self.name}"
 
@@ -54,17 +59,16 @@ class Final:
         Args:
             options: of the search, its run directory among them.
         """
-        if (self.run_dir / FINAL).exists():
+        if self.file.exists():
             return []
         own = [f"--search.name={AUTO}", f"--search.budget={self.budget}"]
         begin = partial(copy_search, self.shared.parents[1], self.run_dir) if self.shared else None
         search = Job(self.search, "launch/search.py", [*options, *own], None, begin, self.shared)
-        return [search, Job(self.job, "launch/retrain.py", ["--run", str(self.run_dir)], self.run_dir / FINAL)]
+        return [search, Job(self.job, "launch/retrain.py", ["--run", str(self.run_dir)], self.file)]
 
     def trained(self) -> Trained:
         """The chosen model; before there is one, a folder that is not there."""
-        file = self.run_dir / FINAL
-        place = self.run_dir / (read_sealed(file)["model"] if file.exists() else "retrain/none")
+        place = self.run_dir / (read_sealed(self.file)["model"] if self.file.exists() else "retrain/none")
         search = self.searched or self.search
         return Trained(AUTO, self.budget, self.seed, place, self.job, search, 0, self.shared, chooses=True)
 
