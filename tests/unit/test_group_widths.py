@@ -62,6 +62,32 @@ def test_differences_are_paired_by_seed(args: argparse.Namespace) -> None:
     assert "(one seed)" in table(measure(args, 0))
 
 
+def test_models_that_a_choice_has_tried_and_not_kept_have_no_line(args: argparse.Namespace) -> None:
+    """``auto`` widens what it found while that pays, and trains each step."""
+    run = args.out / "seed0" / "utilities-1"
+    for name, auc in (("utilities-x2", 0.73), ("utilities-x2-fresh", 0.74), ("utilities-x4", 0.5)):
+        leave(run / "retrain" / name / "evaluation.json", {"auc": auc, "logloss": 0.5, "embedding_parameters": 990})
+
+    def searched() -> list[float]:
+        return [x["auc"] for x in measure(args, 0) if x["model"] == "utilities"]
+
+    assert searched() == [0.69]
+    leave(run / "final.json", {"name": "utilities-x2", "fallback": False, "model": "retrain/utilities-x2"})
+    assert searched() == [0.73]
+    leave(run / "final.json", {"name": "ues-3", "fallback": True, "model": "retrain/ues-3"})
+    assert searched() == [0.69]
+    assert "+0.03500 (s.e. 0.00500)" in table([*measure(args, 0), *measure(args, 1)]).splitlines()[-1]
+
+
+def test_two_models_of_one_line_are_refused(args: argparse.Namespace) -> None:
+    leave(
+        args.out / "seed0" / "utilities-1" / "retrain" / "ues-4" / "evaluation.json",
+        {"auc": 0.6, "logloss": 0.5, "embedding_parameters": 990},
+    )
+    with pytest.raises(SystemExit, match=r"utilities-1/retrain: two models are uniform of seed 0. Delete the outdated"):
+        measure(args, 0)
+
+
 def test_later_searches_obey_the_size_of_ihas_and_go_on_from_its_gates(args: argparse.Namespace) -> None:
     jobs = budgeted(args, 0)
     assert [j.name for j in jobs] == [

@@ -9,7 +9,8 @@
 For each seed: click logs of two populations (or ``--data``), the search of iHAS and its group models. The tables of
 those have a size; ``ihas_widths`` and ``utilities`` get it as their budget, and the shares of it that ``--shares``
 names. ``ihas_widths`` goes on from the gates of iHAS. Every run is an ordinary run directory under OUT; what is
-finished is skipped. Writes OUT/group_widths.csv and prints a table with differences paired by seed.
+finished is skipped. Writes OUT/group_widths.csv and prints a table with differences paired by seed; of what a run of
+``--utilities`` trained and did not keep, as ``auto`` does while it widens, it tells nothing.
 """
 
 from __future__ import annotations
@@ -158,11 +159,38 @@ def measure(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
                 file = run / "retrain" / name / f"evaluation{'-fields' * (router == 'fields')}.json"
                 if file.exists():
                     lines.append(head | figures(name, read(file), size_of(run)) | {"router": router})
-        for file in sorted((home / f"utilities-{share:g}" / "retrain").glob("*/evaluation.json")):
-            body = read(file)
-            name = "uniform" if file.parent.name.startswith("ues-") else "utilities"
-            lines.append(head | figures(name, body, int(body["embedding_parameters"])) | {"router": ""})
+        run = home / f"utilities-{share:g}"
+        uniform = [("uniform", place) for place in sorted((run / "retrain").glob("ues-*"))]
+        for name, place in [*uniform, ("utilities", searched_of(run))]:
+            if (place / "evaluation.json").exists():
+                body = read(place / "evaluation.json")
+                lines.append(head | figures(name, body, int(body["embedding_parameters"])) | {"router": ""})
+    check_single(lines, home)
     return lines
+
+
+def searched_of(run: Path) -> Path:
+    """The model of searched widths of a run of ``utilities`` or ``auto``. Other trainings beside it were tried and not
+    kept: a choice has the one it kept in ``final.json``, unless that is a uniform width, which has a line of its own.
+    """
+    final = read(run / "final.json") if (run / "final.json").exists() else {}
+    kept = bool(final) and not final.get("fallback") and not final["name"].startswith("ues-")
+    return run / (final["model"] if kept else "retrain/utilities")
+
+
+def check_single(lines: Sequence[dict[str, Any]], home: Path) -> None:
+    """Refuse two models that would be one line of the table: its mean and error would count the seed twice.
+
+    Raises:
+        SystemExit: names the model and the folder.
+    """
+    seen = set()
+    for line in lines:
+        key = tuple(line[k] for k in ("seed", "share", "model", "router"))
+        if key in seen:
+            place = home / f"utilities-{line['share']:g}" / "retrain"
+            raise SystemExit(f"{place}: two models are {line['model']} of seed {line['seed']}. Delete the outdated one")
+        seen.add(key)
 
 
 def figures(name: str, body: dict[str, Any], size: int) -> dict[str, Any]:
