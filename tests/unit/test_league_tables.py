@@ -103,6 +103,31 @@ def test_rounded_shares_put_no_uniform_width_outside_of_its_own_budget() -> None
     assert group(rows).within("49.9%") == ""
 
 
+def served(row: dict[str, Any], precision: str = "int8") -> dict[str, Any]:
+    """The line as ``compare_budgets.py --precision`` leaves it: rows of w + 4 bytes at int8, in steps of 16."""
+    size = {w: -(-(w + 4) // 16) * 16 for w in (4, 8, 12, 16, 32)}[widths_in(row)["user"]] * VALUES
+    told = {"precision": precision, "served_bytes": size, "served_share_of_ues32": f"{size / (48 * VALUES):.6f}"}
+    return row | told | {"served_auc": row["test_auc"], "served_logloss": 0.6}
+
+
+def test_the_uniform_width_of_a_budget_is_the_widest_in_what_the_budget_counts() -> None:
+    """Half of UES-32 is UES-16 by parameters. At int8 that takes 32 bytes of 48 a row, and UES-12, 8 and 4 take 16."""
+    rows = [uniform(w, 0, 0.7 + w / 1000) for w in (4, 8, 12, 16, 32)] + [line("a", "50%", 0, (12, 12), 0.75)]
+    assert group(rows).within("50%") == "16"
+    found = group([served(row) for row in rows])
+    assert [found.within(b) for b in ("50%", "33%", "34%", "67%", "100%", "ues-12")] == ["12", "", "12", "16", "32", ""]
+    assert found.reference == 32 * VALUES and found.models["uniform", "16"].parameters == 16 * VALUES
+    assert any(x.startswith("| a 50% ") and x.endswith("+0.0380 (one seed) UES-12 |") for x in quality(found))
+    assert blocks_by_budget([found], "test_auc")["x, deepfm, 50%"]["uniform"] == 0.712
+
+
+def test_lines_of_two_precisions_are_no_league_of_one_data_set() -> None:
+    rows = [uniform(8, 0, 0.7), served(line("a", "50%", 0, (12, 12), 0.75))]
+    with pytest.raises(UserError, match=r"x, deepfm: budgets count parameters and bytes at int8, .* \(NAME=FILE\)"):
+        groups_of(rows)
+    assert [g.name for g in groups_of([rows[0], rows[1] | {"data_set": "y"}])] == ["x", "y"]
+
+
 def test_the_best_at_each_budget_and_who_is_level_with_it() -> None:
     figures = {"a": (0.76, 0.78, 0.75), "b": (0.75, 0.79, 0.74), "c": (0.75, 0.77, 0.74)}
     rows = [line(m, "50%", s, (4, 4), auc) for m, values in figures.items() for s, auc in enumerate(values)]

@@ -11,7 +11,7 @@ from typing import Any
 
 from embsearch_dist.errors import UserError
 from embsearch_dist.report.verdict import Model
-from tools.studies.budget_tables import COLUMNS, key_of, summarise
+from tools.studies.budget_tables import COLUMNS, Measure, key_of, summarise
 from tools.studies.earlier import lines_of
 from tools.studies.jobs import write_csv
 
@@ -31,6 +31,8 @@ class Group:
         rows: lines of the CSV.
         models: (method, budget or width) -> the model over its seeds, sizes in parameters.
         reference: parameters of UES-32.
+        shares: uniform width -> its size against UES-32 in what budgets count: parameters, or bytes as served where
+            the lines have a precision.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Group:
     rows: tuple[Row, ...]
     models: Mapping[tuple[str, str], Model]
     reference: float
+    shares: Mapping[int, float]
 
     @property
     def title(self) -> str:
@@ -65,12 +68,9 @@ class Group:
     def within(self, budget: str) -> str:
         """The widest uniform width that a budget holds, as text; empty where none was trained, or it is no share."""
         share = share_of(budget)
-        fits = [
-            (model.parameters, label)
-            for (method, label), model in self.models.items()
-            if method == UNIFORM and share is not None and model.parameters <= share * self.reference * (1 + ROUNDED)
-        ]
-        return max(fits)[1] if fits else ""
+        # Rows are served in steps of 16 bytes, so several widths may cost the same.
+        fits = [w for w, own in self.shares.items() if share is not None and own <= share * (1 + ROUNDED)]
+        return str(max(fits)) if fits else ""
 
     def at(self, method: str, budget: str) -> list[Row]:
         """Lines of a method at a budget; of ``uniform`` those of the widest width that the budget holds."""
@@ -115,16 +115,37 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def groups_of(rows: Sequence[Row]) -> list[Group]:
-    """A group for each data set and backbone, in order of appearance. Sizes are parameters, whatever budgets count."""
+    """A group for each data set and backbone, in order of appearance. Its sizes are parameters, whatever budgets count.
+
+    Raises:
+        UserError: the lines of one group have more than one precision, so a budget of 50% has two meanings.
+    """
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        found.setdefault((row["data_set"], row["backbone"]), []).append({**row, "precision": ""})
+        found.setdefault((row["data_set"], row["backbone"]), []).append(row)
     groups = []
     for (name, backbone), own in found.items():
-        largest = max(own, key=lambda r: float(r["share_of_ues32"]))  # shares are rounded to six places
-        reference = float(round(float(largest["parameters"]) / float(largest["share_of_ues32"])))
-        groups.append(Group(name, backbone, tuple(own), summarise(own), reference))
+        precisions = sorted({r.get("precision") or "" for r in own})
+        if len(precisions) > 1:
+            told = " and ".join(f"bytes at {p}" if p else "parameters" for p in precisions)
+            raise UserError(
+                f"{name}, {backbone}: budgets count {told}, so one budget has several meanings. Give files of one "
+                "precision, or another name to the data set of each (NAME=FILE)"
+            )
+        plain, measure = [{**row, "precision": ""} for row in own], Measure.of(own)
+        whole, sizes = reference_of(own, measure), dict[int, list[float]]()
+        for row in (r for r in own if r["method"] == UNIFORM):
+            sizes.setdefault(int(key_of(row)[1]), []).append(float(row[measure.size]))
+        shares = {width: statistics.fmean(by_seed) / whole for width, by_seed in sizes.items()}
+        reference = reference_of(plain, Measure.of(plain))
+        groups.append(Group(name, backbone, tuple(plain), summarise(plain), reference, shares))
     return groups
+
+
+def reference_of(rows: Sequence[Row], measure: Measure) -> float:
+    """Size of UES-32 as a measure counts it."""
+    largest = max(rows, key=lambda r: float(r[measure.share]))  # shares are rounded to six places
+    return float(round(measure.reference([largest])))
 
 
 def widths_in(row: Row) -> dict[str, int]:
