@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from embsearch_dist.allocation import cost
 from embsearch_dist.report import page, plots
 from embsearch_dist.report.page import Cell, Section
 from embsearch_dist.report.plots import Curve
@@ -21,6 +22,7 @@ from embsearch_dist.report.result import Result
 from embsearch_dist.report.runs import Group, Run, series
 from embsearch_dist.report.style import Theme, figure, render, short
 from embsearch_dist.report.summary import Comparison, display_name, percent
+from embsearch_dist.report.uniform import sizes_of
 from embsearch_dist.schema import SPLITS, Schema
 
 GATES, KEPT = ("gates", "probabilities"), ("groups", "kept")
@@ -53,8 +55,9 @@ def headline(runs: Sequence[Run]) -> str | None:
     if len(run.groups) <= 4:
         text += f" ({_listed([percent(s) for s in shares_of(run.groups)])} of the training rows)"
     text += " and chose widths for each"
-    if run.schema is not None:
-        share = sum(_parameters(g, run.schema) for g in run.groups) / (32 * sum(run.schema.cardinalities))
+    sizes = sizes_of([run])
+    if run.schema is not None and sizes is not None:
+        share = sum(_parameters(g, run.schema) for g in run.groups) / sizes.reference
         text += f", together {percent(share)} of UES-32's embedding parameters without the router"
     return text + "; no retrained model has been evaluated, so whether they predict as well is open."
 
@@ -370,7 +373,7 @@ def shares_of(groups: Sequence[Group]) -> list[float]:
 
 
 def _parameters(group: Group, schema: Schema) -> int:
-    return sum(f.cardinality * group.widths[f.name] for f in schema.fields)
+    return sum(cost("parameters", f.cardinality, group.widths[f.name], group.extra) for f in schema.fields)
 
 
 def _label(run: Run, runs: Sequence[Run]) -> str:

@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from embsearch_dist import written
+from embsearch_dist.config.sections import ModelConfig
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_sealed
 from embsearch_dist.rundir import HEAD, check_text
@@ -29,6 +32,17 @@ def config_text(path: Path) -> str:
     if not text or text.startswith(HEAD) or written.knows(path):
         check_text(path)
     return text
+
+
+def extra_told(config: str | None) -> int | None:
+    """Columns of a table beside its width, by the text of a config.yaml; None where it does not tell."""
+    try:
+        model = (yaml.safe_load(config or "") or {}).get("model")
+    except (yaml.YAMLError, AttributeError, ValueError, RecursionError):
+        return None  # a person's own file: the page shows it as it is
+    if not isinstance(model, dict) or not {"backbone", "first_order"} <= model.keys():
+        return None
+    return ModelConfig(backbone=str(model["backbone"]), first_order=str(model["first_order"])).extra
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from embsearch_dist.allocation import Allocation
+from embsearch_dist.allocation import Allocation, cost
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_json, read_sealed
 from embsearch_dist.grouped import GROUPS, GroupedAllocation
@@ -19,7 +19,7 @@ from embsearch_dist.networks.architecture import FORMAT, KIND, Architecture, rea
 from embsearch_dist.networks.canonical import key
 from embsearch_dist.networks.space import Space
 from embsearch_dist.networks.space import load as load_architecture
-from embsearch_dist.report.reading import config_text, read_lines, there
+from embsearch_dist.report.reading import config_text, extra_told, read_lines, there
 from embsearch_dist.report.result import (
     AGAIN,
     BY_OTHER_ROUTER,
@@ -50,10 +50,12 @@ OPTIONAL = ("truth.json", "stability.json", "evaluation.json", GROUPS, NETWORK, 
 
 @dataclass
 class Group:
-    """One group of a search by instances: how many rows of each split it has, and its widths."""
+    """One group of a search by instances: how many rows of each split it has, its widths, and ``extra`` columns of its
+    tables beside them."""
 
     rows: dict[str, int]
     widths: dict[str, int]
+    extra: int = 0
 
 
 @dataclass
@@ -108,7 +110,8 @@ class Retrain:
 class Run:
     """One run directory, as far as it is there.
 
-    ``rows``: of the tables of fields that keep some of their values alone.
+    ``rows``: of the tables of fields that keep some of their values alone. ``extra``: columns of its tables beside
+    their widths; None where no file tells.
     """
 
     path: Path
@@ -117,6 +120,7 @@ class Run:
     schema: Schema | None = None
     widths: dict[str, int] | None = None
     rows: dict[str, int] = field(default_factory=dict)
+    extra: int | None = None
     groups: list[Group] = field(default_factory=list)
     space: Space | None = None
     networks: list[Network] = field(default_factory=list)
@@ -138,7 +142,7 @@ class Run:
         """Of the found table of a field; asks for ``widths`` and ``schema``."""
         assert self.widths is not None and self.schema is not None
         cardinality = next(f.cardinality for f in self.schema.fields if f.name == name)
-        return self.rows.get(name, cardinality) * self.widths[name]
+        return cost("parameters", self.rows.get(name, cardinality), self.widths[name], self.extra or 0)
 
     @property
     def method(self) -> type[Method] | None:
@@ -205,6 +209,8 @@ def load_run(directory: Path) -> Run:
         run.schema = Schema.load(directory)
     _load_allocation(run)
     _load_groups(run)
+    if run.extra is None:
+        run.extra = extra_told(run.config)
     _load_networks(run)
     run.metrics, bad = read_lines(directory / "metrics.jsonl")
     folders = [directory / "widest", *sorted((directory / "widest").glob("group-*"))]
@@ -273,13 +279,14 @@ def _load_allocation(run: Run) -> None:
     if run.schema is not None:
         allocation = Allocation.load(path, run.schema)
         run.widths, run.provenance = allocation.widths, dict(allocation.provenance)
-        run.rows = {n: allocation.rows(n) for n in allocation.values}
+        run.rows, run.extra = {n: allocation.rows(n) for n in allocation.values}, allocation.extra
         return
     body = read_json(path)
     if not isinstance(body.get("widths"), dict):
         raise UserError(f'{path}: not an allocation: key "widths" (field -> width) is missing')
     run.widths = {str(k): int(v) for k, v in body["widths"].items()}
     run.provenance = dict(body.get("provenance", {}))
+    run.extra = int(body["extra_columns"]) if "extra_columns" in body else None
 
 
 def _load_groups(run: Run) -> None:
@@ -288,7 +295,8 @@ def _load_groups(run: Run) -> None:
         return
     if run.schema is not None:
         grouped = GroupedAllocation.load(path, run.schema)
-        run.groups = [Group(r, a.widths) for r, a in zip(grouped.rows, grouped.allocations, strict=True)]
+        run.groups = [Group(r, a.widths, a.extra) for r, a in zip(grouped.rows, grouped.allocations, strict=True)]
+        run.extra = grouped.allocations[0].extra
         provenance = dict(grouped.provenance)
     else:
         body = read_json(path)

@@ -8,8 +8,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from embsearch_dist.allocation import REFERENCE_WIDTH
 from embsearch_dist.report.result import Result
 from embsearch_dist.report.runs import Run
+from embsearch_dist.report.uniform import UniformSizes, extra_of, sizes_of
 
 # Two-sided 95% quantiles of Student's t by degrees of freedom; beyond them the normal one is close enough.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
@@ -81,6 +83,7 @@ class Comparison:
         baseline: UES-32, or the widest uniform row there is.
         found: names of the rows the searches of these runs produced.
         ues32_parameters: embedding parameters of width 32 everywhere, if known.
+        uniform: those of any uniform width; None where they are unknown, or sizes are bytes.
     """
 
     split: str
@@ -88,6 +91,7 @@ class Comparison:
     baseline: Row | None
     found: tuple[str, ...]
     ues32_parameters: float | None
+    uniform: UniformSizes | None = None
 
     @property
     def by_name(self) -> dict[str, Row]:
@@ -123,16 +127,16 @@ def compare(runs: Sequence[Run]) -> Comparison | None:
     rows = [Row(name, tuple(group), _uniform_width(group[0])) for name, group in grouped.items()]
     rows.sort(key=lambda r: (r.uniform_width is not None, _tuned(r.name), -(r.uniform_width or 0), -_known(r.auc.mean)))
     uniform = [r for r in rows if r.uniform_width is not None and not _tuned(r.name)]
-    baseline = next((r for r in uniform if r.uniform_width == 32), uniform[0] if uniform else None)
-    schema = next((run.schema for run in runs if run.schema is not None), None)
-    ues32: float | None = None
-    if baseline is not None and baseline.uniform_width == 32 and baseline.parameters is not None:
-        ues32 = baseline.parameters  # with the values' own weights, where the models have them
-    elif schema is not None:
-        ues32 = 32.0 * sum(schema.cardinalities)
-    elif baseline is not None and baseline.parameters is not None and baseline.uniform_width:
-        ues32 = baseline.parameters * 32 / baseline.uniform_width
-    return Comparison(split, tuple(rows), baseline, _found(runs, rows), ues32)
+    baseline = next((r for r in uniform if r.uniform_width == REFERENCE_WIDTH), uniform[0] if uniform else None)
+    sizes, ues32 = sizes_of(runs), None
+    if sizes is None and baseline is not None and baseline.parameters is not None and baseline.uniform_width:
+        extra = extra_of(runs)
+        sizes = UniformSizes(baseline.parameters / (baseline.uniform_width + extra), extra)
+    if baseline is not None and baseline.uniform_width == REFERENCE_WIDTH and baseline.parameters is not None:
+        ues32 = baseline.parameters  # as it was measured
+    elif sizes is not None:
+        ues32 = sizes.reference
+    return Comparison(split, tuple(rows), baseline, _found(runs, rows), ues32, sizes)
 
 
 def _known(auc: float) -> float:
@@ -255,9 +259,9 @@ def _without_results(runs: Sequence[Run], comparison: Comparison | None) -> str:
             continue
         kept = sum(1 for w in run.widths.values() if w)
         text = f"The search chose widths for {len(run.widths)} fields and dropped {len(run.widths) - kept}"
-        if run.schema is not None:
-            total = sum(map(run.parameters, run.schema.names))
-            share = total / (32 * sum(run.schema.cardinalities))
+        sizes = sizes_of([run])
+        if run.schema is not None and sizes is not None:
+            share = sum(map(run.parameters, run.schema.names)) / sizes.reference
             text += f", with {percent(share)} of UES-32's embedding parameters"
         return text + "; no retrained model has been evaluated, so whether they predict as well is open."
     stages = sorted({str(line.get("stage")) for run in runs for line in run.metrics})

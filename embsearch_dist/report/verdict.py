@@ -19,8 +19,7 @@ from embsearch_dist.errors import script
 from embsearch_dist.report.result import Result
 from embsearch_dist.report.style import Theme, figure, label_points, short, size_axis
 from embsearch_dist.report.summary import Comparison, Row, display_name, percent
-
-ROUNDING = 1e-9  # of mean sizes
+from embsearch_dist.report.uniform import ROUNDING, UniformSizes
 
 
 @dataclass(frozen=True)
@@ -124,12 +123,12 @@ def judge(found: Model, models: Sequence[Model], reference: float) -> Verdict | 
     return min((v for v in verdicts if v.seeds == most), key=lambda v: v.gain, default=None)
 
 
-def missing_width(found: Model, models: Sequence[Model], of_one: float) -> int | None:
+def missing_width(found: Model, models: Sequence[Model], sizes: UniformSizes) -> int | None:
     """The narrowest uniform width that is not smaller than what was found, if no model of it is there."""
-    width = math.ceil(found.parameters / of_one * (1 - ROUNDING))
-    least = found.parameters * (1 - ROUNDING)
-    there = any(m.uniform and least <= m.parameters < least + of_one for m in models)
-    return None if there or width < 1 else width
+    width = sizes.not_smaller(found.parameters)
+    least, above = found.parameters * (1 - ROUNDING), (sizes.of(width) + sizes.of(width + 1)) / 2
+    there = any(m.uniform and least <= m.parameters < above for m in models)
+    return None if there or not found.parameters else width
 
 
 def models_of(comparison: Comparison) -> list[Model]:
@@ -163,7 +162,7 @@ def sentences(comparison: Comparison | None, directory: str) -> list[str]:
         if verdict is not None:
             text = verdict.sentence()
             texts.append(f"{who or text[:1].upper()}{text if who else text[1:]} ({comparison.split} split).")
-        width = missing_width(model, models, reference / REFERENCE_WIDTH)
+        width = missing_width(model, models, comparison.uniform) if comparison.uniform is not None else None
         if verdict is not None and model.name in begun and not any(m.uniform and m.name in begun for m in models):
             texts.append(
                 f"{model.name} began with a wider model, the uniform widths with fresh weights. This trains uniform "

@@ -241,6 +241,18 @@ def test_before_any_evaluation(unevaluated: str) -> None:
     assert sizes in unevaluated
 
 
+def test_the_values_own_weights_count_in_groups_and_in_uniform_widths(tmp_path: Path) -> None:
+    SCHEMA.save(tmp_path)
+    grouped = GROUPED.counted(1)
+    grouped.save(tmp_path / "groups.json")
+    share = grouped.total("parameters") / Allocation.uniform(SCHEMA, 32).counted(1).total("parameters")
+    plain = GROUPED.total("parameters") / Allocation.uniform(SCHEMA, 32).total("parameters")
+    assert percent(share) != percent(plain)
+    text = write_report([tmp_path]).read_text()
+    assert f"together {percent(share)} of UES-32" in text
+    assert f"<td>{grouped.allocations[0].total('parameters'):,}</td>" in text
+
+
 @pytest.mark.parametrize("name", ["groups.json", "heatmaps.jsonl", "metrics.jsonl"])
 def test_a_single_file_is_enough(full: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes((full / name).read_bytes())

@@ -10,6 +10,7 @@ import pytest
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.files import write_json
 from embsearch_dist.report import write_report
+from embsearch_dist.report.uniform import UniformSizes
 from embsearch_dist.report.verdict import Model, compare_models, judge, missing_width
 from tests.factories import small_schema
 
@@ -70,9 +71,50 @@ def test_seeds_are_paired_and_strangers_are_not_compared() -> None:
 
 
 def test_the_missing_width_is_the_narrowest_that_is_not_smaller() -> None:
-    assert missing_width(FOUND, MODELS, 100) is None
-    assert missing_width(model("adass", 800, 0.7), MODELS, 100) is None
-    assert missing_width(model("adass", 801, 0.7), MODELS, 100) == 9
+    sizes = UniformSizes(100)
+    assert missing_width(FOUND, MODELS, sizes) is None
+    assert missing_width(model("adass", 800, 0.7), MODELS, sizes) is None
+    assert missing_width(model("adass", 801, 0.7), MODELS, sizes) == 9
+
+
+def test_a_column_beside_the_width_counts_in_uniform_widths_too() -> None:
+    sizes = UniformSizes(2000, 1)
+    assert [sizes.not_smaller(p) for p in (1, 4000, 17_000, 18_000, 18_001)] == [1, 1, 8, 8, 9]
+    found = model("utilities", 17_000, 0.7)
+    assert missing_width(found, [found], sizes) == 8
+    assert missing_width(found, [found, model("UES-8", 18_000, 0.7, uniform=True)], sizes) is None
+    small = model("utilities", 1000, 0.7)
+    assert missing_width(small, [small, model("UES-1", 4000, 0.7, uniform=True)], sizes) is None
+
+
+@pytest.mark.parametrize("told_by", ["allocation", "config"])
+def test_a_report_counts_the_values_own_weights_of_uniform_widths(tmp_path: Path, told_by: str) -> None:
+    """870 parameters of 9, 8 and 9 columns: 26% of the 3300 of UES-32, and less than the 900 of UES-8."""
+    SCHEMA.save(tmp_path)
+    widths = {"f0": 8, "f1": 7, "f2": 8}
+    found = Allocation(SCHEMA, widths, {"method": "utilities", "name": "utilities"}, extra=1)
+    if told_by == "allocation":
+        found.save(tmp_path / "allocation.json")
+        html = write_report([tmp_path]).read_text()
+        assert "dropped 0, with 26% of UES-32" in html
+        assert "<td>60</td><td>540</td>" in html  # of f0
+    else:
+        (tmp_path / "config.yaml").write_text("method: utilities\nmodel:\n  backbone: deepfm\n  first_order: value\n")
+
+    def evaluated(name: str, size: int, auc: float) -> None:
+        body = {"name": name, "seed": 0, "split": "test", "auc": auc, "logloss": 0.5, "widths": widths}
+        write_json(tmp_path / "retrain" / name / "evaluation.json", body | {"embedding_parameters": size})
+
+    evaluated("utilities", found.total("parameters"), 0.76)
+    html = write_report([tmp_path]).read_text()
+    assert "No verdict: UES-8, the narrowest uniform width" in html
+    assert "with 26% of UES-32" in html
+    evaluated("ues-8", 900, 0.75)
+    assert "At 26% of UES-32: +0.0100 AUC over UES-8" in write_report([tmp_path]).read_text()
+    evaluated("ues-32", 3300, 0.74)
+    html = write_report([tmp_path]).read_text()
+    assert "At 26% of UES-32: +0.0100 AUC over UES-8" in html and "No verdict" not in html
+    assert "Not yet the whole verdict" not in html
 
 
 def test_a_report_opens_with_the_verdict_or_says_how_to_get_one(tmp_path: Path) -> None:
