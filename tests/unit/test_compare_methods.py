@@ -15,6 +15,8 @@ import yaml
 from embsearch_dist.config.read import load_config
 from embsearch_dist.schema import Field, Schema
 from tests.factories import CONFIGS
+from tools.studies import method_tables
+from tools.studies.budget_tables import kept_logloss
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANS = sorted((ROOT / "configs" / "comparisons").glob("*.yaml"))
@@ -104,16 +106,46 @@ def test_the_gain_is_paired_by_seed_and_falls_back_to_the_one_reference(tool: Mo
 
 def test_a_pool_is_shown_by_its_mean_and_by_what_validation_chooses(tool: ModuleType, tmp_path: Path) -> None:
     runs = [tool.Planned("r", "c.yaml", {}, {"a": {}, "b": {}})]
-    for name, auc, validation in (("a", 0.6, [0.5, 0.3, 0.4]), ("b", 0.7, [0.4, 0.35])):
+    for name, auc, validation in (("a", 0.6, [0.5, 0.3]), ("b", 0.7, [0.4, 0.35])):
         folder = tmp_path / "seed0" / "r" / "retrain" / name
         folder.mkdir(parents=True)
         figures = {**dict.fromkeys(tool.FIGURES, 1.0), "auc": auc, "backbone": "nasrec"}
         (folder / "evaluation.json").write_text(json.dumps(figures))
-        lines = [{"split": "train", "loss": 0.1}, *({"split": "validation", "logloss": v} for v in validation)]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_curve(folder, validation, 2)
     rows = {row["name"]: row for row in tool.summarise(tmp_path, runs, 1, "a", {"found": ["a", "b"]})}
     assert rows["mean of 2 found"]["auc"][0] == pytest.approx(0.65)
     assert rows["best of 2 found, by validation"]["auc"][0] == 0.6
+
+
+def write_curve(folder: Path, validation: list[float], kept: int) -> None:
+    """Logloss of the first, second, ... evaluation, and which of them has the weights that were kept."""
+    lines: list[dict[str, Any]] = [{"split": "train", "step": 1, "loss": 0.1}]
+    lines += [{"split": "validation", "step": k + 1, "logloss": v, "auc": 0.5} for k, v in enumerate(validation)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "training.json").write_text(json.dumps({"seconds": 1.0, "best_step": kept}))
+
+
+def test_a_pool_and_the_page_choose_by_the_weights_that_are_measured(tool: ModuleType, tmp_path: Path) -> None:
+    """AUC kept the last evaluation of the first one, whose logloss was best in the middle."""
+    runs = [tool.Planned("r", "c.yaml", {}, {"found-1": {}, "found-2": {}})]
+    for name, auc, validation, kept in (("found-1", 0.6, [0.5, 0.3, 0.4], 3), ("found-2", 0.7, [0.4, 0.35], 2)):
+        folder = tmp_path / "seed0" / "r" / "retrain" / name
+        folder.mkdir(parents=True)
+        figures = {**dict.fromkeys(tool.FIGURES, 1.0), "auc": auc, "backbone": "nasrec"}
+        (folder / "evaluation.json").write_text(json.dumps(figures))
+        write_curve(folder, validation, kept)
+    pools = {"found": ["found-1", "found-2"]}
+    rows = {row["name"]: row for row in tool.summarise(tmp_path, runs, 1, "found-1", pools)}
+    lines = [{k: str(v) for k, v in line.items()} for line in tool.lines_of(tmp_path, runs, 1)]
+    page = method_tables.results_of(lines)
+    assert rows["best of 2 found, by validation"]["auc"][0] == page["found: by validation"]["test_auc"] == 0.7
+    path = tmp_path / "alone" / "retrain" / "k"
+    path.mkdir(parents=True)
+    write_curve(path, [0.5, 0.3, 0.4], 3)
+    assert kept_logloss(path) == 0.4
+    (path / "training.json").unlink()
+    with pytest.raises(SystemExit, match="retrain/k: no finished training tells a validation logloss"):
+        kept_logloss(path)
 
 
 def test_each_model_has_a_line_with_its_origin(tool: ModuleType, tmp_path: Path) -> None:

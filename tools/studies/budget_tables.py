@@ -222,6 +222,20 @@ def best_validation(metrics: Path, step: int) -> dict[str, float]:
     return next((x for x in lines if x.get("split") == "validation" and x.get("step") == step), {})
 
 
+def kept_logloss(place: Path) -> float:
+    """Validation logloss of the weights that the training in a folder has kept: those that its test figures are of.
+    An evaluation of less logloss does not count where AUC selects.
+
+    Raises:
+        SystemExit: no training is finished there, or it had no validation rows.
+    """
+    file = place / "training.json"
+    told = best_validation(place / "metrics.jsonl", json.loads(file.read_text())["best_step"]) if file.exists() else {}
+    if "logloss" not in told:
+        raise SystemExit(f"{place}: no finished training tells a validation logloss. Train this model again")
+    return float(told["logloss"])
+
+
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], Model]:
     """(method, budget or width) -> the model over its seeds."""
     grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}

@@ -6,7 +6,7 @@ The plan names runs; a run is a config, whether it is searched, and the models t
 an ordinary run directory OUT/seedN/RUN of launch/search.py and launch/retrain.py ("{run}" in an override stands for
 it); what is finished is skipped, so a stopped comparison continues, and one that is given more seeds or another plan
 keeps what it has. A pool is some results (the five best of a search, say), of which the table shows, in their place,
-the mean and the one with the best validation logloss.
+the mean and the one with the best validation logloss, of the epoch whose weights are measured.
 Writes OUT/comparison.json, OUT/comparison.md (mean and standard deviation over seeds), OUT/comparison.csv (a line for
 each model, with its commit and command) and OUT/comparison.png.
 """
@@ -36,8 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from embsearch_dist.files import read_json
 from embsearch_dist.schema import Schema
 from tools.gpucheck.facts import hardware
-from tools.studies.budget_tables import best_validation, data_told, portable
-from tools.studies.jobs import Job, recorded, run_all, trained_in, validation_logloss, write_csv
+from tools.studies.budget_tables import best_validation, data_told, kept_logloss, portable
+from tools.studies.jobs import Job, recorded, run_all, trained_in, write_csv
 from tools.studies.seeds import spread, with_deviation, with_error
 
 KEYS = {"config", "search", "retrain", "leaves", "begin_as"}
@@ -222,7 +222,7 @@ def pooled(
     """Of a pool's results of one seed, among ``found``, the mean of every figure, and what validation would choose."""
     where = {n: place_of(out, run, seed, n) for run in runs for n in [*run.leaves, *run.retrain] if n in members}
     results = [found[n] for n in members]
-    losses = [validation_logloss(where[n].with_name("metrics.jsonl")) for n in members]
+    losses = [kept_logloss(where[n].parent) for n in members]
     mean = {key: statistics.fmean(r[key] for r in results) for key in FIGURES}
     best = results[losses.index(min(losses))]
     label = f"of {len(members)} {name}"

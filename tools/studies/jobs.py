@@ -264,9 +264,3 @@ def _ended_together() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def validation_logloss(metrics: Path) -> float:
-    """The best one in the ``metrics.jsonl`` of a training."""
-    lines = map(json.loads, metrics.read_text().splitlines())
-    return float(min(r["logloss"] for r in lines if r.get("split") == "validation"))

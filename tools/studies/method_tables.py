@@ -1,7 +1,7 @@
 """The table of a page from the comparison.csv that compare_methods.py leaves: means over seeds, gains paired by seed.
 
 Results that are numbered from 1 on, as ``found-1`` and ``found-2``, are a pool: in their place stand their mean and, of
-each seed, the one of least validation logloss. ``ues-8`` and ``ues-16`` are none.
+each seed, the one of least validation logloss with the weights that are measured. ``ues-8`` and ``ues-16`` are none.
 """
 
 from __future__ import annotations

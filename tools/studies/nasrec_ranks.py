@@ -24,7 +24,8 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tools.studies.jobs import Job, run_all, trained_in, validation_logloss
+from tools.studies.budget_tables import kept_logloss
+from tools.studies.jobs import Job, run_all, trained_in
 
 SCHEMES = ("single_operator_any_connection", "single_operator_single_connection", "any_operator_any_connection")
 TUNING = {"tuned": [], "plain": ["--search.scoring.tune_steps=0"]}
@@ -130,7 +131,7 @@ def trained_of(args: argparse.Namespace, scheme: str) -> dict[str, float]:
     for key in architectures_of(args.out, scheme):
         path = result_of(args, key)
         if args.split == "validation":
-            found[key] = validation_logloss(path.with_name("metrics.jsonl"))
+            found[key] = kept_logloss(path.parent)
         else:
             found[key] = json.loads(path.read_text())["logloss"]
     return found
