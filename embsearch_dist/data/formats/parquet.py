@@ -7,6 +7,7 @@ with both files and what to write.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,10 +26,14 @@ PARQUET_ROWS = 1 << 17
 NUMBERS = ("whole", "float", "decimal")
 SINGLE = (*NUMBERS, "truth", "text", "date", "timestamp", "timestamp with zone", "null")
 LISTS = tuple(f"list of {kind}" for kind in SINGLE)
+DATES = ("text", "date", "timestamp", "timestamp with zone")
+TIMES = ("time", "digits", "dates")
 # What kinds of columns a use takes.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "label": (*NUMBERS, "truth", "text", "null"),
-    "time": (*NUMBERS, "text", "date", "timestamp", "timestamp with zone"),
+    "time": (*NUMBERS, *DATES),
+    "digits": (*NUMBERS, *DATES),
+    "dates": DATES,
     "categorical": SINGLE,
     "number": (*NUMBERS, "truth", "text", "null"),
     "list": ("text", "null", *LISTS),
@@ -37,11 +42,19 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 WANTED = {
     "label": "a number, true and false, or text",
     "time": "a number, a date, a timestamp or text",
+    "digits": "a whole number, a date, a timestamp or text",
+    "dates": "text of the given `format`, a date or a timestamp; numbers that are no dates need no `format`",
     "categorical": "text, a number or a date (a list: `kind: list`)",
     "number": "a number",
     "list": "a list of text or numbers, or text",
     "weights": "a list of numbers, or text",
 }
+# From here on a float cannot tell a whole number from the next one.
+LIMITS: tuple[tuple[Callable[[pa.DataType], bool], float], ...] = (
+    (pa.types.is_float16, 2.0**11),
+    (pa.types.is_float32, 2.0**24),
+    (pa.types.is_float64, EXACT),
+)
 IS: tuple[tuple[str, Callable[[pa.DataType], bool]], ...] = (
     ("null", pa.types.is_null),
     ("truth", pa.types.is_boolean),
@@ -63,6 +76,15 @@ def kind_of(type_: pa.DataType) -> str:
     if pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_):
         return f"list of {kind_of(type_.value_type)}"
     return next((name for name, test in IS if test(type_)), str(type_))
+
+
+def limit_of(type_: pa.DataType) -> float:
+    """From which number on a type (of a list: of its values) merges whole numbers; infinite where it never does."""
+    if isinstance(type_, pa.BaseExtensionType):
+        return limit_of(type_.storage_type)
+    if isinstance(type_, pa.DictionaryType | pa.ListType | pa.LargeListType | pa.FixedSizeListType):
+        return limit_of(type_.value_type)
+    return next((limit for test, limit in LIMITS if test(type_)), math.inf)
 
 
 def plain(type_: pa.DataType) -> pa.DataType:
@@ -128,7 +150,7 @@ def agree(
         first: dict[str, Path] = {}
         for file, schema in schemas.items():
             type_ = schema.field(column).type
-            if kind_of(type_) not in ALLOWED[use]:
+            if kind_of(type_) not in ALLOWED[use] or (use == "digits" and limit_of(type_) < EXACT):
                 raise UserError(f"{file}: {key}: column {column!r} is {type_}. Write {WANTED[use]}")
             first.setdefault(_group(kind_of(type_), use), file)
         kinds = [k for k in first if k != "null"]
@@ -153,7 +175,7 @@ def _group(kind: str, use: str) -> str:
         return "list of " + _group(kind.removeprefix("list of "), use)
     if kind in NUMBERS or (kind == "truth" and use in ("label", "number")):
         return "number"
-    return "timestamp" if kind == "date" and use == "time" else kind
+    return "timestamp" if kind == "date" and use in TIMES else kind
 
 
 def opened(file: Path) -> pq.ParquetFile:

@@ -72,11 +72,11 @@ class TableSource:
 
     @property
     def uses(self) -> tuple[tuple[str, str, str], ...]:
-        """Every use of a column of the files: key of the source file, column, and what for: ``label``, ``time``,
-        ``categorical``, ``number``, ``list`` or ``weights``."""
+        """Every use of a column of the files: key of the source file, column, and what for: ``label``, ``time`` (or
+        ``digits`` or ``dates``, see :attr:`TimeColumn.use`), ``categorical``, ``number``, ``list`` or ``weights``."""
         found = [("label", self.label.column, "label")] if self.label else []
         if self.time:
-            found.append(("time", self.time.column, "time"))
+            found.append(("time", self.time.column, self.time.use))
         for c in self.columns:
             use = c.kind if c.kind in ("categorical", "list") else "number"
             found.append((f"field {c.name!r}", self.raw[c.name], use))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
+from embsearch_dist.data.formats.cells import text_of
 from embsearch_dist.data.formats.columns import TIME, Rows
 from embsearch_dist.errors import UserError
 
@@ -15,6 +16,8 @@ ISO = (
     r"^(\d{4}-\d{2}-\d{2})(?:[Tt ](\d{2}:\d{2}(?::\d{2}(?:[.,]\d{1,9})?)?)"
     r" ?([Zz]|UTC|GMT|[+-]\d{2}(?::?\d{2})?)?)?$"
 )
+# Digits of those parts of a date that numbers can be made of.
+WIDTHS = {"%Y": 4, "%y": 2, "%m": 2, "%d": 2, "%j": 3, "%H": 2, "%M": 2, "%S": 2}
 # Words of a format without %, as people write them.
 LETTERS = {"yyyy": "%Y", "yy": "%y", "mm": "%m", "dd": "%d", "HH": "%H", "MM": "%M", "SS": "%S"}
 
@@ -33,6 +36,14 @@ class TimeColumn:
     format: str = ""
     zone: str = ""
 
+    @property
+    def use(self) -> str:
+        """What its column of Parquet is for: ``time``, or with a format ``digits`` or ``dates``: dates that a whole
+        number can spell, or cannot."""
+        if self.format in ("", "%s"):
+            return "time"
+        return "digits" if digits_of(self.format) else "dates"
+
 
 def strftime_of(pattern: str) -> str:
     """A format in the letters of strftime; ``dd.mm.yyyy HH:MM`` is translated.
@@ -47,6 +58,12 @@ def strftime_of(pattern: str) -> str:
         raise ValueError("write it like dd.mm.yyyy HH:MM:SS, or in the letters of strftime (%d.%m.%Y)")
     pl.Series(["x"]).str.strptime(pl.Datetime("us"), pattern, strict=False)
     return pattern
+
+
+def digits_of(pattern: str) -> int:
+    """How many digits a date of a format has (``%Y%m%d``: 8); 0: it has other signs or no fixed width."""
+    parts = re.findall("%[A-Za-z]|.", pattern)
+    return sum(WIDTHS.get(p, 1) for p in parts) if all(p in WIDTHS or p in "0123456789" for p in parts) else 0
 
 
 def check_zone(zone: str) -> None:
@@ -79,6 +96,8 @@ class Clock:
         raw = rows.cells(self.time.column)
         if raw.dtype.is_temporal():
             time = self._utc(raw.cast(pl.Datetime("us"), strict=False) if raw.dtype == pl.Date else raw)
+        elif raw.dtype != pl.String and self.time.use == "digits":
+            time = self._dates(self._spelled(raw))
         elif raw.dtype != pl.String or self.how == "number":
             time = rows.spelling.number(raw)
         else:
@@ -97,6 +116,16 @@ class Clock:
             wanted = "it as in the first row of all, which is a number"
         value = "blank" if raw[row] in (None, "") else repr(raw[row])
         raise UserError(f"{rows.where(row)}, column {self.time.column!r}: the time is {value}. Write {wanted}")
+
+    def _spelled(self, number: pl.Series) -> pl.Series:
+        """Dates of digits as text, with the zeros that a number does not show: 1022000 is 01022000 for ``%d%m%Y``.
+
+        Null where the format has fewer digits, or where only a year before 1000 could have lost zeros.
+        """
+        text, digits = text_of(number), digits_of(self.time.format)
+        if not self.time.format.startswith("%Y"):
+            text = text.str.zfill(digits)
+        return text.set(~text.str.contains(rf"^[0-9]{{{digits}}}$").fill_null(False), None)
 
     def _dates(self, raw: pl.Series) -> pl.Series:
         """Text to int64 microseconds, null where it is no date."""
