@@ -114,6 +114,47 @@ def test_folders_and_patterns_are_read_in_order_without_marks_and_empty_parts(tm
         read(tmp_path, named)
 
 
+@pytest.mark.parametrize(
+    ("named", "users"),
+    [
+        ("**/*.csv", ["p", "q"]),
+        ("**", ["p", "q"]),
+        ("*/*.csv", ["p"]),
+        ("*/_old/*.csv", ["o"]),
+        ("p/_o*/*.csv", ["o"]),
+        ("_*/**/*.csv", ["t"]),
+        ("p/.c*/p.csv", ["c"]),
+    ],
+)
+def test_a_pattern_skips_folders_of_marks_that_it_does_not_spell_out(
+    tmp_path: Path, named: str, users: list[str]
+) -> None:
+    for name in ("p/p.csv", "p/q/q.csv", "p/_old/o.csv", "p/.cache/p.csv", "_tmp/0/t.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"y,u\n1,{'c' if 'cache' in name else name[-5]}\n")
+    named = "p/**" if named == "**" else named
+    assert read(tmp_path, f'"{named}"')["u"].to_list() == users
+
+
+def test_a_folder_that_fits_a_pattern_is_read_as_a_folder_or_refused(tmp_path: Path) -> None:
+    for name in ("day1.csv", "day2.csv/part-0.csv", "day2.csv/part-1.csv", "day10.csv", "day3.csv/_SUCCESS"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"y,u\n1,{name}\n")
+    (tmp_path / "day2.csv" / "readme.md").touch()
+    expected = ["day1.csv", "day2.csv/part-0.csv", "day2.csv/part-1.csv", "day10.csv"]
+    assert read(tmp_path, '"day*.csv"')["u"].to_list() == expected
+    assert open_source("table", tmp_path / "source.yaml").notes == ("day2.csv/readme.md was not read",)
+    assert read(tmp_path, '"**/*.csv"')["u"].to_list() == expected  # not twice
+    assert read(tmp_path, '"*2.csv"')["u"].to_list() == expected[1:3]
+    (tmp_path / "day3.csv" / "hour=1").mkdir()
+    with pytest.raises(UserError, match=r"day3.csv holds folders \(hour=1, ...\). Name the files by a pattern"):
+        read(tmp_path, '"day*.csv"')
+    (tmp_path / "day3.csv" / "hour=1").rmdir()
+    (tmp_path / "day3.csv" / "clicks.log").touch()
+    with pytest.raises(UserError, match="the folder .*day3.csv holds no data files"):
+        read(tmp_path, '"day*.csv"')
+
+
 def test_a_parquet_folder_skips_empty_parts_whatever_their_types(tmp_path: Path) -> None:
     folder = tmp_path / "clicks.parquet"
     folder.mkdir()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from embsearch_dist.data.formats.clicks import by_name
@@ -19,7 +20,8 @@ def expand(source: Path, named: Sequence[str], any_name: bool) -> tuple[tuple[Pa
     """The files behind what ``files`` of a source file lists, in that order, and notes of what a folder holds else.
 
     A folder or pattern gives its files in the order of their names, part-2 before part-10, without those that begin
-    with ``.`` or ``_`` (marks such as ``_SUCCESS``).
+    with ``.`` or ``_`` (marks such as ``_SUCCESS``), or lie in such a folder, unless the pattern begins like
+    that. A folder that fits a pattern gives its files, too.
 
     Args:
         source: the source file; paths are relative to it.
@@ -41,7 +43,9 @@ def expand(source: Path, named: Sequence[str], any_name: bool) -> tuple[tuple[Pa
             elif path.is_file():
                 files.append(path)
             else:
-                files += _pattern(source, name, path)
+                found, other = _pattern(source, name, path, any_name)
+                files += found
+                notes += other
         except OSError as e:
             raise UserError(f"{source}: files: {name!r} cannot be looked at ({e.strerror}). Check the path") from e
     seen: dict[tuple[int, int], Path] = {}
@@ -77,14 +81,42 @@ def _bare(path: Path) -> Path:
     return path.with_suffix("") if path.suffix.lower() in PACKED else path
 
 
-def _pattern(source: Path, name: str, path: Path) -> list[Path]:
+def _pattern(source: Path, name: str, path: Path, any_name: bool) -> tuple[list[Path], list[str]]:
     if not glob.has_magic(name):
         raise UserError(f"{source}: files: {path} does not exist. Paths are relative to the source file")
-    found = [Path(p) for p in glob.glob(name, root_dir=source.parent, recursive=True)]
-    found = [source.parent / p for p in found if p.name[:1] not in ("", ".", "_") and (source.parent / p).is_file()]
-    if not found:
+    wanted = Path(name).parts
+    fitting = {Path(p) for p in glob.glob(name, root_dir=source.parent, recursive=True)}
+    found = {source.parent / p for p in fitting if _shown(wanted, p.parts)}
+    files = {p for p in found if p.is_file()}
+    folders = [] if wanted[-1] == "**" else _to_be_read(found, files)
+    if not files and not folders:
         raise UserError(f"{source}: files: no file fits the pattern {name!r}. Patterns are relative to the source file")
-    return sorted(found, key=lambda p: [by_name(Path(part)) for part in p.parts])
+    read: list[Path] = []
+    notes: list[str] = []
+    for entry in sorted([*files, *folders], key=lambda p: [by_name(Path(part)) for part in p.parts]):
+        inside, other = ([entry], []) if entry in files else _folder(source, entry, any_name)
+        read += inside
+        notes += other
+    return read, notes
+
+
+def _shown(wanted: Sequence[str], found: Sequence[str]) -> bool:
+    """Whether a path fits a pattern, part by part, so that parts begin with . or _ only where the pattern's do."""
+    if not wanted or not found:
+        return not found and all(part == "**" for part in wanted)
+    seen = found[0][0] not in "._" or found[0][0] == wanted[0][0]
+    if wanted[0] == "**":
+        return _shown(wanted[1:], found) or (seen and _shown(wanted, found[1:]))
+    fits = seen and fnmatch.fnmatch(found[0], wanted[0]) if glob.has_magic(wanted[0]) else found[0] == wanted[0]
+    return fits and _shown(wanted[1:], found[1:])
+
+
+def _to_be_read(found: Collection[Path], files: Collection[Path]) -> list[Path]:
+    """Of what fits a pattern the folders that hold something, but nothing that fits it itself."""
+    read = {folder for file in files for folder in file.parents}
+    folders = [p for p in found if p.is_dir() and p not in read]
+    outer = [p for p in folders if not any(q in folders for q in p.parents)]
+    return [p for p in outer if any(inner.name[0] not in "._" for inner in p.iterdir())]
 
 
 def format_of(source: Path, files: Sequence[Path], likely: str = "") -> str:
