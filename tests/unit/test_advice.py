@@ -132,3 +132,17 @@ def test_a_value_with_and_without_blanks_is_told() -> None:
     found = advice.of_spellings("shop", pl.Series([" a", "a", "b ", " c", "c", "10"]))
     assert found is not None and found.startswith("'shop' has 2 values with and without blanks") and "' a'" in found
     assert advice.of_spellings("shop", pl.Series([" a", " b", "c"])) is None
+
+
+def test_ids_that_floats_may_have_merged_are_told() -> None:
+    found = advice.of_floats("user", pl.Series(["16777216", "-16777218", "7", "0.5", "inf-1"]), 2.0**24)
+    assert found is not None and "'user' has 2 values from 2^24 on, such as 16777216" in found
+    assert advice.of_floats("user", pl.Series(["16777215", "7"]), 2.0**24) is None
+
+
+def test_prepare_warns_of_ids_in_narrow_floats(tmp_path: Path) -> None:
+    rows = {"y": [0, 1] * 100, "u": [2.0**24 + 2 * (k % 5) for k in range(200)], "v": [k % 7.0 for k in range(200)]}
+    pl.DataFrame(rows, schema_overrides={"u": pl.Float32, "v": pl.Float32}).write_parquet(tmp_path / "a.parquet")
+    (tmp_path / "s.yaml").write_text("files: a.parquet\nlabel: y\nfields: {u: categorical, v: categorical}\n")
+    told = prepare("table", tmp_path / "s.yaml", tmp_path / "out", quiet=True).provenance["warnings"]
+    assert [text.split()[:3] for text in told if "floats" in text] == [["'u'", "has", "5"]]  # type: ignore[attr-defined]

@@ -117,6 +117,8 @@ class Source:
         notes: what was decided while opening, kept in the schema for people.
         recipe: what else decides the rows (the text of a source file): another recipe, other data.
         description: how more such rows are read, see :mod:`embsearch_dist.data.formats.described`; JSON-able.
+        coarse: of fields whose values are floats in a file: the number from which on these cannot tell one whole number
+            from the next.
     """
 
     dataset: str
@@ -128,6 +130,7 @@ class Source:
     notes: tuple[str, ...] = ()
     recipe: str = ""
     description: Mapping[str, object] = field(default_factory=dict)
+    coarse: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:

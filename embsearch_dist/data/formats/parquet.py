@@ -112,13 +112,15 @@ class Agreed:
     Attributes:
         files: those that have rows.
         wanted: the columns to read.
-        exact: columns that hold whole numbers in one file and floats in another, and the first two such files:
-            beyond 2^53 a float cannot tell which whole number it was.
+        coarse: columns of values that some file holds as floats, and from which number on the narrowest of these
+            cannot tell which whole number it was: 2^53, 2^24 for 32 bits, 2^11 for 16.
+        exact: of these the columns that another file holds more exactly, and what :func:`_check_exact` says of both.
     """
 
     files: tuple[Path, ...]
     wanted: tuple[str, ...]
-    exact: Mapping[str, tuple[Path, Path]]
+    coarse: Mapping[str, float]
+    exact: Mapping[str, str]
 
 
 def agree(
@@ -145,7 +147,8 @@ def agree(
             if schema.names.count(column) > 1:
                 raise UserError(f"{file}: column {column!r} is there twice. Rename one of them")
         schemas[file] = schema
-    exact: dict[str, tuple[Path, Path]] = {}
+    coarse: dict[str, float] = {}
+    exact: dict[str, str] = {}
     for key, column, use in (u for u in uses if u[2] != "kept"):
         first: dict[str, Path] = {}
         for file, schema in schemas.items():
@@ -162,11 +165,27 @@ def agree(
                 f"{other}: {key}: column {column!r} is {schemas[other].field(column).type}, but "
                 f"{schemas[one].field(column).type} in {one}. Write all files with one type"
             )
-        by_kind = {kind_of(schema.field(column).type): file for file, schema in reversed(schemas.items())}
-        for nested in ("", "list of "):
-            if f"{nested}whole" in by_kind and f"{nested}float" in by_kind and use in ("categorical", "list"):
-                exact[column] = (by_kind[f"{nested}whole"], by_kind[f"{nested}float"])
-    return Agreed(tuple(schemas), tuple(dict.fromkeys(column for _, column, _ in uses)), exact)
+        limits = {file: limit_of(t) for file in schemas if _is_number(t := schemas[file].field(column).type)}
+        if use not in ("categorical", "list") or min(limits.values(), default=math.inf) == math.inf:
+            continue
+        least, most = min(limits, key=limits.__getitem__), max(limits, key=limits.__getitem__)
+        coarse[column] = limits[least]
+        if limits[most] > limits[least]:
+            exact[column] = " but ".join(f"{_shown(schemas[f].field(column).type)} in {f}" for f in (most, least))
+    wanted = tuple(dict.fromkeys(column for _, column, _ in uses))
+    return Agreed(tuple(schemas), wanted, coarse, exact)
+
+
+def _is_number(type_: pa.DataType) -> bool:
+    return kind_of(type_).removeprefix("list of ") in NUMBERS
+
+
+def _shown(type_: pa.DataType) -> str:
+    """A type of numbers, or of lists of them, for people."""
+    bits = {limit: size for size, (_, limit) in zip((16, 32, 64), LIMITS, strict=True)}
+    if (limit := limit_of(type_)) in bits:
+        return f"floats of {bits[limit]} bits"
+    return "decimals" if kind_of(type_).endswith("decimal") else "whole numbers"
 
 
 def _group(kind: str, use: str) -> str:
@@ -225,7 +244,7 @@ def _cells(agreed: Agreed, file: Path, first: int, batch: pa.RecordBatch, spelli
         raise unreadable(file, e) from e
     rows = Rows(frame, partial(_where, file, first), spelling)
     for name, others in agreed.exact.items():
-        _check_exact(rows, name, others)
+        _check_exact(rows, name, agreed.coarse[name], others)
     return rows
 
 
@@ -236,7 +255,8 @@ def _as_plain(column: pa.Array) -> pa.Array:
     return column if column.type == wanted else column.cast(wanted)
 
 
-def _check_exact(rows: Rows, name: str, others: tuple[Path, Path]) -> None:
+def _check_exact(rows: Rows, name: str, limit: float, others: str) -> None:
+    """Raises ``UserError`` for a number that some file cannot tell from the next; ``others`` names that file."""
     values = rows.frame[name]
     row = pl.Series(range(len(values)), dtype=pl.Int64)
     if values.dtype in (pl.List, pl.Array):
@@ -244,13 +264,12 @@ def _check_exact(rows: Rows, name: str, others: tuple[Path, Path]) -> None:
         frame = pl.DataFrame({"row": row, "value": values}).explode("value", empty_as_null=True)
         row, values = frame["row"], frame["value"]
     if values.dtype.is_numeric():
-        bad = (values.cast(pl.Float64).abs() >= EXACT).fill_null(False)
+        bad = (values.cast(pl.Float64).fill_nan(None).abs() >= limit).fill_null(False)
         if bad.any():
             i = int(bad.arg_max() or 0)
             raise UserError(
-                f"{rows.where(int(row[i]))}, column {name!r}: {values[i]} is beyond 2^53, and the column holds whole "
-                f"numbers in {others[0]} but floats in {others[1]}, which cannot tell such numbers apart. "
-                "Write all files with whole numbers"
+                f"{rows.where(int(row[i]))}, column {name!r}: {values[i]} is beyond 2^{math.log2(limit):.0f}, and the "
+                f"column holds {others}, which cannot tell such numbers apart. Write all files with whole numbers"
             )
 
 

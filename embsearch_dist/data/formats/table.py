@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ def table(path: Path) -> Source:
             between files; while reading also bad cells and rows.
     """
     spec = read_source_file(path)
-    kept, cut, notes = _opened(spec, ())
+    kept, cut, notes, narrow = _opened(spec, ())
 
     def read(clock: Clock | None, rows: Callable[[], Rows]) -> pl.DataFrame:
         found = rows()
@@ -53,7 +53,10 @@ def table(path: Path) -> Source:
     if spec.label is not None and spec.label.threshold is not None:
         notes += (f"label is {spec.label.column} > {spec.label.threshold:g}",)
     recipe = path.read_text(encoding="utf-8")
-    return Source(spec.name, spec.columns, kept, chunks, spec.min_count, no_time, notes, recipe, spec.describe())
+    fields = [c.name for c in spec.columns if c.kind in ("categorical", "list")]
+    coarse = {name: narrow[spec.raw[name]] for name in fields if spec.raw[name] in narrow}
+    told = spec.describe()
+    return Source(spec.name, spec.columns, kept, chunks, spec.min_count, no_time, notes, recipe, told, coarse)
 
 
 def unlabelled(spec: TableSource, reading: Reading) -> Source:
@@ -63,7 +66,7 @@ def unlabelled(spec: TableSource, reading: Reading) -> Source:
         UserError: as :func:`table` does.
     """
     spec = replace(spec, columns=tuple(c for c in spec.columns if reading.wants(c)))
-    files, cut, notes = _opened(spec, reading.kept)
+    files, cut, notes, _ = _opened(spec, reading.kept)
 
     def read(rows: Callable[[], Rows]) -> pl.DataFrame:
         found = rows()
@@ -77,27 +80,35 @@ def unlabelled(spec: TableSource, reading: Reading) -> Source:
     return Source(spec.name, spec.columns, files, chunks, notes=notes)
 
 
-def _opened(spec: TableSource, passed: Sequence[str]) -> tuple[tuple[Path, ...], _Cutter, tuple[str, ...]]:
-    """The files that have rows, how each is cut, and notes; ``passed``: columns that are read and left as they are."""
+def _opened(
+    spec: TableSource, passed: Sequence[str]
+) -> tuple[tuple[Path, ...], _Cutter, tuple[str, ...], Mapping[str, float]]:
+    """The files that have rows, how each is cut, notes, and columns of floats, see :class:`parquet.Agreed`.
+
+    ``passed``: columns that are read and left as they are.
+    """
     files, notes = inputs.expand(spec.path, spec.files, any_name=bool(spec.format or spec.likely))
     kind = spec.format or inputs.format_of(spec.path, files, spec.likely)
     wanted = tuple(dict.fromkeys([*spec.wanted, *passed]))
     uses = (*spec.uses, *((f"--keep {name}", name, "kept") for name in passed))
-    opened = _open_parquet if kind == "parquet" else partial(_open_text, kind=kind)
-    kept, cut = opened(spec, files, uses, wanted)
+    coarse: Mapping[str, float] = {}
+    if kind == "parquet":
+        kept, cut, coarse = _open_parquet(spec, files, uses)
+    else:
+        kept, cut = _open_text(spec, files, uses, wanted, kind)
     if not kept:
         raise UserError(f"{files[0]}: the file has no rows. Give a file with at least one")
-    return kept, cut, notes + tuple(f"{file.name} has no rows" for file in files if file not in kept)
+    return kept, cut, notes + tuple(f"{file.name} has no rows" for file in files if file not in kept), coarse
 
 
 _Uses = Sequence[tuple[str, str, str]]
 
 
 def _open_parquet(
-    spec: TableSource, files: Sequence[Path], uses: _Uses, wanted: tuple[str, ...]
-) -> tuple[tuple[Path, ...], _Cutter]:
+    spec: TableSource, files: Sequence[Path], uses: _Uses
+) -> tuple[tuple[Path, ...], _Cutter, Mapping[str, float]]:
     agreed = parquet.agree(files, uses, partial(_check_names, spec, uses))
-    return agreed.files, lambda file, size: parquet.rows_of(agreed, file, spec.spelling)
+    return agreed.files, lambda file, size: parquet.rows_of(agreed, file, spec.spelling), agreed.coarse
 
 
 def _open_text(

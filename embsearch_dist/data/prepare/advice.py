@@ -137,6 +137,19 @@ def of_identity(name: str, distinct: int, cells: int) -> str | None:
     )
 
 
+def of_floats(name: str, values: pl.Series, limit: float) -> str | None:
+    """A warning where a vocabulary that was read from floats holds values from ``limit`` on, the power of two from
+    which on these cannot tell one whole number from the next."""
+    large = values.filter((values.cast(pl.Float64, strict=False).fill_nan(None).abs() >= limit).fill_null(False))
+    if not len(large):
+        return None
+    return (
+        f"{name!r} has {len(large):,} values from 2^{math.log2(limit):.0f} on, such as {large[0]}, and the floats in "
+        "its files cannot tell whole numbers of that size apart: several ids may have become one when the files were "
+        "written. Write ids as whole numbers or text"
+    )
+
+
 def of_spellings(name: str, values: pl.Series) -> str | None:
     """A warning where a vocabulary holds a value twice: a whole number as ``1`` and as ``1.0``, or any with blanks."""
     return _of_blanks(name, values) or _of_points(name, values)

@@ -196,7 +196,7 @@ def prepare_into(directory: Path, source: Source, options: Options, team: Team |
     done = encode(encoder, shards, directory, folder, options.row_group_rows, team, options.quiet)
     rows_read = _check_rows(source, parts, directory, shards)
     clicks = _clicks(shards, done)
-    told_of = team.share("warnings", lambda: _warnings(directory, parts, known, books, ids, dense, rows, clicks))
+    told_of = team.share("warnings", lambda: _warnings(source, directory, parts, known, books, ids, rows, clicks))
     schema = Schema(
         dataset=source.dataset,
         fields=known,
@@ -295,22 +295,26 @@ def _check_rows(source: Source, parts: Sequence[Part], directory: Path, shards: 
 
 
 def _warnings(
+    source: Source,
     directory: Path,
     parts: Sequence[Part],
     fields: Sequence[Field],
     books: Sequence[dict],
     ids: Ids,
-    dense: Sequence[str],
     rows: dict[str, int],
     clicks: dict[str, int],
 ) -> list[str]:
+    dense = [c.name for c in source.columns if c.kind == "dense"]
     found: list[str | None] = [*advice.of_splits(rows, clicks), *advice.of_leaks(parts, fields, ids, dense)]
     for f, book in zip(fields, books, strict=True):
         if not f.is_list:
             cells = round(rows["train"] * (1 - book["missing_share"]))
             found.append(advice.of_identity(f.name, book["distinct"], cells))
-    spellings = (advice.of_spellings(f.name, load_values(directory, f.name)["value"]) for f in fields)
-    return [text for text in (*found, *spellings) if text is not None]
+    for f in fields:
+        values = load_values(directory, f.name)["value"]
+        found.append(advice.of_spellings(f.name, values))
+        found.append(advice.of_floats(f.name, values, source.coarse[f.name]) if f.name in source.coarse else None)
+    return [text for text in found if text is not None]
 
 
 def summary(schema: Schema) -> str:
