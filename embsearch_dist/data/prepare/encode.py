@@ -51,12 +51,14 @@ def cut(rows: dict[str, int], rows_per_shard: int, row_group_rows: int) -> list[
 def scales(parts: Sequence[Part], dense: Sequence[str]) -> dict[str, tuple[float, float]]:
     """Mean and standard deviation of dense columns over the training split.
 
-    Part by part in order (Chan's update), because a parallel sum would depend on the number of threads.
+    Part by part in order (Chan's update), because a parallel sum would depend on the number of threads. The deviation
+    of a constant is 0: what rounding makes of it instead would blow up any other value to come.
 
     Raises:
         UserError: values beyond what squares can hold.
     """
     total = dict.fromkeys(dense, (0, 0.0, 0.0))
+    ends = dict.fromkeys(dense, (np.inf, -np.inf))
     for part in parts if dense else []:
         train = part.split() == 0
         for name in dense:
@@ -68,7 +70,9 @@ def scales(parts: Sequence[Part], dense: Sequence[str]) -> dict[str, tuple[float
             delta, both = float(x.mean()) - mean, n + len(x)
             m2 += float(((x - x.mean()) ** 2).sum()) + delta**2 * n * len(x) / both
             total[name] = (both, mean + delta * len(x) / both, m2)
+            ends[name] = (min(ends[name][0], float(x.min())), max(ends[name][1], float(x.max())))
     found = {name: (mean, (m2 / n) ** 0.5 if n else 0.0) for name, (n, mean, m2) in total.items()}
+    found |= {name: (low, 0.0) for name, (low, high) in ends.items() if low == high}
     for name, scale in found.items():
         if not np.isfinite(scale).all():
             raise UserError(f"dense column {name!r}: its values are too large to standardise. Scale or bucket them")
@@ -99,7 +103,11 @@ class Encoder:
         self.schema = pa.schema([pa.field(n, t, nullable=False) for n, t in types.items()])
 
     def write(self, shard: Shard, path: Path, row_group_rows: int, bar: Progress) -> int:
-        """Write one shard; gives the sum of its labels."""
+        """Write one shard; gives the sum of its labels.
+
+        Raises:
+            UserError: a number that is too large once it is standardised; names column, value and row.
+        """
         k, labels = SPLITS.index(shard.split), 0
         ends = np.cumsum(self.counts[:, k])
         first, last = np.searchsorted(ends, [shard.start, shard.stop - 1], side="right")
@@ -130,16 +138,27 @@ class Encoder:
                 bags = Bags(codes, offsets_of(lengths), part.weights(name)).take(rows)
                 columns.append(replace(bags, ids=ids.take(bags.ids, mode="clip")))
         for name, (mean, std) in self.scale.items():
-            columns.append(standardised(part.dense(name).take(rows), mean, std))
+            x = part.dense(name).take(rows)
+            scaled = standardised(x, mean, std)
+            if (far := np.flatnonzero(~np.isfinite(scaled))).size:
+                row = part.first_row + int(rows[far[0]]) + 1
+                raise UserError(
+                    f"dense column {name!r}: {x[far[0]]:g} in row {row:,} of the input is too large for float32 once "
+                    f"standardised (mean {mean:g}, deviation {std:g}). Correct it, leave it empty, or make the column "
+                    "bucketed"
+                )
+            columns.append(scaled)
         return columns
 
 
 def standardised(x: np.ndarray, mean: float, std: float) -> np.ndarray:
     """A dense column ``[N]`` float64 as the models see it, float32.
 
-    A missing value (NaN) sits at the mean; a constant column carries nothing and becomes zeros."""
-    scaled = (x - mean) / std if std > 0 else np.zeros_like(x)
-    return np.nan_to_num(scaled, nan=0.0).astype(np.float32)
+    A missing value (NaN) sits at the mean; a constant column carries nothing and becomes zeros. What is too large for
+    float32 becomes infinite, which is for the caller to refuse."""
+    with np.errstate(over="ignore"):
+        scaled = (x - mean) / std if std > 0 else np.zeros_like(x)
+        return np.nan_to_num(scaled, nan=0.0).astype(np.float32)
 
 
 def encode(

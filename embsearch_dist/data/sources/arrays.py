@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from embsearch_dist.data.prepare.encode import standardised
@@ -93,7 +94,11 @@ class ArraySource:
         return self._frames[split].slice(start, stop - start)
 
     def encode(self, table: Any) -> pl.DataFrame:
-        """Other raw rows as this source has them, for a model that was trained on it: ids and standardised numbers."""
+        """Other raw rows as this source has them, for a model that was trained on it: ids and standardised numbers.
+
+        Raises:
+            UserError: a column is missing, or a number is too large for float32 once standardised.
+        """
         frame = _plain(frame_of(table))
         missing = [n for n in [*self.vocabulary, *self._scale] if n not in frame.columns]
         if missing:
@@ -154,7 +159,15 @@ class ArraySource:
                 numbers = train[name].cast(pl.Float64).fill_nan(None).drop_nulls().to_numpy()
             except pl.exceptions.PolarsError as e:
                 raise UserError(f"data source: dense column {name!r} does not hold numbers ({e})") from e
-            self._scale[name] = (float(numbers.mean()), float(numbers.std())) if len(numbers) else (0.0, 0.0)
+            constant = not len(numbers) or numbers.min() == numbers.max()  # rounding may leave a deviation, else
+            first = float(numbers[0]) if len(numbers) else 0.0
+            with np.errstate(over="ignore", invalid="ignore"):
+                scale = (first, 0.0) if constant else (float(numbers.mean()), float(numbers.std()))
+            if not np.isfinite(scale).all():
+                raise UserError(
+                    f"data source: dense column {name!r}: its values are too large to standardise. Scale them"
+                )
+            self._scale[name] = scale
 
     def _encoded(self, frame: pl.DataFrame, raw: bool) -> pl.DataFrame:
         if raw:
@@ -178,7 +191,12 @@ class ArraySource:
         return pl.col(name).fill_null([]).list.eval(of(pl.element())) if lists else of(pl.col(name))
 
     def _standard(self, frame: pl.DataFrame, name: str) -> pl.Series:
-        return pl.Series(name, standardised(frame[name].cast(pl.Float64).to_numpy(), *self._scale[name]))
+        x = frame[name].cast(pl.Float64).to_numpy()
+        scaled = standardised(x, *self._scale[name])
+        if not np.isfinite(scaled).all():
+            far = x[~np.isfinite(scaled)][0]
+            raise UserError(f"data source: dense column {name!r}: {far:g} is too large once standardised. Correct it")
+        return pl.Series(name, scaled)
 
     def _field(self, name: str) -> Field:
         columns = [frame[name] for frame in self._frames.values()]
