@@ -227,6 +227,36 @@ def test_values_that_mean_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("cell", "keys"),
+    [
+        ("-999.0", "missing: -999"),
+        ("-9.99e2", "missing: [x, -999]"),
+        ("-999", "missing: ['-999.00']"),
+        ("-999,0", "missing: -999\ndecimal: ','"),
+        ("-999", "missing: ['-999,0']\ndecimal: ','"),
+        ("12.345,0", "missing: 12345\ndecimal: ','\nthousands: ."),
+        (" -999.0 ", "missing: -999\nspaces: trim"),
+    ],
+)
+def test_a_number_that_means_missing_does_so_however_it_is_written(tmp_path: Path, cell: str, keys: str) -> None:
+    (tmp_path / "a.csv").write_text(f"y;u;n\n1;a;{cell}\n0;b;4\n")
+    fields, more = "c: {column: n}, n: dense, b: {column: n, kind: bucketed}", f"delimiter: ';'\n{keys}"
+    frame = read(tmp_path, "a.csv", fields, more)
+    assert frame["n"].to_list() == [None, 4] and frame["b"].to_list() == [None, 4]
+    assert frame["c"].to_list() == [cell.strip(), "4"]  # a category is text
+    for label, order in (("{column: n, threshold: 0}", ""), ("y", "\ntime: n")):
+        with pytest.raises(UserError, match="line 2, column 'n': .* blank"):
+            read(tmp_path, "a.csv", "u: categorical", more + order, label)
+
+
+def test_missing_numbers_of_parquet_are_spelled_as_in_text(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"y": [1, 0], "u": ["a", "b"], "n": [-999.5, 4]}), tmp_path / "a.parquet")
+    for missing in ("'-999,5'", "'-999.5'"):
+        frame = read(tmp_path, "a.parquet", "u: categorical, n: dense", f"missing: {missing}\ndecimal: ','")
+        assert frame["n"].to_list() == [None, 4]
+
+
+@pytest.mark.parametrize(
     ("cell", "keys", "value"),
     [
         ("1,5", 'decimal: ","', 1.5),

@@ -28,7 +28,7 @@ class Spelling:
     trim: bool = False
 
     def present(self, raw: pl.Series) -> pl.Series:
-        """The cells, null where they hold one of the missing values (numbers: a number equal to one)."""
+        """The cells, null where they hold one of the missing values (numbers, not as text: a number equal to one)."""
         if self.trim and raw.dtype == pl.String:
             raw = self._bare(raw)
             raw = raw.set(raw == "", None)
@@ -38,8 +38,22 @@ class Spelling:
             return raw.set(raw.is_in(self.missing).fill_null(False), None)
         if not raw.dtype.is_numeric():
             return raw
-        numbers = pl.Series(self.missing, dtype=pl.String).cast(pl.Float64, strict=False).drop_nulls()
+        texts = pl.Series(self.missing, dtype=pl.String)
+        plain = texts.cast(pl.Float64, strict=False)
+        numbers = pl.select(pl.coalesce(plain, self.number(texts))).to_series().drop_nulls()
         return raw.set(raw.cast(pl.Float64).is_in(numbers.implode()).fill_null(False), None)
+
+    def numbers(self, raw: pl.Series) -> tuple[pl.Series, pl.Series]:
+        """The cells and the float64 they spell; both null where a text spells the number of a missing value.
+
+        So -999.0 is missing where -999 is, as for numbers of Parquet.
+        """
+        number = self.number(raw)
+        if raw.dtype != pl.String or not self.missing:
+            return raw, number
+        wanted = self.number(pl.Series(self.missing, dtype=pl.String)).drop_nulls()
+        bad = number.is_in(wanted.implode()).fill_null(False)
+        return raw.set(bad, None), number.set(bad, None)
 
     def number(self, raw: pl.Series) -> pl.Series:
         """Text or number to float64; null where a cell spells no number.

@@ -287,12 +287,16 @@ class Rows:
     def _numbers(self, column: str) -> tuple[pl.Series, pl.Series]:
         """The raw cells and the float64 they spell, null where they spell none."""
         raw = self.cells(column)
-        return raw, self._as_float(raw, column)
+        self._check_number(raw, column)
+        return self.spelling.numbers(raw)
 
     def _as_float(self, raw: pl.Series, column: str) -> pl.Series:
+        self._check_number(raw, column)
+        return self.spelling.number(raw)
+
+    def _check_number(self, raw: pl.Series, column: str) -> None:
         if not (raw.dtype.is_numeric() or raw.dtype in (pl.String, pl.Boolean, pl.Null)):
             raise UserError(f"{self.where(0)}, column {column!r}: type {raw.dtype} is no number. Make it one")
-        return self.spelling.number(raw)
 
     def integer(self, column: str) -> pl.Series:
         """The column as int64, without blanks.

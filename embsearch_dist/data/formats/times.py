@@ -99,7 +99,7 @@ class Clock:
         elif raw.dtype != pl.String and self.time.use == "digits":
             time = self._dates(self._spelled(raw))
         elif raw.dtype != pl.String or self.how == "number":
-            time = rows.spelling.number(raw)
+            raw, time = rows.spelling.numbers(raw)
         else:
             time = self._dates(raw)
         time = time.cast(pl.Float64).fill_nan(None)
