@@ -48,6 +48,27 @@ def test_packed_and_utf16_text_is_read_by_its_first_bytes(tmp_path: Path, name: 
         assert read(tmp_path, name, quotes)["u"].to_list() == USERS
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-8"])
+def test_a_byte_order_mark_counts_more_than_the_encoding_that_is_given(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
+    (tmp_path / "b.csv").write_bytes(TEXT.encode("utf-16"))
+    (tmp_path / "c.csv").write_bytes(gzip.compress(b"\xef\xbb\xbf" + TEXT.encode(), mtime=0))
+    (tmp_path / "d.csv").touch()
+    (tmp_path / "e.csv").write_bytes(TEXT.encode(encoding))
+    for quotes in ("", "\nquotes: none"):
+        found = read(tmp_path, "[a.csv, b.csv, c.csv, d.csv, e.csv]", f"encoding: {encoding}{quotes}")
+        assert found["u"].to_list() == USERS * 4
+
+
+def test_utf8_that_is_called_utf16_is_told_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(TEXT)
+    with pytest.raises(UserError, match="a.csv: this is not UTF-16: .* remove `encoding: utf-16`"):
+        read(tmp_path, "a.csv", "encoding: utf-16")
+    (tmp_path / "a.csv").write_bytes(TEXT.encode("utf-16-le"))
+    with pytest.raises(UserError, match="a.csv: UTF-16 without a byte order mark"):
+        read(tmp_path, "a.csv", "encoding: utf-16")
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

@@ -1,6 +1,7 @@
 """Opening raw files: what a file is, by its first bytes and not by its name, and its text as a stream.
 
-Gzip and zstd are unpacked, UTF-16 with a byte order mark becomes UTF-8. What holds no delimited text is refused
+Gzip and zstd are unpacked, UTF-16 with a byte order mark becomes UTF-8, and that of UTF-8 counts more than what the
+source file says. What holds no delimited text is refused
 with what it is: the advice to try another encoding would lead astray.
 """
 
@@ -83,7 +84,7 @@ class Stream:
     Attributes:
         file: the file on disk.
         plain: whether the bytes are those on disk, so that offsets are places in the file.
-        encoding: of the bytes that :meth:`read` gives: the given one, or ``utf-8`` for a file in UTF-16.
+        encoding: of the bytes that :meth:`read` gives: the given one, or ``utf-8`` for a file with a byte order mark.
 
     Raises:
         UserError: no such file, or one that holds no text.
@@ -121,7 +122,14 @@ class Stream:
         if head.startswith(UTF16_MARKS):
             self.encoding = "utf-8"
             return codecs.getincrementaldecoder("utf-16")()
-        if self.encoding == "utf-16" or head.count(b"\0") * 4 > len(head):
+        if head.startswith(UTF8_MARK):
+            self.encoding = "utf-8"
+        elif self.encoding == "utf-16" and head and b"\0" not in head:
+            raise UserError(
+                f"{self.path}: this is not UTF-16: it has neither a byte order mark nor zero bytes. If it is UTF-8, "
+                "remove `encoding: utf-16` from the source file, or save it with a byte order mark"
+            )
+        elif (self.encoding == "utf-16" and head) or head.count(b"\0") * 4 > len(head):
             raise UserError(f"{self.path}: UTF-16 without a byte order mark, or no text at all. Save it as UTF-8")
         return None
 
