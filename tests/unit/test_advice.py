@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from embsearch_dist.data.formats.cells import Spelling
 from embsearch_dist.data.prepare import advice
 from embsearch_dist.data.prepare.encode import Encoder
 from embsearch_dist.data.prepare.pipeline import prepare, summary
@@ -88,6 +89,10 @@ def test_ids_written_in_two_ways_are_told_with_the_cure() -> None:
     assert found is not None and found.startswith("'user' has 2 values written in two ways, such as 10 and 10.0")
     assert "whole_numbers: true" in found
     assert advice.of_spellings("user", pl.Series(["1", "2.0", "2.5"])) is None
+    commas = pl.Series(["1", "2", "1,0", "2.0"])
+    found = advice.of_spellings("user", commas, Spelling(decimal=","), lists=True)
+    assert found is not None and found.startswith("'user' has 1 values written in two ways, such as 1 and 1,0")
+    assert "kind: list, whole_numbers: true" in found
 
 
 def test_a_column_of_one_value_a_row_is_named(tmp_path: Path) -> None:
@@ -146,3 +151,12 @@ def test_prepare_warns_of_ids_in_narrow_floats(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text("files: a.parquet\nlabel: y\nfields: {u: categorical, v: categorical}\n")
     told = prepare("table", tmp_path / "s.yaml", tmp_path / "out", quiet=True).provenance["warnings"]
     assert [text.split()[:3] for text in told if "floats" in text] == [["'u'", "has", "5"]]  # type: ignore[attr-defined]
+
+
+def test_prepare_warns_of_ids_written_in_two_ways_with_a_decimal_comma(tmp_path: Path) -> None:
+    rows = "".join(f"{i % 2};{i % 3}{',0' if i % 4 else ''}\n" for i in range(60))
+    (tmp_path / "a.csv").write_text("y;u\n" + rows)
+    source = tmp_path / "s.yaml"
+    source.write_text("files: a.csv\nlabel: y\nfields: {u: categorical}\ndelimiter: ;\ndecimal: ','\n")
+    told = prepare("table", source, tmp_path / "out", quiet=True).provenance["warnings"]
+    assert any("'u' has 3 values written in two ways" in text for text in told)  # type: ignore[attr-defined]

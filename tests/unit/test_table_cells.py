@@ -338,6 +338,11 @@ def test_whole_numbers_of_text_may_be_one_id(tmp_path: Path) -> None:
     assert read(tmp_path, "a.csv")["u"].to_list() == ["7", "7.0", "7.5", "x.0"]
     assert read(tmp_path, "a.csv", "u: {whole_numbers: true}")["u"].to_list() == ["7", "7", "7.5", "x.0"]
 
+    (tmp_path / "a.csv").write_text("y;u\n1;7\n0;7,0\n1;7.0\n0;1.234,00\n")
+    commas = "delimiter: ;\ndecimal: ','\nthousands: ."
+    found = read(tmp_path, "a.csv", "u: {whole_numbers: true}", commas)
+    assert found["u"].to_list() == ["7", "7", "7.0", "1.234"]
+
 
 PADDED = "y , u, n ,t, l\n 1, a , 1.5, 2014-10-21 , x : 1|y :2\n0 ,?  , , 2014-10-22, \n1,a,\t-3 ,2014-10-23,x: 3\n"
 PADDED_FIELDS = "u: categorical, n: dense, l: {kind: list, weight_separator: ':'}"

@@ -76,6 +76,13 @@ class Spelling:
         frame = pl.DataFrame([raw.alias("text")])
         return frame.select(text.cast(pl.Float64, strict=False)).to_series().alias(raw.name)
 
+    def whole(self, text: pl.Series) -> pl.Series:
+        """Text of whole numbers without the ``.0`` (or ``,0``) that some programs write behind them."""
+        mark, digits = re.escape(self.decimal), r"\d+"
+        if self.thousands:
+            digits = rf"(?:\d{{1,3}}(?:{re.escape(self.thousands)}\d{{3}})+|\d+)"
+        return text.str.replace(rf"^([+-]?{digits}){mark}0+$", "$1")
+
     def _bare(self, raw: pl.Series) -> pl.Series:
         """The cells without the blanks around them, where these do not count."""
         return raw.str.strip_chars() if self.trim and raw.dtype == pl.String else raw
@@ -87,6 +94,9 @@ class Spelling:
         if isinstance(value, str) and value.strip().upper() in ("?", "-", "\\N", "NULL", "NA", "N/A", "NONE"):
             return " (a missing value? Write `missing: [...]` in the source file)"
         return ""
+
+
+PLAIN = Spelling()
 
 
 def text_of(raw: pl.Series) -> pl.Series:
@@ -110,8 +120,3 @@ def text_of(raw: pl.Series) -> pl.Series:
         utc = raw if kind.time_zone is None else raw.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
         return utc.dt.to_string("%Y-%m-%d %H:%M:%S%.f")
     return raw.cast(pl.String)
-
-
-def as_whole(text: pl.Series) -> pl.Series:
-    """Text of whole numbers without the ``.0`` that some programs write behind them."""
-    return text.str.replace(r"^([+-]?\d+)\.0+$", "$1")

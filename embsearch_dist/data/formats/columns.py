@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from embsearch_dist.data.formats.cells import Spelling, as_whole, text_of
+from embsearch_dist.data.formats.cells import PLAIN, Spelling, text_of
 from embsearch_dist.errors import UserError
 
 LABEL, TIME = "__label", "__time"
@@ -49,7 +49,7 @@ class Column:
 
     ``kind``: ``categorical`` (any text), ``list`` (any number of texts, with a ``bag``), ``bucketed`` (a number,
     turned into a category by :func:`bucket`) or ``dense`` (a number that stays one). ``whole``: texts like ``1.0``
-    are the whole number ``1``. ``log``: of a dense column :func:`log_of` is taken.
+    are the whole number ``1`` (see :meth:`Spelling.whole`). ``log``: of a dense column :func:`log_of` is taken.
     """
 
     name: str
@@ -119,6 +119,7 @@ class Source:
         description: how more such rows are read, see :mod:`embsearch_dist.data.formats.described`; JSON-able.
         coarse: of fields whose values are floats in a file: the number from which on these cannot tell one whole number
             from the next.
+        spelling: how cells of text are written.
     """
 
     dataset: str
@@ -131,6 +132,7 @@ class Source:
     recipe: str = ""
     description: Mapping[str, object] = field(default_factory=dict)
     coarse: Mapping[str, float] = field(default_factory=dict)
+    spelling: Spelling = PLAIN
 
     @property
     def bytes(self) -> int:
@@ -159,7 +161,7 @@ class Rows:
 
     frame: pl.DataFrame
     where: Callable[[int], str]
-    spelling: Spelling = field(default_factory=Spelling)
+    spelling: Spelling = PLAIN
 
     def cells(self, column: str) -> pl.Series:
         """The raw cells, null where they hold what means missing."""
@@ -245,7 +247,7 @@ class Rows:
             weights = joined.str.extract(f"(?s){mark}([^{mark}]*)$")
             values = joined.str.extract(f"(?s)^(.*){mark}").fill_null(joined)
         values = self._text(values, column)
-        values = as_whole(values) if whole else values
+        values = self.spelling.whole(values) if whole else values
         kept = values.is_not_null()
         counts = np.bincount(row[kept.to_numpy()], minlength=len(lengths))
         parts = pl.DataFrame({"value": values})
@@ -330,7 +332,7 @@ class Rows:
             number = self.number(raw).alias(column.name)
             return log_of(number) if column.log else number
         text = self.category(raw)
-        return (as_whole(text) if column.whole else text).alias(column.name)
+        return (self.spelling.whole(text) if column.whole else text).alias(column.name)
 
     def kept(self, columns: Sequence[str]) -> list[pl.Series]:
         """Columns of the files as they are, under the names that they have in a frame."""

@@ -55,8 +55,8 @@ def table(path: Path) -> Source:
     recipe = path.read_text(encoding="utf-8")
     fields = [c.name for c in spec.columns if c.kind in ("categorical", "list")]
     coarse = {name: narrow[spec.raw[name]] for name in fields if spec.raw[name] in narrow}
-    told = spec.describe()
-    return Source(spec.name, spec.columns, kept, chunks, spec.min_count, no_time, notes, recipe, told, coarse)
+    source = Source(spec.name, spec.columns, kept, chunks, spec.min_count, no_time, notes, recipe, spec.describe())
+    return replace(source, coarse=coarse, spelling=spec.spelling)
 
 
 def unlabelled(spec: TableSource, reading: Reading) -> Source:

@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 
 from embsearch_dist.config.sections import TrainConfig
+from embsearch_dist.data.formats.cells import PLAIN, Spelling
 from embsearch_dist.data.prepare.staging import Part
 from embsearch_dist.data.prepare.vocabulary import Ids
 from embsearch_dist.schema import SPLITS, Field
@@ -150,9 +151,12 @@ def of_floats(name: str, values: pl.Series, limit: float) -> str | None:
     )
 
 
-def of_spellings(name: str, values: pl.Series) -> str | None:
-    """A warning where a vocabulary holds a value twice: a whole number as ``1`` and as ``1.0``, or any with blanks."""
-    return _of_blanks(name, values) or _of_points(name, values)
+def of_spellings(name: str, values: pl.Series, spelling: Spelling = PLAIN, lists: bool = False) -> str | None:
+    """A warning where a vocabulary holds a value twice: a whole number as ``1`` and as ``1.0``, or any with blanks.
+
+    ``lists``: it is that of a list.
+    """
+    return _of_blanks(name, values) or _of_points(name, values, spelling, "list" if lists else "categorical")
 
 
 def _of_blanks(name: str, values: pl.Series) -> str | None:
@@ -168,16 +172,14 @@ def _of_blanks(name: str, values: pl.Series) -> str | None:
     )
 
 
-def _of_points(name: str, values: pl.Series) -> str | None:
+def _of_points(name: str, values: pl.Series, spelling: Spelling, kind: str) -> str | None:
     pointed = values.filter(values.str.ends_with("0"))  # most values are let go without a regular expression
-    pointed = pointed.filter(pointed.str.contains(r"^[+-]?\d+\.0+$"))
-    if not len(pointed):
-        return None
-    twice = pointed.filter(pointed.str.replace(r"\.0+$", "").is_in(values.implode()))
+    whole = spelling.whole(pointed)
+    twice = pointed.filter((whole != pointed) & whole.is_in(values.implode()))
     if not len(twice):
         return None
-    one = str(twice[0])
+    one = twice.head(1)
     return (
-        f"{name!r} has {len(twice):,} values written in two ways, such as {one.split('.')[0]} and {one}. "
-        f"If they are the same: {name}: {{kind: categorical, whole_numbers: true}}"
+        f"{name!r} has {len(twice):,} values written in two ways, such as {spelling.whole(one)[0]} and {one[0]}. "
+        f"If they are the same: {name}: {{kind: {kind}, whole_numbers: true}}"
     )

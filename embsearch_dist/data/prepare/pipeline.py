@@ -312,7 +312,7 @@ def _warnings(
             found.append(advice.of_identity(f.name, book["distinct"], cells))
     for f in fields:
         values = load_values(directory, f.name)["value"]
-        found.append(advice.of_spellings(f.name, values))
+        found.append(advice.of_spellings(f.name, values, source.spelling, f.is_list))
         found.append(advice.of_floats(f.name, values, source.coarse[f.name]) if f.name in source.coarse else None)
     return [text for text in found if text is not None]
 
