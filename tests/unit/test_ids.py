@@ -202,6 +202,25 @@ def test_all_files_have_one_schema_and_ids_are_whole_numbers(tmp_path: Path) -> 
     [
         ("user: 40", "user: many", "field 'user': cardinality must be a whole number .*got 'many'"),
         ("user: 40", "user: {cardinality: 40, pool: sum}", "unknown key of field 'user': 'pool'. .*pooling"),
+        ("user: 40", 'user: "\u00b2"', "field 'user': cardinality must be a whole number"),
+        ("user: 40", f"user: {'9' * 5000}", "field 'user': cardinality must be a whole number"),
+        ("dense: [price]", "dense: {label: price}", "ids.yaml: dense: 'label' cannot be a name: the label has it"),
+        (
+            "user: 40",
+            "label: {cardinality: 40, column: user}",
+            "fields: 'label' cannot be a name: .*`new_name: {column",
+        ),
+        (
+            "dense: [price]",
+            "dense: {tags weights: price}",
+            "'tags weights' cannot be a name: the weights of 'tags' have",
+        ),
+        ("user: 40", "tags weights: {cardinality: 40, column: user}", "fields: 'tags weights' cannot be a name"),
+        (
+            "dense: [price]",
+            "dense: {user: price}",
+            "dense: 'user' cannot be a name: a field has it.*`new_name: column`",
+        ),
         ("label: label", "labl: label", "unknown key 'labl'. .*label"),
         ("pooling: sum", "pooling: mean", "weights need `pooling: sum`"),
         ("dense: [price]", "dense: [label]", "'label' is the label and a field"),

@@ -323,6 +323,12 @@ def _fields(path: Path, body: object, label: str) -> tuple[tuple[Column, ...], d
             raise UserError(f"{path}: field {name!r}: whole_numbers is true or false, of categorical fields and lists")
         bag = _bag(f"{path}: field {name!r}", spec, label)
         columns.append(Column(name, kind, bag, whole == "true"))
+    for weights, name in ((f"{c.name} weights", c.name) for c in columns if c.bag is not None and c.bag.weighted):
+        if weights in raw:
+            raise UserError(
+                f"{path}: {weights!r} cannot name a field: the weights of {name!r} have that name in the prepared "
+                f"data. Rename it: `new_name: {{column: {raw[weights]!r}, ...}}`"
+            )
     if all(c.kind == "dense" for c in columns):
         raise UserError(f"{path}: fields has no categorical or bucketed one; at least one is needed")
     return tuple(columns), raw

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def read_id_source(path: Path) -> IdSource:
         raise UserError(f"{path}: dense must be a list of columns, or `name: column` lines")
     if body["label"] in [f.column for f in fields] + list(given.values()):
         raise UserError(f"{path}: column {body['label']!r} is the label and a field. Remove it from the fields")
+    _check_names(path, fields, given)
     files, column, splits = _files(path, body)
     return IdSource(path, body.get("name") or path.stem, str(body["label"]), fields, dict(given), files, column, splits)
 
@@ -103,7 +105,7 @@ def _fields(path: Path, body: object) -> tuple[IdField, ...]:
         spec = value if isinstance(value, dict) else {"cardinality": value}
         _known(path, f"key of field {name!r}:", spec, FIELD_KEYS)
         text = str(spec.get("cardinality", "")).replace("_", "")
-        if not text.isdigit() or not 1 <= int(text) <= LARGEST:
+        if not re.fullmatch("[0-9]{1,18}", text) or not 1 <= int(text) <= LARGEST:
             raise UserError(
                 f"{where}: cardinality must be a whole number from 1 to {LARGEST:,}: one more than the largest id; "
                 f"got {spec.get('cardinality')!r}"
@@ -115,6 +117,21 @@ def _fields(path: Path, body: object) -> tuple[IdField, ...]:
             raise UserError(f"{where}: weights need `pooling: sum`")
         found.append(IdField(str(name), str(spec.get("column", name)), int(text), pooling, weights))
     return tuple(found)
+
+
+def _check_names(path: Path, fields: Sequence[IdField], dense: Mapping[str, str]) -> None:
+    """Raises ``UserError`` for a name that two columns of the prepared data would have."""
+    cures = {"fields": "`new_name: {column: ..., cardinality: ...}`", "dense": "`new_name: column`"}
+    taken = {"label": "the label has"}
+    taken |= {f"{f.name} weights": f"the weights of {f.name!r} have" for f in fields if f.weights}
+    for kind, names in (("fields", [f.name for f in fields]), ("dense", list(dense))):
+        for name in names:
+            if name in taken:
+                raise UserError(
+                    f"{path}: {kind}: {name!r} cannot be a name: {taken[name]} it in the prepared data. Give another "
+                    f"and the column behind it: {cures[kind]}"
+                )
+        taken |= dict.fromkeys(names, "a field has")
 
 
 def _files(path: Path, body: Mapping[str, Any]) -> tuple[dict[str, tuple[Path, ...]], str, tuple[tuple[str, str], ...]]:
