@@ -242,7 +242,7 @@ class Checkpointer:
 
     def _numbers(self) -> list[int]:
         names = [p.name.removeprefix("step-") for p in self.root.glob("step-*")]
-        return sorted(int(n) for n in names if n.isdigit())
+        return sorted(int(n) for n in names if n.isascii() and n.isdigit())
 
     def newest_whole(self) -> int | None:
         """Step of the newest checkpoint that is whole to the byte, on every rank; None where nothing was saved.

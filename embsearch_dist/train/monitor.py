@@ -297,5 +297,5 @@ def _before_now(directory: Path) -> None:
     now = int(time.time())
     for place, path in enumerate(sorted(directory.glob("events.out.tfevents.*"))):
         stamp, _, rest = path.name.removeprefix("events.out.tfevents.").partition(".")
-        if not stamp.isdigit() or int(stamp) >= now:
+        if not (stamp.isascii() and stamp.isdigit()) or int(stamp) >= now:
             path.replace(path.with_name(f"events.out.tfevents.{now - 1:010d}.{place:06d}.{rest}"))

@@ -162,6 +162,7 @@ def test_every_file_but_the_manifest_has_a_checksum(saved: Checkpointer) -> None
 
 def test_a_directory_without_manifest_does_not_count(saved: Checkpointer) -> None:
     (saved.root / "step-2" / "manifest.json").unlink()
+    (saved.root / "step-\u00b2").mkdir()
     assert saved.steps() == [1]
     with pytest.raises(UserError, match="step-2 is not a whole checkpoint: manifest.json is missing"):
         saved.load(2)

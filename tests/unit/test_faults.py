@@ -34,6 +34,7 @@ def test_a_text_becomes_rules() -> None:
         ("kill stop=3", r"unknown key 'stop'.*did you mean 'step'"),
         ("kill step", "'step' in 'kill step' has no value; write step=VALUE"),
         ("kill step=soon", "'step=soon' in 'kill step=soon' is not a number"),
+        ("kill step=\u00b2", "'step=\u00b2' in 'kill step=\u00b2' is not a number"),
         ("kill save=manifesto", r"unknown point of a save 'manifesto'.*did you mean 'manifest'"),
         ("nan save=data", "a save has no loss"),
         ("nan at=head", "unknown place 'head'"),

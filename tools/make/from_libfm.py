@@ -90,7 +90,7 @@ def row_of(words: Sequence[str], fields: int, where: str) -> list[str]:
     indices = []
     for word in words[1:]:
         index, colon, value = word.partition(":")
-        if not colon or not index.isdigit() or value not in ("1", "1.0"):
+        if not colon or not (index.isascii() and index.isdigit()) or value not in ("1", "1.0"):
             raise UserError(
                 f"{where}: {word!r} is not INDEX:1; other values of a feature have no place in a table of ids"
             )

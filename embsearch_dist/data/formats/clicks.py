@@ -62,7 +62,7 @@ def text_files(paths: Sequence[Path], usual: tuple[str, ...]) -> tuple[Path, ...
 
 def by_name(file: Path) -> list[tuple[int, str]]:
     """A key that sorts names with numbers by their value: part-2 before part-10."""
-    return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"([0-9]+)", file.name)]
+    return [(int(word), "") if re.fullmatch("[0-9]+", word) else (-1, word) for word in re.split("([0-9]+)", file.name)]
 
 
 def criteo(paths: Sequence[Path], numbers: str = "bucketed", reading: Reading = EVERYTHING) -> Source:
