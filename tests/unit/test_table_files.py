@@ -83,6 +83,8 @@ def test_utf8_that_is_called_utf16_is_told_the_way_out(tmp_path: Path) -> None:
         (TEXT.encode("utf-32"), "UTF-32"),
         (TEXT.replace("\n", "\r").encode(), "line 1: a carriage return without a line feed"),
         (b"SQLite format 3\0" + b"x" * 99, "SQLite database"),
+        (b"ARROW1\0\0" + b"x" * 99, "an Arrow"),
+        (b"%PDF-1.4\n%\xe2\xe3\xcf\xd3\n" + b"x" * 99, "a PDF"),
     ],
     ids=lambda x: "" if isinstance(x, bytes) else x[:24],
 )
@@ -239,6 +241,33 @@ def test_a_name_of_more_than_a_thousand_letters_is_refused(tmp_path: Path) -> No
     with pytest.raises(UserError, match="a field's name has 1001 letters, at most 1000 can be"):
         read(tmp_path, "a.csv", fields="f" * 1001 + ": {column: u}")
     assert read(tmp_path, "a.csv", fields="f" * 1000 + ": {column: u}").width == 2
+
+
+@pytest.mark.parametrize("tags", ["weight_separator: ':'", "weights: w"])
+def test_a_field_named_as_the_weights_of_a_list_is_refused(tmp_path: Path, tags: str) -> None:
+    (tmp_path / "a.csv").write_text("y,tags,w,tags weights\n1,a:1,1,b\n")
+    with pytest.raises(
+        UserError, match="source.yaml: 'tags weights' cannot name a field: the weights of 'tags'.*Rename"
+    ):
+        read(tmp_path, "a.csv", fields=f"tags weights: categorical, tags: {{kind: list, {tags}}}")
+    found = read(tmp_path, "a.csv", fields="tags weights: categorical, tags: {kind: list}")
+    assert found["tags weights"].to_list() == ["b"]
+
+
+@pytest.mark.parametrize("name", ["PAR1", "BZh", "ORC", "ARROW1", "SQLite format 3", "%PDF"])
+def test_a_first_column_may_be_called_as_other_files_begin(tmp_path: Path, name: str) -> None:
+    text = f"{name},y,u\nx,1,a\n"
+    for data in (text.encode(), gzip.compress(text.encode(), mtime=0)):
+        (tmp_path / "a.csv").write_bytes(data)
+        assert read(tmp_path, "a.csv")["u"].to_list() == ["a"]
+    (tmp_path / "a.csv").write_text(f"u,y,{'t' * 252}ustar\na,1,b\n")
+    assert read(tmp_path, "a.csv")["u"].to_list() == ["a"]
+
+
+def test_names_are_sorted_by_plain_digits_alone(tmp_path: Path) -> None:
+    for name in ("1\u00b23.csv", "10.csv", "9.csv"):
+        (tmp_path / name).write_text(f"y,u\n1,{name[0]}\n")
+    assert read(tmp_path, '"*.csv"')["u"].to_list() == ["1", "9", "1"]
 
 
 def test_a_wrong_delimiter_is_told(tmp_path: Path) -> None:

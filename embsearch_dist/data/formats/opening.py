@@ -22,6 +22,7 @@ UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 UTF32_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 GZIP, ZSTD, PARQUET = "gzip", "zstd", "parquet"
 READ = ((b"\x1f\x8b", GZIP), (b"\x28\xb5\x2f\xfd", ZSTD), (b"PAR1", PARQUET))
+PDF = b"%PDF-"  # the only kind that goes on as text
 UNPACK = "Unpack it and name the files in it"
 EXPORT = "Export it as CSV or Parquet"
 REFUSED = (
@@ -38,7 +39,7 @@ REFUSED = (
     (b"Obj\x01", "an Avro file", EXPORT),
     (b"ORC", "an ORC file", EXPORT),
     (b"\x89HDF", "an HDF5 file", EXPORT),
-    (b"%PDF", "a PDF", EXPORT),
+    (PDF, "a PDF", EXPORT),
 )
 HEAD = 512
 
@@ -55,12 +56,16 @@ def packing(path: Path) -> str:
 
 def _packing(path: Path, head: bytes) -> str:
     for magic, what, cure in REFUSED:
-        # The letters of ORC and BZh may begin a column name; the rest of such a file is not text.
-        if head.startswith(magic) and (len(magic) > 3 or not _printable(head[:16])):
+        if _begins(head, magic):
             raise UserError(f"{path}: this is {what}. {cure}")
-    if head[257:262] == b"ustar":
+    if head[257:262] == b"ustar" and not _printable(head):
         raise UserError(f"{path}: this is a tar archive. {UNPACK}")
-    return next((name for magic, name in READ if head.startswith(magic)), "")
+    return next((name for magic, name in READ if _begins(head, magic)), "")
+
+
+def _begins(head: bytes, magic: bytes) -> bool:
+    """Whether a file is of a kind: letters such as ORC and PAR1 may begin a column name, too, but then text follows."""
+    return head.startswith(magic) and (magic == PDF or not _printable(head[:16]))
 
 
 def _printable(head: bytes) -> bool:
