@@ -6,7 +6,6 @@ same in both is not fetched again. Local copies have the store's time, so that a
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import os
 import re
@@ -17,6 +16,7 @@ from typing import Any
 import yaml
 
 from embsearch_dist.data.formats.clicks import by_name
+from embsearch_dist.data.formats.inputs import shown
 from embsearch_dist.data.formats.source_file import source_words
 from embsearch_dist.data.prepare.scratch import load_record, save_record
 from embsearch_dist.errors import UserError
@@ -114,17 +114,28 @@ def _fetch(url: str, say: Say) -> list[Path]:
         if not pattern and not single:
             _forget_others(folder, set(names.values()))
     if single or pattern:
-        return [folder / name for name in sorted(names.values(), key=lambda n: by_name(Path(n)))]
+        order = sorted(names.values(), key=lambda name: [by_name(Path(part)) for part in Path(name).parts])
+        return [folder / name for name in order]
     return [folder]
 
 
 def _look(store: Store, pattern: str) -> list[Entry]:
-    """The objects that are wanted: all below a folder, those of a pattern, or the one (with an empty name)."""
+    """The objects that are wanted: all below a folder, those of a pattern, or the one (with an empty name).
+
+    Raises:
+        UserError: a folder fits the pattern, whose files would be left out.
+    """
     if not pattern:
         one = store.find()
         return [one] if one is not None else store.list()
-    parts = pattern.count("/")
-    return [e for e in store.list() if e.name.count("/") == parts and fnmatch.fnmatchcase(e.name, pattern)]
+    wanted, every = pattern.split("/"), store.list()
+    found = [e for e in every if shown(wanted, e.name.split("/"))]
+    read = {folder for e in found for folder in Path(e.name).parents}
+    for path in (Path(e.name) for e in every):
+        folder = next((p for p in path.parents[:-1] if p not in read and shown(wanted, p.parts)), None)
+        if folder is not None and not any(part[0] in "._" for part in path.relative_to(folder).parts):
+            raise UserError(f"{store.at(str(folder))}: this folder fits the pattern, its files do not. Add /* to it")
+    return found
 
 
 def _bring_all(store: Store, entries: Sequence[Entry], names: dict[str, str], folder: Path, say: Say) -> None:

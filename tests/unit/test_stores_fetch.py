@@ -165,6 +165,25 @@ def test_a_file_a_folder_and_a_pattern(store: Faulty, tmp_path: Path) -> None:
         fetch_inputs("criteo", ["s3://bucket/rw"])
 
 
+def test_a_pattern_of_a_store_skips_marks_and_refuses_folders_as_one_of_files_does(
+    store: Faulty, tmp_path: Path
+) -> None:
+    raw = tmp_path / "bucket" / "raw"
+    for folder in ("day2", "day10", "_old", "day2/_temporary", "day2/sub"):
+        write(raw / folder, a_txt=f"{folder}/a", b_txt=f"{folder}/b", _SUCCESS="")
+    write(raw / "day3.txt", _mark="")
+    found = fetch_inputs("criteo", ["s3://bucket/raw/*/*.txt"])
+    assert [p.read_text() for p in found] == ["day2/a", "day2/b", "day10/a", "day10/b"]
+    found = fetch_inputs("criteo", ["s3://bucket/raw/day2/**"])
+    assert [p.read_text() for p in found] == ["day2/a", "day2/b", "day2/sub/a", "day2/sub/b"]
+    write(raw, day1_txt="1")
+    assert [p.read_text() for p in fetch_inputs("criteo", ["s3://bucket/raw/day*.txt"])] == ["1"]
+    with pytest.raises(
+        UserError, match=r"s3://bucket/raw/day10: this folder fits the pattern, its files do not. Add /\* to it"
+    ):
+        fetch_inputs("criteo", ["s3://bucket/raw/day*"])
+
+
 def test_raw_files_are_fetched_again_when_they_change_and_not_otherwise(store: Faulty, tmp_path: Path) -> None:
     write(tmp_path / "bucket" / "raw", a_txt="one", b_txt="two")
     (folder,) = fetch_inputs("criteo", ["s3://bucket/raw"])

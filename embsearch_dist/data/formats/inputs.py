@@ -86,7 +86,7 @@ def _pattern(source: Path, name: str, path: Path, any_name: bool) -> tuple[list[
         raise UserError(f"{source}: files: {path} does not exist. Paths are relative to the source file")
     wanted = Path(name).parts
     fitting = {Path(p) for p in glob.glob(name, root_dir=source.parent, recursive=True)}
-    found = {source.parent / p for p in fitting if _shown(wanted, p.parts)}
+    found = {source.parent / p for p in fitting if shown(wanted, p.parts)}
     files = {p for p in found if p.is_file()}
     folders = [] if wanted[-1] == "**" else _to_be_read(found, files)
     if not files and not folders:
@@ -100,15 +100,19 @@ def _pattern(source: Path, name: str, path: Path, any_name: bool) -> tuple[list[
     return read, notes
 
 
-def _shown(wanted: Sequence[str], found: Sequence[str]) -> bool:
-    """Whether a path fits a pattern, part by part, so that parts begin with . or _ only where the pattern's do."""
+def shown(wanted: Sequence[str], found: Sequence[str]) -> bool:
+    """Whether a path fits a pattern, part by part, so that parts begin with . or _ only where the pattern's do.
+
+    >>> shown(("**", "*.csv"), ("days", "1.csv")), shown(("**", "*.csv"), ("_old", "1.csv"))
+    (True, False)
+    """
     if not wanted or not found:
         return not found and all(part == "**" for part in wanted)
     seen = found[0][0] not in "._" or found[0][0] == wanted[0][0]
     if wanted[0] == "**":
-        return _shown(wanted[1:], found) or (seen and _shown(wanted, found[1:]))
+        return shown(wanted[1:], found) or (seen and shown(wanted, found[1:]))
     fits = seen and fnmatch.fnmatch(found[0], wanted[0]) if glob.has_magic(wanted[0]) else found[0] == wanted[0]
-    return fits and _shown(wanted[1:], found[1:])
+    return fits and shown(wanted[1:], found[1:])
 
 
 def _to_be_read(found: Collection[Path], files: Collection[Path]) -> list[Path]:
