@@ -41,7 +41,7 @@ from embsearch_dist.schema import SPLITS, Field, Schema
 __all__ = ["HOW_TO_SPLIT", "Options", "Progress", "prepare", "prepare_into", "summary", "whole_directory"]
 
 STAGE = "stage"
-STAGING_FORMAT = 2
+STAGING_FORMAT = 3
 ROW_GROUP_ROWS = 65_536
 ROWS_PER_SHARD = 4_194_304
 
