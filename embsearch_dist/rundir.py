@@ -12,7 +12,7 @@ from pathlib import Path
 from embsearch_dist import lockfile, written
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_sealed, write_sealed
-from embsearch_dist.ranks.environment import job, may_be_restart
+from embsearch_dist.job import job, may_be_restart
 from embsearch_dist.written import LOCK
 
 EDITED = "# edited"

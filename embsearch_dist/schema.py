@@ -25,6 +25,8 @@ SPLITS = ("train", "validation", "test")
 POOLINGS = ("sum", "mean")
 LIST_KEYS = ("pooling", "weighted", "mean_length")
 FORMAT = 1
+RAW_VALUES = "raw_values"
+"""In a schema's provenance: the hash of how a data source has made ids and numbers of raw values."""
 
 
 @dataclass(frozen=True)

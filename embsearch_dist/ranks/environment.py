@@ -118,21 +118,6 @@ def attempt(environment: Mapping[str, str] = os.environ) -> int:
     return int(environment.get("TORCHELASTIC_RESTART_COUNT") or 0)
 
 
-def job(environment: Mapping[str, str] = os.environ) -> str:
-    """What a launcher or scheduler calls this job, the same after a restart; empty where nothing does."""
-    for name in ("TORCHX_JOB_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
-        if value := environment.get(name):
-            return f"{name} {value}"
-    return ""
-
-
-def may_be_restart(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether these ranks may have been started before under the name of :func:`job`: by torchrun, by Slurm's requeue,
-    or by TorchX, whose schedulers tell no count but give each launch a name of its own."""
-    requeued = int(environment.get("SLURM_RESTART_COUNT") or 0) > 0
-    return attempt(environment) > 0 or requeued or bool(environment.get("TORCHX_JOB_ID"))
-
-
 def check_restarts(environment: Mapping[str, str] = os.environ) -> str:
     """Why ranks on several hosts could not meet after a restart, and the cure; empty where they can.
 

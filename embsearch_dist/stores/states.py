@@ -19,7 +19,7 @@ from pathlib import Path
 
 from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_json, sealed, write_json
-from embsearch_dist.ranks.environment import job, may_be_restart
+from embsearch_dist.job import job, may_be_restart
 from embsearch_dist.rundir import EMPTIED
 from embsearch_dist.stores.cache import WrongBytes, alone, bring, check_room
 from embsearch_dist.stores.urls import Missing, Store

@@ -125,7 +125,9 @@ def test_the_fields_of_a_data_source_and_of_a_run_that_had_one(
     words = ["--world-size", "2", "--allocation", "ues-4", "--json", "-"]
     main([*words, "--data.source", "mine", "--data.module", str(module)])
     assert json.loads(capsys.readouterr().out)["allocations"]["ues-4"]["parameters"] == 40
-    (tmp_path / "config.yaml").write_text("method: ues\ndata: {source: given}\n")  # a program's rows are not here
+    (tmp_path / "config.yaml").write_text(
+        "method: ues\ndata: {source: given}\n# edited\n"
+    )  # a program's rows are not here
     Schema.load(data).save(tmp_path)
     main([*words, "--run", str(tmp_path)])
     assert json.loads(capsys.readouterr().out)["allocations"]["ues-4"]["parameters"] == 4 * sum(ROWS.values())

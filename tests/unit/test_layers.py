@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = [  # from the ground up; what stands in one line does not know each other
-    {"errors", "compiled", "pipes", "lockfile"},
+    {"errors", "compiled", "pipes", "lockfile", "job"},
     {"precision", "quantised", "written", "doctor"},
     {"files"},
     {"rundir"},

@@ -11,10 +11,10 @@ import numpy as np
 import polars as pl
 
 from embsearch_dist.data.prepare.encode import standardised
-from embsearch_dist.data.sources.registry import RAW_VALUES, schema_of
+from embsearch_dist.data.sources.registry import schema_of
 from embsearch_dist.data.sources.tables import frame_of
 from embsearch_dist.errors import UserError
-from embsearch_dist.schema import SPLITS, Field, Schema
+from embsearch_dist.schema import RAW_VALUES, SPLITS, Field, Schema
 
 LABEL = "label"  # what the loader calls it
 

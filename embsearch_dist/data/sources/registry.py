@@ -21,9 +21,6 @@ from embsearch_dist.schema import SPLITS, Schema
 GIVEN = "given"
 """``data.source`` of a run whose rows a program hands over (``es.search(data=...)``)."""
 
-RAW_VALUES = "raw_values"
-"""In a schema's provenance: the hash of how a source has made ids and numbers of raw values."""
-
 Make = TypeVar("Make", bound=Callable[[], Any])
 _makers: dict[str, Callable[[], Any]] = {}
 _opened: dict[str, DataSource] = {}

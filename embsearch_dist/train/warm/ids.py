@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from embsearch_dist.data.sources.registry import RAW_VALUES
 from embsearch_dist.data.store import manifest
 from embsearch_dist.errors import UserError
-from embsearch_dist.schema import Schema, differs
+from embsearch_dist.schema import RAW_VALUES, Schema, differs
 
 if TYPE_CHECKING:
     import polars as pl
