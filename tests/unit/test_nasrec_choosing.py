@@ -17,6 +17,8 @@ from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_sealed
 from embsearch_dist.methods.nasrec import choosing
 from embsearch_dist.methods.nasrec.choosing import candidate_files, chosen, reason, train_best
+from embsearch_dist.methods.nasrec.method import NASRec
+from embsearch_dist.methods.retraining import Retraining
 from embsearch_dist.methods.wish import Wish
 from embsearch_dist.networks.sampling import SCHEMES, draw
 from embsearch_dist.networks.space import Space
@@ -158,6 +160,14 @@ def test_a_stopped_comparison_goes_on_with_the_candidate_that_was_under_way(
     assert {k: found[k] for k in ("auc", "logloss")} == {k: expected[k] for k in ("auc", "logloss")}
     for k in range(1, RANKS + 1):
         assert len(recorded(run.dir / "retrain" / f"best-rank-{k}", "retrain", "loss")) == 12  # no step twice
+
+
+def test_each_training_of_a_comparison_has_a_mirror_where_its_directory_is(data: Path, tmp_path: Path) -> None:
+    run = run_of(data, searched(tmp_path / "run"), f"run.mirror=file://{tmp_path}/mirror", "train.steps=2")
+    job = Retraining(Wish.of({"best": "1"}, []), run, run.dir, "best", "", Allocation.uniform(run.schema, 8))
+    assert list(NASRec().retrain(job)) == ["best"]
+    kept = {str(p.parent.relative_to(tmp_path / "mirror")) for p in (tmp_path / "mirror").rglob("state.json")}
+    assert kept == {"retrain/best", "retrain/best-rank-1"}
 
 
 def test_an_epoch_of_two_splits_has_every_row_of_both_once(data: Path) -> None:

@@ -66,7 +66,8 @@ def train_best(
     on training and validation rows, for the steps after which validation was best. ``choice.json`` there says why.
 
     Args:
-        run: its config is that of the candidates but for ``model.architecture`` and ``run.dir``.
+        run: its config is that of the candidates but for ``model.architecture`` and ``run.dir``; its mirror is that of
+            the search's run directory, below which each training has its own.
         files: their architectures, best first.
 
     Raises:

@@ -48,7 +48,7 @@ class NASRec(Method):
     def retrain(self, job: Retraining) -> Results:
         if not job.wish.best or not isinstance(job.found, Allocation):
             return super().retrain(job)
-        run = job.run_in()
-        with run.context.together("looking for the candidates"):
+        with job.run.context.together("looking for the candidates"):
             files = candidate_files(job.run_dir, job.wish.best)
-        return {run.dir.name: train_best(run, job.found, files, run.dir, job.wish.refit)}
+        directory = job.run_in().dir
+        return {directory.name: train_best(job.run, job.found, files, directory, job.wish.refit)}
