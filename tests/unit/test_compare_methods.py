@@ -174,6 +174,28 @@ def test_each_model_has_a_line_with_its_origin(tool: ModuleType, tmp_path: Path)
     assert any(line["data"].endswith(" 7 training rows") for line in lines)
 
 
+def test_an_evaluation_of_another_split_is_no_result_of_its_own(tool: ModuleType, tmp_path: Path) -> None:
+    runs = [tool.Planned("r", "c.yaml", {}, {"a": {}})]
+    folder = tmp_path / "seed0" / "r" / "retrain" / "a"
+    folder.mkdir(parents=True)
+    for file, split, auc in (("evaluation", "test", 0.6), ("evaluation-validation", "validation", 0.9)):
+        figures = {**dict.fromkeys(tool.FIGURES, 1.0), "auc": auc, "backbone": "fm", "split": split}
+        (folder / f"{file}.json").write_text(json.dumps(figures))
+    assert [(row["name"], row["auc"][0]) for row in tool.summarise(tmp_path, runs, 1, "a")] == [("a", 0.6)]
+    assert [line["test_auc"] for line in tool.lines_of(tmp_path, runs, 1)] == [0.6]
+
+
+def test_a_refitted_model_has_no_validation_figures(tool: ModuleType, tmp_path: Path) -> None:
+    """Nothing stopped it, and a short training without evaluations leaves no curve at all."""
+    runs = [tool.Planned("r", "c.yaml", {}, {"a": {}})]
+    folder = tmp_path / "seed0" / "r" / "retrain" / "a"
+    folder.mkdir(parents=True)
+    (folder / "evaluation.json").write_text(json.dumps({**dict.fromkeys(tool.FIGURES, 0.6), "backbone": "nasrec"}))
+    (folder / "training.json").write_text(json.dumps({"seconds": 1.0, "best_step": None}))
+    (line,) = tool.lines_of(tmp_path, runs, 1)
+    assert (line["validation_auc"], line["test_auc"]) == ("", 0.6)
+
+
 def test_a_pool_of_an_unknown_result_is_refused(tool: ModuleType, tmp_path: Path) -> None:
     plan = {"against": "a", "runs": {"r": {"config": "c", "retrain": {"a": {}}}}, "pools": {"p": ["a", "b"]}}
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(plan))

@@ -216,9 +216,10 @@ def portable(command: str, out: Path) -> str:
     return re.sub(r"(--data\.path=)\S+", r"\1PREPARED", plain)
 
 
-def best_validation(metrics: Path, step: int) -> dict[str, float]:
-    """The validation figures of the weights that were kept."""
-    lines = map(json.loads, metrics.read_text().splitlines())
+def best_validation(metrics: Path, step: int | None) -> dict[str, float]:
+    """The validation figures of the weights that were kept; nothing of a training without validation rows, which may
+    have left no curve at all."""
+    lines = map(json.loads, metrics.read_text().splitlines() if metrics.exists() else ())
     return next((x for x in lines if x.get("split") == "validation" and x.get("step") == step), {})
 
 

@@ -178,12 +178,16 @@ def options(overrides: dict[str, Any]) -> list[str]:
 
 
 def results_of(out: Path, run: Planned, seed: int) -> dict[str, dict[str, Any]]:
-    """Name -> evaluation of every result of one run; what is routed in two ways counts as two."""
+    """Name -> evaluation on the test split of every result of one run; what is routed in two ways counts as two.
+
+    Evaluations on other splits may lie beside them: they are no results.
+    """
     found = {}
     for name in [*run.leaves, *run.retrain]:
         for file in sorted(place_of(out, run, seed, name).parent.glob("evaluation*.json")):
-            kind = file.stem.removeprefix("evaluation").strip("-")
-            found[f"{name} ({kind} router)" if kind else name] = json.loads(file.read_text())
+            kind, figures = file.stem.removeprefix("evaluation").strip("-"), json.loads(file.read_text())
+            if figures.get("split", "test") == "test":
+                found[f"{name} ({kind} router)" if kind else name] = figures
     return found
 
 
