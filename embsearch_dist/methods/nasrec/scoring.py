@@ -187,7 +187,10 @@ class Scorer:
             yield torch.cat([d, s.reshape(len(s), -1), d.new_ones(len(d), 1)], 1), rows.label[part]
 
     def _tune(self, blocks: Blocks, weights: Weights, weight: torch.Tensor) -> None:
-        """Logistic regression on the frozen features, by Adagrad from the supernet's head on, which is changed."""
+        """Logistic regression on the frozen features, by Adagrad from the supernet's head on, which is changed.
+
+        Steps take the rows in turn; where they do not fill the last step, it goes on with the first ones.
+        """
         assert self.tuning is not None
         c = self.config
         parts = [x for x, _ in self._features(blocks, weights, self.tuning)]
@@ -195,11 +198,12 @@ class Scorer:
         del parts
         sums = torch.zeros_like(weight)
         size = min(c.tune_batch, len(label))
-        places = len(label) // size
         for step in range(c.tune_steps):
-            start = step % places * size
-            rows = x[start : start + size]
-            g = (torch.sigmoid(rows @ weight) - label[start : start + size]).div_(size) @ rows
+            start = step * size % len(label)
+            rows, clicked = x[start : start + size], label[start : start + size]
+            if over := size - len(clicked):
+                rows, clicked = torch.cat([rows, x[:over]]), torch.cat([clicked, label[:over]])
+            g = (torch.sigmoid(rows @ weight) - clicked).div_(size) @ rows
             lr = c.tune_lr * 0.5 * (1 + math.cos(math.pi * step / c.tune_steps))
             sums.addcmul_(g, g)
             weight.addcdiv_(g, sums.sqrt().add_(EPS), value=-lr)
