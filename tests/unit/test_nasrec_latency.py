@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,18 @@ def test_a_prediction_adds_up_uses_and_flops() -> None:
     for block in operator_costs(a, SPACE, COLUMNS, FIELDS):
         expected += sum(use[name] + mflop[name] * 100e-6 * cost.flops for name, cost in block.items())
     assert table.predict(a, SPACE, COLUMNS, FIELDS) == pytest.approx(expected)
+
+
+def test_a_table_names_the_processor_it_was_measured_on(tmp_path: Path) -> None:
+    """Two machines of one architecture and as many threads need not be alike fast."""
+    told = tmp_path / "cpuinfo"
+    names = set()
+    for model in ("Fast 9000", "Slow 100"):
+        told.write_text(f"processor\t: 0\nmodel name\t: {model}\n\nprocessor\t: 1\nmodel name\t: {model}\n")
+        names.add(module.processor(told))
+    assert names == {"Fast 9000 CPU", "Slow 100 CPU"}
+    assert module.processor(tmp_path / "none") == f"{platform.machine()} CPU"
+    assert module.where(torch.device("cpu")).startswith(module.processor() + ", ")
 
 
 def test_no_operator_gives_time_back() -> None:

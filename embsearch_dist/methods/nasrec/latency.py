@@ -150,7 +150,17 @@ def where(device: torch.device) -> str:
     """The device, as far as times depend on it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
+    return f"{processor()}, {torch.get_num_threads()} thread(s)"
+
+
+def processor(told: Path = Path("/proc/cpuinfo")) -> str:
+    """The CPU's model as Linux tells it in the file ``told``; its architecture alone where nothing does."""
+    try:
+        lines = told.read_text().splitlines()
+    except OSError:
+        lines = []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{model or platform.machine()} CPU"
 
 
 def _features(architecture: Architecture, space: Space, columns: int, fields: int, rows: int) -> np.ndarray:
