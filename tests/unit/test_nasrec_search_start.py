@@ -90,3 +90,15 @@ def test_a_search_begins_with_what_the_prefilter_kept_and_minds_predicted_latenc
         architecture = Architecture.from_json({"format": 1, "kind": "architecture", "blocks": c["blocks"]}, "x")
         assert c["latency"] == table.predict(architecture, SPACE, 1, 4)
         assert c["fitness"] == pytest.approx(c["logloss"] + 0.1 * (c["latency"] / 2 - 1))
+    # What the networks are that were timed belongs to the search; where nothing has changed it is not repeated.
+    done = (copied / "evolution.json").stat().st_mtime_ns
+    search(data, copied, *prefilter, *cost)
+    assert (copied / "evolution.json").stat().st_mtime_ns == done
+    search(data, copied, *prefilter, *cost, "model.layer_norm=all")
+    assert (copied / "evolution.json").stat().st_mtime_ns != done
+    assert read_sealed(copied / "latency.json")["of"]["layer_norm"] == "all" != table.of["layer_norm"]
+    last = (copied / "evolution.json").stat().st_mtime_ns
+    search(data, copied, SEEN)
+    plain = (copied / "evolution.json").stat().st_mtime_ns
+    search(data, copied, SEEN, "model.layer_norm=all")  # nothing but supernet slices is looked at
+    assert last != plain == (copied / "evolution.json").stat().st_mtime_ns

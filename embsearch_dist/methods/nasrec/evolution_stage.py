@@ -39,7 +39,7 @@ class EvolutionStage(Stage[NASRecConfig]):
         search = run.config.search
         own = {"search.name": search.name, "search.scoring": search.scoring, "search.evolution": search.evolution}
         own |= {"search.prefilter": search.prefilter}
-        return {**SupernetStage().inputs(run), **own}
+        return {**SupernetStage().inputs(run), **own, **_norms(run)}
 
     def run(self, run: Run[NASRecConfig]) -> None:
         search = run.config.search
@@ -63,6 +63,7 @@ class EvolutionStage(Stage[NASRecConfig]):
             own["evolution"] = {k: v for k, v in own["evolution"].items() if k not in ("cost_at_most", "cost_at_least")}
         if search.prefilter.proxies:
             own["prefilter"] = dataclasses.asdict(search.prefilter)
+        own |= _norms(run)
         supernet = json.dumps(flatten(SupernetStage().inputs(run)), sort_keys=True, default=str)
         return {**own, "space": search.space.make().to_json(), "supernet": supernet}
 
@@ -150,6 +151,14 @@ def limits_of(run: Run[NASRecConfig], space: Space, table: LatencyTable | None =
         return float(getattr(network_cost(architecture, space, columns, fields).total, c.cost))
 
     return Limits(c, cost)
+
+
+def _norms(run: Run[NASRecConfig]) -> dict[str, Any]:
+    """Which LayerNorms the networks have that a search times or ranks by proxies. Nothing where it builds none, and
+    nothing by default: a search of an older version did not tell."""
+    search, kept = run.config.search, run.config.model.layer_norm
+    builds = search.evolution.cost == "latency" or bool(search.prefilter.proxies)
+    return {"networks.layer_norm": kept} if builds and kept != "attention" else {}
 
 
 def _read(path: Path, signature: dict[str, Any]) -> dict[str, Any] | None:
