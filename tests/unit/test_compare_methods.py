@@ -219,3 +219,24 @@ def test_rank_statistics_know_the_same_and_the_opposite_order(
     assert [same[k][0] for k in ranks.STATISTICS] == pytest.approx([1, 1, 1])
     assert [other[k][0] for k in ranks.STATISTICS] == pytest.approx([-1, -1, -1])
     assert "| s | tuned | 1.00 (1.00 to 1.00) |" in ranks.table([same, other], 9)
+
+
+def test_scores_of_another_measurement_are_not_taken(ranks: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "tuned.json"
+    signature = {"supernet": json.dumps({"run.seed": 1}), "evolution": {"population": 4}}
+    path.write_text(json.dumps({"signature": signature}))
+    ranks.check_asked(argparse.Namespace(seed=1, networks=4), path)
+    for seed, networks, told in ((0, 4, "--seed 1, not 0"), (1, 6, "--networks 4, not 6")):
+        with pytest.raises(SystemExit, match=f"tuned.json: scored with {told}; give each measurement its --out"):
+            ranks.check_asked(argparse.Namespace(seed=seed, networks=networks), path)
+
+
+def test_networks_are_trained_alone_behind_tables_of_their_spaces_width(ranks: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    body = {"signature": {"space": {"width": 8}}, "seen": [{"key": "k", "blocks": []}]}
+    (tmp_path / "s" / "tuned.json").write_text(json.dumps(body))
+    args = argparse.Namespace(config="c.yaml", data="DATA", out=tmp_path, seed=0, extra=[])
+    ((job,),) = ranks.alone_chains(args, "s")
+    words = list(job.arguments)
+    assert words[words.index("--allocation") + 1] == "ues-8"
+    assert words[words.index("--model.unified_width") + 1] == "8"

@@ -55,6 +55,9 @@ def main() -> None:
         run_all([[search_job(args, s, tuning)] for s in wanted], args.out / "logs", args.jobs)
         for scheme in wanted:
             shutil.copy(args.out / scheme / "evolution.json", args.out / scheme / f"{tuning}.json")
+    for scheme in schemes:
+        for tuning in TUNING:
+            check_asked(args, args.out / scheme / f"{tuning}.json")
     found = {(s, t): scores_of(args.out / s / f"{t}.json") for s in schemes for t in TUNING}
     first = found[schemes[0], "tuned"]
     if any(set(scores) != set(first) for scores in found.values()):
@@ -91,18 +94,30 @@ def search_job(args: argparse.Namespace, scheme: str, tuning: str) -> Job:
     return Job(f"{scheme}-{tuning}", "launch/search.py", arguments, None)
 
 
+def check_asked(args: argparse.Namespace, path: Path) -> None:
+    """Raises:
+    SystemExit: the scores in a file are of another seed, or of a search for another number of networks.
+    """
+    signature = json.loads(path.read_text())["signature"]
+    there = {"seed": json.loads(signature["supernet"])["run.seed"], "networks": signature["evolution"]["population"]}
+    for name, value in there.items():
+        if value != (asked := getattr(args, name)):
+            raise SystemExit(f"{path}: scored with --{name} {value}, not {asked}; give each measurement its --out")
+
+
 def scores_of(path: Path) -> dict[str, float]:
     """Key of an architecture -> logloss by the supernet."""
     return {c["key"]: c["logloss"] for c in json.loads(path.read_text())["seen"]}
 
 
 def alone_chains(args: argparse.Namespace, scheme: str) -> list[list[Job]]:
-    """A training per architecture of the tuned search of ``scheme``."""
+    """A training per architecture of the tuned search of ``scheme``, behind tables as wide as its space says."""
     chains = []
+    width = json.loads((args.out / scheme / "tuned.json").read_text())["signature"]["space"]["width"]
     for key, path in architectures_of(args.out, scheme).items():
-        arguments = [*common(args, args.out / "alone"), "--allocation", "ues-16", "--name", key]
+        arguments = [*common(args, args.out / "alone"), "--allocation", f"ues-{width}", "--name", key]
         model = ["--model.backbone", "nasrec", "--model.architecture", str(path)]
-        wide = ["--model.unify", "mixed", "--model.unified_width", "16"]
+        wide = ["--model.unify", "mixed", "--model.unified_width", str(width)]
         target = result_of(args, key)
         chains.append([Job(f"alone-{key}", "launch/retrain.py", [*arguments, *model, *wide], target)])
     return chains
