@@ -111,12 +111,12 @@ def search(runs: Sequence[Run], directory: Path) -> Section | None:
         cost = evolution.setting("cost", "none")
         caption += f"What a network costs ({cost}) is added to its score (search.evolution.cost_weight). "
     if random:
-        caption += f"All were drawn at random; the lines are mean and best of the last {evolution.alive:,}"
+        caption += f"All were {evolution.beginning}; the lines are mean and best of the last {evolution.alive:,}"
     else:
         caption += (
-            f"The first {points[0].scored:,} (shaded) were drawn at random and live. Then, in each generation, the "
-            "best of some of the living is copied with small changes; the copies live, and as many of the oldest die, "
-            "however good they are. The lines are mean and best of the living (the population)"
+            f"The first {points[0].scored:,} (shaded) were {evolution.beginning} and live. Then, in each generation, "
+            "the best of some of the living is copied with small changes; the copies live, and as many of the oldest "
+            "die, however good they are. The lines are mean and best of the living (the population)"
         )
     caption += ", the diamond is the best of all. "
     above = sum(f > plots.ceiling(fitness, points) for f in fitness)
@@ -300,7 +300,7 @@ def _told(evolution: Evolution, points: Sequence[Population]) -> str:
     gain = low - chosen.number("fitness")
     text += f". The best has a {score} of {chosen.number('fitness'):.5f} (generation {chosen.number('generation'):.0f})"
     if generations:
-        text += f"; the best of the {points[0].scored:,} drawn at random had {low:.5f}"
+        text += f"; the best of the {points[0].scored:,} {evolution.beginning} had {low:.5f}"
         text += f", {gain:.5f} more" if gain > 0 else ", the same network"
         before, after = points[0].mean, points[-1].mean
         text += f". The mean of the living {'fell' if after <= before else 'rose'} from {before:.5f} to {after:.5f}"

@@ -93,6 +93,11 @@ class Evolution:
         return (self.settings.get("evolution") or {}).get(name, default)
 
     @property
+    def beginning(self) -> str:
+        """How the networks of generation 0 came about, in words."""
+        return "kept by the prefilter or drawn at random" if self.settings.get("prefilter") else "drawn at random"
+
+    @property
     def over(self) -> bool:
         return self.done > int(self.setting("generations", 0))
 

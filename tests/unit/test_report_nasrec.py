@@ -265,6 +265,16 @@ def test_random_search_has_no_descent(tmp_path: Path) -> None:
     assert "All were drawn at random; the lines are mean and best of the last 4, the diamond" in found.body
 
 
+def test_a_first_population_of_a_prefilter_is_not_called_random(full: Path, tmp_path: Path) -> None:
+    body = json.loads((full / "evolution.json").read_text())
+    body["signature"]["prefilter"] = {"proxies": ["snip"], "sample": 8, "keep": 0.5, "rows": 128}
+    (tmp_path / "evolution.json").write_text(json.dumps({k: v for k, v in body.items() if k != "sha256"}))
+    found = architectures.search([load_run(tmp_path)], tmp_path / "out")
+    assert found is not None
+    assert "The first 4 (shaded) were kept by the prefilter or drawn at random and live." in found.body
+    assert "the best of the 4 kept by the prefilter or drawn at random had 0.49000" in found.body
+
+
 def test_cost_in_the_score(tmp_path: Path) -> None:
     text = write_report([search(tmp_path, weight=1e-5, cost="flops")]).read_text()
     assert '<th scope="col">Score</th>' in text and "The best has a score of" in text
