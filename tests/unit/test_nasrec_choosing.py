@@ -103,7 +103,10 @@ def test_the_winners_directory_is_that_of_a_training(compared: tuple[Run, dict[s
 
 
 def test_the_winner_is_trained_again_on_both_splits_for_the_steps_that_validation_chose(
-    compared: tuple[Run, dict[str, Any]], data: Path, monkeypatch: pytest.MonkeyPatch
+    compared: tuple[Run, dict[str, Any]],
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run, result = compared
     streams: list[tuple[BatchStream, BatchStream | None]] = []
@@ -129,6 +132,11 @@ def test_the_winner_is_trained_again_on_both_splits_for_the_steps_that_validatio
     rows = run.schema.rows
     assert validation is None and training.rows == rows["train"] + rows["validation"]
     assert refit["logloss"] != result["logloss"]
+    for name, split, told in (("again", "validation", True), ("again", "test", False), ("best", "validation", False)):
+        file = f"model.architecture={run.dir / 'retrain' / name / 'architecture.json'}"
+        NASRec().evaluate(run_of(data, run.dir, file), run.dir / "retrain" / name, split, "", "")
+        assert ("again was trained on the validation split too" in capsys.readouterr().err) == told
+    (run.dir / "retrain" / "best" / "evaluation-validation.json").unlink()
     assert before == {
         p: p.stat().st_mtime_ns for p in (run.dir / "retrain").glob("again-rank-*/checkpoints/retrain/*/data/*")
     }

@@ -112,6 +112,11 @@ def train_best(
     return result
 
 
+def refitted(directory: Path) -> bool:
+    """Whether a directory's model was trained on validation rows, too."""
+    return (directory / CHOICE).exists() and bool(read_sealed(directory / CHOICE).get("refit"))
+
+
 def chosen(loglosses: Sequence[float]) -> int:
     """The place of the least; the first one of equal ones, which the search held for better."""
     return min(range(len(loglosses)), key=lambda k: (math.inf if math.isnan(loglosses[k]) else loglosses[k], k))

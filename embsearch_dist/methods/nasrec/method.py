@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from typing import Any
+
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.base import Method
-from embsearch_dist.methods.nasrec.choosing import candidate_files, train_best
+from embsearch_dist.methods.nasrec.choosing import candidate_files, refitted, train_best
 from embsearch_dist.methods.nasrec.config import NASRecConfig
 from embsearch_dist.methods.nasrec.evolution_stage import EvolutionStage, limits_of
 from embsearch_dist.methods.nasrec.supernet_stage import SupernetStage
@@ -14,6 +18,7 @@ from embsearch_dist.methods.stages import Stage
 from embsearch_dist.methods.trial import TRAINING
 from embsearch_dist.networks.architecture import RESULT
 from embsearch_dist.run import Run
+from embsearch_dist.train.figures import Wanted
 
 
 class NASRec(Method):
@@ -52,3 +57,15 @@ class NASRec(Method):
             files = candidate_files(job.run_dir, job.wish.best)
         directory = job.run_in().dir
         return {directory.name: train_best(job.run, job.found, files, directory, job.wish.refit)}
+
+    def evaluate(
+        self, run: Run, directory: Path, split: str, router: str, precision: str, wanted: Wanted | None = None
+    ) -> dict[str, Any]:
+        result = super().evaluate(run, directory, split, router, precision, wanted)
+        if split == "validation" and run.context.rank == 0 and refitted(directory):
+            print(
+                f"note: {directory} was trained on the validation split too (--refit): these figures do not say how "
+                "good it is on rows that it has not seen. --split test does",
+                file=sys.stderr,
+            )
+        return result
