@@ -1,8 +1,9 @@
 """The dense part of an earlier model in a new one: copied, or its inputs moved field by field.
 
 A weight of the same name and shape is copied. Where fields or widths have changed, weights that read embeddings are
-moved field by field: the first layer and the linear part of FM, DeepFM, Wide & Deep and the MLP, and the linear maps in
-front. What has no counterpart stays as the new model made it.
+moved field by field: the first layer and the linear part of FM, DeepFM, Wide & Deep and the MLP, and the linear maps
+and the BatchNorm in front. Other backbones are known by the shapes of their weights alone: where those cannot tell one
+field from another, the whole backbone begins anew. What has no counterpart stays as the new model made it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from embsearch_dist.models.unify import MixedUnify
 from embsearch_dist.train.warm.widths import FieldMove
 
 INPUTS = ("backbone.first.weight", "backbone.linear.weight")
+NORM = "unify.norm."
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -55,6 +57,28 @@ class Layout:
         ends = list(accumulate(self.places, initial=0))
         return {f: slice(a, b) for f, a, b in zip(self.fields, ends, ends[1:], strict=False)}
 
+    def told_by_shapes(self, other: Layout) -> bool:
+        """Whether weights of a backbone that read fields or dense columns by their places have other shapes behind the
+        other layout, or read the same columns at the same places."""
+        if (self.fields, self.dense) == (other.fields, other.dense):
+            return True
+        if self.fields != other.fields and len(self.fields) == len(other.fields):
+            return False
+        if self.dense != other.dense and len(self.dense) == len(other.dense):
+            return False
+        mine, theirs = (
+            (len(x.fields) + len(x.dense), len(x.fields) * max(x.places) + len(x.dense)) for x in (self, other)
+        )
+        return mine[0] != theirs[0] and mine[1] != theirs[1]
+
+    def groups(self) -> list[int]:
+        """The widths that occur, ascending: what belongs to a width is numbered so."""
+        return sorted(set(self.widths))
+
+    def width_of(self, field: str) -> int:
+        """Of a field's table."""
+        return self.widths[self.fields.index(field)]
+
 
 class DenseMove:
     """Values of the earlier head's tensors for the new head.
@@ -72,6 +96,7 @@ class DenseMove:
         self.same = old == new and not turned
         self.additive = type(head.backbone) is Backbone
         self.values = self.additive and head.backbone.values
+        self.places = self.additive or new.told_by_shapes(old)
         self.unify = head.unify if isinstance(head.unify, MixedUnify) else None
 
     def __call__(self, earlier: Tensors, target: Tensors, squares: bool = False) -> dict[str, torch.Tensor]:
@@ -89,10 +114,12 @@ class DenseMove:
             if not self.same and self.additive and name in INPUTS:
                 if before.shape[0] == value.shape[0]:
                     found[name] = self._inputs(before, value.shape[1], name, squares)
-            elif before.shape == value.shape:
+            elif before.shape == value.shape and (self.places or not name.startswith("backbone.")):
                 found[name] = before
         if not self.same and self.unify is not None and self.old.maps:
             found |= self._maps(earlier, target, squares)
+        if not self.same:
+            found |= self._norm(earlier, target)
         return found
 
     def _inputs(self, weight: torch.Tensor, columns: int, name: str, squares: bool) -> torch.Tensor:
@@ -118,17 +145,11 @@ class DenseMove:
         """The linear maps, by field or by width. A width that was not there gets the mean of its fields' maps."""
         assert self.unify is not None
         by_field = self.transform == "field"
-        old_groups, new_groups = sorted(set(self.old.widths)), sorted(set(self.new.widths))
+        old_groups, sources = self.old.groups(), self._sources(by_field)
 
         def old_map(field: str) -> int:
-            k = self.old.fields.index(field)
-            return k if by_field else old_groups.index(self.old.widths[k])
+            return self.old.fields.index(field) if by_field else old_groups.index(self.old.width_of(field))
 
-        sources: list[list[str]] = []
-        for j in range(len(self.unify.weights)):
-            own = [f for f, m in zip(self.new.fields, self.unify.maps, strict=True) if m == j and f in self.moves]
-            same = [f for f in self.old.fields if not by_field and self._old_width(f) == new_groups[j]]
-            sources.append(same[:1] or own)
         found: dict[str, torch.Tensor] = {}
         for j, fields in enumerate(sources):
             if f"unify.weights.{j}" in target and fields:
@@ -150,8 +171,47 @@ class DenseMove:
         move = self.moves[field] if by_field and field in self.moves else FieldMove(weight.shape[0], places)
         return move.inputs(weight.T, places, squares).T
 
-    def _old_width(self, field: str) -> int:
-        return self.old.widths[self.old.fields.index(field)]
+    def _sources(self, by_field: bool) -> list[list[str]]:
+        """For each new field, or for each new width, the fields whose earlier weights it begins with: those of the same
+        width, else those that have the width now."""
+        if by_field:
+            return [[f] if f in self.moves else [] for f in self.new.fields]
+        found = []
+        for width in self.new.groups():
+            same = [f for f in self.old.fields if self.old.width_of(f) == width]
+            own = [f for f in self.new.fields if self.new.width_of(f) == width and f in self.moves]
+            found.append(same[:1] or own)
+        return found
+
+    def _norm(self, earlier: Tensors, target: Tensors) -> dict[str, torch.Tensor]:
+        """The BatchNorm: scale and shift of each width ``[widths, d]``, and statistics ``[fields or 1, widths, d]``.
+
+        Without maps the norm of a field ends with its columns: behind them an earlier variance is that of zeros.
+        """
+        sources, old_groups, new_groups = self._sources(False), self.old.groups(), self.new.groups()
+        maps = self.old.maps and self.new.maps
+        found: dict[str, torch.Tensor] = {}
+        for name in (f"{NORM}{part}" for part in ("scale", "shift", "mean", "variance")):
+            if name not in target or name not in earlier:
+                continue
+            before, values = earlier[name], target[name].detach().cpu().clone()
+            most = min(before.shape[-1], values.shape[-1])
+
+            def rows(field: str, before: torch.Tensor = before) -> torch.Tensor:
+                own = before if before.dim() == 2 else before[self.old.fields.index(field) if len(before) > 1 else 0]
+                return own[old_groups.index(self.old.width_of(field))]
+
+            places: list[tuple[tuple[int, ...], list[str]]]
+            if values.dim() == 3 and len(values) > 1:  # statistics of each field
+                places = [((k, new_groups.index(self.new.width_of(f))), [f]) for k, f in enumerate(self.new.fields)]
+                places = [(place, fields) for place, fields in places if fields[0] in self.moves]
+            else:
+                places = [((0, j) if values.dim() == 3 else (j,), fields) for j, fields in enumerate(sources) if fields]
+            for place, fields in places:
+                count = min([most] if maps else [most, *(self.old.width_of(f) for f in fields)])
+                values[place][:count] = torch.stack([rows(f)[:count] for f in fields]).mean(0)
+            found[name] = values
+        return found
 
 
 def count(tensors: Tensors, names: Callable[[str], bool]) -> int:
