@@ -22,6 +22,7 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSha
 from embsearch_dist.errors import UserError
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.sharding.tables import Sharder, Table, check_widths
+from embsearch_dist.sharding.uneven import allow_uneven_batches
 from embsearch_dist.sharding.versions import init_collective_validation
 
 DOING = "placing the tables"
@@ -78,6 +79,7 @@ def place(
     """Shard ``collection`` as ``plan`` says; all ranks return, or all raise."""
     # Both are collectives that TorchRec would otherwise call on first need, in the midst of the constructor.
     init_collective_validation(context.group)
+    allow_uneven_batches()
     if any(p.sharding_type in ("table_row_wise", "grid_shard") for p in plan.values()):
         intra_and_cross_node_pg(context.device, backend=dist.get_backend(context.group))
     state = "building"
