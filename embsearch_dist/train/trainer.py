@@ -227,6 +227,8 @@ class Trainer:
         if self.config.skip_bad_batches:  # running statistics have seen the batch before anybody knows it is bad
             buffers = {b: b.clone() for b in model.replicated.buffers()}
         loss = self.task.loss(batch, step)
+        if (weight := self.training.weight(batch)) != 1:  # ranks are averaged, and one may have a row more
+            loss = loss * weight
         if self.faults is not None:
             loss = self.faults.loss(loss, step)
         model.sharded.exchange.begin()

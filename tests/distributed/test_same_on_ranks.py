@@ -121,6 +121,11 @@ def test_batch_statistics_are_those_of_the_global_batch(tmp_path: Path, data: st
     compare(tmp_path, data, "subnet", f"model.norm={norm}", "optim.embedding_l2=0.01")
 
 
+@pytest.mark.parametrize("model", [["optim.embedding_l2=0.01"], ["model.norm=field"]])
+def test_a_rank_with_a_row_more_counts_by_its_rows(tmp_path: Path, data: str, model: list[str]) -> None:
+    compare(tmp_path, data, "subnet", "train.batch_size=5", *model)
+
+
 @pytest.mark.parametrize(
     ("model", "subnets"),
     [(["model.transform=mlp", "model.first_order=value"], 1), (["model.norm=field"], 1), ([], 4)],

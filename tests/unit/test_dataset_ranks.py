@@ -79,3 +79,16 @@ def test_every_number_of_ranks_evaluates_all_rows_in_one_order(prepared: Path, b
         found = global_batches(prepared, world, 0, split="test", batch=batch, shuffle=False)
         assert np.array_equal(np.concatenate(found), np.concatenate(alone))
         assert_same(found[:2], alone[:2])
+
+
+@pytest.mark.parametrize(("world", "batch"), [(1, 50), (2, 50), (3, 50), (4, 7), (3, 5000)])
+def test_means_over_ranks_weighed_by_their_rows_are_those_of_the_global_batch(
+    prepared: Path, world: int, batch: int
+) -> None:
+    schema = Schema.load(prepared)
+    ranks = [BatchStream(prepared, schema, "train", batch, rank=r, world_size=world) for r in range(world)]
+    batches = [next(iter(stream.epoch(0))) for stream in ranks]
+    weights = [stream.weight(own) for stream, own in zip(ranks, batches, strict=True)]
+    mean = sum(w * float(b.dense.mean()) for w, b in zip(weights, batches, strict=True)) / world
+    assert mean == pytest.approx(float(np.concatenate([b.dense.numpy() for b in batches]).mean()), abs=1e-6)
+    assert (set(weights) == {1.0}) == (len({b.size for b in batches}) == 1)

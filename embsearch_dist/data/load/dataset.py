@@ -231,6 +231,14 @@ class BatchStream:
         size = stop - start
         return start + self.rank * size // self.world_size, start + (self.rank + 1) * size // self.world_size
 
+    def weight(self, batch: Batch) -> float:
+        """What the mean over this rank's rows counts in the mean over ranks, which then is that of the global batch: 1
+        where all ranks have as many rows."""
+        k = batch.position.batch - 1
+        start, stop = self._bounds(k)
+        low, high = self.share(k)
+        return (high - low) * self.world_size / (stop - start)
+
 
 def _read_ahead(batches: Iterator[T], depth: int) -> Iterator[T]:
     """The same batches, made by a thread that stays ``depth`` ahead; its exceptions surface here, and

@@ -117,7 +117,8 @@ class GatedTask(ABC):
             for module in self.model.normed:
                 module.train()
         loss = binary_cross_entropy_with_logits(logits, batch.label)
-        return loss if extra is None else loss + extra
+        assert self._held_out is not None
+        return (loss if extra is None else loss + extra) * self._held_out.stream.weight(batch)
 
     def predict(self, batch: Batch) -> torch.Tensor:
         """Logits as at inference; while nothing is selected yet, with everything open."""
