@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from embsearch_dist.data.prepare.pipeline import prepare
 from embsearch_dist.methods.directions import common, principal
 from embsearch_dist.methods.truncated import TruncatedModel
 from embsearch_dist.methods.widest import Moments, Sample
@@ -19,6 +20,7 @@ from embsearch_dist.train.warm.start import Start
 from embsearch_dist.train.warm.widths import FieldMove
 from tests.earlier import STEPS, begun, change, logits, open_run, train, two_days
 from tests.factories import one_rank, whole_tables
+from tests.raw_lists import make_lists
 
 WIDTH = 8
 NARROW = {"left": 4, "big": WIDTH, "right": 3, "idle": 0}
@@ -90,6 +92,19 @@ def test_a_mean_is_that_of_the_rows_trained_on(tmp_path: Path, days: tuple[Path,
     found = cut_means(saved, moves, weights, 0, one_rank()).columns["big"]
     assert not found[:5].any()
     torch.testing.assert_close(found[5:], torch.cat(looked_up).mean(0)[5:], atol=1e-4, rtol=1e-4)
+
+
+def test_in_lists_too_rare_values_count_as_often_as_they_occur(tmp_path: Path) -> None:
+    source, _ = make_lists(tmp_path, 600)
+    prepare("table", source, tmp_path / "out", quiet=True, min_count=3)
+    run = open_run(tmp_path / "out", tmp_path / "run", one_rank())
+    rows = next(iter(run.stream("train", 10**6, shuffle=False).epoch(0)))
+    for field in (f for f in run.schema.fields if f.pooling == "sum"):
+        ids = rows.sparse[field.name].values().long()
+        expected = torch.bincount(ids, minlength=field.cardinality).double() / rows.size
+        assert field.name != "big" or expected[0] > 0.5, "the example must have rare values"
+        found = shares(Data(tmp_path / "out", run.schema), field.name)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 def test_products_of_means_are_those_of_pairs() -> None:

@@ -148,8 +148,8 @@ def shares(new: Data, field: str) -> torch.Tensor:
     counts, known = occurrences(new, field), _counted(new)
     kind = next(f for f in new.schema.fields if f.name == field)
     rows = new.schema.rows.get("train", 0)
-    if known and not kind.is_list:  # what has no id of its own has the first one
-        counts[0] = max(0.0, rows - float(counts[1:].sum()))
+    if known:  # what has no id of its own has the first one
+        counts[0] = max(0.0, rows * kind.mean_length - float(counts[1:].sum()))
     return counts / (max(rows, 1) if known and kind.pooling == "sum" else counts.sum())
 
 
