@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,23 @@ def test_shapes_tell_fields_apart_only_where_nothing_else_has_their_number() -> 
         layout("abc", "y", 4),
     ):
         assert not old.told_by_shapes(other), other
+
+
+@pytest.mark.parametrize("first_order", ["embedding", "value"])
+def test_dense_columns_that_are_standardised_otherwise_give_what_they_gave(
+    tmp_path: Path, data: tuple[Path, Path], first_order: str
+) -> None:
+    """The rows of the first day's data, with a constant and a factor in a column that takes part in training."""
+    run, before = trained(data[0], tmp_path, MIXED, f"model.first_order={first_order}")
+    start = Start.open(run.dir, optimizer=True)
+    scale = dict(run.schema.provenance["dense"])["x"]
+    told = {"mean": scale["mean"] + 0.7 * scale["std"], "std": 2.5 * scale["std"]}
+    object.__setattr__(run.schema, "provenance", {**run.schema.provenance, "dense": {"x": told}})
+    task, found, optimizer = begun(run, MIXED, start)
+    assert found["dense"]["new"] == 0
+    task.model.eval()
+    batch = next(run.stream("train", 256, shuffle=False).epoch(0))
+    with torch.no_grad():
+        again = task.predict(replace(batch, dense=(batch.dense - 0.7) / 2.5))
+    torch.testing.assert_close(again, before, atol=1e-5, rtol=1e-5)
+    assert all(float(state["step"]) == 3 for state in optimizer.state.values())

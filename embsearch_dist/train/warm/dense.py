@@ -9,7 +9,7 @@ field from another, the whole backbone begins anew. What has no counterpart stay
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -34,6 +34,7 @@ class Layout:
         places: inputs of the backbone that are each field's.
         dense: dense columns, behind them.
         maps: the tables' rows pass a learned linear map.
+        scales: mean and deviation by which each dense column was standardised, as far as they are known.
     """
 
     fields: tuple[str, ...]
@@ -41,16 +42,27 @@ class Layout:
     places: tuple[int, ...]
     dense: tuple[str, ...]
     maps: bool
+    scales: tuple[tuple[float, float] | None, ...] = ()
 
     @classmethod
-    def of(cls, model: Mapping[str, Any], fields: Sequence[str], widths: Sequence[int], dense: Sequence[str]) -> Layout:
+    def of(
+        cls,
+        model: Mapping[str, Any],
+        fields: Sequence[str],
+        widths: Sequence[int],
+        dense: Sequence[str],
+        scales: Mapping[str, Mapping[str, float]] | None = None,
+    ) -> Layout:
         """Args:
         model: ``transform``, ``unify`` and ``unified_width`` of the model section.
+        scales: ``mean`` and ``std`` of dense columns, as a preparation notes them.
         """
         alike = len(set(widths)) == 1 and model["unify"] == "mixed"
         maps = model["transform"] != "identity" and not alike
         places = [int(model["unified_width"])] * len(fields) if maps else widths
-        return cls(tuple(fields), tuple(widths), tuple(places), tuple(dense), maps)
+        known = scales or {}
+        own = tuple((float(known[n]["mean"]), float(known[n]["std"])) if n in known else None for n in dense)
+        return cls(tuple(fields), tuple(widths), tuple(places), tuple(dense), maps, own)
 
     def slices(self) -> dict[str, slice]:
         """Inputs of each field."""
@@ -70,6 +82,10 @@ class Layout:
             (len(x.fields) + len(x.dense), len(x.fields) * max(x.places) + len(x.dense)) for x in (self, other)
         )
         return mine[0] != theirs[0] and mine[1] != theirs[1]
+
+    def scale(self, dense: str) -> tuple[float, float] | None:
+        """Of a dense column."""
+        return self.scales[self.dense.index(dense)] if self.scales else None
 
     def groups(self) -> list[int]:
         """The widths that occur, ascending: what belongs to a width is numbered so."""
@@ -93,16 +109,21 @@ class DenseMove:
     def __init__(self, head: Any, old: Layout, new: Layout, moves: Mapping[str, FieldMove], transform: str) -> None:
         self.old, self.new, self.moves, self.transform = old, new, moves, transform
         turned = any(m.rotation is not None for m in moves.values())
-        self.same = old == new and not turned
+        self.rescaled = [n for n in new.dense if n in old.dense and _differ(old.scale(n), new.scale(n))]
+        alike = replace(old, scales=()) == replace(new, scales=())
+        self.same = alike and not turned and not self.rescaled
         self.additive = type(head.backbone) is Backbone
         self.values = self.additive and head.backbone.values
         self.places = self.additive or new.told_by_shapes(old)
         self.unify = head.unify if isinstance(head.unify, MixedUnify) else None
 
-    def __call__(self, earlier: Tensors, target: Tensors, squares: bool = False) -> dict[str, torch.Tensor]:
+    def __call__(
+        self, earlier: Tensors, target: Tensors, squares: bool = False, weights: bool = True
+    ) -> dict[str, torch.Tensor]:
         """Values for as many names of ``target`` as have a counterpart, on the CPU.
 
-        ``squares``: the tensors are means of squared gradients, kept by an optimizer for the weights of these names.
+        ``squares``: the tensors are means of squared gradients, kept by an optimizer for the weights of these names;
+        ``weights``: they are the weights themselves.
         """
         found: dict[str, torch.Tensor] = {}
         for name, value in target.items():
@@ -120,7 +141,23 @@ class DenseMove:
             found |= self._maps(earlier, target, squares)
         if not self.same:
             found |= self._norm(earlier, target)
+        for name in INPUTS if weights and self.additive and not self.same else ():
+            if name in found:
+                self._rescale(found, name, earlier[name])
         return found
+
+    def _rescale(self, found: dict[str, torch.Tensor], name: str, before: torch.Tensor) -> None:
+        """Weights and bias for dense columns that were standardised otherwise: what a raw number gives stays."""
+        by_value = name == INPUTS[1] and self.values
+        first_old, first_new = (0, 0) if by_value else (sum(self.old.places), sum(self.new.places))
+        bias = name.removesuffix("weight") + "bias"
+        for dense in self.rescaled:
+            old, new = self.old.scale(dense), self.new.scale(dense)
+            assert old is not None and new is not None
+            own = before[:, first_old + self.old.dense.index(dense)]
+            found[name][:, first_new + self.new.dense.index(dense)] = own * (new[1] / old[1])
+            if bias in found:
+                found[bias] = found[bias] + own * ((new[0] - old[0]) / old[1])
 
     def _inputs(self, weight: torch.Tensor, columns: int, name: str, squares: bool) -> torch.Tensor:
         """``[outputs, old inputs]`` -> ``[outputs, columns]``; zero where an input is new."""
@@ -212,6 +249,11 @@ class DenseMove:
                 values[place][:count] = torch.stack([rows(f)[:count] for f in fields]).mean(0)
             found[name] = values
         return found
+
+
+def _differ(old: tuple[float, float] | None, new: tuple[float, float] | None) -> bool:
+    """Whether a column is known to be standardised otherwise; one that was constant has weights that say nothing."""
+    return old is not None and new is not None and old != new and old[1] > 0
 
 
 def count(tensors: Tensors, names: Callable[[str], bool]) -> int:

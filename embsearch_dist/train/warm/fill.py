@@ -208,6 +208,7 @@ def _fill_state(saved: Saved, target: Mapping[str, torch.Tensor], move: DenseMov
             {n: t for n, t in old.items() if t.dim()},
             {n: t for n, t in new.items() if t.dim()},
             bool(SQUARES.search(kind)),
+            weights=False,
         )
         for name in names & set(found):
             new[name].copy_(found[name])

@@ -169,7 +169,7 @@ def begin(
     head, model = task.model.bare_head, {k.removeprefix("model."): v for k, v in settings.items()}
     before = {"unify": "always", **{k.removeprefix("model."): v for k, v in start.manifest["settings"].items()}}
     layouts = [
-        Layout.of(m, a.kept, [a.widths[f] for f in a.kept], s.dense)
+        Layout.of(m, a.kept, [a.widths[f] for f in a.kept], s.dense, _scales(s))
         for m, a, s in ((before, start.allocation, start.data.schema), (model, allocation, new.schema))
     ]
     maps = layouts[0].maps, layouts[1].maps
@@ -197,6 +197,12 @@ def begin(
             fold(means, head, saved.all(HEAD), layouts[0], layouts[1], moves)
     fields = {f: {"width": [m.old, m.new], "how": m.how, "new_values": ids[f].new} for f, m in kept.items()}
     return {"fields": fields, "dense": found} | ({"means": sorted(means.columns)} if means.columns else {})
+
+
+def _scales(schema: Schema) -> Mapping[str, Mapping[str, float]]:
+    """How the dense columns of prepared data were standardised, as far as it was noted."""
+    found = schema.provenance.get("dense")
+    return found if isinstance(found, Mapping) else {}
 
 
 def _earlier_shares(start: Start, new: Data, field: str, ids: IdMap) -> torch.Tensor:
