@@ -67,6 +67,25 @@ def test_how_many_entries_a_budget_holds() -> None:
     assert entries_under(Budget("parameters", 500, ""), schema, 16, 1) == 400  # a column beside them in each table
     assert entries_under(Budget("bytes", 1000, ""), schema, 16, 0) == (1000 - 100 * 2) / 4
     assert entries_under(Budget("served_fp16", 1000, ""), schema, 9, 0) == (1000 - 100 * 2) / 2
+    assert entries_under(Budget("served_int4", 150, ""), schema, 9, 0) < 1  # the bits take more
+    assert entries_under(Budget("parameters", 90, ""), schema, 16, 1) < 1  # so does what no mask closes
+
+
+def test_widths_are_no_chance_where_a_budget_does_not_hold_the_bits_of_a_mask(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a mask of one entry all columns but one are as empty as each other: the first fields got them."""
+    words = ["search.width=4", "search.training.batch_size=128", "search.training.eval_batch_size=400"]
+    words += ["search.training.epochs=3", "search.budget=9000", "search.tickets=true", "optim.embedding_l2=1e-3"]
+    monkeypatch.setattr("embsearch_dist.methods.pep.method.entries_under", lambda *_: -1.0)
+    run = open_run(small_config(data, tmp_path, *words, method="pep"), one_rank())
+    run_stages(PEP(), run)
+    found = Allocation.load(tmp_path / "allocation.json", run.schema)
+    assert found.total("parameters") <= 9000 and found.widths["left"] == found.widths["right"] == 4
+    mask = json.loads((tmp_path / "search" / "mask-pep.json").read_text())
+    assert mask["mask_over_budget"] and found.provenance["mask_over_budget"] and mask["entries"] > 8000
+    assert not (tmp_path / "search" / "ticket-pep.json").exists()
+    assert "takes more than 9000 by itself" in capsys.readouterr().out
 
 
 def test_thresholds_are_learned_at_a_rate_of_their_own_and_all_rows_of_all_tables_are_counted(

@@ -20,6 +20,8 @@ Where this departs:
 * A budget is met exactly, whatever the training has reached: one number c is added to all s, so that the entries with
   ``|v| > sigmoid(s + c)`` are just those that the budget holds (to a bin of 0.01 in c). The published code waits until
   its thresholds have grown that far, and has no mask where they have not; ``learned_share`` says where they stand.
+  Where a bit for each entry takes more than the budget by itself no mask obeys it (``mask_over_budget``); the widths
+  do, and are read off as many entries as the budget has room for without the bits.
 * The published code retrains the mask from the *initial* table (a lottery ticket), which it saves after the first
   update. Here retrain.py trains the widths; with ``tickets`` the search trains each mask too, from the tables before
   any update, and leaves its figures in ``search/ticket-NAME.json``.

@@ -23,15 +23,16 @@ from embsearch_dist.train.monitor import Monitor
 
 
 def entries_under(budget: Budget, schema: Schema, width: int, extra: int) -> float:
-    """How many entries a budget holds: of parameters itself, of bytes what a bit for each entry leaves.
+    """How many entries a budget holds: of parameters itself, of bytes what a bit for each entry leaves. Below 1 where
+    no mask obeys it.
 
     ``extra``: columns of every table that no mask closes.
     """
     rows = sum(schema.cardinalities)
     each = COLUMN_BYTES.get(budget.resource)
     if each is None:
-        return max(budget.limit - extra * rows, 1)
-    return max((budget.limit - rows * math.ceil(width / 8)) / each - extra * rows, 1)
+        return budget.limit - extra * rows
+    return (budget.limit - rows * math.ceil(width / 8)) / each - extra * rows
 
 
 class ColumnStage(AllocateStage):
@@ -47,6 +48,15 @@ class ColumnStage(AllocateStage):
 
         def find(budget: Budget | None) -> Chosen:
             most = entries_under(budget, run.schema, search.width, extra) if budget else math.inf
+            over = most < 1
+            if budget and over:
+                # Widths have neither bits nor closed columns: they are read off as many entries as the budget has
+                # room for, since those of a mask of next to nothing would be chance.
+                most = max(budget.limit / COLUMN_BYTES.get(budget.resource, 1), 1)
+                monitor.say(
+                    f"note: what no mask closes, or a bit for each entry, takes more than {budget.text} by itself; "
+                    "the mask of this budget breaks it, the widths hold it"
+                )
             edge = margins.edge_under(most) if budget else learned
             kept = margins.kept(edge)
             share = kept / rows
@@ -59,6 +69,8 @@ class ColumnStage(AllocateStage):
                 "mask_share": float(kept.sum() / (rows.sum() * search.width)),
                 "learned_share": float(margins.kept(learned).sum() / (rows.sum() * search.width)),
             }
+            if over:
+                told["mask_over_budget"] = True
             mask = told | mask_told(run.schema, kept) | {"shift": round(edge * BIN - REACH, 4)}
             return Chosen(own if any(own) else widths, told, mask=mask)
 

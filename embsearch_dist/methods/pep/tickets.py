@@ -76,8 +76,8 @@ class TicketStage(Stage):
     """Trains the mask of each budget by the ``train`` section; ``search/ticket-NAME.json`` has its figures.
 
     The best checkpoint by validation rows is measured on validation and test rows; nothing is chosen by the latter.
-    Does nothing unless ``search.tickets`` asks for it; a training that was begun with other settings is refused by its
-    checkpoints.
+    Does nothing unless ``search.tickets`` asks for it, and nothing for a mask that its budget does not hold; a training
+    that was begun with other settings is refused by its checkpoints.
     """
 
     name = "tickets"
@@ -101,6 +101,10 @@ class TicketStage(Stage):
         for name, _ in budgets_of(run):
             with run.context.together("reading the mask"):
                 told = read_sealed(run.dir / "search" / f"mask-{name}.json")
+            if told.get("mask_over_budget"):
+                if run.context.rank == 0:
+                    print(f"tickets: no mask obeys the budget of {name}, so none is trained", flush=True)
+                continue
             masks = masks_of(trained.model.sharded, s, run.config.search.width, float(told["shift"]))
             self._train(run, name, masks, told)
 
