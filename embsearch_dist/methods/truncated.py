@@ -24,6 +24,7 @@ from embsearch_dist.ranks.context import Context
 from embsearch_dist.train.metrics import score
 
 CALIBRATION_STEPS = 12  # of Newton's method for two numbers
+UNKNOWN = 1e30  # nats: the standard error of one row; finite, so that no evidence (0) times it is 0
 PIECE_VALUES = 1 << 24  # unified embeddings of all candidates that are in hand at a time: 64 MiB
 
 
@@ -56,12 +57,15 @@ class Changes:
     counts: torch.Tensor | None = None
 
     def gain(self, field: int, narrow: int, wide: int) -> tuple[float, float]:
-        """How much less loss candidate ``wide`` has than ``narrow``, and the standard error, paired by row."""
+        """How much less loss candidate ``wide`` has than ``narrow``, and the standard error, paired by row.
+
+        One row has no spread: its error is :data:`UNKNOWN`, which no gain exceeds, and not 0, which any would.
+        """
         mean = float(self.more[field, narrow] - self.more[field, wide])
         m = self.second[field]
         variance = float(m[narrow, narrow] + m[wide, wide] - 2 * m[narrow, wide]) - mean**2
         rows = self.rows if self.counts is None else int(self.counts[field])
-        return mean, (max(variance, 0.0) / max(rows - 1, 1)) ** 0.5
+        return mean, (max(variance, 0.0) / (rows - 1)) ** 0.5 if rows > 1 else UNKNOWN
 
     def ordered(self, order: Sequence[int]) -> Changes:
         """The same with the candidates in another order: place k has candidate ``order[k]``."""
@@ -156,13 +160,13 @@ class Truncated(ABC):
 
     def paired(self, one: torch.Tensor, other: torch.Tensor, rows: torch.Tensor) -> tuple[float, float]:
         """By how much losses ``one [n]`` lie above ``other`` on average over the rows ``[n]`` bool of all ranks, and
-        the standard error."""
+        the standard error; :data:`UNKNOWN` where there is no more than one."""
         difference = (one - other)[rows]
         sums = torch.stack([difference.sum(), difference.square().sum(), rows.sum().double()])
         total, squares, count = self.context.sum(sums).tolist()
         mean = total / max(count, 1.0)
         variance = max(squares / max(count, 1.0) - mean**2, 0.0)
-        return mean, (variance / max(count - 1, 1.0)) ** 0.5
+        return mean, (variance / (count - 1)) ** 0.5 if count > 1 else UNKNOWN
 
 
 class TruncatedModel(Truncated):

@@ -22,7 +22,7 @@ from embsearch_dist.methods.stages import check_stages, run_stages
 from embsearch_dist.methods.truncated import Changes, Truncated, TruncatedModel, as_stored
 from embsearch_dist.methods.utilities.config import UtilitiesConfig
 from embsearch_dist.methods.utilities.search_stage import Searcher
-from embsearch_dist.methods.utilities.worth import by_heart, choose, mostly_new, rising, spend, supported
+from embsearch_dist.methods.utilities.worth import by_heart, choose, harming, mostly_new, rising, spend, supported
 from embsearch_dist.methods.widest import Moments, Sample
 from embsearch_dist.report import write_report
 from tests.factories import one_rank, open_run, prepared, small_config
@@ -112,6 +112,18 @@ def test_a_wider_candidate_counts_only_beyond_its_standard_error() -> None:
     assert supported(changes(0.009, 0.1), 1.0).tolist() == [[0, 0]]
     assert supported(changes(0.009, 0.1), 0.0).tolist() == [[0, pytest.approx(0.009)]]
     assert supported(changes(-0.5, 0.1), 1.0).tolist() == [[0, 0]]
+
+
+def test_one_row_is_no_evidence() -> None:
+    """A small group may have one measured row, and a field one row that knows its value: no spread is not no error."""
+    assert supported(changes(0.5, 0.0, rows=1), 1.0).tolist() == [[0, 0]]
+    assert supported(changes(0.5, 0.0, rows=1), 0.0).tolist() == [[0, pytest.approx(0.5)]]
+    assert supported(changes(0.5, 0.0, rows=2), 1.0).tolist() == [[0, pytest.approx(0.5)]]
+    held = torch.tensor([0.02])
+    assert supported(changes(-0.5, 0.0, rows=1), 1.0, held).tolist() == [[0, pytest.approx(0.02)]]
+    assert not harming([0], changes(-0.5, 0.0, rows=1), 1.0).any()
+    one = replace(changes(0.5, 0.0), counts=torch.tensor([1.0]))
+    assert supported(one, 1.0).tolist() == [[0, 0]]
 
 
 def test_a_field_is_dropped_only_where_the_rows_say_that_it_does_harm() -> None:
