@@ -9,7 +9,8 @@ what came out, a table against uniform widths, the widths found, size against qu
 curves, and where everything comes from. Its plots lie beside it as PNG files.
 
 A run directory may be unfinished: the report shows what is there and names what is missing. Runs given
-together must be on the same data; results of one name (say "adass") become a mean with its spread.
+together must be on the same data; results of one name (say "adass") become a mean with its spread, so
+searches under different budgets need different names.
 """
 
 from __future__ import annotations

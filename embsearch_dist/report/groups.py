@@ -57,7 +57,7 @@ def headline(runs: Sequence[Run]) -> str | None:
     text += " and chose widths for each"
     sizes = sizes_of([run])
     if run.schema is not None and sizes is not None:
-        share = sum(_parameters(g, run.schema) for g in run.groups) / sizes.reference
+        share = sum(sum(_parameters(g, run.schema).values()) for g in run.groups) / sizes.reference
         text += f", together {percent(share)} of UES-32's embedding parameters without the router"
     return text + "; no retrained model has been evaluated, so whether they predict as well is open."
 
@@ -112,7 +112,8 @@ def found(runs: Sequence[Run], directory: Path) -> Section | None:
             caption += "Fields are ordered by cardinality, how many different values they take. "
         if len(fields) > plots.MAX_FIELDS:
             caption += f"The first {plots.MAX_FIELDS} of {len(fields)} fields are drawn; the table has all. "
-        image = render("group-widths", lambda t: plots.group_widths(t, widths, schema, fields), directory)
+        size = [_parameters(g, schema) for g in groups] if schema is not None else []
+        image = render("group-widths", lambda t: plots.group_widths(t, widths, schema, fields, size), directory)
         body += page.picture(image, caption + _label(run, runs), "Dots: embedding width per field and group")
     body += _kept_picture(run, runs, directory) + _distances(runs, directory)
     if groups:
@@ -245,7 +246,7 @@ def _sizes(runs: Sequence[Run]) -> str:
         for k, (g, share) in enumerate(zip(run.groups, shares_of(run.groups), strict=True)):
             cells = [Cell(f"{_of(run, runs)}group {k}"), *(Cell(f"{g.rows.get(s, 0):,}") for s in splits)]
             cells += [Cell(percent(share)), Cell(f"{sum(w > 0 for w in g.widths.values())} of {len(g.widths)}")]
-            cells.append(Cell(f"{_parameters(g, run.schema):,}" if run.schema is not None else "-"))
+            cells.append(Cell(f"{sum(_parameters(g, run.schema).values()):,}" if run.schema is not None else "-"))
             lines.append(("", cells))
     if not lines:
         return ""
@@ -372,8 +373,9 @@ def shares_of(groups: Sequence[Group]) -> list[float]:
     return [g.rows.get("train", 0) / total for g in groups]
 
 
-def _parameters(group: Group, schema: Schema) -> int:
-    return sum(cost("parameters", f.cardinality, group.widths[f.name], group.extra) for f in schema.fields)
+def _parameters(group: Group, schema: Schema) -> dict[str, int]:
+    """Of each table of a group."""
+    return {f.name: cost("parameters", f.cardinality, group.widths[f.name], group.extra) for f in schema.fields}
 
 
 def _label(run: Run, runs: Sequence[Run]) -> str:

@@ -66,7 +66,7 @@ def allocation(
         cardinality = dict(zip(schema.names, schema.cardinalities, strict=True))
         right = panels[0][2]
         _cardinalities(panels[0][1], [cardinality[n] for n in shown], theme.color(2), theme)
-        total = sum(parameters.get(n, 0) for n in shown) or 1.0
+        total = sum(parameters.values()) or 1.0  # of fields that are not drawn, too
         right.barh(rows, [100 * parameters.get(n, 0) / total for n in shown], height=0.68, color=theme.color(1))
         right.set_title("Share of parameters")
         right.set_xlabel("% of all embedding parameters")
@@ -76,9 +76,10 @@ def allocation(
 
 
 def group_widths(
-    theme: Theme, widths: Sequence[Mapping[str, int]], schema: Schema | None, fields: Sequence[str]
-) -> Figure:
-    """Per field: the width in each group (dots), cardinality, share of all groups' embedding parameters."""
+    theme: Theme, widths: Sequence[Mapping[str, int]], schema: Schema | None, fields: Sequence[str],
+    parameters: Sequence[Mapping[str, int]],
+) -> Figure:  # fmt: skip
+    """Per field: width in each group (dots), cardinality, share of all ``parameters``; none without a schema."""
     shown, count = list(fields)[:MAX_FIELDS], len(widths)
     fig = figure(max(2.4, 1.2 + (0.14 + 0.035 * count) * len(shown)))
     panels = fig.subplots(1, 3 if schema else 1, sharey=True, squeeze=False, width_ratios=[5, 3, 3] if schema else [1])
@@ -102,9 +103,9 @@ def group_widths(
         cardinality = dict(zip(schema.names, schema.cardinalities, strict=True))
         _cardinalities(panels[0][1], [cardinality[n] for n in shown], theme.uniform, theme)
         right, ends = panels[0][2], [0.0] * len(shown)
-        total = sum(w[n] * cardinality[n] for w in widths for n in w) or 1
-        for k, found in enumerate(widths):
-            shares = [100 * found[n] * cardinality[n] / total for n in shown]
+        total = sum(sum(own.values()) for own in parameters) or 1
+        for k, own in enumerate(parameters):
+            shares = [100 * own[n] / total for n in shown]
             right.barh(rows, shares, left=ends, height=0.6, color=theme.color(k))
             ends = [a + b for a, b in zip(ends, shares, strict=True)]
         right.set_title("Share of parameters")

@@ -192,10 +192,31 @@ def load_runs(directories: Sequence[Path | str]) -> list[Run]:
                 f"{first.path} and {run.path} are runs on different data ({first.schema.dataset!r}, "
                 f"{run.schema.dataset!r}, or other cardinalities); report them one by one"
             )
+    _same_budgets(runs)
     labels = [r.path.resolve().name for r in runs]
     for run, label in zip(runs, labels, strict=True):
         run.label = label if labels.count(label) == 1 else "/".join(run.path.resolve().parts[-2:])
     return runs
+
+
+def _same_budgets(runs: Sequence[Run]) -> None:
+    """
+    Raises:
+        UserError: searches of one name had different budgets, so a mean over them would be of no size at all.
+    """
+    first: dict[str, Run] = {}
+    for run in (r for r in runs if r.provenance.get("method")):
+        name = str(run.provenance.get("name") or run.provenance["method"])
+        other = first.setdefault(name, run)
+        one, two = (
+            " at ".join(str(r.provenance[k]) for k in ("budget", "precision") if r.provenance.get(k)) or "no budget"
+            for r in (other, run)
+        )
+        if one != two:
+            raise UserError(
+                f"{other.path} and {run.path} both hold {name!r}, found under {one} and under {two}: a mean of them is "
+                "of neither. Report them one by one, or search with other names (--search.name)"
+            )
 
 
 def load_run(directory: Path) -> Run:

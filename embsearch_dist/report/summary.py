@@ -163,10 +163,11 @@ def headline(runs: Sequence[Run], comparison: Comparison | None) -> list[str]:
         sentences.append(_sentence(row, comparison, several=len(rows) > 1))
         uniform = uniform_auc_at(row.parameters, comparison)
         if uniform is not None and not math.isnan(row.auc.mean + uniform):
-            relation = "above" if row.auc.mean > uniform else "below"
+            apart = row.auc.mean - uniform
+            relation = f"{abs(apart):.4f} {'above' if apart > 0 else 'below'} it" if abs(apart) >= 0.00005 else "on it"
             sentences.append(
                 f"At the size of {row.name}, the line between the uniform widths is at an AUC of about {uniform:.4f}; "
-                f"{row.name} is {abs(row.auc.mean - uniform):.4f} {relation} it."
+                f"{row.name} is {relation}."
             )
         better = [r for r in comparison.rows if _dominates(r, row)]
         if better:

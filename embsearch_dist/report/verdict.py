@@ -234,8 +234,9 @@ def draw(
             mec=theme.background, capsize=3, label=group,
         )  # fmt: skip
     axes.set_xlabel(size)
-    seeds = max(len(m.auc) for m in models)
-    axes.set_ylabel(f"{split} AUC" + (f", mean of {seeds} seeds" if seeds > 1 else ", one seed"))
+    seeds = sorted({len(m.auc) for m in models})
+    mean = f", mean of {'to '.join(f'{n} ' for n in seeds[:: max(1, len(seeds) - 1)])}seeds"
+    axes.set_ylabel(f"{split} AUC" + (mean if seeds[-1] > 1 else ", one seed"))
     size_axis(axes, [m.parameters for m in models])
     axes.margins(x=0.12, y=0.15)
     axes.ticklabel_format(axis="y", useOffset=False)

@@ -198,7 +198,10 @@ def _planted_in_groups(runs: Sequence[Run], truth: dict[str, Any], directory: Pa
     # Data without populations are one.
     ranks = {f"population {k}": v for k, v in (truth.get("ranks") or {}).items()} or {"all rows": truth["rank"]}
     rhos = [[planted_correlation(g.widths, r) for r in ranks.values()] for g in run.groups]
-    like = [max(((c, -j) for j, c in enumerate(row) if c is not None), default=(0.0, -len(ranks))) for row in rhos]
+    # Widths that run against the ranks follow no population, however little they do.
+    like = [
+        max(((c, -j) for j, c in enumerate(row) if c is not None and c > 0), default=(0.0, -len(ranks))) for row in rhos
+    ]
     closest = [-j for _, j in like]
     order = sorted(range(len(rhos)), key=lambda k: (closest[k], k))
     names = [*ranks, "none"]
@@ -215,8 +218,8 @@ def _planted_in_groups(runs: Sequence[Run], truth: dict[str, Any], directory: Pa
     caption = (
         "The data were made so that in each hidden population every field has a known rank, the width it needs there "
         "(0: the click does not depend on it; a field that only tells populations apart has rank 0 in each). Each "
-        "group stands with the population whose ranks its widths follow best. A group of one population's rows should "
-        "be wide where that population has a rank, and narrow elsewhere."
+        "group stands with the population whose ranks its widths follow best, if they follow any (rho above 0). A "
+        "group of one population's rows should be wide where that population has a rank, and narrow elsewhere."
     )
     bayes = _bayes(runs)
     if bayes is not None:

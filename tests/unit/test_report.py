@@ -15,8 +15,9 @@ from embsearch_dist.errors import UserError
 from embsearch_dist.files import write_json
 from embsearch_dist.report import write_report
 from embsearch_dist.report.history import heatmaps
-from embsearch_dist.report.plots import Curve, front, thinned
+from embsearch_dist.report.plots import MAX_FIELDS, Curve, allocation, front, thinned
 from embsearch_dist.report.runs import load_runs
+from embsearch_dist.report.style import LIGHT
 from embsearch_dist.report.summary import Spread, compare, headline, spearman
 from embsearch_dist.schema import Field, Schema
 
@@ -270,3 +271,32 @@ def test_a_width_that_takes_most_draws_of_all_fields_is_called_a_fault(
     section = heatmaps(load_runs([tmp_path]), tmp_path)
     assert section is not None
     assert ("one width, 0, takes more than half of the draws in every field" in section.body) == captured
+
+
+def test_shares_of_parameters_are_of_all_fields_though_some_are_not_drawn() -> None:
+    names = [f"f{k}" for k in range(MAX_FIELDS + 40)]
+    schema = Schema("wide", tuple(Field(n, 10) for n in names), rows={"train": 1})
+    drawn = allocation(LIGHT, [dict.fromkeys(names, 4)], schema, names, dict.fromkeys(names, 40.0))
+    shares = [bar.get_width() for bar in drawn.axes[2].patches]
+    assert len(shares) == MAX_FIELDS and sum(shares) == pytest.approx(100 * MAX_FIELDS / len(names))
+
+
+def test_searches_under_other_budgets_are_no_seeds_of_one_experiment(tmp_path: Path) -> None:
+    runs = [tmp_path / f"seed{k}" for k in range(2)]
+    for run, budget in zip(runs, ("10%", "50%"), strict=True):
+        SCHEMA.save(run)
+        Allocation(SCHEMA, WIDTHS, {"method": "adass", "name": "adass", "budget": budget}).save(run / "allocation.json")
+    with pytest.raises(UserError, match="seed1 both hold 'adass', found under 10% and under 50%.*one by one"):
+        write_report(runs)
+    told = {"method": "adass", "name": "other", "budget": "50%", "precision": "int8"}
+    Allocation(SCHEMA, WIDTHS, told).save(runs[1] / "allocation.json")
+    assert len(load_runs(runs)) == 2
+
+
+def test_a_point_on_the_line_of_the_uniform_widths_is_neither_above_nor_below_it(tmp_path: Path) -> None:
+    for name, width, auc in (("ues-32", 32, 0.75), ("ues-8", 8, 0.75)):
+        evaluate(tmp_path, name, uniform(width), 0, auc)
+    for auc, said in ((0.75, "adass is on it."), (0.7501, "adass is 0.0001 above it.")):
+        evaluate(tmp_path, "adass", WIDTHS, 0, auc)
+        runs = load_runs([tmp_path])
+        assert headline(runs, compare(runs))[1].endswith(said)

@@ -16,7 +16,9 @@ from embsearch_dist.files import write_json
 from embsearch_dist.grouped import GroupedAllocation
 from embsearch_dist.report import write_report
 from embsearch_dist.report.groups import peaks
+from embsearch_dist.report.plots import group_widths
 from embsearch_dist.report.runs import load_runs
+from embsearch_dist.report.style import LIGHT
 from embsearch_dist.report.summary import compare, percent
 from embsearch_dist.schema import Field, Schema
 
@@ -311,3 +313,20 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
     write_json(tmp_path / "evaluation.json", {"auc": 0.7, "groups": {"0": {}}})
     with pytest.raises(UserError, match=r'evaluation\.json: keys "groups" and "router"'):
         write_report([tmp_path])
+
+
+def test_shares_of_parameters_count_the_columns_beside_the_width() -> None:
+    size = [{f.name: f.cardinality * 5 * (f.name != "p0_a") for f in SCHEMA.fields} for _ in range(2)]
+    drawn = group_widths(LIGHT, [a.widths for a in ALLOCATIONS], SCHEMA, NAMES, size)
+    shares = [bar.get_width() for bar in drawn.axes[2].patches]
+    assert sum(shares) == pytest.approx(100) and shares[1] == 0
+    assert shares[0] == pytest.approx(100 * size[0]["tell0"] / sum(sum(own.values()) for own in size))
+
+
+def test_widths_that_run_against_all_ranks_follow_no_population(tmp_path: Path) -> None:
+    against = Allocation(SCHEMA, dict(zip(NAMES, [8, 0, 2, 0, 0, 0, 2, 8], strict=True)))
+    GroupedAllocation(SCHEMA, (ALLOCATIONS[0], against), ROWS).save(tmp_path / "groups.json")
+    plant(tmp_path)
+    text = write_report([tmp_path]).read_text()
+    row = text[text.index("<td>group 1</td><td>-") :]
+    assert row[: row.index("</tr>")].endswith('<td class="text">none</td>')

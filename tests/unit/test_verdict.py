@@ -10,8 +10,9 @@ import pytest
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.files import write_json
 from embsearch_dist.report import write_report
+from embsearch_dist.report.style import LIGHT
 from embsearch_dist.report.uniform import UniformSizes
-from embsearch_dist.report.verdict import Model, compare_models, judge, missing_width
+from embsearch_dist.report.verdict import Model, compare_models, draw, judge, missing_width
 from tests.factories import small_schema
 
 SCHEMA = small_schema(60, 30, 10)
@@ -195,3 +196,11 @@ def test_a_search_under_served_bytes_is_judged_by_them(tmp_path: Path) -> None:
     )
     assert "As served at int8" in html and "<td>1,440</td>" in html
     assert (tmp_path / "report" / "served.png").exists()
+
+
+def test_the_picture_says_of_how_many_seeds_its_means_are() -> None:
+    one = model("adass", 790, 0.75)
+    shown = {"3 seeds": MODELS, "1 to 3 seeds": [one, *MODELS[1:]]}
+    for words, models in shown.items():
+        assert draw(LIGHT, models, "test").axes[0].get_ylabel() == f"test AUC, mean of {words}"
+    assert draw(LIGHT, [one], "test").axes[0].get_ylabel() == "test AUC, one seed"
