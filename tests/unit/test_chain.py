@@ -13,7 +13,7 @@ import yaml
 
 from embsearch_dist.files import write_json
 from tools.studies import chain
-from tools.studies.chain import Record, plan, where
+from tools.studies.chain import Record, compare, plan, where
 
 
 def arguments(out: Path, config: Path, *beside: str) -> argparse.Namespace:
@@ -102,3 +102,15 @@ def test_an_unknown_model_beside_is_refused(
         chain.main()
     assert "--beside ues-x: neither ues-WIDTH nor one of fdo, magnitude" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_two_runs_without_a_model_do_not_count_as_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one", "other"):
+        write_json(tmp_path / name / "allocation.json", {"widths": {"a": 4}})
+    assert compare(tmp_path / "one", tmp_path / "other") == 1
+    assert "test metrics: MISSING in both" in capsys.readouterr().out
+    for name in ("one", "other"):
+        write_json(tmp_path / name / "retrain" / "x" / "evaluation.json", {"auc": 0.7})
+        files = {"a.distcp": "0" * 8, ".metadata": name}
+        write_json(tmp_path / name / "retrain" / "x" / "checkpoints" / "step-1" / "manifest.json", {"files": files})
+    assert compare(tmp_path / "one", tmp_path / "other") == 0

@@ -12,7 +12,9 @@ import pytest
 from embsearch_dist.files import write_sealed
 from embsearch_dist.schema import Schema
 from tools.studies import planted
+from tools.studies.asked import keep_to
 from tools.studies.jobs import Job
+from tools.studies.stability import across
 
 AUC = {"found": [0.80, 0.83], "ues-4": [0.78, 0.81], "ues-16": [0.81, 0.79]}  # of seeds 0 and 1
 AUC |= {"found-finetuned": [0.84, 0.82], "ues-4-finetuned": [0.79, 0.80], "ues-16-finetuned": [0.82, 0.78]}
@@ -111,3 +113,33 @@ def test_what_is_there_is_not_run_again(monkeypatch: pytest.MonkeyPatch, command
     first = call(monkeypatch, tmp_path, "--beside", "ues-4")
     ran = len(commands)
     assert call(monkeypatch, tmp_path, "--beside", "ues-4") == first and len(commands) == ran
+
+
+def test_results_of_other_settings_are_not_taken_for_these(
+    monkeypatch: pytest.MonkeyPatch, commands: list[Job], tmp_path: Path
+) -> None:
+    call(monkeypatch, tmp_path, "--idle", "3", "5")
+    with pytest.raises(SystemExit, match=r"other settings: --idle \[3, 5\], now \[3, 6\]. Give another --out"):
+        call(monkeypatch, tmp_path, "--idle", "3", "6")
+    with pytest.raises(SystemExit, match="--extra"):
+        call(monkeypatch, tmp_path, "--idle", "3", "5", "--extra", "train.epochs=9")
+    assert len(call(monkeypatch, tmp_path, "--idle", "3", "5", "--beside", "ues-4")) == 2  # more of the same may follow
+
+
+def test_a_config_counts_by_its_text(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "c.yaml").write_text("a: 1\n")
+        keep_to(tmp_path / "out", config=tmp_path / name / "c.yaml")
+    (tmp_path / "other" / "c.yaml").write_text("a: 2\n")
+    with pytest.raises(SystemExit, match="--config c.yaml"):
+        keep_to(tmp_path / "out", config=tmp_path / "other" / "c.yaml")
+
+
+def test_widths_across_searches_are_found_by_the_names_of_their_fields(tmp_path: Path) -> None:
+    files = [tmp_path / f"{k}.json" for k in range(3)]
+    for file, widths in zip(files, ({"a": 1, "b": 8}, {"b": 8, "a": 2}, {"a": 1, "c": 8}), strict=True):
+        file.write_text(json.dumps({"widths": widths}))
+    assert across(files[:2]) == (["a", "b"], [[1, 8], [2, 8]])
+    with pytest.raises(SystemExit, match="2.json has other fields than"):
+        across(files)

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from embsearch_dist.files import read_json, write_json
+
+ASKED = "asked.json"  # in the folder of a study
+
 
 def words(text: str) -> list[str]:
     return [w.strip() for w in text.split(",") if w.strip()]
@@ -27,3 +36,30 @@ def named(option: str, texts: list[str]) -> dict[str, list[str]]:
             raise SystemExit(f"{option} {text}: write NAME:section.key=value,section.key=value")
         found[name] = overrides
     return found
+
+
+def keep_to(out: Path, **settings: Any) -> None:
+    """Note what the results in ``out`` depend on, or hold this call to what an earlier one has noted there: what is
+    finished is not run again, and would stand under settings that it was not made with.
+
+    Args:
+        settings: of a :class:`Path` its text counts, wherever it lies.
+
+    Raises:
+        SystemExit: other settings; names those that differ and the cure.
+    """
+    told = {k: _digest(v) if isinstance(v, Path) else v for k, v in settings.items()}
+    before: Mapping[str, Any] = read_json(out / ASKED) if (out / ASKED).exists() else {}
+    differing = [k for k in told if k in before and before[k] != told[k]]
+    if differing:
+        words = "; ".join(f"--{k.replace('_', '-')} {before[k]}, now {told[k]}" for k in differing)
+        raise SystemExit(f"{out} holds results of other settings: {words}. Give another --out, or put them back")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / ASKED, {**before, **told})
+
+
+def _digest(path: Path) -> str:
+    try:
+        return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+    except OSError as e:
+        raise SystemExit(f"{path}: cannot be read ({e.strerror}). Give a file that is there") from e

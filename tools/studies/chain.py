@@ -262,12 +262,15 @@ def tree_gib(root: int) -> float:
 
 
 def compare(one: Path, other: Path) -> int:
-    """Print what differs between the results of two runs; 0 when nothing does."""
+    """Print what differs between the results of two runs, or is in neither; 0 when all is there and the same."""
     different = 0
     for name, read in {"what was found": _found, "test metrics": _metrics, "weights": _weights}.items():
-        same = read(one) == read(other)
-        different += not same
-        print(f"{name}: {'the same' if same else 'DIFFERENT'}")
+        first, second = read(one), read(other)
+        told = "the same" if first == second else "DIFFERENT"
+        if not first and not second:  # two runs without a model agree about nothing
+            told = "MISSING in both"
+        different += told != "the same"
+        print(f"{name}: {told}")
     return 1 if different else 0
 
 

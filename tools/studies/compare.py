@@ -4,7 +4,8 @@
 
 For each seed: one supernet, one search per setting of the config's ``SETTINGS`` below, a retrain of each
 found allocation, and a retrain of each uniform width, all with the config's own training recipe. Every run is
-an ordinary run directory under OUT; what is finished is skipped, so a stopped comparison continues.
+an ordinary run directory under OUT; what is finished is skipped, so a stopped comparison continues. Another
+config, data or --extra need another OUT.
 Writes OUT/comparison.json and OUT/comparison.md (mean and standard deviation over seeds).
 """
 
@@ -19,6 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tools.studies.asked import keep_to
 from tools.studies.jobs import Job, run_all, trained_in
 from tools.studies.seeds import spread, with_deviation, with_error
 
@@ -40,6 +42,7 @@ def main() -> None:
     parser.add_argument("--extra", nargs="*", default=[], help="further overrides for all runs, section.key=value")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     args = parser.parse_args()
+    keep_to(args.out, config=Path(args.config), data=Path(args.data, "schema.json"), extra=args.extra)
     widths = [f"ues-{w}" for w in args.widths.split(",") if w]
     settings = [s for s in args.settings.split(",") if s]
     chains = [chain for seed in range(args.seeds) for chain in chains_of(args, seed, widths, settings)]

@@ -14,7 +14,7 @@ each day but the last these models are trained, and measured on all rows of the 
 
 Data of warm models keep yesterday's ids (prepare.py --vocabulary); those of cold ones are prepared anew. Rows to
 measure on are prepared with a frozen vocabulary. OUT gets daily.csv, daily.md and daily.png; what is there is not done
-again.
+again. More seeds and other arms may follow in it, other settings need another OUT.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from embsearch_dist.train.directories import open_retraining
 from embsearch_dist.train.metrics import evaluate
 from embsearch_dist.train.retrain import load_best, retrain
 from embsearch_dist.train.warm.start import Start
+from tools.studies.asked import keep_to
 from tools.studies.daily_tables import write_tables
 from tools.studies.jobs import ROOT, commit
 
@@ -248,9 +249,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.days < 2 or not 0 < args.first < 1:
         parser.error("--days must be at least 2, and --first between 0 and 1")
-    args.out.mkdir(parents=True, exist_ok=True)
+    lines = read_lines(args.ratings)
+    own = ("first", "days", "epochs", "most_epochs", "replay", "width", "set")
+    keep_to(args.out, config=args.config, ratings=len(lines), **{k: getattr(args, k) for k in own})
     (args.out / "seconds").mkdir(exist_ok=True)
-    parts = cut(read_lines(args.ratings), args.first, args.days)
+    parts = cut(lines, args.first, args.days)
     config = load_config(CONFIGS, args.config, ["run.device=cpu", "run.threads=1"])
     found: list[dict[str, Any]] = []
     with start(config.run, config.dist) as context:

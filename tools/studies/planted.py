@@ -9,7 +9,8 @@
 
 Each seed makes its own synthetic click logs and searches on them. With --beside what was found and the named
 allocations (as retrain.py takes them) are trained, too, all from fresh weights by the config's recipe. With --finetuned
-all are trained a second time, begun with the widest model and cut down. What is finished is skipped.
+all are trained a second time, begun with the widest model and cut down. What is finished is skipped; another --config,
+other --rows, --idle or --extra need another OUT.
 
 Leaves OUT/planted.json, and OUT/planted.csv with a line per seed: test AUC of what was found and of each other, and by
 how much it is above the best of them. With --finetuned what was found and fine-tuned is compared, with all others in
@@ -36,6 +37,7 @@ from embsearch_dist.files import read_json, read_sealed
 from embsearch_dist.methods.finetuning import FINETUNED
 from embsearch_dist.schema import Schema
 from tools.gpucheck.facts import hardware
+from tools.studies.asked import keep_to
 from tools.studies.jobs import Job, recorded, run_all, trained_in, write_csv
 
 WIDEST = 32  # sizes are told as a share of this uniform width
@@ -53,6 +55,7 @@ def main() -> None:
     parser.add_argument("--extra", nargs="*", default=[], help="overrides, section.key=value")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
+    keep_to(args.out, config=Path(args.config), rows=args.rows, idle=list(args.idle), extra=args.extra)
     chains = []
     for seed in range(args.seeds):
         data = args.out / f"data{seed}"

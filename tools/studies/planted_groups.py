@@ -23,6 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tools.studies.asked import keep_to
 from tools.studies.jobs import ROOT, Job, run_all
 
 CONFIG = ROOT / "configs" / "populations" / "ihas.yaml"
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--search-only", action="store_true", help="groups and dropped fields, no retraining")
     parser.add_argument("--extra", nargs="*", default=[], help="further overrides of the search, section.key=value")
     args = parser.parse_args()
+    keep_to(args.out, config=args.config, rows=args.rows, extra=args.extra)
     run_all([searches(args, seed) for seed in range(args.seeds)], args.out / "logs", args.jobs)
     if not args.search_only:
         for seed in range(args.seeds):

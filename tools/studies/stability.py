@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -37,8 +38,8 @@ def main() -> None:
         names, candidates, found = search_again(args.run, args.searches, args.overrides)
         out = args.run
     elif args.across and args.out:
-        bodies = [json.loads(p.read_text())["widths"] for p in args.across]
-        names, found, out = list(bodies[0]), [list(b.values()) for b in bodies], args.out
+        names, found = across(args.across)
+        out = args.out
         candidates = sorted({w for widths in found for w in widths})
     else:
         parser.error("give --run DIR, or --across FILES with --out DIR")
@@ -50,6 +51,20 @@ def main() -> None:
     print("| --- |" + " --- |" * (len(candidates) + 1))
     for name, row in zip(names, counts, strict=True):
         print(f"| {name} | " + " | ".join(map(str, row)) + f" | {max(row) / len(found):.0%} |")
+
+
+def across(files: Sequence[Path]) -> tuple[list[str], list[list[int]]]:
+    """Field names, and the widths ``[files, F]`` of allocations, each found by its field's name.
+
+    Raises:
+        SystemExit: one has other fields than the first.
+    """
+    bodies = [json.loads(p.read_text())["widths"] for p in files]
+    names = list(bodies[0])
+    for path, body in zip(files, bodies, strict=True):
+        if body.keys() != bodies[0].keys():
+            raise SystemExit(f"{path} has other fields than {files[0]}. Give allocations of one data set")
+    return names, [[body[n] for n in names] for body in bodies]
 
 
 def search_again(directory: Path, searches: int, overrides: list[str]) -> tuple[list[str], list[int], list[list[int]]]:
