@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,7 +36,7 @@ class IdsRouter:
     def look(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         ids = batch.sparse.values().view(-1, batch.size).T.float()
         features = ids.repeat(1, -(-self.width // ids.shape[1]))[:, : self.width]
-        return features, features > 0
+        return features, (features > 0).float()
 
     def state(self) -> dict[str, Any]:
         return {"scale": [1.0], "kmeans": self.kmeans.state()}
@@ -63,3 +64,49 @@ def test_a_continued_clustering_records_what_the_unbroken_one_does(
     cluster(data, tmp_path / "broken")
     assert recorded(tmp_path / "broken", "groups", "distance") == lines
     assert recorded(tmp_path / "broken", "groups", "step") == [0, 1, 2, 3]
+
+
+def clustering_of(
+    data: Path, directory: Path, monkeypatch: pytest.MonkeyPatch, *more: str
+) -> tuple[grouping.Clustering, Monitor]:
+    monkeypatch.setattr(grouping, "load_gates", lambda run: None)
+    monkeypatch.setattr(grouping, "CentreRouter", IdsRouter)
+    run = open_run(small_config(data, directory, *GROUPS, *more, method="ihas"), one_rank())
+    monitor = Monitor(directory, "groups", quiet=True)
+    monitor.resume_at(-1)
+    return grouping.Clustering(run, monitor), monitor
+
+
+def test_groups_are_numbered_by_their_rows_whatever_k_means_has_counted(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, monitor = clustering_of(data, tmp_path, monkeypatch, "search.groups.k=3", "search.groups.min_rows=1")
+    with monitor:
+        found.fit()
+        before = found.settle()
+        assert before[2].tolist() == sorted(before[2].tolist(), reverse=True)
+        found.kmeans.centres = found.kmeans.centres.flip(0)  # as where the last move has changed which is larger
+        after = found.settle()
+    assert torch.equal(after[1], before[1]) and torch.equal(after[2], before[2])
+    for split, groups in before[0].items():
+        assert (after[0][split] == groups).all(), split
+    assert (found._assign("train")[0] == after[0]["train"]).all()  # the router says the same numbers
+
+
+def test_why_a_group_is_dissolved_is_told(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, monitor = clustering_of(data, tmp_path, monkeypatch)
+    said: list[str] = []
+    with monitor:
+        found.fit()
+        monkeypatch.setattr(monitor, "say", said.append)
+        whole = found._assign
+
+        def assign(split: str) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+            groups, sums, counts = whole(split)
+            return (np.zeros_like(groups) if split == "validation" else groups), sums, counts
+
+        monkeypatch.setattr(found, "_assign", assign)
+        _, _, counts = found.settle()
+    assert len(counts) == 1
+    (line,) = said
+    assert "training rows and 0 validation rows: dissolved (each of 1 rank(s) needs one)" in line

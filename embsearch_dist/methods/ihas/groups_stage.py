@@ -245,7 +245,8 @@ class Clustering:
             bar.update(1)
 
     def settle(self) -> tuple[dict[str, np.ndarray], torch.Tensor, torch.Tensor]:
-        """Assign every row; groups too small to train on are dissolved, smallest first, until none is.
+        """Assign every row; groups too small to train on are dissolved, smallest first, until none is. The largest one
+        gets number 0.
 
         Returns:
             split -> ``[rows]`` uint8 in stored order; per group the sums of its training rows' masks ``[K, C]``
@@ -263,10 +264,20 @@ class Clustering:
             if not small or len(counts) == 1:
                 break
             gone = min(small, key=lambda k: int(counts[k]))
-            rows = f"{int(counts[gone]):,} training rows"
-            self.monitor.say(f"group {gone} has {rows}: dissolved (search.groups.min_rows)")
+            told, why = f"{int(counts[gone]):,} training rows", "search.groups.min_rows"
+            if counts[gone] >= self.search.groups.min_rows:
+                told += f" and {held_out[gone]} validation rows"
+                why = f"each of {self.run.context.world_size} rank(s) needs one"
+            self.monitor.say(f"group {gone} has {told}: dissolved ({why})")
             self.kmeans.alive[gone] = False
             self.kmeans.order()
+        if bool((counts[1:] > counts[:-1]).any()):
+            # K-means has counted before its centres moved for the last time, and before groups were dissolved.
+            self.kmeans.counts[: len(counts)] = counts.to(self.kmeans.counts.device)
+            order = self.kmeans.order()[: len(counts)]
+            sums, counts = sums[order], counts[order]
+            number = np.argsort(order).astype(np.uint8)
+            assignment = {split: number[groups] for split, groups in assignment.items()}
         assignment["test"] = self._assign("test")[0]
         return assignment, sums, counts
 
