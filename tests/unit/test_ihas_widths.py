@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,13 @@ def test_the_planted_widths_of_both_groups_are_found_and_one_budget_holds_them(g
         found = searcher.ranks(searcher.find(parse_budget(str(limit), SCHEMA)))
         assert 30 * sum(found) <= limit and sum(found[:8]) and sum(found[8:])
         assert not any(w for w, planted in zip(found, BOTH, strict=True) if not planted)
+
+
+def test_a_group_whose_rows_are_of_one_class_is_told(groups: TruncatedGroups) -> None:
+    assert groups.of_one_class() == []
+    one = copy.copy(groups.groups[1])
+    one.sample = replace(one.sample, label=torch.ones_like(one.sample.label))
+    assert TruncatedGroups([groups.groups[0], one]).of_one_class() == [1]
 
 
 def test_a_table_of_one_group_is_nothing_to_the_rows_of_another(groups: TruncatedGroups) -> None:

@@ -47,6 +47,12 @@ class TruncatedGroups(Truncated):
         asked = [[f % count for f in fields if f // count == k] for k in range(len(self.groups))]
         return torch.cat([g.knowing(own) for g, own in zip(self.groups, asked, strict=True)])
 
+    def of_one_class(self) -> list[int]:
+        """The groups whose measured rows, on all ranks, are of one class; all ranks call it."""
+        clicks = torch.stack([g.sample.label.double().sum() for g in self.groups])
+        every = zip(self.context.sum(clicks).tolist(), self.groups, strict=True)
+        return [k for k, (own, g) in enumerate(every) if own in (0, g.rows)]
+
     def known_shares(self) -> torch.Tensor:
         """Of the rows of a table's own group."""
         return torch.cat([g.known_shares() for g in self.groups])

@@ -34,6 +34,13 @@ class GroupWidthsStage(Stage[IHASWidthsConfig]):
                 "validation rows"
             )
             searcher.note_by_heart(monitor)
+            assert isinstance(model, TruncatedGroups)
+            for k in model.of_one_class():
+                monitor.say(
+                    f"note: the measured validation rows of group {k} are of one class: no width saves anything on "
+                    "them, so its widths are those that training rows ask for. A higher search.groups.min_rows "
+                    "dissolves it"
+                )
             worth = searcher.worth_at_full_width()
             tables = [f"{name}, group {k}" for k in range(count) for name in names]
             monitor.heatmap(0, "worth", (worth * 1000).numpy(), tables, [str(w) for w in config.candidates])
