@@ -16,6 +16,7 @@ from embsearch_dist.precision import MIXED, SERVED, served
 from embsearch_dist.schema import Schema
 
 RETRIES = 20  # of the knapsack's solver, whose tolerance may let a choice pass that is a little too expensive
+SMALL = 1e-2  # scores below it are made larger for the solver
 COLUMN_BYTES = dict(zip(SERVED, (4, 2, 1, 0.5, 1), strict=True)) | {"bytes": 4}
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -133,6 +134,9 @@ def knapsack(scores: torch.Tensor, costs: torch.Tensor, limit: float, groups: in
     variables = fields * candidates
     open_ = torch.isfinite(scores).numpy().ravel()
     scores = scores.double().nan_to_num(neginf=0.0)
+    largest = float(scores.abs().max())
+    if 0 < largest < SMALL:  # the solver stops within 1e-6 of the best sum, which would be no choice at all
+        scores = scores / largest
     scale = max(float(costs.max()), 1.0)  # the solver's tolerances are absolute
     of_field = np.repeat(np.arange(fields), candidates)
     one_each = csr_array((np.ones(variables), (of_field, np.arange(variables))), shape=(fields, variables))

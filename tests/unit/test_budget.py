@@ -198,3 +198,11 @@ def test_the_knapsack_may_spend_the_budget_to_the_last_unit() -> None:
     costs = torch.tensor([[0.0, 200, 400], [0, 80, 160]], dtype=torch.float64)
     assert knapsack(scores, costs, 560) == [2, 2]
     assert knapsack(scores, costs, 559) == [1, 2]
+
+
+def test_scores_that_are_all_tiny_are_told_apart_as_well() -> None:
+    """Gates that have learned to drop all fields keep probabilities far below the solver's tolerance."""
+    scores = torch.tensor([[0, 1], [0, 8], [0, 7], [0, 5]], dtype=torch.float64)
+    costs = torch.tensor([[0, 1], [0, 10], [0, 6], [0, 4]], dtype=torch.float64)
+    for scale in (1.0, 1e-3, 1e-7, 1e-12, 1e-200):
+        assert knapsack(scores * scale, costs, 10) == [0, 0, 1, 1], scale
