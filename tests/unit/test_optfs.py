@@ -26,6 +26,7 @@ from embsearch_dist.methods.optfs.method import (
     check_one_value,
     chosen_under,
     cost_of_rows,
+    costs_of,
 )
 from embsearch_dist.methods.optfs.rewinding import rewind
 from embsearch_dist.methods.stages import check_stages, run_stages
@@ -166,6 +167,22 @@ def test_budgets_count_rows_the_shared_ones_and_bits() -> None:
         check_one_value([("a", None), ("b", Budget("served_fp32", 2 * 16 + 1, "x"))], schema, 4, 0)
     told = mask_told(schema, [4, 0, 4], {}, 0)
     assert told["rows"] == {"f0": [5, 5], "f1": [0, 3], "f2": [9, 9]}
+
+
+@pytest.mark.parametrize("resource", ["parameters", "bytes", "served_int8", "served_fp32", "served_mixed"])
+def test_a_budget_holds_as_many_values_as_it_can(resource: str) -> None:
+    """The last value of a field of 4,000 makes 500 bytes of bits needless: with all of them a budget may hold what it
+    does not hold with some."""
+    schema = small_schema(4000, 2, 1, 50)
+    generator = torch.Generator().manual_seed(3)
+    ranking = Ranking([torch.rand(n, generator=generator) + 0.1 for n in schema.cardinalities])
+    most = ranking.learned
+    every = [cost_of_rows(schema, ranking.counts(kept), 4, resource, 1) for kept in range(most + 1)]
+    assert costs_of(schema, ranking, most, 4, resource, 1).tolist() == every
+    for limit in (every[-1], every[-1] - 1, every[most // 2], every[most - 5], every[3]):
+        kept = chosen_under(schema, ranking, 4, Budget(resource, limit, ""), 1)
+        assert kept == max(k for k, cost in enumerate(every) if cost <= limit)
+    assert chosen_under(schema, ranking, 4, Budget(resource, every[-1], ""), 1) == most
 
 
 def test_rare_junk_is_dropped_and_what_makes_the_clicks_is_kept(junk: Path, tmp_path: Path) -> None:

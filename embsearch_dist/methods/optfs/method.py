@@ -13,7 +13,6 @@ from embsearch_dist.errors import UserError
 from embsearch_dist.methods.allocating import AllocateStage, Chosen, Finder, budgets_of
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.budget import Budget
-from embsearch_dist.methods.columns import last_that_fits
 from embsearch_dist.methods.masked import MaskedStage
 from embsearch_dist.methods.optfs.config import OptFSConfig
 from embsearch_dist.methods.optfs.gates import ValueGateTask
@@ -81,11 +80,25 @@ def chosen_under(schema: Schema, ranking: Ranking, width: int, budget: Budget | 
     most = max(ranking.learned, 1)
     if budget is None:
         return most
+    return int((costs_of(schema, ranking, most, width, budget.resource, extra) <= budget.limit).nonzero()[-1])
 
-    def fits(kept: float) -> bool:
-        return cost_of_rows(schema, ranking.counts(int(kept)), width, budget.resource, extra) <= budget.limit
 
-    return int(last_that_fits(range(most + 1), fits))
+def costs_of(schema: Schema, ranking: Ranking, most: int, width: int, resource: str, extra: int) -> torch.Tensor:
+    """:func:`cost_of_rows` of the first 0, 1, ... ``most`` values, ``[most + 1]`` int64.
+
+    As served it may fall: the last value of a field makes its bits needless. So no search by halves may look for the
+    most that a budget holds.
+    """
+    field = ranking.field[ranking.order[:most]]
+    by_field = field.argsort(stable=True)
+    counts = torch.bincount(field, minlength=len(ranking.sizes))
+    number = torch.empty_like(field)  # of each value among those of its field, from 1 on
+    number[by_field] = torch.arange(1, most + 1) - (counts.cumsum(0) - counts)[field[by_field]]
+    row, values = cost(resource, 1, width, extra), torch.tensor(ranking.sizes)
+    bits = ((values + 7) // 8 if resource in SERVED else torch.zeros_like(values))[field]
+    first, last = number == 1, number == values[field] - 1
+    added = row + row * first + bits * first.int() - bits * last.int()  # the first one brings row 0 along
+    return torch.cat([added.new_zeros(1), added.cumsum(0)])
 
 
 def check_one_value(found: Sequence[tuple[str, Budget | None]], schema: Schema, width: int, extra: int) -> None:
