@@ -104,6 +104,28 @@ def test_the_gain_is_paired_by_seed_and_falls_back_to_the_one_reference(tool: Mo
     tool.draw(tool.summarise(tmp_path, runs, 1, "a"), "a", tmp_path / "one.png")
 
 
+def test_the_error_of_a_gain_counts_the_seeds_that_are_paired(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reference that seed 0 lacks pairs two seeds of three."""
+    aucs = [{"b": 0.6}, {"b": 0.52, "a": 0.5}, {"b": 0.63, "a": 0.6}]
+
+    def results(out: Path, run: Any, seed: int) -> dict[str, dict[str, Any]]:
+        own = {**dict.fromkeys(tool.FIGURES, 1.0), "backbone": "dlrm"}
+        return {name: {**own, "auc": auc} for name, auc in aucs[seed].items()}
+
+    monkeypatch.setattr(tool, "results_of", results)
+    runs = [tool.Planned("r", "c.yaml", {}, {"b": {}})]
+    rows = tool.summarise(tmp_path, runs, 3, "a")
+    assert rows[0]["pairs"] == 2 and "+0.0250 (s.e. 0.0050)" in tool.table(rows, "a")
+
+
+def test_two_results_of_one_name_are_refused(tool: ModuleType, tmp_path: Path) -> None:
+    runs = {k: {"config": "c", "retrain": {"ues-32": {}}} for k in ("a", "b")}
+    with pytest.raises(SystemExit, match="2 runs have a result ues-32"):
+        tool.read_plan(write_plan(tmp_path / "p.yaml", runs), [])
+
+
 def test_a_pool_is_shown_by_its_mean_and_by_what_validation_chooses(tool: ModuleType, tmp_path: Path) -> None:
     runs = [tool.Planned("r", "c.yaml", {}, {"a": {}, "b": {}})]
     for name, auc, validation in (("a", 0.6, [0.5, 0.3]), ("b", 0.7, [0.4, 0.35])):

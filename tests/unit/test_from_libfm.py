@@ -40,6 +40,7 @@ def test_files_become_one_table(tmp_path: Path) -> None:
     [
         ("1 3:1 10:1", "1.libfm, line 2: 2 values, and --fields names 3"),
         ("yes 3:1 10:1 20:1", "1.libfm, line 2: the label 'yes' is no number"),
+        ("nan 3:1 10:1 20:1", "1.libfm, line 2: the label 'nan' is no number"),
         ("1 3:1 10:0.5 20:1", "1.libfm, line 2: '10:0.5' is not INDEX:1"),
         ("1 3:1 ten:1 20:1", "1.libfm, line 2: 'ten:1' is not INDEX:1"),
         ("1 3:1 10 20:1", "1.libfm, line 2: '10' is not INDEX:1"),

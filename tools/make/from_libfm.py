@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -84,7 +85,9 @@ def row_of(words: Sequence[str], fields: int, where: str) -> list[str]:
     if len(words) != fields + 1:
         raise UserError(f"{where}: {len(words) - 1} values, and --fields names {fields}")
     try:
-        click = float(words[0]) > 0
+        label = float(words[0])
+        if math.isnan(label):  # not above 0, and no answer either
+            raise ValueError
     except ValueError as e:
         raise UserError(f"{where}: the label {words[0]!r} is no number") from e
     indices = []
@@ -95,7 +98,7 @@ def row_of(words: Sequence[str], fields: int, where: str) -> list[str]:
                 f"{where}: {word!r} is not INDEX:1; other values of a feature have no place in a table of ids"
             )
         indices.append(index)
-    return [str(int(click)), *indices]
+    return [str(int(label > 0)), *indices]
 
 
 if __name__ == "__main__":

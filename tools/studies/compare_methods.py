@@ -116,7 +116,11 @@ def read_plan(path: Path, only: list[str]) -> tuple[str, list[Planned], dict[str
         if not only or name in only:
             found.append(Planned(name, **entry))
     pools: dict[str, list[str]] = body.get("pools", {})
-    every = {n for entry in body["runs"].values() for n in [*entry.get("leaves", []), *entry.get("retrain", {})]}
+    named = [n for entry in body["runs"].values() for n in [*entry.get("leaves", []), *entry.get("retrain", {})]]
+    every = set(named)
+    for name in every:
+        if named.count(name) > 1:
+            raise SystemExit(f"{path}: {named.count(name)} runs have a result {name}, and a table has one. Rename it")
     for pool, members in pools.items():
         for name in members:
             if name not in every:
@@ -259,7 +263,8 @@ def summarise(
         pairs = [
             (r, ref.get(r["backbone"], b.get(against))) for r, ref, b in zip(each, references, by_seed, strict=True)
         ]
-        row["gain"] = spread([r["auc"] - ref["auc"] for r, ref in pairs if ref is not None])
+        gains = [r["auc"] - ref["auc"] for r, ref in pairs if ref is not None]
+        row["gain"], row["pairs"] = spread(gains), len(gains)
         rows.append(row)
     return rows
 
@@ -273,7 +278,7 @@ def table(rows: list[dict[str, Any]], against: str) -> str:
     for r in rows:
         lines.append(
             f"| {r['name']} | {r['backbone']} | {with_deviation(r['auc'], '.4f')} "
-            f"| {with_deviation(r['logloss'], '.4f')} | {with_error(r['gain'], r['seeds'], '.4f')} "
+            f"| {with_deviation(r['logloss'], '.4f')} | {with_error(r['gain'], r['pairs'], '.4f')} "
             f"| {r['embedding_parameters'][0]:,.0f} | {r['dense_parameters'][0]:,.0f} "
             f"| {r['flops_per_sample'][0] / 1000:.1f} |"
         )
