@@ -22,16 +22,19 @@ def cost_of(schema: Schema, resource: str, extra: int) -> Cost:
     return partial(_cost, schema, resource, extra)
 
 
-def best_columns(scores: torch.Tensor, keep: float) -> list[int]:
+def best_columns(scores: torch.Tensor, keep: float, summed: torch.Tensor | None = None) -> list[int]:
     """Width of a field = how many of its columns are among the highest of all tables that together hold a share
-    ``keep`` of the summed scores ``[F, w]`` (at least 0)."""
+    ``keep`` of the summed scores ``[F, w]`` (at least 0); of ``summed [F, w]``, where scores only say the order."""
     order = _highest_first(scores)
-    held = scores.flatten()[order].cumsum(0)
+    held = (scores if summed is None else summed).flatten()[order].cumsum(0)
     return _counts(order[: 1 + int((held[:-1] < keep * held[-1]).sum())], scores)
 
 
-def best_columns_under(scores: torch.Tensor, cost: Cost, limit: float) -> tuple[list[int], float]:
-    """The widths of the most of the highest columns that cost at most ``limit``, and their share of the summed scores.
+def best_columns_under(
+    scores: torch.Tensor, cost: Cost, limit: float, summed: torch.Tensor | None = None
+) -> tuple[list[int], float]:
+    """The widths of the most of the highest columns that cost at most ``limit``, and their share of the summed scores,
+    or of ``summed [F, w]``, where scores only say the order.
 
     No lower column is kept in place of a higher one that does not fit: what is kept is above one threshold.
 
@@ -41,7 +44,7 @@ def best_columns_under(scores: torch.Tensor, cost: Cost, limit: float) -> tuple[
     order = _highest_first(scores)
     counts = list(range(1, len(order) + 1))
     kept = counts[last_that_fits(counts, lambda n: cost(_counts(order[:n], scores)) <= limit)]
-    flat = scores.flatten()
+    flat = (scores if summed is None else summed).flatten()
     return _counts(order[:kept], scores), float(flat[order[:kept]].sum() / flat.sum().clamp(min=1e-300))
 
 

@@ -9,8 +9,9 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.methods.columns import best_columns_under, cost_of
-from embsearch_dist.methods.sseds.method import SSEDS, saliencies
+from embsearch_dist.errors import UserError
+from embsearch_dist.methods.columns import best_columns, best_columns_under, cost_of
+from embsearch_dist.methods.sseds.method import SSEDS, check_told, saliencies
 from embsearch_dist.methods.stages import check_stages, run_stages
 from embsearch_dist.methods.widest import Sample
 from tests.factories import one_rank, open_run, prepared, small_config
@@ -66,3 +67,21 @@ def test_a_search_holds_its_budget_and_density_spares_long_tables(
     if order == "density":  # a column of `big` costs as much as 50 of the others
         assert [found.widths[n] for n in ("left", "right", "idle")] == [4, 4, 4]
     assert {"searched_auc", "kept", "order"} <= found.provenance.keys()
+
+
+def test_density_orders_columns_and_the_share_that_is_kept_is_of_saliency() -> None:
+    saliency = torch.tensor([[0.3, 0.2], [0.4, 0.1]], dtype=torch.float64)
+    rows = torch.tensor([[10.0], [1000.0]], dtype=torch.float64)
+    density = saliency / rows
+    assert best_columns(density, 0.8) == [2, 0]  # of the summed density the small table has nearly all
+    assert best_columns(density, 0.8, saliency) == [2, 1]
+    widths, kept = best_columns_under(density, lambda widths: 10 * widths[0] + 1000 * widths[1], 1020, saliency)
+    assert widths == [2, 1] and kept == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(("worth", "said"), [(0.0, "are all 0"), (float("nan"), "are not all numbers")])
+def test_saliencies_that_say_nothing_are_refused(worth: float, said: str) -> None:
+    """Ties go to the first field: of nothing but zeros it would get every column that the budget holds."""
+    with pytest.raises(UserError, match=said):
+        check_told(torch.full((3, 4), worth, dtype=torch.float64))
+    check_told(torch.tensor([[0.0, 1e-12]], dtype=torch.float64))

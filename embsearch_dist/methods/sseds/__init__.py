@@ -18,7 +18,8 @@ What is ours, and where this departs:
   spread. Batches are drawn at random from all training rows, the same ones on any number of ranks.
 * Columns of tables of different lengths cost differently. ``search.order saliency``, as published, takes them by
   saliency alone and stops at the first that does not fit; ``density`` divides by the values of the field, so that the
-  budget buys the most saliency (to first order; ties go to the first field).
+  budget buys the most saliency (to first order; ties go to the first field). What is kept is told as a share of the
+  saliency in either order. Saliencies that are all 0 are refused: ties would decide.
 * The columns that stay are not the leading ones of their tables; widths are all that retraining needs.
 * The figures shown for an allocation hold closed columns at their mean, which a bias would learn, not at 0.
 

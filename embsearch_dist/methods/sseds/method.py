@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from embsearch_dist.errors import UserError
 from embsearch_dist.methods.allocating import AllocateStage, Chosen, Finder, budgets_of
 from embsearch_dist.methods.base import Method
 from embsearch_dist.methods.budget import Budget
@@ -48,6 +49,21 @@ def saliencies(model: SubnetModel, samples: Iterable[Sample], context: Context) 
     return (total / count).cpu()
 
 
+def check_told(scores: torch.Tensor) -> None:
+    """
+    Raises:
+        UserError: the saliencies ``[F, w]`` say nothing: all are 0, as behind a head whose units are all shut, or one
+            is no number.
+    """
+    if not bool(scores.any()) or not bool(scores.isfinite().all()):
+        what = "are all 0" if bool(scores.isfinite().all()) else "are not all numbers"
+        raise UserError(
+            f"the saliencies of the widest model's columns {what}, so none can be chosen by them. Train it with lower "
+            "learning rates (optim.embedding_lr, optim.dense_lr), in another --run.dir",
+            everywhere=True,
+        )
+
+
 class SaliencyStage(AllocateStage):
     """Take the gradients, order the columns, and cut for each budget."""
 
@@ -59,11 +75,13 @@ class SaliencyStage(AllocateStage):
         count = search.batch_size * search.batches
         stream = random_rows(run, "train", count, run.config.run.seed * 7919, search.batch_size)
         samples = (Sample.of(model, iter([batch]), context.device) for batch in first_rows(stream, count))
-        scores = saliencies(model, samples, context)
+        found = saliencies(model, samples, context)
+        check_told(found)
         columns = [str(k) for k in range(search.width)]
-        monitor.heatmap(0, "saliency", (scores / scores.max().clamp(min=1e-300)).numpy(), run.schema.names, columns)
+        monitor.heatmap(0, "saliency", (found / found.max()).numpy(), run.schema.names, columns)
+        scores = found
         if search.order == "density":
-            scores = scores / torch.tensor(run.schema.cardinalities, dtype=scores.dtype)[:, None]
+            scores = found / torch.tensor(run.schema.cardinalities, dtype=found.dtype)[:, None]
         shown = sample_of(run, model, "validation", search.rows)
         moments = Moments(len(scores), search.width, context.device)
         for piece in shown.pieces(rows_at_once(len(scores), search.width)):
@@ -73,9 +91,10 @@ class SaliencyStage(AllocateStage):
 
         def find(budget: Budget | None) -> Chosen:
             if budget:
-                widths, kept = best_columns_under(scores, cost_of(run.schema, budget.resource, extra), budget.limit)
+                cost = cost_of(run.schema, budget.resource, extra)
+                widths, kept = best_columns_under(scores, cost, budget.limit, found)
             else:
-                widths, kept = best_columns(scores, search.keep), search.keep
+                widths, kept = best_columns(scores, search.keep, found), search.keep
             return Chosen(widths, {"order": search.order, "kept": round(kept, 6)}, truncated.metrics(widths))
 
         return find
