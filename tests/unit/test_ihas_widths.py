@@ -6,6 +6,8 @@ import copy
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from embsearch_dist.grouped import GROUPS, GroupedAllocation
 from embsearch_dist.methods.budget import check_feasible, knapsack, parse_budget, total_cost
 from embsearch_dist.methods.directions import principal
 from embsearch_dist.methods.ihas.retraining import read_kept
+from embsearch_dist.methods.ihas_widths import widths_stage
 from embsearch_dist.methods.ihas_widths.config import IHASWidthsConfig
 from embsearch_dist.methods.ihas_widths.joined import TruncatedGroups, joined
 from embsearch_dist.methods.ihas_widths.widths_stage import most_open
@@ -25,7 +28,7 @@ from embsearch_dist.methods.utilities.search_stage import Searcher
 from embsearch_dist.methods.utilities.worth import choose
 from embsearch_dist.methods.widest import Moments, Sample
 from embsearch_dist.report import write_report
-from tests.factories import one_rank, prepared, small_config, small_schema
+from tests.factories import one_rank, prepared, rank_context, small_config, small_schema
 from tests.method_contract import Case
 from tests.planted import PLANTED, SCHEMA, planted_model
 
@@ -107,6 +110,30 @@ def test_a_group_whose_rows_are_of_one_class_is_told(groups: TruncatedGroups) ->
     one = copy.copy(groups.groups[1])
     one.sample = replace(one.sample, label=torch.ones_like(one.sample.label))
     assert TruncatedGroups([groups.groups[0], one]).of_one_class() == [1]
+
+
+def test_a_small_group_is_measured_on_a_row_for_each_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    search = IHASWidthsConfig(rows=1000, basis_rows=500)
+    model = SimpleNamespace(extra=0)
+    runs = []
+    for rows in ({"train": 999_990, "validation": 99_990}, {"train": 10, "validation": 10}):
+        runs.append(SimpleNamespace(schema=SimpleNamespace(rows=rows)))
+    asked = []
+
+    def cut_down(run: Any, model: Any, rows: int, basis_rows: int) -> tuple[None, None]:
+        asked.append((rows, basis_rows))
+        return None, None
+
+    monkeypatch.setattr(widths_stage, "group_runs", lambda run: runs)
+    monkeypatch.setattr(widths_stage, "load_widest_of", lambda run: None)
+    monkeypatch.setattr(widths_stage, "cut_down", cut_down)
+    monkeypatch.setattr(widths_stage, "TruncatedGroups", list)
+    monkeypatch.setattr(widths_stage, "by_losses", lambda *_: None)
+    whole: Any = SimpleNamespace(
+        config=SimpleNamespace(search=search, model=model), context=rank_context(0, 4), schema=None
+    )
+    widths_stage.make_searcher(whole)
+    assert asked == [(1000, 500), (4, 4)]
 
 
 def test_a_table_of_one_group_is_nothing_to_the_rows_of_another(groups: TruncatedGroups) -> None:

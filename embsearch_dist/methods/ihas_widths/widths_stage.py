@@ -76,8 +76,10 @@ def make_searcher(run: Run[IHASWidthsConfig]) -> Searcher:
     measured, trained = [], []
     for own in runs:
         shares = [own.schema.rows[s] / sum(r.schema.rows[s] for r in runs) for s in ("validation", "train")]
+        # Every rank looks up a row at least; a group has as many.
+        least = run.context.world_size
         rows, basis_rows = (
-            max(1, round(n * share)) for n, share in zip((config.rows, config.basis_rows), shares, strict=True)
+            max(least, round(n * share)) for n, share in zip((config.rows, config.basis_rows), shares, strict=True)
         )
         one, other = cut_down(own, load_widest_of(own), rows, basis_rows)
         measured.append(one)
