@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from torch.nn import functional
 
 from embsearch_dist.config.own_module import load_module
 from embsearch_dist.data.formats.columns import KEPT, Chunk, Reading, Source
@@ -43,6 +44,8 @@ from embsearch_dist.serving.tables import Ids
 from embsearch_dist.train.metrics import Predictions, figures, shown
 
 LOGIT, PROBABILITY = "logit", "probability"
+VECTORS = 64  # a multiple of the numbers in a processor's vector
+ONE_THREAD = 1 << 14  # torch shares more than twice as many among threads
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,17 @@ def logits_of(model: Any, ids: Ids, batch_rows: int) -> torch.Tensor:
     return torch.cat(parts).float() if parts else torch.zeros(0)
 
 
+def probabilities_of(logits: torch.Tensor) -> torch.Tensor:
+    """``[N]`` float32 of ``[N]`` logits; that of a row does not depend on how many others there are.
+
+    torch takes what is left over behind whole vectors, at the end of each thread's share, by other code than the rest,
+    with another last bit. So every call gets whole vectors, and few enough of them for one thread.
+    """
+    count = len(logits)
+    whole = functional.pad(logits, (0, -count % VECTORS))
+    return torch.cat([torch.sigmoid(part) for part in whole.split(ONE_THREAD)])[:count]
+
+
 class Scorer:
     """One process's model, encoder and source."""
 
@@ -112,7 +126,7 @@ class Scorer:
         encoded = self.encoder(frame)
         logits = logits_of(self.model, encoded.ids, self.directory.batch_rows)
         kept = [frame[f"{KEPT}{name}"].alias(name) for name in self.job.keep]
-        scores = {LOGIT: logits.numpy(), PROBABILITY: torch.sigmoid(logits).numpy()}
+        scores = {LOGIT: logits.numpy(), PROBABILITY: probabilities_of(logits).numpy()}
         columns = [*kept, *(pl.Series(name, values) for name, values in scores.items())]
         return pl.DataFrame(columns).to_arrow(), encoded.unseen
 

@@ -28,7 +28,7 @@ from starlette.routing import Route
 from embsearch_dist.serving.batching import Batcher, Overloaded
 from embsearch_dist.serving.directory import ModelDirectory
 from embsearch_dist.serving.metrics import Metrics
-from embsearch_dist.serving.predict import logits_of
+from embsearch_dist.serving.predict import logits_of, probabilities_of
 from embsearch_dist.serving.requests import BadRequest, RequestEncoder, rows_of
 from embsearch_dist.serving.tables import Ids
 
@@ -91,7 +91,7 @@ class Service:
             logits = await self.batcher(encoded.ids)
         except Overloaded as e:
             raise BadRequest(503, f"overloaded: {e}. Send the request again later") from e
-        probabilities = torch.sigmoid(logits)
+        probabilities = probabilities_of(logits)
         if bool(probabilities.isnan().any()):
             row = int(probabilities.isnan().nonzero()[0])
             raise BadRequest(400, f"row {row}: the model has no answer; a number is too far from those of the training")
