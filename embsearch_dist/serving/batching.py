@@ -32,7 +32,7 @@ class Batcher:
     Args:
         predict: logits ``[B]`` of some rows; called in a thread of its own, one batch at a time.
         max_rows: of one batch; a request of more rows makes a batch of its own.
-        max_waiting: rows that may wait.
+        max_waiting: rows that may wait; a request of more rows is taken when none waits.
         seen: told the rows of each batch.
     """
 
@@ -69,7 +69,7 @@ class Batcher:
         Raises:
             Overloaded: too many rows wait already.
         """
-        if self._rows + ids.rows > self.max_waiting:
+        if self._rows and self._rows + ids.rows > self.max_waiting:
             raise Overloaded(f"{self._rows:,} rows wait already")
         waiting = _Waiting(ids, asyncio.get_running_loop().create_future())
         self._queue.append(waiting)

@@ -54,10 +54,11 @@ def rows_of(body: bytes, max_rows: int) -> list[dict[str, Any]]:
 
 
 def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)[:40]!r} is there twice")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"key {name[:40]!r} is there twice")
+        found[name] = value
     return found
 
 

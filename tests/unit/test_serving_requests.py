@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from starlette.testclient import TestClient
 
 from embsearch_dist.data.prepare.pipeline import prepare
 from embsearch_dist.serving.directory import ModelDirectory, open_directory
-from embsearch_dist.serving.predict import Job, predict
+from embsearch_dist.serving.predict import Job, predict, probabilities_of
+from embsearch_dist.serving.requests import BadRequest, rows_of
 from embsearch_dist.serving.server import Limits, application
 from tests.raw_lists import make_lists
 from tests.served import exported, run_of, single
@@ -114,6 +116,25 @@ def test_a_wrong_value_is_told_with_its_column(
     rows[0][column] = None
     answer = client.post("/predict", content=json.dumps({"rows": rows}))
     assert answer.status_code == 400 and said in answer.json()["error"]
+
+
+def test_a_key_that_is_there_twice_among_very_many_is_found_at_once() -> None:
+    keys = ",".join(f'"{k:x}":0' for k in range(60_000))
+    started = time.process_time()
+    with pytest.raises(BadRequest, match="key 'ea5f' is there twice"):
+        rows_of(f'{{"rows": [{{{keys},"ea5f":0}}]}}'.encode(), 1)
+    assert time.process_time() - started < 5  # to compare each with each takes minutes
+
+
+def test_the_probability_of_a_row_does_not_depend_on_the_rows_beside_it() -> None:
+    logits = torch.linspace(-6, 6, 40_000)
+    wanted = probabilities_of(logits)
+    assert torch.equal(wanted[:64], torch.sigmoid(logits[:64]))
+    for at in (0, 7, 12_345, 39_999):
+        assert torch.equal(probabilities_of(logits[at:]), wanted[at:])
+        assert torch.equal(probabilities_of(logits[at : at + 1]), wanted[at : at + 1])
+    assert torch.equal(torch.cat([probabilities_of(part) for part in logits.split(3)]), wanted)
+    assert len(probabilities_of(logits[:0])) == 0
 
 
 def test_other_paths_and_kinds_of_content_are_refused(client: TestClient) -> None:
@@ -230,6 +251,28 @@ def test_a_batch_that_fails_fails_alone(model: ModelDirectory) -> None:
         return found
 
     assert asyncio.run(twice()).tolist() == [0.0]
+
+
+def test_a_request_of_more_rows_than_may_wait_is_answered_when_none_waits(model: ModelDirectory) -> None:
+    import asyncio
+
+    from embsearch_dist.serving.batching import Batcher, Overloaded
+    from embsearch_dist.serving.requests import RequestEncoder
+
+    ids = RequestEncoder(model)(raw_rows(model, 5)).ids
+
+    async def both() -> Any:
+        batcher = Batcher(lambda ids: torch.zeros(ids.rows), max_rows=2, max_waiting=4)
+        first = asyncio.ensure_future(batcher(ids))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await batcher(ids)
+        batcher.start()
+        found = await first
+        await batcher.stop()
+        return found
+
+    assert len(asyncio.run(both())) == 5
 
 
 def test_a_column_of_two_fields_is_read_for_each_in_its_way(tmp_path: Path) -> None:
