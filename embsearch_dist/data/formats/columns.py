@@ -50,6 +50,7 @@ class Column:
     ``kind``: ``categorical`` (any text), ``list`` (any number of texts, with a ``bag``), ``bucketed`` (a number,
     turned into a category by :func:`bucket`) or ``dense`` (a number that stays one). ``whole``: texts like ``1.0``
     are the whole number ``1`` (see :meth:`Spelling.whole`). ``log``: of a dense column :func:`log_of` is taken.
+    ``hour``: the category is the hour of the day (see :meth:`Rows.hour`).
     """
 
     name: str
@@ -57,6 +58,7 @@ class Column:
     bag: Bag | None = None
     whole: bool = False
     log: bool = False
+    hour: bool = field(default=False, repr=False)  # by the repr a job knows its columns; a format always has it alike
 
 
 @dataclass(frozen=True)
@@ -311,6 +313,18 @@ class Rows:
         self._refuse(number.is_null(), raw, column, "not a whole number", "Write a whole number")
         return number
 
+    def hour(self, column: str) -> pl.Series:
+        """The hour of the day as text, 0 to 23, of Avazu's YYMMDDHH or of such an hour; an empty cell is null.
+
+        Raises:
+            UserError: a cell that is neither.
+        """
+        text = self.category(column)
+        number = text.cast(pl.Int64, strict=False)
+        bad = text.is_not_null() & ((number < 0) | (number % 100 > 23)).fill_null(True)
+        self._refuse(bad, text, column, "not YYMMDDHH", "Write it like 14102113, or the hour alone")
+        return (number % 100).cast(pl.String)
+
     def category(self, column: str) -> pl.Series:
         """The column as text; an empty cell is null."""
         return self._text(self.cells(column), column)
@@ -331,6 +345,8 @@ class Rows:
         if column.kind != "categorical":
             number = self.number(raw).alias(column.name)
             return log_of(number) if column.log else number
+        if column.hour:
+            return self.hour(raw).alias(column.name)
         text = self.category(raw)
         return (self.spelling.whole(text) if column.whole else text).alias(column.name)
 

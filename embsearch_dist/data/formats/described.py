@@ -22,6 +22,7 @@ from embsearch_dist.data.formats.source_file import ENCODINGS, TableSource
 from embsearch_dist.data.formats.table import DELIMITERS, unlabelled
 from embsearch_dist.errors import UserError
 
+HOUR = ("avazu", "hour")  # is YYMMDDHH in Kaggle's files
 NOTHING: Mapping[str, str] = {}
 KEYS = re.compile(r"(Try|write) `(delimiter|encoding): ([^`]+)`(?: in the source file)?")
 
@@ -89,6 +90,7 @@ class Description:
                     Bag(**c["bag"]) if "bag" in c else None,
                     bool(c.get("whole", False)),
                     bool(c.get("log", False)),
+                    (body["format"], c["name"]) == HOUR,
                 )
                 for c in body["columns"]
             )
