@@ -323,3 +323,13 @@ def test_movielens_names_a_rating_of_an_unknown_user(tmp_path: Path) -> None:
     (tmp_path / "ratings.dat").write_text("1::7::5\n")
     with pytest.raises(UserError, match=r"ratings.dat, line 1: 3 columns \(separator: '::'\), expected 4"):
         read_all(tmp_path, "movielens_1m")
+
+
+def test_a_movie_without_any_genre_has_none(tmp_path: Path) -> None:
+    """Not a text without letters, which would be a value with an id of its own."""
+    (tmp_path / "u.data").write_text("1\t5\t4\t881250949\n1\t6\t2\t881250950\n")
+    (tmp_path / "u.user").write_text("1|24|M|writer|85711\n")
+    flags = ["|".join("1" if k in on else "0" for k in range(19)) for on in ((), (1, 4))]
+    movies = [f"{5 + k}|Thing (1990)|01-Jan-1990||http://x|{f}\n" for k, f in enumerate(flags)]
+    (tmp_path / "u.item").write_text("".join(movies))
+    assert read_all(tmp_path, "movielens_100k")["genres"].to_list() == [None, "Action|Children's"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from embsearch_dist.data.formats import blocks, open_source
-from embsearch_dist.data.formats.columns import KEPT, LABEL, TIME, Reading
+from embsearch_dist.data.formats.columns import KEPT, LABEL, TIME, Reading, Rows
 from embsearch_dist.data.formats.described import Description
 from embsearch_dist.data.prepare.pipeline import prepare
 from embsearch_dist.errors import UserError
@@ -200,6 +200,44 @@ def test_public_data_are_read_without_their_label(format: str, tmp_path: Path) -
     assert frame.columns == [some]
     with pytest.raises(UserError, match="--keep nothing"):
         next(described.open(bare, format, Reading(False, None, ("nothing",))).chunks())
+
+
+def test_a_rating_is_not_taken_for_a_time_stamp(tmp_path: Path) -> None:
+    _, bare, _ = write_public("movielens_1m", tmp_path)
+    everything = Description.of(open_source("movielens_1m", tmp_path / "with").description, "here")
+
+    def read(line: str, *columns: str, name: str = "ratings.dat") -> pl.DataFrame:
+        for old in bare.glob("ratings*"):
+            old.unlink()
+        (bare / name).write_text(f"1::5::978300760\n{line}\n"[16 if "timestamp" in name else 0 :])
+        reading = Reading(False, frozenset(columns), ("user_id",))
+        return next(everything.open(bare, "movielens_1m", reading).chunks()).frame
+
+    for rating in ("1", "5"):
+        with pytest.raises(UserError, match=f"ratings.dat, line 2: {rating} is a rating, no time stamp. Give rows"):
+            read(f"1::5::{rating}", "hour_in_day")
+    assert read("1::5::0", "hour_in_day")["hour_in_day"].to_list() == ["22", "0"]
+    assert read("1::5::3.5", "year")["year"].to_list() == ["1990"] * 2  # nothing that is read needs a time
+    for line in ("1::5::4", "1::5"):
+        with pytest.raises(UserError, match="no time stamps, of which weekday is made"):
+            read(line, "year", "weekday", name="ratings_no_timestamp.dat.gz")
+        assert read(line, "year", name="ratings_no_timestamp.dat.gz")["year"].to_list() == ["1990"]
+
+
+def test_the_hour_of_avazu_is_that_of_its_files_however_rows_come(tmp_path: Path) -> None:
+    """By name, as a request has them, in Kaggle's form or as the hour alone."""
+    labelled, _, _ = write_public("avazu", tmp_path)
+    described = Description.of(open_source("avazu", labelled).description, "here")
+    hour = next(c for c in described.columns if c.name == "hour")
+    own = next(described.open(labelled, "avazu", Reading(False, frozenset(["hour"]))).chunks()).frame["hour"].to_list()
+    named = next(described.open(labelled / "train.csv", "table", Reading(False, frozenset(["hour"]))).chunks()).frame
+    assert own == named["hour"].to_list() == ["13"]
+    for cells in (["14102113", "13", "14102100", None], [14102113.0, 13.0, 14102100.0, None]):
+        rows = Rows(pl.DataFrame({"hour": cells}), lambda k: f"row {k}")
+        assert rows.convert(hour, "hour").to_list() == ["13", "13", "0", None]
+    for cell in ("noon", "14102124", "-1"):
+        with pytest.raises(UserError, match=f"row 0, column 'hour': not YYMMDDHH: '{cell}'. Write it like"):
+            Rows(pl.DataFrame({"hour": [cell]}), lambda k: f"row {k}").convert(hour, "hour")
 
 
 def write_public(format: str, folder: Path) -> tuple[Path, Path, str]:

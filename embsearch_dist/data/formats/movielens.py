@@ -16,6 +16,8 @@ from embsearch_dist.errors import UserError
 LIKED_ABOVE = 3
 BASE = ("user_id", "gender", "age", "occupation", "zip", "movie_id", "year", "genres")
 TIMED = (*BASE, "weekday", "hour_in_day")
+LARGEST_RATING = 10  # of any scale; as a time it would be of the first seconds of 1970
+STAMPS = "Give rows with user, movie and time stamp, as in the original ratings"
 # One to six of eighteen: their mean is as large for a movie of many genres as for one of few.
 GENRES = Bag(pooling="mean", separator="|")
 
@@ -66,7 +68,7 @@ def movielens_100k(path: Path, genres_as_list: bool = False, reading: Reading = 
     movies = items.select(
         "movie_id",
         pl.col("title").str.extract(YEAR).alias("year"),
-        pl.concat_str(flags, separator="|", ignore_nulls=True).alias("genres"),
+        pl.concat_str(flags, separator="|", ignore_nulls=True).replace("", None).alias("genres"),
     )
     layout = Layout(("user_id", "movie_id", "rating", "timestamp"), "\t", encoding="latin-1")
     small = ("u.user", "u.item")
@@ -86,6 +88,12 @@ def _source(
     layout = layout if reading.labelled else layout_of(ratings, layout, "rating")
     check_kept(ratings, layout, reading)
     timed = "timestamp" in layout.columns
+    if reading.only is not None:
+        clock = [n for n in TIMED[len(BASE) :] if n in reading.only]
+        if clock and not timed:
+            raise UserError(f"{ratings}: no time stamps, of which {clock[0]} is made. {STAMPS}")
+        timed = bool(clock)
+    unrated = "rating" not in layout.columns
     lists = {"genres": Column("genres", "list", GENRES)} if genres_as_list else {}
     columns = tuple(lists.get(n, Column(n)) for n in (TIMED if timed else BASE))
 
@@ -99,6 +107,9 @@ def _source(
             frame = frame.with_columns(rows.label("rating", LIKED_ABOVE))
         if timed:
             seconds = rows.integer("timestamp")
+            if unrated and (rated := seconds.is_between(1, LARGEST_RATING)).any():
+                row = int(rated.arg_max() or 0)
+                raise UserError(f"{rows.where(row)}: {seconds[row]} is a rating, no time stamp. {STAMPS}")
             frame = frame.with_columns(seconds.alias("timestamp"), seconds.cast(pl.Float64).alias(TIME))
             moment = pl.from_epoch("timestamp")
             weekend = pl.when(moment.dt.weekday() >= 6).then(pl.lit("weekend")).otherwise(pl.lit("weekday"))
