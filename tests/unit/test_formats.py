@@ -13,6 +13,7 @@ import pytest
 
 from embsearch_dist.data.formats import LABEL, TIME, open_source
 from embsearch_dist.data.formats.blocks import Layout, parse, read_blocks
+from embsearch_dist.data.formats.clicks import AVAZU
 from embsearch_dist.data.formats.columns import bucket
 from embsearch_dist.errors import UserError, nearest_or_all
 
@@ -333,3 +334,13 @@ def test_a_movie_without_any_genre_has_none(tmp_path: Path) -> None:
     movies = [f"{5 + k}|Thing (1990)|01-Jan-1990||http://x|{f}\n" for k, f in enumerate(flags)]
     (tmp_path / "u.item").write_text("".join(movies))
     assert read_all(tmp_path, "movielens_100k")["genres"].to_list() == [None, "Action|Children's"]
+
+
+@pytest.mark.parametrize("hour", ["2014102113", "141021", "1413213", "14103213", "1413984000", "-14102113"])
+def test_an_hour_of_avazu_is_of_one_form(hour: str, tmp_path: Path) -> None:
+    """Another form has another order, so that later rows would train, and its last digits are no hour."""
+    head = ",".join(AVAZU.columns)
+    rows = [",".join(["7", "1", time, *["x"] * 21]) for time in ("14102113", hour)]
+    (tmp_path / "train.csv").write_text("\n".join([head, *rows]) + "\n")
+    with pytest.raises(UserError, match=f"line 3, column 'hour': {hour} is not YYMMDDHH"):
+        read_all(tmp_path, "avazu")

@@ -235,7 +235,7 @@ def test_the_hour_of_avazu_is_that_of_its_files_however_rows_come(tmp_path: Path
     for cells in (["14102113", "13", "14102100", None], [14102113.0, 13.0, 14102100.0, None]):
         rows = Rows(pl.DataFrame({"hour": cells}), lambda k: f"row {k}")
         assert rows.convert(hour, "hour").to_list() == ["13", "13", "0", None]
-    for cell in ("noon", "14102124", "-1"):
+    for cell in ("noon", "14102124", "-1", "141021", "2014102113"):
         with pytest.raises(UserError, match=f"row 0, column 'hour': not YYMMDDHH: '{cell}'. Write it like"):
             Rows(pl.DataFrame({"hour": [cell]}), lambda k: f"row {k}").convert(hour, "hour")
 

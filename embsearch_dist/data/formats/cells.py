@@ -120,3 +120,9 @@ def text_of(raw: pl.Series) -> pl.Series:
         utc = raw if kind.time_zone is None else raw.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
         return utc.dt.to_string("%Y-%m-%d %H:%M:%S%.f")
     return raw.cast(pl.String)
+
+
+def is_hour_of_a_day(number: pl.Series) -> pl.Series:
+    """Whether whole numbers are YYMMDDHH: YYYYMMDDHH, YYMMDD or seconds would be ordered among them, and wrongly."""
+    month, day, hour = number // 10_000 % 100, number // 100 % 100, number % 100
+    return (number >= 0) & (number < 10**8) & month.is_between(1, 12) & day.is_between(1, 31) & (hour <= 23)

@@ -10,6 +10,7 @@ from pathlib import Path
 import polars as pl
 
 from embsearch_dist.data.formats.blocks import Block, Layout, parse, read_blocks, read_header
+from embsearch_dist.data.formats.cells import is_hour_of_a_day
 from embsearch_dist.data.formats.columns import EVERYTHING, LOG_NOTE, TIME, Chunk, Column, Reading, Rows, Source
 from embsearch_dist.data.formats.unlabelled import check_kept, layout_of, without_label
 from embsearch_dist.errors import UserError
@@ -131,7 +132,7 @@ def avazu(paths: Sequence[Path], reading: Reading = EVERYTHING) -> Source:
 def _hour(rows: Rows) -> pl.Series:
     """Avazu's YYMMDDHH as int64, checked."""
     hour = rows.integer("hour")
-    bad = (hour % 100 > 23) | (hour < 0)
+    bad = ~is_hour_of_a_day(hour)
     if bad.any():
         row = int(bad.arg_max() or 0)
         raise UserError(f"{rows.where(row)}, column 'hour': {hour[row]} is not YYMMDDHH. Fix that line")

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from embsearch_dist.data.formats.cells import PLAIN, Spelling, text_of
+from embsearch_dist.data.formats.cells import PLAIN, Spelling, is_hour_of_a_day, text_of
 from embsearch_dist.errors import UserError
 
 LABEL, TIME = "__label", "__time"
@@ -321,7 +321,8 @@ class Rows:
         """
         text = self.category(column)
         number = text.cast(pl.Int64, strict=False)
-        bad = text.is_not_null() & ((number < 0) | (number % 100 > 23)).fill_null(True)
+        good = number.is_between(0, 23) | is_hour_of_a_day(number)
+        bad = text.is_not_null() & ~good.fill_null(False)
         self._refuse(bad, text, column, "not YYMMDDHH", "Write it like 14102113, or the hour alone")
         return (number % 100).cast(pl.String)
 
