@@ -344,3 +344,13 @@ def test_an_hour_of_avazu_is_of_one_form(hour: str, tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("\n".join([head, *rows]) + "\n")
     with pytest.raises(UserError, match=f"line 3, column 'hour': {hour} is not YYMMDDHH"):
         read_all(tmp_path, "avazu")
+
+
+@pytest.mark.parametrize("time", ["978300760000", "-1"])
+def test_a_time_of_movielens_is_in_seconds(time: str, tmp_path: Path) -> None:
+    """In milliseconds it has an hour and a weekday, too, but others."""
+    (tmp_path / "ratings.dat").write_text(f"1::5::4::978300760\n1::5::4::{time}\n")
+    (tmp_path / "users.dat").write_text("1::F::25::3::12345\n")
+    (tmp_path / "movies.dat").write_text("5::Thing (1990)::Drama\n")
+    with pytest.raises(UserError, match=f"line 2, column 'timestamp': {time} is not in seconds since 1970"):
+        read_all(tmp_path, "movielens_1m")

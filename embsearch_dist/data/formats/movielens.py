@@ -17,6 +17,7 @@ LIKED_ABOVE = 3
 BASE = ("user_id", "gender", "age", "occupation", "zip", "movie_id", "year", "genres")
 TIMED = (*BASE, "weekday", "hour_in_day")
 LARGEST_RATING = 10  # of any scale; as a time it would be of the first seconds of 1970
+LATEST = 10**11  # in the year 5138; a time in milliseconds is later
 STAMPS = "Give rows with user, movie and time stamp, as in the original ratings"
 # One to six of eighteen: their mean is as large for a movie of many genres as for one of few.
 GENRES = Bag(pooling="mean", separator="|")
@@ -110,6 +111,11 @@ def _source(
             if unrated and (rated := seconds.is_between(1, LARGEST_RATING)).any():
                 row = int(rated.arg_max() or 0)
                 raise UserError(f"{rows.where(row)}: {seconds[row]} is a rating, no time stamp. {STAMPS}")
+            if (odd := ~seconds.is_between(0, LATEST)).any():
+                row = int(odd.arg_max() or 0)
+                raise UserError(
+                    f"{rows.where(row)}, column 'timestamp': {seconds[row]} is not in seconds since 1970. Write these"
+                )
             frame = frame.with_columns(seconds.alias("timestamp"), seconds.cast(pl.Float64).alias(TIME))
             moment = pl.from_epoch("timestamp")
             weekend = pl.when(moment.dt.weekday() >= 6).then(pl.lit("weekend")).otherwise(pl.lit("weekday"))
