@@ -225,6 +225,11 @@ def test_all_files_have_one_schema_and_ids_are_whole_numbers(tmp_path: Path) -> 
         ("pooling: sum", "pooling: mean", "weights need `pooling: sum`"),
         ("dense: [price]", "dense: [label]", "'label' is the label and a field"),
         ("label: label", "label: label\nsplits: {train: train}", "splits must name folders or files for train, valid"),
+        (
+            "label: label",
+            "label: label\nsplits: {train: train, validation: [test, train/part-00001*], test: test}",
+            r"part-00001-3f0c.c000.snappy.parquet is in train and in validation. Remove it from one",
+        ),
         ("label: label", "label: label\nfiles: train", "files needs split"),
         ("label: label", "label: label\nsplits: {train: trane, validation: x, test: y}", "trane does not exist"),
     ],

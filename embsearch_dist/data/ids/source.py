@@ -142,7 +142,9 @@ def _files(path: Path, body: Mapping[str, Any]) -> tuple[dict[str, tuple[Path, .
         given = body.get("splits", {split: split for split in SPLITS})
         if not isinstance(given, dict) or set(given) != set(SPLITS):
             raise UserError(f"{path}: splits must name folders or files for {', '.join(SPLITS)}. {EXAMPLE}")
-        return {split: _expand(path, given[split]) for split in SPLITS}, "", ()
+        files = {split: _expand(path, given[split]) for split in SPLITS}
+        _check_apart(path, files)
+        return files, "", ()
     if "splits" in body or "files" not in body:
         raise UserError(f"{path}: split by a column needs files, and not splits. {EXAMPLE}")
     split = body["split"]
@@ -153,6 +155,15 @@ def _files(path: Path, body: Mapping[str, Any]) -> tuple[dict[str, tuple[Path, .
     if twice:
         raise UserError(f"{path}: split: value {twice[0]!r} is named twice. Remove one")
     return {"": _expand(path, body["files"])}, str(split["column"]), tuple(values)
+
+
+def _check_apart(path: Path, files: Mapping[str, Sequence[Path]]) -> None:
+    """Raises ``UserError`` for a file of train that another split has, too: it would measure what was learnt."""
+    learnt = {(s.st_dev, s.st_ino) for s in (file.stat() for file in files["train"])}
+    for split in SPLITS[1:]:
+        for file in files[split]:
+            if ((s := file.stat()).st_dev, s.st_ino) in learnt:
+                raise UserError(f"{path}: splits: {file} is in train and in {split}. Remove it from one of them")
 
 
 def _words(value: object) -> list[Any]:
