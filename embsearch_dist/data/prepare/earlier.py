@@ -16,7 +16,7 @@ import polars as pl
 
 from embsearch_dist.data.formats import Column
 from embsearch_dist.data.formats.source_file import describe_column
-from embsearch_dist.data.prepare.vocabulary import VOCABULARY, Kept, load_values
+from embsearch_dist.data.prepare.vocabulary import VOCABULARY, Kept, file_name, load_values
 from embsearch_dist.data.store import manifest
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import Schema
@@ -53,6 +53,12 @@ class Earlier:
         schema = Schema.load(path)
         _check_columns(Path(path), schema, columns)
         manifest.compare_ends(path, VOCABULARY)
+        for name in schema.names:
+            if not (Path(path) / VOCABULARY / file_name(name)).is_file():
+                raise UserError(
+                    f"--vocabulary {path}: it has no vocabulary of field {name!r}, as the rows of a group have none. "
+                    "Give the data that it was made of, or leave it out"
+                )
         return cls(Path(path), schema, new)
 
     @property
