@@ -11,6 +11,7 @@ import pytest
 from embsearch_dist.data.formats import blocks
 from embsearch_dist.data.load.dataset import read_rows
 from embsearch_dist.data.prepare import vocabulary
+from embsearch_dist.data.prepare.partition import write_group
 from embsearch_dist.data.prepare.pipeline import prepare, summary
 from embsearch_dist.data.prepare.vocabulary import load_values
 from embsearch_dist.errors import UserError
@@ -165,3 +166,26 @@ def test_what_cannot_be_an_earlier_vocabulary_is_told(tmp_path: Path, days: tupl
     file.write_bytes(bytes(body))
     with pytest.raises(UserError, match=r"user\.parquet: not the file that manifest\.json describes"):
         prepare("table", days[1], tmp_path / "out", vocabulary=tmp_path / "first", **OPTIONS)
+
+
+def test_a_group_of_rows_has_no_vocabulary(tmp_path: Path, days: tuple[Path, Path]) -> None:
+    schema = Schema.load(tmp_path / "first")
+    assignment = {name: np.zeros(n, np.int64) for name, n in schema.rows.items()}
+    write_group(tmp_path / "first", schema, assignment, 0, tmp_path / "group")
+    with pytest.raises(UserError, match=r"--vocabulary .*group: it has no vocabulary of field .* Give the data"):
+        prepare("table", days[1], tmp_path / "out", vocabulary=tmp_path / "group", **OPTIONS)
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize(("later", "told"), [("3.5", 1), ("3", 0), ("", 0)])
+def test_a_column_that_was_constant_and_stays_zeros_is_told(tmp_path: Path, later: str, told: int) -> None:
+    for name, value in (("a", "3"), ("b", later)):
+        (tmp_path / f"{name}.csv").write_text("y,u,p\n" + "".join(f"{k % 2},{k % 5},{value}\n" for k in range(100)))
+        fields = "{u: categorical, p: dense}"
+        (tmp_path / f"{name}.yaml").write_text(f"files: {name}.csv\nlabel: y\nfields: {fields}\n")
+    prepare("table", tmp_path / "a.yaml", tmp_path / "first", **OPTIONS)
+    schema = prepare("table", tmp_path / "b.yaml", tmp_path / "out", vocabulary=tmp_path / "first", **OPTIONS)
+    warnings = schema.provenance["warnings"]
+    assert isinstance(warnings, list)
+    said = [w for w in warnings if "'p' was constant (3) in the data of --vocabulary and stays zeros" in w]
+    assert len(said) == told

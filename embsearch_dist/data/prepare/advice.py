@@ -123,6 +123,19 @@ def _auc(codes: np.ndarray, label: np.ndarray, train: np.ndarray) -> float:
     return float((above * lower).sum() / (above.sum() * below.sum()))
 
 
+def of_constants(parts: Sequence[Part], scale: dict[str, tuple[float, float]]) -> list[str]:
+    """Dense columns that were constant in the earlier data, whose ``scale`` is kept, and are so no more."""
+    found = []
+    for name in (name for name, (_, std) in scale.items() if std == 0):
+        mean = scale[name][0]
+        if any(((x := part.dense(name)) != mean)[~np.isnan(x)].any() for part in parts):
+            found.append(
+                f"dense column {name!r} was constant ({mean:g}) in the data of --vocabulary and stays zeros. Prepare "
+                "once without --vocabulary if it is to count"
+            )
+    return found
+
+
 def of_identity(name: str, distinct: int, cells: int) -> str | None:
     """A warning where a field has almost one value a row: the number of the row, of the session, or a time.
 

@@ -197,6 +197,8 @@ def prepare_into(directory: Path, source: Source, options: Options, team: Team |
     rows_read = _check_rows(source, parts, directory, shards)
     clicks = _clicks(shards, done)
     told_of = team.share("warnings", lambda: _warnings(source, directory, parts, known, books, ids, rows, clicks))
+    if earlier is not None:
+        told_of += team.share("constants", lambda: advice.of_constants(parts, scale))
     schema = Schema(
         dataset=source.dataset,
         fields=known,
