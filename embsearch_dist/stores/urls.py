@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from embsearch_dist.errors import UserError
 
@@ -66,13 +66,22 @@ def join(url: str, *parts: str) -> str:
     return "/".join([base.rstrip("/"), *parts]) + mark + query
 
 
+def _split(url: str) -> SplitResult:
+    """Raises:
+    UserError: what is behind a ``#`` is no part of a URL's path, so another object would be read.
+    """
+    if "#" in url:
+        raise UserError(f"{url}: a # ends the path of a URL. Write %23 for it")
+    return urlsplit(url)
+
+
 def local_folder(url: str) -> Path | None:
     """The folder or file behind a ``file://`` URL; None for any other.
 
     Raises:
-        UserError: it names another host.
+        UserError: it names another host, or has a ``#``.
     """
-    parts = urlsplit(url)
+    parts = _split(url)
     if parts.scheme.lower() != "file":
         return None
     if parts.netloc not in ("", "localhost"):
@@ -91,10 +100,10 @@ class Store:
         """``system``: a ``pyarrow.fs.FileSystem`` to use in place of the URL's own.
 
         Raises:
-            UserError: the URL is of no known kind, has no bucket, or holds a password.
+            UserError: the URL is of no known kind, has no bucket, or holds a password or a ``#``.
         """
         self.url = url
-        parts = urlsplit(url)
+        parts = _split(url)
         scheme = parts.scheme.lower()
         if scheme not in SCHEMES:
             raise UserError(f"{url}: {scheme}:// is none of {', '.join(f'{s}://' for s in SCHEMES)}. Use one of them")

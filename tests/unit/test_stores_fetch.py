@@ -218,6 +218,18 @@ def test_a_source_file_may_name_urls_and_may_lie_at_one(store: Faulty, tmp_path:
         assert (out / "out" / MANIFEST).read_bytes() == (prepared / MANIFEST).read_bytes()
 
 
+def test_a_name_with_a_hash_is_not_cut_to_that_of_another_object(store: Faulty, tmp_path: Path) -> None:
+    (tmp_path / "bucket" / "raw").mkdir()
+    for name in ("a", "a#1.txt"):
+        (tmp_path / "bucket" / "raw" / name).write_text(name)
+    for url in ("s3://bucket/raw/a#1.txt", "file:///raw/a#1.txt"):
+        with pytest.raises(UserError, match=r"a#1.txt: a # ends the path of a URL. Write %23 for it"):
+            fetch_inputs("criteo", [url])
+    assert [p.read_text() for p in fetch_inputs("criteo", ["s3://bucket/raw/a%231.txt"])] == ["a#1.txt"]
+    (folder,) = fetch_inputs("criteo", ["s3://bucket/raw"])
+    assert sorted(p.read_text() for p in folder.iterdir()) == ["a", "a#1.txt"]
+
+
 def test_nothing_is_written_to_a_url(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from embsearch_dist.config.read import load_config
     from launch.prepare import main
