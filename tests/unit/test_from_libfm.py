@@ -59,3 +59,8 @@ def test_names_and_files_are_looked_at(tmp_path: Path, capsys: pytest.CaptureFix
     assert from_libfm.main(words) == 2
     told = capsys.readouterr().err.splitlines()
     assert "a name of its own, other than label" in told[0] and "no rows" in told[1] and "cannot be read" in told[2]
+
+
+def test_a_call_that_fails_leaves_no_source_file_of_an_earlier_one(tmp_path: Path) -> None:
+    assert call(tmp_path, "1 3:1 10:1 20:1\n") == 0 and list(tmp_path.rglob("source.yaml"))
+    assert call(tmp_path, "1 3:1 10:1 20:1\n1 3:1\n") == 2 and not list(tmp_path.rglob("source.yaml"))

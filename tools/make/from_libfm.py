@@ -53,6 +53,7 @@ def convert(files: Sequence[Path], fields: Sequence[str], out: Path, name: str) 
     if LABEL in fields or len(set(fields)) < len(fields):
         raise UserError(f"--fields: give each field a name of its own, other than {LABEL}")
     out.mkdir(parents=True, exist_ok=True)
+    (out / SOURCE).unlink(missing_ok=True)  # of an earlier call: it would name rows that are not all there
     count = 0
     with (out / ROWS).open("w", newline="") as file, tqdm(unit=" rows", disable=not sys.stderr.isatty()) as bar:
         writer = csv.writer(file, lineterminator="\n")
