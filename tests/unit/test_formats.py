@@ -245,6 +245,10 @@ def test_several_files_are_read_in_order_and_a_folder_by_name(tmp_path: Path) ->
     assert numbers([tmp_path / "part-10.txt", str(tmp_path / "part-0.txt")]) == ["10", "0"]
     with pytest.raises(UserError, match=r"part-0.txt is named twice in --input"):
         open_source("criteo", [tmp_path, tmp_path / "part-0.txt"])
+    (tmp_path / "other").hardlink_to(tmp_path / "part-2.txt")  # another name, the same rows
+    with pytest.raises(UserError, match=r"part-2.txt is named twice in --input"):
+        numbers(tmp_path)
+    (tmp_path / "other").unlink()
     with pytest.raises(UserError, match=r"format movielens_1m takes one --input, not 2"):
         open_source("movielens_1m", [tmp_path, tmp_path])
     (tmp_path / "train.txt").write_text("\t".join(["1", *["7"] * 39]) + "\n")

@@ -54,10 +54,12 @@ def text_files(paths: Sequence[Path], usual: tuple[str, ...]) -> tuple[Path, ...
             raise UserError(f"{path}: no such file. Check --input")
         else:
             files.append(path)
-    places = [f.resolve() for f in files]
-    twice = next((f for f, place in zip(files, places) if places.count(place) > 1), None)
-    if twice is not None:
-        raise UserError(f"{twice} is named twice in --input. Remove one")
+    seen: set[tuple[int, int]] = set()
+    for file in files:
+        entry = file.stat()
+        if (entry.st_dev, entry.st_ino) in seen:
+            raise UserError(f"{file} is named twice in --input. Remove one")
+        seen.add((entry.st_dev, entry.st_ino))
     return tuple(files)
 
 
