@@ -84,9 +84,9 @@ class Batcher:
             if self.delay_s and self._rows < self.max_rows:
                 await asyncio.sleep(self.delay_s)
             batch = self._take()
-            ids = joined([w.ids for w in batch])
-            self.seen(ids.rows)
             try:
+                ids = joined([w.ids for w in batch])  # may find no memory
+                self.seen(ids.rows)
                 logits = await loop.run_in_executor(self._pool, self.predict, ids)
             except Exception as e:  # the requests of this batch fail, the server goes on
                 for waiting in batch:

@@ -253,6 +253,31 @@ def test_a_batch_that_fails_fails_alone(model: ModelDirectory) -> None:
     assert asyncio.run(twice()).tolist() == [0.0]
 
 
+def test_a_batch_that_cannot_be_joined_fails_alone(model: ModelDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    import asyncio
+
+    from embsearch_dist.serving import batching
+    from embsearch_dist.serving.requests import RequestEncoder
+
+    ids = RequestEncoder(model)(raw_rows(model, 1)).ids
+
+    def no_memory(parts: Any) -> Any:
+        monkeypatch.undo()
+        raise RuntimeError("not enough memory")
+
+    async def twice() -> Any:
+        monkeypatch.setattr(batching, "joined", no_memory)
+        batcher = batching.Batcher(lambda ids: torch.zeros(ids.rows), max_rows=1, max_waiting=9)
+        batcher.start()
+        with pytest.raises(RuntimeError):
+            await asyncio.wait_for(batcher(ids), 10)
+        found = await asyncio.wait_for(batcher(ids), 10)
+        await batcher.stop()
+        return found
+
+    assert asyncio.run(twice()).tolist() == [0.0]
+
+
 def test_a_request_of_more_rows_than_may_wait_is_answered_when_none_waits(model: ModelDirectory) -> None:
     import asyncio
 
