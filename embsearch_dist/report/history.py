@@ -146,8 +146,7 @@ def heatmaps(runs: Sequence[Run], directory: Path) -> Section | None:
     body = page.paragraph(f"Shown for {run.label}.", "note") if len(runs) > 1 else ""
     named: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in run.heatmaps:
-        drawable = line.get("values") and line.get("rows") and line.get("columns") and "step" in line
-        if drawable and not groups.elsewhere(line):
+        if _drawable(line) and not groups.elsewhere(line):
             named.setdefault((str(line.get("stage")), str(line.get("name"))), []).append(line)
     for (stage, name), lines in named.items():
         lines.sort(key=lambda x: x["step"])
@@ -162,6 +161,14 @@ def heatmaps(runs: Sequence[Run], directory: Path) -> Section | None:
         if captured is not None:
             body += page.missing(CAPTURED.format(width=captured))
     return Section("heatmaps", title, body or page.missing("heatmaps.jsonl holds no drawable heat map."))
+
+
+def _drawable(line: dict[str, Any]) -> bool:
+    """Whether a recorded heat map is a matrix with a name for each row and column."""
+    values, rows, columns = (line.get(k) for k in ("values", "rows", "columns"))
+    if not (values and rows and columns and "step" in line):
+        return False
+    return len(values) == len(rows) and all(isinstance(row, list) and len(row) == len(columns) for row in values)
 
 
 def _captured(line: dict[str, Any]) -> str | None:

@@ -145,12 +145,17 @@ def _known(auc: float) -> float:
 
 
 def auc_difference(row: Row, baseline: Row) -> Spread:
-    """AUC of ``row`` minus AUC of ``baseline``; paired by seed (with a spread) when both have the same seeds."""
-    ours = {r.seed: r.numbers["auc"] for r in row.results}
-    theirs = {r.seed: r.numbers["auc"] for r in baseline.results}
-    if None not in ours and ours.keys() == theirs.keys() and len(ours) == len(row.results) == len(baseline.results):
+    """AUC of ``row`` minus AUC of ``baseline``; paired by seed (with a spread) when both have the same seeds. A seed
+    whose training has diverged, and has no AUC, is none of those."""
+    ours, theirs = ({x.seed: x.numbers["auc"] for x in _with_auc(r)} for r in (row, baseline))
+    plain = len(ours) == len(_with_auc(row)) and len(theirs) == len(_with_auc(baseline))
+    if ours and plain and None not in ours and ours.keys() == theirs.keys():
         return Spread.of([ours[s] - theirs[s] for s in ours])
     return Spread(row.auc.mean - baseline.auc.mean, None, 1)
+
+
+def _with_auc(row: Row) -> list[Result]:
+    return [r for r in row.results if not math.isnan(r.numbers["auc"])]
 
 
 def headline(runs: Sequence[Run], comparison: Comparison | None) -> list[str]:
@@ -244,10 +249,13 @@ def _sentence(row: Row, comparison: Comparison, several: bool) -> str:
         effect = f"{'but' if share < 1 else 'and'} lose {-delta.mean:.4f} AUC {where}"
     if interval is not None:
         trust = f"mean of {delta.n} seeds, 95% interval {interval[0]:+.4f} to {interval[1]:+.4f}"
-    elif len(row.results) == 1:
+    elif row.auc.n == 1:
         trust = "one seed, so the spread is unknown"
     else:
-        trust = f"mean of {len(row.results)} runs against {len(base.results)}, not paired by seed"
+        trust = f"mean of {row.auc.n} runs against {base.auc.n}, not paired by seed"
+    for who, undefined in ((row, len(row.results) - row.auc.n), (base, len(base.results) - base.auc.n)):
+        if undefined:
+            trust += f"; {undefined} of {len(who.results)} runs of {display_name(who)} have no AUC and are left out"
     return f"{subject} {size} {effect} ({trust})."
 
 

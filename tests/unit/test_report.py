@@ -300,3 +300,28 @@ def test_a_point_on_the_line_of_the_uniform_widths_is_neither_above_nor_below_it
         evaluate(tmp_path, "adass", WIDTHS, 0, auc)
         runs = load_runs([tmp_path])
         assert headline(runs, compare(runs))[1].endswith(said)
+
+
+def test_a_seed_that_has_diverged_is_left_out_of_means_and_said_to_be(tmp_path: Path) -> None:
+    for seed in range(3):
+        evaluate(tmp_path, "adass", WIDTHS, seed, 0.75 + 0.001 * seed)
+        evaluate(tmp_path, "ues-32", uniform(32), seed, 0.74)
+    file = tmp_path / "retrain" / "adass-seed1" / "evaluation.json"
+    told = {"auc": None, "auc_undefined": "a prediction of the test split is not a finite number", "logloss": None}
+    write_json(file, json.loads(file.read_text()) | told)
+    runs = load_runs([tmp_path])
+    first = headline(runs, compare(runs))[0]
+    assert (
+        "gain +0.0110 AUC" in first and "(mean of 2 runs against 3, not paired by seed; 1 of 3 runs of adass" in first
+    )
+    file = tmp_path / "retrain" / "ues-32-seed1" / "evaluation.json"
+    write_json(file, json.loads(file.read_text()) | told)
+    runs = load_runs([tmp_path])
+    first = headline(runs, compare(runs))[0]
+    assert "(mean of 2 seeds, 95% interval " in first and "1 of 3 runs of UES-32 have no AUC and are left out" in first
+
+
+def test_a_heat_map_that_is_no_matrix_is_passed_over(tmp_path: Path) -> None:
+    line = {"stage": "supernet", "name": "P_E", "step": 0, "rows": ["a", "b"], "columns": ["2", "4"]}
+    write_lines(tmp_path / "heatmaps.jsonl", [line | {"values": [[0.5, 0.5], [1.0]]}, line | {"values": [[0.5, 0.5]]}])
+    assert "heatmaps.jsonl holds no drawable heat map" in str(heatmaps(load_runs([tmp_path]), tmp_path))
