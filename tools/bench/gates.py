@@ -111,6 +111,10 @@ class Made:
     def epoch(self, epoch: int, start_batch: int | None = None) -> Iterator[Batch]:
         yield from map(self.batch, range(start_batch or 0, BATCHES))
 
+    def weight(self, batch: Batch) -> float:
+        """All ranks have as many rows."""
+        return 1.0
+
 
 class MadeRun(Run):
     """A run whose splits are :class:`Made`."""

@@ -95,6 +95,10 @@ class Resident:
             k += 1
             yield Batch(b.dense, b.sparse, b.label, Position(epoch, k))
 
+    def weight(self, batch: Batch) -> float:
+        """All ranks have as many rows."""
+        return 1.0
+
 
 def _ids(dice: np.random.Generator, cardinality: int, count: int) -> np.ndarray:
     ranks = np.exp(dice.random(count) * np.log(cardinality + 1)) - 1
