@@ -16,7 +16,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,8 +35,7 @@ from tqdm import tqdm
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config.read import load_config
 from embsearch_dist.config.sections import Config
-from embsearch_dist.data.load.batch import Batch, Position
-from embsearch_dist.data.load.dataset import BatchMaker
+from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.methods.adafs.config import AdaFSConfig
 from embsearch_dist.methods.adafs.method import AdaFSTask
 from embsearch_dist.methods.ihas import gates_stage as gating
@@ -56,7 +55,7 @@ from embsearch_dist.train.bilevel import frozen
 from embsearch_dist.train.guard import Gate, agree
 from embsearch_dist.train.retrain import SubnetTask
 from tools.bench.clock import now
-from tools.bench.steps import BATCHES, Clock, cardinalities, make_rows
+from tools.bench.steps import BATCHES, Clock, Made, cardinalities
 
 WIDTH, AIM = 16, 0.6
 PLAIN, GATED = f"UES-{WIDTH}", "iHAS search, gates on"
@@ -94,26 +93,6 @@ def ratio(first: Turns, other: Turns) -> str:
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
     print("".join(f"| {' | '.join(cells)} |\n" for cells in [head, ["---"] * len(head), *lines]), flush=True)
-
-
-class Made:
-    """Batches of one size as a :class:`embsearch_dist.data.load.dataset.BatchStream` gives them, without a disk."""
-
-    def __init__(self, schema: Schema, rows: int) -> None:
-        self.made, self.maker = make_rows(schema.cardinalities, rows, 0), BatchMaker(schema)
-        self.batches_per_epoch = BATCHES
-
-    def batch(self, number: int) -> Batch:
-        ids, label = self.made[number % BATCHES]
-        sparse = self.maker.sparse(torch.from_numpy(ids))
-        return Batch(torch.zeros(len(label), 0), sparse, torch.from_numpy(label), Position(0, number % BATCHES + 1))
-
-    def epoch(self, epoch: int, start_batch: int | None = None) -> Iterator[Batch]:
-        yield from map(self.batch, range(start_batch or 0, BATCHES))
-
-    def weight(self, batch: Batch) -> float:
-        """All ranks have as many rows."""
-        return 1.0
 
 
 class MadeRun(Run):

@@ -55,8 +55,8 @@ from embsearch_dist.run import Run
 from embsearch_dist.schema import Field, Schema
 from embsearch_dist.train.monitor import Monitor
 from tools.bench.clock import now
-from tools.bench.gates import Learner, Made, MadeRun, Parts, in_turns, ratio, spread, table
-from tools.bench.steps import BATCHES, cardinalities, make_rows
+from tools.bench.gates import Learner, MadeRun, Parts, in_turns, ratio, spread, table
+from tools.bench.steps import BATCHES, Made, cardinalities, make_rows
 
 METHODS = {"optembed": OptEmbedConfig, "optfs": OptFSConfig}
 EVOLUTION = "optembed evolution"

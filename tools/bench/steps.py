@@ -13,7 +13,7 @@ import importlib
 import json
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,26 @@ def make_rows(sizes: list[int], batch: int, seed: int) -> list[tuple[np.ndarray,
         )
         made.append((ids, (dice.random(batch) < 0.25).astype(np.float32)))
     return made
+
+
+class Made:
+    """Batches of one size as a :class:`embsearch_dist.data.load.dataset.BatchStream` gives them, without a disk."""
+
+    def __init__(self, schema: Schema, rows: int) -> None:
+        self.made, self.maker = make_rows(schema.cardinalities, rows, 0), BatchMaker(schema)
+        self.batches_per_epoch = BATCHES
+
+    def batch(self, number: int) -> Batch:
+        ids, label = self.made[number % BATCHES]
+        sparse = self.maker.sparse(torch.from_numpy(ids))
+        return Batch(torch.zeros(len(label), 0), sparse, torch.from_numpy(label), Position(0, number % BATCHES + 1))
+
+    def epoch(self, epoch: int, start_batch: int | None = None) -> Iterator[Batch]:
+        yield from map(self.batch, range(start_batch or 0, BATCHES))
+
+    def weight(self, batch: Batch) -> float:
+        """All ranks have as many rows."""
+        return 1.0
 
 
 class Clock:
