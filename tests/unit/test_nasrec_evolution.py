@@ -301,10 +301,11 @@ def test_a_search_that_has_seen_all_within_its_limits_does_not_look_long_for_mor
     assert asked[0] > 1000 and max(asked[1:]) <= 2 * TRIES
 
 
-def test_limits_that_no_network_keeps_are_told_with_what_there_is() -> None:
+def test_limits_that_no_network_keeps_are_told_with_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embsearch_dist.methods.nasrec.evolution.LIMITED_TRIES", 500)
     narrow = start(cost="flops", cost_at_most=1.0)
     narrow.limits = Limits(narrow.config, widths_of)
-    with pytest.raises(UserError, match=r"cost_at_most 1: of 20,000 .* they have \d+ to \d+\. Set other limits"):
+    with pytest.raises(UserError, match=r"cost_at_most 1: of 500 .* they have \d+ to \d+\. Set other limits"):
         narrow.propose()
 
 

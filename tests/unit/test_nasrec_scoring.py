@@ -295,10 +295,13 @@ def test_a_search_keeps_the_limits_of_its_cost(data: Path, copied: Path, cost: s
     assert len(seen) == len(free) and all(low <= c[cost] <= high for c in seen)
 
 
-def test_limits_that_no_network_keeps_are_refused_before_a_supernet_is_trained(data: Path, tmp_path: Path) -> None:
+def test_limits_that_no_network_keeps_are_refused_before_a_supernet_is_trained(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embsearch_dist.methods.nasrec.evolution.LIMITED_TRIES", 500)
     limits = ["search.evolution.cost=parameters", "search.evolution.cost_at_most=10"]
     run = nasrec_run(data, tmp_path, *limits)
-    with pytest.raises(UserError, match=r"cost_at_most 10: of 20,000 .* has parameters within that"):
+    with pytest.raises(UserError, match=r"cost_at_most 10: of 500 .* has parameters within that"):
         NASRec().check(run)
 
 
