@@ -12,16 +12,15 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from embsearch_dist.data.formats.cells import EXACT
 from embsearch_dist.data.formats.opening import PARQUET, packing
+from embsearch_dist.data.formats.parquet import limit_of
 from embsearch_dist.errors import UserError
 from embsearch_dist.serving.directory import ModelDirectory
 from embsearch_dist.serving.reading import schema_of
 
-BITS: dict[pa.DataType, tuple[type[np.floating], int]] = {
-    pa.float16(): (np.float16, 11),
-    pa.float32(): (np.float32, 24),
-    pa.float64(): (np.float64, 53),
-}
+FLOATS: dict[float, type[np.floating]] = {2.0**11: np.float16, 2.0**24: np.float32, EXACT: np.float64}
+"""By :func:`embsearch_dist.data.formats.parquet.limit_of`."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +32,14 @@ class Narrow:
         column: of the file.
         file: that has the narrowest floats.
         type: of the numbers.
-        bits: whole numbers from 2 to the power of it on are not all held.
+        limit: from which number on whole numbers are not all held.
     """
 
     field: str
     column: str
     file: Path
     type: pa.DataType
-    bits: int
+    limit: float
 
     def check(self, frame: pl.DataFrame) -> None:
         """Raises:
@@ -50,7 +49,7 @@ class Narrow:
         if values.dtype == pl.List:
             values = values.explode()
             values = values.struct.field("value") if values.dtype == pl.Struct else values
-        large = values.filter((values.cast(pl.Float64, strict=False).abs() >= 2.0**self.bits).fill_null(False))
+        large = values.filter((values.cast(pl.Float64, strict=False).abs() >= self.limit).fill_null(False))
         if len(large):
             raise UserError(
                 f"{self.file}: column {self.column!r} is {self.type}, which does not tell {large[0]} from its "
@@ -70,11 +69,11 @@ def narrow_columns(directory: ModelDirectory, files: Sequence[Path]) -> list[Nar
             continue
         raw = directory.source.raw[column.name]
         types = {file: _value_type(schema.field(raw).type) for file, schema in schemas.items()}
-        floats = [(BITS[type_][1], file) for file, type_ in types.items() if type_ in BITS]
-        if floats:
-            bits, file = min(floats, key=lambda each: each[0])
-            if _knows_more(directory, column.name, BITS[types[file]][0]):
-                found.append(Narrow(column.name, raw, file, types[file], bits))
+        limits = {file: limit for file, type_ in types.items() if (limit := limit_of(type_)) in FLOATS}
+        if limits:
+            file = min(limits, key=limits.__getitem__)
+            if _knows_more(directory, column.name, FLOATS[limits[file]]):
+                found.append(Narrow(column.name, raw, file, types[file], limits[file]))
     return found
 
 

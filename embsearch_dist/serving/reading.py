@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import polars as pl
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 
 from embsearch_dist.data.formats import parquet
 from embsearch_dist.data.formats.described import Description
+from embsearch_dist.data.formats.inputs import shown
 from embsearch_dist.data.formats.opening import PARQUET, packing
 from embsearch_dist.errors import UserError
 
@@ -57,18 +57,9 @@ def _fits(file: Path, pattern: Path) -> bool:
     first = next(k for k, part in enumerate(pattern.parts) if glob.has_magic(part))
     folder = Path(*pattern.parts[:first])
     return any(
-        file.is_relative_to(start) and _fit(file.relative_to(start).parts, pattern.parts[first:])
+        file.is_relative_to(start) and shown(pattern.parts[first:], file.relative_to(start).parts)
         for start in (folder.resolve(), folder.absolute())
     )
-
-
-def _fit(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether the parts of a path fit those of a pattern, of which ``**`` takes any number."""
-    if not pattern:
-        return not parts
-    if pattern[0] == "**":
-        return any(_fit(parts[k:], pattern[1:]) for k in range(len(parts) + 1))
-    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _fit(parts[1:], pattern[1:])
 
 
 def refuse_scores(source: Description, input: Path, format: str) -> None:

@@ -227,7 +227,7 @@ def test_half_floats_and_given_ids_are_checked_too(tmp_path: Path) -> None:
     ids = replace(model, source=replace(model.source, given_ids=True))
     assert narrow_columns(ids, [tmp_path / "half.parquet"]) == []  # 20 ids: a half holds them
     many = replace(ids.schema, fields=(replace(ids.schema.fields[0], cardinality=2051),))
-    assert narrow_columns(replace(ids, schema=many), [tmp_path / "half.parquet"])[0].bits == 11
+    assert narrow_columns(replace(ids, schema=many), [tmp_path / "half.parquet"])[0].limit == 2.0**11
 
 
 def test_the_script_takes_names_patterns_and_separators_as_words(
