@@ -95,10 +95,8 @@ def _foreign_inside(folder: Path, directory: Path) -> Path | None:
 
 
 def clear(directory: Path, given: Path | None = None) -> None:
-    """Delete what a run directory holds, but for its lock, and note the job that did. The directory must be
-    :func:`hold` already.
-
-    A job that was started again goes on in a directory that it has emptied itself, and does not call this.
+    """Delete what a run directory holds, but for its lock. The directory must be :func:`hold` already, and not
+    :func:`emptied_by_this_job`.
 
     Args:
         given: the config file of the command line, which must not go.

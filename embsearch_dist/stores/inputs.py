@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from embsearch_dist.data.formats.clicks import by_name
+from embsearch_dist.data.formats.clicks import by_path
 from embsearch_dist.data.formats.inputs import shown
 from embsearch_dist.data.formats.source_file import source_words
 from embsearch_dist.data.prepare.scratch import load_record, save_record
@@ -114,8 +114,7 @@ def _fetch(url: str, say: Say) -> list[Path]:
         if not pattern and not single:
             _forget_others(folder, set(names.values()))
     if single or pattern:
-        order = sorted(names.values(), key=lambda name: [by_name(Path(part)) for part in Path(name).parts])
-        return [folder / name for name in order]
+        return [folder / name for name in sorted(map(Path, names.values()), key=by_path)]
     return [folder]
 
 

@@ -213,7 +213,6 @@ def figures(found: Predictions) -> dict[str, float]:
     packed = pack(found.logits.numpy(), found.labels.numpy())
     packed.sort()
     told = score(found.logits, found.labels, lambda *_: _area(packed))
-    finite = bool(torch.isfinite(found.logits).all())
     curve = reliability(packed)
     rate = float((packed & 1).sum()) / len(packed) if len(packed) else math.nan
     told |= {
@@ -224,7 +223,7 @@ def figures(found: Predictions) -> dict[str, float]:
     if found.groups is not None:
         del packed
         areas = areas_by_group(found.logits.numpy(), found.labels.numpy(), found.groups.numpy())
-        told |= {"group_auc": areas.mean if finite else math.nan}
+        told |= {"group_auc": math.nan if math.isnan(told["auc"]) else areas.mean}  # of one class neither is defined
         told |= {"group_count": float(len(areas.rows)), "group_share": areas.share}
     return told
 

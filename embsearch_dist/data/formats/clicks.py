@@ -68,6 +68,11 @@ def by_name(file: Path) -> list[tuple[int, str]]:
     return [(int(word), "") if re.fullmatch("[0-9]+", word) else (-1, word) for word in re.split("([0-9]+)", file.name)]
 
 
+def by_path(file: Path) -> list[list[tuple[int, str]]]:
+    """The same for a path, folder by folder."""
+    return [by_name(Path(part)) for part in file.parts]
+
+
 def criteo(paths: Sequence[Path], numbers: str = "bucketed", reading: Reading = EVERYTHING) -> Source:
     """Criteo's train.txt: C1-C26 as they are, and I1-I13.
 

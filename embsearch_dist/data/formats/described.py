@@ -18,7 +18,7 @@ from embsearch_dist.data.formats import FORMATS, open_rows
 from embsearch_dist.data.formats.cells import Spelling
 from embsearch_dist.data.formats.columns import Bag, Column, Reading, Source
 from embsearch_dist.data.formats.inputs import expand
-from embsearch_dist.data.formats.source_file import ENCODINGS, TableSource
+from embsearch_dist.data.formats.source_file import TableSource, delimiter_of, encoding_of
 from embsearch_dist.data.formats.table import DELIMITERS, unlabelled
 from embsearch_dist.errors import UserError
 
@@ -34,17 +34,10 @@ def checked(text: Mapping[str, str]) -> dict[str, str]:
         UserError: one of them cannot be.
     """
     found = dict(text)
-    if "delimiter" in found:
-        mark = found["delimiter"] = {"tab": "\t", "\\t": "\t"}.get(found["delimiter"], found["delimiter"])
-        if len(mark.encode()) != 1 or mark in ('"', "\n", "\r"):
-            raise UserError(
-                f"--delimiter {mark!r}: it is one ASCII character other than a quote, or tab. Give such a one"
-            )
-    if "encoding" in found:
-        given = found["encoding"].lower()
-        found["encoding"] = ENCODINGS.get(given, given)
-        if found["encoding"] not in ("utf-8", "latin-1", "utf-16"):
-            raise UserError(f"--encoding {given!r} is none of utf-8, latin-1, utf-16. Convert the file to UTF-8")
+    if (mark := text.get("delimiter")) is not None:
+        found["delimiter"] = delimiter_of(mark, f"--delimiter {mark!r}: it")
+    if "encoding" in text:
+        found["encoding"] = encoding_of(text["encoding"], "--encoding")
     return found
 
 

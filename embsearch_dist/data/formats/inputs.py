@@ -7,7 +7,7 @@ import glob
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from embsearch_dist.data.formats.clicks import by_name
+from embsearch_dist.data.formats.clicks import by_name, by_path
 from embsearch_dist.data.formats.opening import PARQUET, packing
 from embsearch_dist.errors import UserError
 
@@ -93,7 +93,7 @@ def _pattern(source: Path, name: str, path: Path, any_name: bool) -> tuple[list[
         raise UserError(f"{source}: files: no file fits the pattern {name!r}. Patterns are relative to the source file")
     read: list[Path] = []
     notes: list[str] = []
-    for entry in sorted([*files, *folders], key=lambda p: [by_name(Path(part)) for part in p.parts]):
+    for entry in sorted([*files, *folders], key=by_path):
         inside, other = ([entry], []) if entry in files else _folder(source, entry, any_name)
         read += inside
         notes += other

@@ -163,8 +163,8 @@ def read_source_file(path: Path) -> TableSource:
         name=_word(path, "name", body["name"]) if body.get("name") else path.stem,
         files=_words(path, "files", body["files"]),
         format=file_format,
-        delimiter=_delimiter(path, body.get("delimiter", "")),
-        encoding=_encoding(path, body.get("encoding", "utf-8")),
+        delimiter="" if (mark := body.get("delimiter", "")) == "" else delimiter_of(mark, f"{path}: delimiter"),
+        encoding=encoding_of(body.get("encoding", "utf-8"), f"{path}: encoding"),
         quoted=quotes == "double",
         spelling=_spelling(path, body),
         label=label,
@@ -193,17 +193,27 @@ def _whole(value: object) -> int | None:
     return int(value) if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", value) else None
 
 
-def _delimiter(path: Path, value: object) -> str:
+def delimiter_of(value: object, told: str) -> str:
+    """What parts the cells of a line, from how a person writes it: ``tab`` is one, too.
+
+    Raises:
+        UserError: it is no single character; begins with ``told``, which says where it was given.
+    """
     value = {"\\t": "\t", "tab": "\t"}.get(value, value) if isinstance(value, str) else value
-    if not isinstance(value, str) or len(value.encode()) > 1 or value in ('"', "\n", "\r"):
-        raise UserError(f"{path}: delimiter must be one ASCII character other than a quote, got {value!r}")
+    if not isinstance(value, str) or len(value.encode()) != 1 or value in ('"', "\n", "\r"):
+        raise UserError(f"{told} must be one ASCII character other than a quote, got {value!r}")
     return value
 
 
-def _encoding(path: Path, value: object) -> str:
+def encoding_of(value: object, told: str) -> str:
+    """The name of an encoding, of its several ones that by which readers know it.
+
+    Raises:
+        UserError: it is none that they read; begins with ``told``, which says where it was given.
+    """
     encoding = ENCODINGS.get(str(value).lower(), str(value).lower())
     if encoding not in ("utf-8", "latin-1", "utf-16"):
-        raise UserError(f"{path}: encoding {encoding!r} is none of utf-8, latin-1, utf-16. Convert the file to UTF-8")
+        raise UserError(f"{told} {encoding!r} is none of utf-8, latin-1, utf-16. Convert the file to UTF-8")
     return encoding
 
 
