@@ -1,4 +1,4 @@
-"""The one exception type for anything a user can put right, the word that he may have meant, the command to give."""
+"""The exception type for anything a user can put right, the word that he may have meant, the command to give."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ class UserError(Exception):
     def __init__(self, message: str, *, everywhere: bool = False) -> None:
         super().__init__(message)
         self.everywhere = everywhere
+
+
+class Diverged(UserError):
+    """A training has met a loss or gradient that is not finite, on all ranks alike. Of several trainings that are
+    compared, one that ends so has lost; alone it is the user's to mend."""
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from embsearch_dist.config.sections import OptimConfig, TrainConfig
 from embsearch_dist.data.load.batch import Batch
 from embsearch_dist.data.load.dataset import BatchStream
 from embsearch_dist.data.load.feeding import with_next
-from embsearch_dist.errors import UserError
+from embsearch_dist.errors import Diverged, UserError
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.stores.mirroring import settle
 from embsearch_dist.train import faults, signals
@@ -284,7 +284,7 @@ class Trainer:
         kept = self.checkpointer.steps()
         last = f"the last checkpoint is {self.checkpointer.root}/step-{kept[-1]}" if kept else "no checkpoint yet"
         before = f"; {p.skipped} batches were skipped before (skip_bad_batches)" if limit else ""
-        raise UserError(
+        raise Diverged(
             f"{text}: stopped before any table was written; {last}{before}. "
             "Lower --optim.embedding_lr and --optim.dense_lr, or look at the dense columns of that batch",
             everywhere=True,

@@ -24,6 +24,7 @@ from embsearch_dist.networks.sampling import SCHEMES, draw
 from embsearch_dist.networks.space import Space
 from embsearch_dist.run import Run
 from embsearch_dist.schema import Schema
+from embsearch_dist.train.faults import VARIABLE
 from embsearch_dist.train.metrics import evaluate
 from embsearch_dist.train.retrain import load_best
 from tests.factories import one_rank, open_run, prepared, recorded, small_config
@@ -168,6 +169,32 @@ def test_a_stopped_comparison_goes_on_with_the_candidate_that_was_under_way(
     assert {k: found[k] for k in ("auc", "logloss")} == {k: expected[k] for k in ("auc", "logloss")}
     for k in range(1, RANKS + 1):
         assert len(recorded(run.dir / "retrain" / f"best-rank-{k}", "retrain", "loss")) == 12  # no step twice
+
+
+def test_a_candidate_that_diverges_has_lost_and_the_others_are_compared(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of(data, searched(tmp_path / "run"), "train.steps=3")
+    monkeypatch.setenv(VARIABLE, "nan step=2")
+    with pytest.raises(UserError, match="all 2 candidates have diverged, the first one so: loss is not finite at step"):
+        train(run, 2)
+    shutil.rmtree(run.dir / "retrain" / "best-rank-2")
+    original = choosing.retrain
+
+    def first_alone(config: Any, *arguments: Any) -> Any:
+        if not config.run.dir.endswith("-1"):
+            monkeypatch.delenv(VARIABLE, raising=False)
+        return original(config, *arguments)
+
+    monkeypatch.setattr(choosing, "retrain", first_alone)
+    result = train(run, 2)
+    assert "best-rank-1 has diverged and is out: loss is not finite at step 2" in capsys.readouterr().out
+    choice = read_sealed(run.dir / "retrain" / "best" / "choice.json")
+    lost, won = choice["candidates"]
+    assert (choice["chosen"], result["name"]) == ("best-rank-2", "best")
+    assert lost["logloss"] is None and lost["score"] == 0.51 and "not finite" in lost["diverged"]
+    assert won["logloss"] > 0 and "diverged" not in won
+    assert choice["why"].endswith("no other candidate has a loss (of 2 candidates; best-rank-1 diverged)")
 
 
 def test_each_training_of_a_comparison_has_a_mirror_where_its_directory_is(data: Path, tmp_path: Path) -> None:

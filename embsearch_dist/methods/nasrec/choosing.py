@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from embsearch_dist.allocation import Allocation
-from embsearch_dist.errors import UserError
+from embsearch_dist.errors import Diverged, UserError
 from embsearch_dist.files import read_sealed, write_sealed
 from embsearch_dist.networks.architecture import read_architecture
 from embsearch_dist.ranks.shared import open_shared
@@ -62,7 +62,9 @@ def train_best(
     on the test split.
 
     A candidate is trained in ``directory`` with ``-rank-K`` behind its name, as ``retrain.py`` would, and continues if
-    it was stopped. ``directory`` becomes the winner's: a copy of its training, or with ``refit`` a training of its own
+    it was stopped. One that diverges has lost, and ``choice.json`` says how.
+
+    ``directory`` becomes the winner's: a copy of its training, or with ``refit`` a training of its own
     on training and validation rows, for the steps after which validation was best. ``choice.json`` there says why.
 
     Args:
@@ -71,7 +73,7 @@ def train_best(
         files: their architectures, best first.
 
     Raises:
-        UserError: a directory holds another training, or what training raises.
+        UserError: a directory holds another training, all candidates have diverged, or what training raises.
     """
     context, found = run.context, []
     for rank, file in enumerate(files, 1):
@@ -82,6 +84,9 @@ def train_best(
         with mirroring(one.config, context):
             found.append(_candidate(one, allocation, rank))
         gc.collect()  # what DDP and TorchRec build refers to itself, and would stay beside the next one
+    if all(math.isnan(c["logloss"]) for c in found):
+        how = found[0].get("diverged", "its loss is NaN")
+        raise UserError(f"all {len(found)} candidates have diverged, the first one so: {how}", everywhere=True)
     best = found[chosen([c["logloss"] for c in found])]
     winner = directory.with_name(best["name"])
     final = _run_of(run, files[best["rank"] - 1], directory)
@@ -125,10 +130,13 @@ def chosen(loglosses: Sequence[float]) -> int:
 def reason(found: Sequence[dict[str, Any]], best: dict[str, Any]) -> str:
     """One sentence that says what speaks for the winner."""
     text = f"{best['name']} has the least validation logloss, {best['logloss']:.5f} after {best['best_step']:,} steps"
-    others = sorted((c["logloss"], c["rank"], c["name"]) for c in found if c is not best)
-    if not others:
+    if len(found) == 1:
         return f"{text}; it was the only candidate"
-    return f"{text}; next comes {others[0][2]} with {others[0][0]:.5f} (of {len(found)} candidates)"
+    lost = [c["name"] for c in found if math.isnan(c["logloss"])]
+    others = sorted((c["logloss"], c["rank"], c["name"]) for c in found if c is not best and c["name"] not in lost)
+    after = f"next comes {others[0][2]} with {others[0][0]:.5f}" if others else "no other candidate has a loss"
+    diverged = f"; {', '.join(lost)} diverged" if lost else ""
+    return f"{text}; {after} (of {len(found)} candidates{diverged})"
 
 
 def _name(name: str, rank: int) -> str:
@@ -145,21 +153,28 @@ def _run_of(run: Run, file: Path, directory: Path) -> Run:
 
 
 def _candidate(run: Run, allocation: Allocation, rank: int) -> dict[str, Any]:
-    """Train one and measure it on the validation split."""
+    """Train one and measure it on the validation split; its logloss is NaN if it has diverged."""
     config, context, own = run.config, run.context, run.dir
     make = partial(open_retraining, config, run.schema, allocation, own)
     open_shared(context, own, "opening a candidate's directory", make)
     training = run.stream("train", config.train.batch_size, shuffle=True)
     validation = run.stream("validation", config.train.eval_batch_size, shuffle=False)
-    task = retrain(config, allocation, training, validation, context, own)
+    with context.together("reading the score"):
+        score = read_architecture(config.model.architecture).get("provenance", {}).get("logloss")
+    told = {"name": own.name, "rank": rank, "score": score}
+    try:
+        task = retrain(config, allocation, training, validation, context, own)
+    except Diverged as e:
+        if context.rank == 0:
+            print(f"{own.name} has diverged and is out: {e}", flush=True)
+        return {**told, "logloss": math.nan, "diverged": str(e)}
     result = evaluate_model(task, validation, context, config, own.name, allocation)
     context.first("writing the evaluation", lambda: write_sealed(own / VALIDATION, result))
     with context.together("reading what training left"):
         trained = read_sealed(own / "training.json")
-        score = read_architecture(config.model.architecture).get("provenance", {})
     figures = {k: result[k] for k in ("logloss", "auc", "dense_parameters", "flops_per_sample")}
     steps = {"steps": trained["steps"], "best_step": trained["best_step"] or trained["steps"]}
-    return {"name": own.name, "rank": rank, "score": score.get("logloss"), **figures, **steps}
+    return {**told, **figures, **steps}
 
 
 def _refit(run: Run, allocation: Allocation) -> Any:
