@@ -13,6 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.data.load.dataset import BatchStream
+from embsearch_dist.errors import UserError
 from embsearch_dist.methods.found import budget_of
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.train.metrics import auc
@@ -22,6 +23,7 @@ LEAST_ROWS = 10
 """Of each class, for AUC to be compared. Its standard error comes from a variance over the rows of the rarer class, and
 of few rows that is too small too often: of models that do not differ 48% lie apart by more than one standard error with
 two clicks, 39% with five, 34% with ten (32% is right), and by more than two 27%, 12% and 8% (5% is right)."""
+LOWER = "lower --optim.embedding_lr and --optim.dense_lr, or look at the dense columns of the data"
 
 
 def uniform_like(found: Allocation, width: int) -> Allocation:
@@ -124,6 +126,11 @@ class Trained:
     logits: np.ndarray
     unit: str = "parameters"
 
+    @property
+    def diverged(self) -> bool:
+        """Whether a logit is not finite: no metric can speak for such a model."""
+        return not bool(np.isfinite(self.logits).all())
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -135,6 +142,7 @@ class Compared:
         first: it is kept.
         size: they are level by every metric, so size decides.
         few: AUC was not compared: so many rows the rarer class has, which are too few for it; None: it could be.
+        diverged: names of those of the two that have diverged; nothing was compared then.
     """
 
     metrics: tuple[str, ...]
@@ -143,9 +151,12 @@ class Compared:
     first: bool
     size: bool
     few: int | None = None
+    diverged: tuple[str, ...] = ()
 
     def told(self) -> str:
         """The figures in words."""
+        if self.diverged:
+            return f"{' and '.join(self.diverged)} diverged"
         why = "" if self.few is None else f" (AUC needs {LEAST_ROWS} rows of each class, the rarer one has {self.few})"
         what = {"auc": "validation AUC", "logloss": "validation logloss saved"}
         parts = zip(self.metrics, self.gains, self.errors, strict=True)
@@ -158,13 +169,15 @@ def compare(a: Trained, b: Trained, labels: np.ndarray, metric: str, margin: flo
 
     The better one by ``metric``, by more than the margin. Of two that are level by it the better one by the other
     metric: AUC does not see that a model is too sure of itself, and logloss not how well it ranks. Of two that are
-    level by both the smaller one; of equal size the better one by ``metric``. Where a class has too few rows for AUC
-    (:data:`LEAST_ROWS`) logloss alone is compared.
+    level by both the smaller one; of equal size the better one by ``metric``. One that has diverged loses. Where a
+    class has too few rows for AUC (:data:`LEAST_ROWS`) logloss alone is compared.
 
     Args:
         metric: ``auc`` or ``logloss``, as early stopping has it.
         margin: standard errors by which two models must differ, or they are level.
     """
+    if lost := tuple(m.name for m in (a, b) if m.diverged):
+        return Compared((), (), (), not a.diverged, False, None, lost)
     both = {"auc": paired_auc, "logloss": paired_logloss}
     order = [metric, *(name for name in both if name != metric)]
     count = rarer(labels)
@@ -198,12 +211,22 @@ def choose(found: Trained, uniform: Trained, labels: np.ndarray, metric: str, al
 
     Returns:
         What ``final.json`` says: ``name``, ``fallback``, ``reason`` in words, and the figures of the metric that
-        decided (of the first one where size did).
+        decided (of the first one where size did; none where one of them has diverged).
+
+    Raises:
+        UserError: both have diverged.
     """
     result = compare(found, uniform, labels, metric)
+    if len(result.diverged) == 2:
+        raise UserError(
+            f"{found.name} and {uniform.name} have both diverged, so there is no model to keep: {LOWER}",
+            everywhere=True,
+        )
     kept = found if result.first else uniform
     figures = f"{found.name} ({found.size:,} {found.unit}) against {uniform.name} ({uniform.size:,}): {result.told()}"
-    if result.size:
+    if result.diverged:
+        reason = figures
+    elif result.size:
         why = "the smaller one" if found.size != uniform.size else f"{kept.name}, of one size"
         reason = f"{figures}: level, so {why}"
     elif alike:
@@ -214,14 +237,21 @@ def choose(found: Trained, uniform: Trained, labels: np.ndarray, metric: str, al
     else:
         reason = f"{figures}: the found widths are worse, so the uniform width takes their place"
     decided = 0 if result.size else -1
+    measured = (
+        {}
+        if result.diverged
+        else {
+            "metric": result.metrics[decided],
+            "difference": result.gains[decided],
+            "standard_error": result.errors[decided],
+        }
+    )
     return {
         "name": kept.name,
         "fallback": kept is uniform,
         "reason": f"{reason}. {kept.name} is the final model",
         "split": "validation",
-        "metric": result.metrics[decided],
-        "difference": result.gains[decided],
-        "standard_error": result.errors[decided],
+        **measured,
         "size": {m.name: m.size for m in (found, uniform)},
         "unit": found.unit,
     }

@@ -10,13 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.config.sections import Config
 from embsearch_dist.data.load.dataset import BatchStream
-from embsearch_dist.errors import UserError
+from embsearch_dist.errors import Diverged, UserError
 from embsearch_dist.files import write_sealed
 from embsearch_dist.grouped import GroupedAllocation
-from embsearch_dist.methods.fallback import Trained, bracket, choose_of, predictions, uniform_like, widest_within
+from embsearch_dist.methods.fallback import LOWER, Trained, bracket, choose_of, predictions, uniform_like, widest_within
 from embsearch_dist.methods.finetuning import FINETUNED, by_default, widest_start
 from embsearch_dist.methods.results import read_result
 from embsearch_dist.methods.widening import climb
@@ -216,7 +218,17 @@ class Trainings:
         run, job = self.job.run_in(name), self.job
         with mirroring(run.config, run.context):
             begin = job.begin if allocation is job.found else None
-            task, self.results[run.dir.name] = retrain_one(run, allocation, run.dir, run.dir.name, start, begin)
+            try:
+                task, result = retrain_one(run, allocation, run.dir, run.dir.name, start, begin)
+            except Diverged as e:
+                if not job.wish.or_uniform:
+                    raise
+                if run.context.rank == 0:
+                    print(f"{run.dir.name} has diverged and will not be chosen: {e}", flush=True)
+                size, unit = _size(allocation, run)
+                self.answers.append(Trained(run.dir.name, size, np.array([np.nan]), unit))
+                return
+        self.results[run.dir.name] = result
         if job.wish.or_uniform:
             one, self.labels = _as_chosen_from(task, allocation, run)
             self.answers.append(one)
@@ -233,14 +245,23 @@ def _as_chosen_from(task: SubnetTask, allocation: Allocation, run: Run) -> tuple
     precision = getattr(run.config.search, "precision", "")
     with rounded_tables(task, allocation, precision, run.context) if precision else nullcontext():
         logits, labels = predictions(task, validation, run.context)
-    size = allocation.total(served(precision) if precision else "parameters")
-    unit = f"bytes at {precision}{' precisions' * (precision == MIXED)}" if precision else "parameters"
+    size, unit = _size(allocation, run)
     return Trained(run.dir.name, size, logits, unit), labels
+
+
+def _size(allocation: Allocation, run: Run) -> tuple[int, str]:
+    """Of the tables, as the search counts them, and its unit in words."""
+    precision = getattr(run.config.search, "precision", "")
+    if not precision:
+        return allocation.total("parameters"), "parameters"
+    return allocation.total(served(precision)), f"bytes at {precision}{' precisions' * (precision == MIXED)}"
 
 
 def _choose(done: Trainings, found: Trained, uniform: list[Trained], alike: bool) -> None:
     """``alike``: what was found is the uniform width, so that they differ by their beginning alone."""
     job = done.job
+    if not uniform and found.diverged:
+        raise UserError(f"{found.name} has diverged, and no uniform width fits its budget: {LOWER}", everywhere=True)
     final: dict[str, Any] = {"name": found.name, "fallback": False, "reason": "no other uniform width fits its budget"}
     if uniform:
         final = choose_of(found, uniform, done.labels, job.run.config.train.metric, alike)

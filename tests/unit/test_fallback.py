@@ -8,6 +8,7 @@ from scipy.optimize import brentq
 from sklearn.metrics import log_loss, roc_auc_score
 
 from embsearch_dist.allocation import Allocation
+from embsearch_dist.errors import UserError
 from embsearch_dist.methods.fallback import (
     Trained,
     bracket,
@@ -167,6 +168,21 @@ def test_of_several_uniform_models_the_best_stands_against_what_was_found() -> N
         final = choose_of(found, uniform, labels, metric)
         assert final["name"] == "ues-8-finetuned" and final["fallback"]
         assert final["size"] == {"auto": 700, "ues-8-finetuned": 800}
+
+
+@pytest.mark.parametrize("metric", ["auc", "logloss"])
+def test_a_model_that_has_diverged_is_never_kept(metric: str) -> None:
+    labels, good, poor = drawn(4000, 1.0, 1)
+    broken = good.copy()
+    broken[17] = np.nan
+    lost = [Trained("ues-8", 600, broken), Trained("ues-8-finetuned", 600, np.array([np.nan]))]
+    final = choose_of(Trained("auto", 700, poor), lost, labels, metric)
+    assert (final["name"], final["fallback"]) == ("auto", False) and "ues-8" in final["reason"]
+    assert "difference" not in final and "diverged. auto is the final model" in final["reason"]
+    final = choose_of(Trained("auto", 700, broken), [lost[0], Trained("ues-8-finetuned", 800, poor)], labels, metric)
+    assert (final["name"], final["fallback"]) == ("ues-8-finetuned", True)
+    with pytest.raises(UserError, match="auto and ues-8-finetuned have both diverged"):
+        choose_of(Trained("auto", 700, broken), lost, labels, metric)
 
 
 def test_models_are_level_within_the_margin() -> None:

@@ -6,14 +6,18 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from embsearch_dist.allocation import Allocation
+from embsearch_dist.errors import Diverged
 from embsearch_dist.files import read_sealed
+from embsearch_dist.methods import retraining
 from embsearch_dist.methods.fallback import Trained
 from embsearch_dist.methods.widening import climb, next_wider, widened
+from embsearch_dist.run import Run
 from embsearch_dist.schema import Field, Schema
 from tests.factories import one_rank, prepared
 from tests.method_contract import Case
@@ -117,6 +121,21 @@ def test_auto_trains_what_is_wider_inside_its_budget_and_chooses(
     again = case.retrain(run.dir, one_rank())
     assert {k: v["auc"] for k, v in again.items()} == {k: v["auc"] for k, v in figures.items()}
     without = replace(case, more=(*case.more, "search.widen=false"))
+    diverging = shutil.copytree(untouched, tmp_path / "diverging")
+    original = retraining.retrain_one
+
+    def poor(run: Run, *more: Any) -> tuple[Any, Any]:
+        if not run.dir.name.startswith("ues-"):
+            raise Diverged("loss is not finite at step 3")
+        return original(run, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(retraining, "retrain_one", poor)
+        assert all(n.startswith("ues-") for n in without.retrain(diverging, one_rank()))
+        final = read_sealed(diverging / "final.json")
+        assert final["fallback"] and final["reason"].startswith("auto (") and "auto diverged. ues-" in final["reason"]
+        with pytest.raises(Diverged):
+            case.retrain(diverging, one_rank(), allocation=str(diverging / "allocation.json"), name="alone")
     assert sorted(without.retrain(untouched, one_rank())) == sorted(n for n in figures if "-x" not in n)
 
 
