@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -45,12 +46,13 @@ def parse_budget(text: str, schema: Schema, key: str = "search.budget", extra: i
     uniform = re.fullmatch(r"\s*ues-([1-9][0-9]{0,5})\s*", text, re.IGNORECASE)
     if uniform:
         return Budget(unit_of, Allocation.uniform(schema, int(uniform.group(1))).counted(extra).total(unit_of), text)
-    match = re.fullmatch(r"\s*([0-9][0-9_]*\.?[0-9]*(?:e[0-9]+)?)\s*([A-Za-z%]*)\s*", text)
+    match = re.fullmatch(r"\s*([0-9][0-9_]*\.?[0-9]*(?:e[0-9]{1,2})?)\s*([A-Za-z%]*)\s*", text)
     unit = match.group(2).upper() if match else ""
     if match is None or (unit not in UNITS and unit not in ("", "%")):
         forms = "200000 (parameters), 1.5MB, 80% (of UES-32) or ues-12 (as much as that width takes)"
         raise UserError(f"config key {key}: {text!r} is not a budget; write {forms}")
-    number = float(match.group(1).replace("_", ""))
+    # In floats 29% of 800 parameters are 231.99..., and a budget that just holds a result would refuse it.
+    number = Fraction(match.group(1).replace("_", ""))
     if number <= 0:
         raise UserError(f"config key {key}: a budget must be above 0, got {text!r}")
     if unit == "%":

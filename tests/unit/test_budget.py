@@ -46,6 +46,12 @@ def test_a_budget_is_read_in_parameters_bytes_or_percent(text: str, resource: st
     assert (budget.resource, budget.limit, budget.text) == (resource, limit, text)
 
 
+def test_a_budget_of_a_decimal_fraction_is_exact() -> None:
+    """In floats 29 / 100 * 800 and 1.001 * 1000 end just below a whole number."""
+    assert all(parse_budget(f"{p}%", small_schema(25)).limit == 800 * p // 100 for p in range(1, 100))
+    assert [parse_budget(f"{n / 1000}KB", SCHEMA).limit for n in range(1001, 1100)] == list(range(1001, 1100))
+
+
 @pytest.mark.parametrize(
     ("text", "precision", "resource", "limit"),
     [
@@ -65,7 +71,8 @@ def test_with_a_precision_budgets_count_bytes_as_served(text: str, precision: st
 
 
 @pytest.mark.parametrize(
-    "text", ["", "much", "ues-0", "ues-", "ues12", "MB", "-5", "10TB", "5 apples", "1.5.2MB", "%", "nan", "inf"]
+    "text",
+    ["", "much", "ues-0", "ues-", "ues12", "MB", "-5", "10TB", "5 apples", "1.5.2MB", "%", "nan", "inf", "1e400"],
 )
 def test_what_is_no_budget_is_refused_with_the_forms(text: str) -> None:
     with pytest.raises(
