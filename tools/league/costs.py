@@ -15,8 +15,8 @@ from embsearch_dist.config.sections import ModelConfig
 from embsearch_dist.schema import Schema
 from tools.gpucheck.facts import hardware
 from tools.studies.budget_tables import cost_of, data_told, portable
+from tools.studies.comparable import AUTO
 from tools.studies.compare_budgets import Plan, uniform_name
-from tools.studies.finals import AUTO
 from tools.studies.jobs import Job, recorded, run_all
 from tools.studies.seeds import spread, with_deviation
 
@@ -45,8 +45,9 @@ def carry_out(plan: Plan) -> None:
     """Run what is not finished.
 
     Raises:
-        SystemExit: a command failed; names its log.
+        SystemExit: a command failed; names its log. Or the folder has results of another recipe or of other data.
     """
+    plan.keep_to()
     for chains in steps(plan):
         run_all(chains, plan.out / "logs", plan.args.jobs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,19 +44,29 @@ def keep_to(out: Path, **settings: Any) -> None:
     finished is not run again, and would stand under settings that it was not made with.
 
     Args:
-        settings: of a :class:`Path` its text counts, wherever it lies.
+        settings: of a :class:`Path` its text counts, wherever it lies. A name of several words is no option of the
+            command line and is told as it is.
 
     Raises:
         SystemExit: other settings; names those that differ and the cure.
     """
-    told = {k: _digest(v) if isinstance(v, Path) else v for k, v in settings.items()}
+    told = json.loads(json.dumps({k: _digest(v) if isinstance(v, Path) else v for k, v in settings.items()}))
     before: Mapping[str, Any] = read_json(out / ASKED) if (out / ASKED).exists() else {}
     differing = [k for k in told if k in before and before[k] != told[k]]
     if differing:
-        words = "; ".join(f"--{k.replace('_', '-')} {before[k]}, now {told[k]}" for k in differing)
+        words = "; ".join(f"{_shown(k)} {before[k]}, now {told[k]}" for k in differing)
         raise SystemExit(f"{out} holds results of other settings: {words}. Give another --out, or put them back")
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / ASKED, {**before, **told})
+
+
+def _shown(name: str) -> str:
+    return name if " " in name else f"--{name.replace('_', '-')}"
+
+
+def body_of(name: str, body: Mapping[str, Any]) -> str:
+    """What :func:`keep_to` notes of a config: its name, and a hash of its keys and values, bases included."""
+    return f"{name} {hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:12]}"
 
 
 def _digest(path: Path) -> str:

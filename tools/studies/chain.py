@@ -38,8 +38,7 @@ from embsearch_dist.config.read import written
 from embsearch_dist.methods.widest import FOLDER as WIDEST_FOLDER
 from tools.gpucheck.facts import hardware
 from tools.studies.budget_tables import model_columns, portable
-from tools.studies.comparable import RULES, rule_section
-from tools.studies.compare_budgets import WIDEST
+from tools.studies.comparable import RULES, WIDEST, rule_section
 from tools.studies.jobs import ROOT, commit, write_csv
 
 SAMPLE_S = 2.0

@@ -14,13 +14,13 @@
 For each seed: the searches of --methods under every budget, a training of each found allocation and of each uniform
 width, all with the config's own recipe (its train, optim and model sections; stopped on the validation split). The
 `search` section of a method is that of the config METHOD_*.yaml beside --config (of the same backbone, if there are
-several), or the method's defaults; `fdo` and `magnitude` are the two rules of `truncation`. Every
-run is an ordinary run directory under OUT; what is finished is skipped, so a stopped comparison continues and one that
-is given more seeds, budgets or methods keeps what it has. Widths that two searches of a seed have in common are trained
-once. With --finetuned each allocation and each uniform width is trained a second time, not from fresh weights but from
-the model of the widest uniform width of its seed, whose tables are cut to the new widths (retrain.py --from). That
-one itself is trained further, too, so that longer training is not taken for a gain. Validation figures are those of
-the best epoch, test figures those of its weights.
+several), or the method's defaults; `fdo` and `magnitude` are the two rules of `truncation`. Every run is an ordinary
+run directory under OUT; what is finished is skipped, so a stopped comparison continues and one that is given more
+seeds, budgets or methods keeps what it has. Another config, data, --extra or settings of a method need another OUT.
+Widths that two searches of a seed have in common are trained once. With --finetuned each allocation and each uniform
+width is trained a second time, not from fresh weights but from the model of the widest uniform width of its seed, whose
+tables are cut to the new widths (retrain.py --from). That one itself is trained further, too, so that longer training
+is not taken for a gain. Validation figures are those of the best epoch, test figures those of its weights.
 
 What --earlier tells (a comparison.csv of the same recipe and data) is not run again and stands in the new tables, so
 that a comparison can go on with more seeds, methods or budgets where its run directories are gone.
@@ -43,19 +43,17 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from embsearch_dist.config.read import written
-from embsearch_dist.methods import METHODS
 from embsearch_dist.methods.finetuning import FINETUNED as TUNED
 from embsearch_dist.methods.widest import FOLDER
 from tools.studies.allocations import Found, check_precision, check_under, fitting, names_of
-from tools.studies.asked import named, slug, words
+from tools.studies.asked import body_of, keep_to, named, slug, words
 from tools.studies.budget_tables import FINETUNED, Trained, write_all
-from tools.studies.comparable import RULES, USUAL, comparable, cuts_widest, rule_section
+from tools.studies.comparable import AUTO, RULES, USUAL, comparable, cuts_widest, section_of
 from tools.studies.earlier import Earlier
-from tools.studies.finals import AUTO, Final
+from tools.studies.finals import Final
 from tools.studies.jobs import Job, Pace, run_all, shown, trained_in
 
 FRESH = ("--finetune", "false")  # whatever the method of --config does by itself
-WIDEST = 32  # of the model that utilities and baselines cut down, unless a candidate is wider
 
 
 def parser() -> argparse.ArgumentParser:
@@ -136,9 +134,11 @@ class Plan:
         """Run what is not finished, and say how much is left.
 
         Raises:
-            SystemExit: a command failed; names its log. Or what :meth:`trained` refuses, before anything is run.
+            SystemExit: a command failed; names its log. Or what :meth:`trained` and :meth:`keep_to` refuse, before
+                anything is run.
         """
         self.trained()
+        self.keep_to()
         logs, side_by_side = self.out / "logs", self.args.jobs
         pace = Pace(self.jobs(), logs, side_by_side)
         run_all(self.searches() + self.uniforms(), logs, side_by_side, pace)
@@ -146,6 +146,23 @@ class Plan:
         pace.keep([job for chains in steps for chain in chains for job in chain])
         for chains in steps:
             run_all(chains, logs, side_by_side, pace)
+
+    def keep_to(self) -> None:
+        """Note what the results in OUT depend on. Seeds, budgets, methods, widths and variants may be added later.
+
+        Raises:
+            SystemExit: OUT has results of another recipe, of other data or of other settings of a search or variant.
+        """
+        told: dict[str, Any] = {
+            "config": body_of(self.args.config.name, {k: v for k, v in self.body.items() if k != "search"}),
+            "data": Path(self.args.data, "schema.json"),
+            "extra": self.args.extra,
+        }
+        for method in [*self.methods, *([AUTO] * self.chooses)]:
+            told[f"search of {method}"] = body_of("section", self.section(method))
+            told[f"settings of {method}"] = self.settings.get(method, [])
+        told |= {f"variant {name}": own for name, own in self.variants.items() if name}
+        keep_to(self.out, **told)
 
     def config_of(self, method: str) -> Path:
         """A file with the config's recipe and the search section of another method."""
@@ -160,28 +177,7 @@ class Plan:
 
     def section(self, method: str) -> dict[str, Any]:
         """Keys of a method's ``search`` section that are not its defaults."""
-        candidates = self.body.get("search", {}).get("candidates", [0, 2, 4, 8, 16, 32])
-        width = max(WIDEST, *candidates)
-        if method in ("utilities", AUTO):
-            return {"candidates": candidates, "width": width}
-        if method in RULES:
-            return rule_section(method, width)
-        search = dict(self.neighbour(method).get("search", {}))
-        options = {f.name for f in dataclasses.fields(METHODS[method].config)}
-        if "training" in options:
-            # As long as the training of what is found, unless the method's own config says otherwise.
-            recipe = self.body.get("train", {})
-            usual = {k: recipe[k] for k in ("batch_size", "epochs") if k in recipe}
-            search["training"] = {**usual, "patience": 0, **search.get("training", {})}
-        return search | ({"width": width} if cuts_widest(method) else {})
-
-    def neighbour(self, method: str) -> dict[str, Any]:
-        """What the config of a method in the folder of ``--config`` says; nothing where there is none."""
-        bodies = [written(p) for p in sorted(self.args.config.parent.glob(f"{method}_*.yaml"))]
-        bodies = [b for b in bodies if b.get("method") == method]
-        backbone = self.body.get("model", {}).get("backbone")
-        alike = [b for b in bodies if b.get("model", {}).get("backbone") == backbone]
-        return (alike or bodies or [{}])[0]
+        return self.body.get("search", {}) if method == "adass" else section_of(self.args.config, self.body, method)
 
     def found(self, seed: int) -> list[Found]:
         return [found for method in self.methods for found in self.found_by(method, seed)]
@@ -201,8 +197,7 @@ class Plan:
 
     def precision_of(self, method: str) -> str:
         """The precision at which the budgets of a method's search count bytes; empty where they do not."""
-        section = self.body.get("search", {}) if method == "adass" else self.section(method)
-        told = [f"search.precision={section.get('precision') or ''}", *self.overrides()]
+        told = [f"search.precision={self.section(method).get('precision') or ''}", *self.overrides()]
         told += self.settings.get(method, [])
         return [value for key, _, value in (text.partition("=") for text in told) if key == "search.precision"][-1]
 

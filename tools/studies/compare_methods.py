@@ -4,9 +4,10 @@
 
 The plan names runs; a run is a config, whether it is searched, and the models that are trained behind it. Every run is
 an ordinary run directory OUT/seedN/RUN of launch/search.py and launch/retrain.py ("{run}" in an override stands for
-it); what is finished is skipped, so a stopped comparison continues, and one that is given more seeds or another plan
-keeps what it has. A pool is some results (the five best of a search, say), of which the table shows, in their place,
-the mean and the one with the best validation logloss, of the epoch whose weights are measured.
+it); what is finished is skipped, so a stopped comparison continues, and one that is given more seeds, or a plan with
+other runs, keeps what it has. Other data, another --extra or other settings of a run need another OUT.
+A pool is some results (the five best of a search, say), of which the table shows, in their place, the mean and the one
+with the best validation logloss, of the epoch whose weights are measured.
 Writes OUT/comparison.json, OUT/comparison.md (mean and standard deviation over seeds), OUT/comparison.csv (a line for
 each model, with its commit and command) and OUT/comparison.png.
 """
@@ -33,9 +34,11 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from embsearch_dist.config.read import written
 from embsearch_dist.files import read_json
 from embsearch_dist.schema import Schema
 from tools.gpucheck.facts import hardware
+from tools.studies.asked import body_of, keep_to
 from tools.studies.budget_tables import best_validation, data_told, kept_logloss, portable
 from tools.studies.jobs import Job, recorded, run_all, trained_in, write_csv
 from tools.studies.seeds import spread, with_deviation, with_error
@@ -81,6 +84,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     args = parser.parse_args()
     against, runs, pools = read_plan(args.plan, [n for n in args.only.split(",") if n])
+    keep_to(args.out, **asked_of(args, runs))
     chains = [chain for seed in range(args.seeds) for chain in chains_of(args, runs, seed)]
     run_all(chains, args.out / "logs", args.jobs)
     rows = summarise(args.out, runs, args.seeds, against, pools)
@@ -127,6 +131,16 @@ def read_plan(path: Path, only: list[str]) -> tuple[str, list[Planned], dict[str
                 raise SystemExit(f"{path}: pool {pool}: no run has a result {name}")
     here = {n for run in found for n in [*run.leaves, *run.retrain]}
     return str(body["against"]), found, {pool: names for pool, names in pools.items() if here.issuperset(names)}
+
+
+def asked_of(args: argparse.Namespace, runs: list[Planned]) -> dict[str, Any]:
+    """What the results in OUT depend on: of each run its config and search, and of each result its overrides. A plan
+    may be given more of both."""
+    told: dict[str, Any] = {"data": Path(args.data, "schema.json"), "extra": args.extra}
+    for run in runs:
+        told[f"run {run.name}"] = [body_of(run.config, written(Path(run.config))), run.search, run.begin_as]
+        told |= {f"result {name}": overrides for name, overrides in run.retrain.items()}
+    return told
 
 
 def chains_of(args: argparse.Namespace, runs: list[Planned], seed: int) -> list[list[Job]]:

@@ -16,7 +16,8 @@ The last setting is no supernet: the widest model, trained once per seed, is cut
 The truth of a subnet is the mean test AUC of its trainings alone, with seeds of their own. The ceiling is what one
 more training alone is worth as a score: the tau between the validation AUC of one seed and the mean test AUC of the
 others. Each setting trains its supernet once per seed and scores all subnets on the whole validation split; settings
-that differ in scoring alone share a supernet. All is resumable; writes OUT/consistency.csv and OUT/consistency.md, and
+that differ in scoring alone share a supernet. All is resumable; another config, data, --draw or --extra need another
+OUT. It writes OUT/consistency.csv and OUT/consistency.md, and
 OUT/subnets.csv with a line for each training alone, those of --alone among them. With --keeping the first two are
 OUT/consistency-keeping.csv and .md: a subnet without its best field is told from the others by any score.
 """
@@ -53,7 +54,7 @@ from launch.common import CONFIGS
 from tools.gpucheck.facts import commit, hardware
 from tools.studies import alone
 from tools.studies.alone import Truth, of_table, tau
-from tools.studies.asked import named
+from tools.studies.asked import body_of, keep_to, named
 from tools.studies.jobs import ROOT, Job, read_csv, recorded, run_all, trained_in, write_csv
 
 # Keys that change what is scored and how, and leave the trained supernet as it is.
@@ -93,6 +94,7 @@ def carry_out(args: argparse.Namespace) -> None:
     settings = named("--settings", args.settings) or SETTINGS
     args.out.mkdir(parents=True, exist_ok=True)
     study = Study(args)
+    study.keep_to()
     study.check_earlier()
     wanted = [(name, seed) for name in [*settings, CUT_DOWN] for seed in range(args.seeds)]
     known = {(row["setting"], int(row["seed"])): row for row in study.earlier}
@@ -185,6 +187,12 @@ class Study:
         drawn = [alone.told(self.widths(k)) for k in range(args.subnets)] if self.table is None else []
         self.trained_before = alone.read_lines(args.alone, drawn) if args.alone else {}
 
+    def keep_to(self) -> None:
+        """Hold OUT to its config, data, draw and overrides; subnets, trainings, seeds and settings may be added."""
+        config, data = body_of(self.config.name, written(self.config)), self.args.data / "schema.json"
+        extra = [x for x in self.extra if not x.startswith("data.path=")]
+        keep_to(self.args.out, config=config, draw=self.args.draw, extra=extra, data=data)
+
     def check_earlier(self) -> None:
         """
         Raises:
@@ -268,15 +276,8 @@ class Study:
         if not path.exists():
             Allocation(self.schema, self.widths(k), {"method": "random", "name": path.stem}).save(path)
         wanted = [*self.extra, f"run.seed={seed}", f"run.dir={self.args.out / 'alone'}"]
-        arguments = [
-            "--config",
-            str(self.config),
-            *(f"--{x}" for x in wanted),
-            "--allocation",
-            str(path),
-            "--name",
-            path.stem,
-        ]
+        arguments = ["--config", str(self.config), *(f"--{x}" for x in wanted), "--allocation", str(path)]
+        arguments += ["--name", path.stem]
         result = self.trained(k, seed) / "evaluation.json"
         return Job(f"seed{seed}-{path.stem}", "launch/retrain.py", arguments, result)
 
@@ -300,13 +301,12 @@ class Study:
             directory = self.trained(k, seed)
             if (k, seed) not in found and (directory / "evaluation.json").exists():
                 record = records.get(f"seed{seed}-subnet{k}", {})
-                line = {
-                    "subnet": k,
-                    "seed": seed,
-                    "widths": alone.told(self.widths(k)),
+                line = {"subnet": k, "seed": seed, "widths": alone.told(self.widths(k))}
+                line |= {
                     "hardware": hardware("1 thread"),
+                    "commit": record.get("commit", ""),
+                    "command": self.shown(record.get("command", "")),
                 }
-                line |= {"commit": record.get("commit", ""), "command": self.shown(record.get("command", ""))}
                 found[k, seed] = line | alone.line_of(directory)
         return found
 

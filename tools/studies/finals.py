@@ -15,9 +15,9 @@ from pathlib import Path
 
 from embsearch_dist.files import read_sealed
 from tools.studies.budget_tables import Trained
+from tools.studies.comparable import AUTO
 from tools.studies.jobs import Job
 
-AUTO = "auto"
 FINAL = "final.json"
 
 

@@ -9,8 +9,9 @@
 For each seed: click logs of two populations (or ``--data``), the search of iHAS and its group models. The tables of
 those have a size; ``ihas_widths`` and ``utilities`` get it as their budget, and the shares of it that ``--shares``
 names. ``ihas_widths`` goes on from the gates of iHAS. Every run is an ordinary run directory under OUT; what is
-finished is skipped. Writes OUT/group_widths.csv and prints a table with differences paired by seed; of what a run of
-``--utilities`` trained and did not keep, as ``auto`` does while it widens, it tells nothing.
+finished is skipped, and other configs or data need another OUT. Writes OUT/group_widths.csv and prints a table with
+differences paired by seed; of what a run of ``--utilities`` trained and did not keep, as ``auto`` does while it widens,
+it tells nothing.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from embsearch_dist.config.read import written
 from embsearch_dist.data.planted.populations import ROWS, Pair, Plan, make_populations
 from tools.gpucheck.facts import hardware
+from tools.studies.asked import body_of, keep_to
 from tools.studies.jobs import ROOT, Job, commit, run_all, write_csv
 
 CONFIGS = ROOT / "configs" / "populations"
@@ -75,6 +78,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="seeds side by side, one thread each")
     args = parser.parse_args()
     seeds = range(args.seeds)
+    keep_to(args.out, **asked_of(args))
     for seed in seeds:
         make_data(args, seed)
     run_all([plain(args, seed) for seed in seeds], args.out / "logs", args.jobs)
@@ -84,6 +88,13 @@ def main() -> None:
     found = [line | same for seed in seeds for line in measure(args, seed)]
     write_csv(args.out / "group_widths.csv", COLUMNS, found)
     print(table(found))
+
+
+def asked_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What the results in OUT depend on; seeds and shares may be added later."""
+    files = {name: getattr(args, name) for name in ("ihas", "widths", "utilities")}
+    told = {name: body_of(path.name, written(path)) for name, path in files.items()}
+    return {**told, "small": args.small, "data": Path(args.data, "schema.json") if args.data else ""}
 
 
 def make_data(args: argparse.Namespace, seed: int) -> None:
