@@ -81,6 +81,24 @@ def test_a_block_is_a_data_set_and_a_budget_and_counts_the_seeds_that_all_have()
     assert whole["x, deepfm"] == pytest.approx({"a": 0.7375, "b": 0.7275, "uniform": 0.72})
 
 
+def test_budgets_whose_methods_share_no_seed_are_named() -> None:
+    """Seeds that ran for one method alone, as a failed chain or --first-seed leaves them."""
+    rows = [r for r in small() if (r["method"], r["budget"], r["seed"]) not in {("a", "50%", "0"), ("b", "50%", "1")}]
+    for section in (winners, choices, ranks):
+        text = "\n".join(section([group(rows)]))
+        assert "Left out, because there is no seed that all methods have: x, deepfm, 50%." in text
+        assert "Left out" not in "\n".join(section([group(small())]))
+
+
+def test_a_choice_counts_the_seeds_that_all_methods_have() -> None:
+    """Method b has a lucky seed that a lacks: neither the best method nor the choice is one of it."""
+    rows = [row | {"validation_auc": row["test_auc"], "validation_logloss": row["test_logloss"]} for row in small()]
+    luck = {"validation_auc": 0.9, "validation_logloss": 0.1}
+    rows.append(line("b", "50%", 2, (15, 16), 0.9, **luck))
+    text = next(x for x in choices([group(rows)]) if "| 50% | validation AUC |" in x)
+    assert "| 0.7570 +- 0.0028 | +0.0000 (s.e. 0.0000) a | a 2x |" in text
+
+
 def test_ranks_name_who_is_left_out_and_what_the_tests_say() -> None:
     rows = [*small("x"), *small("y"), *small("z", better="b"), line("c", "10%", 0, (3, 3), 0.8)]
     text = "\n".join(ranks(groups_of(rows)))

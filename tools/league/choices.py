@@ -7,7 +7,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 
-from tools.league.rows import UNIFORM, Group, Row
+from tools.league.rows import UNIFORM, Group, Row, shared_seeds, unshared
 from tools.studies.seeds import spread, with_deviation, with_error
 
 CHOOSES = "auto"  # a choice itself
@@ -15,13 +15,15 @@ BY = {"validation_auc": ("validation AUC", 1.0), "validation_logloss": ("validat
 
 
 def choices(groups: Sequence[Group]) -> list[str]:
-    """For each budget the model of the best validation figure among all methods, seed by seed, on the test rows."""
+    """For each budget the model of the best validation figure among all methods, seed by seed, on the test rows. Only
+    the seeds that all of them have count: the best method is none of a luckier seed, and the choice none of fewer."""
     lines = [
         "## A choice between all methods by validation rows",
         "",
         "At each budget and seed the model that is best on the validation split, among those of all methods but "
         f"{CHOOSES} and the widest uniform width that the budget holds; its test AUC beside that of the method with "
-        "the highest mean. So far a choice by these rows leads, however many methods are tried.",
+        "the highest mean, over the seeds that all of them have. So far a choice by these rows leads, however many "
+        "methods are tried.",
         "",
         "| data set | budget | chosen by | test AUC | - best method | chosen |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -30,11 +32,13 @@ def choices(groups: Sequence[Group]) -> list[str]:
         for budget in group.budgets:
             for figure, (name, _) in BY.items():
                 lines += _line(group, budget, figure, name)
-    return [*lines, ""]
+    return [*lines, "", *unshared(groups, CHOOSES)]
 
 
 def _line(group: Group, budget: str, figure: str, name: str) -> list[str]:
-    rows = {m: group.at(m, budget) for m in [*group.methods, UNIFORM] if m != CHOOSES}
+    seeds = shared_seeds(group, budget, but=CHOOSES)
+    every = {m: group.at(m, budget) for m in [*group.methods, UNIFORM] if m != CHOOSES}
+    rows = {m: [r for r in own if r["seed"] in seeds] for m, own in every.items()}
     by_seed: dict[str, list[Row]] = {}
     for row in (row for own in rows.values() for row in own if row.get(figure)):
         by_seed.setdefault(row["seed"], []).append(row)

@@ -153,6 +153,20 @@ def widths_in(row: Row) -> dict[str, int]:
     return {name: int(width) for name, width in re.findall(r"(.+?)=(\d+)(?: |$)", row["widths"])}
 
 
+def shared_seeds(group: Group, budget: str, but: str = "") -> set[str]:
+    """Seeds that all methods of a budget have, the widest uniform width inside it among them; ``but`` one method."""
+    own = (group.at(m, budget) for m in [*group.methods, UNIFORM] if m != but)
+    seeds = [{r["seed"] for r in rows} for rows in own if rows]
+    return set.intersection(*seeds) if seeds else set()
+
+
+def unshared(groups: Sequence[Group], but: str = "") -> list[str]:
+    """A line that names the budgets whose methods have no seed in common, so that they cannot be compared; none where
+    there is no such budget."""
+    found = [f"{g.title}, {budget}" for g in groups for budget in g.budgets if not shared_seeds(g, budget, but)]
+    return [f"Left out, because there is no seed that all methods have: {'; '.join(found)}.", ""] if found else []
+
+
 def blocks_by_budget(groups: Sequence[Group], figure: str) -> dict[str, dict[str, float]]:
     """A block for each data set and budget: method -> mean of a column over the seeds.
 
@@ -163,7 +177,7 @@ def blocks_by_budget(groups: Sequence[Group], figure: str) -> dict[str, dict[str
     for group in groups:
         for budget in group.budgets:
             own = {m: rows for m in [*group.methods, UNIFORM] if (rows := group.at(m, budget))}
-            shared = set.intersection(*({r["seed"] for r in rows} for rows in own.values()))
+            shared = shared_seeds(group, budget)
             if shared:
                 blocks[f"{group.title}, {budget}"] = {
                     m: statistics.fmean(float(r[figure]) for r in rows if r["seed"] in shared)

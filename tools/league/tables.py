@@ -12,7 +12,16 @@ from embsearch_dist.report.verdict import judge
 from tools.league.choices import CHOOSES, choices
 from tools.league.published import Order, published_section
 from tools.league.ranks import Ranking, Stability, complete, rank, stability
-from tools.league.rows import UNIFORM, Group, Row, blocks_by_budget, blocks_by_data, widths_in
+from tools.league.rows import (
+    UNIFORM,
+    Group,
+    Row,
+    blocks_by_budget,
+    blocks_by_data,
+    shared_seeds,
+    unshared,
+    widths_in,
+)
 from tools.studies.seeds import spread, with_deviation, with_error
 
 PARTS = ("quality", "winners", "choices", "cost", "stability", "ranks", "published")
@@ -126,15 +135,14 @@ def winners(groups: Sequence[Group]) -> list[str]:
                 best = max(auc, key=lambda m: statistics.fmean(auc[m]))
                 told = with_deviation(spread(auc[best]), ".4f")
                 lines.append(f"| {group.title} | {budget} | {best} | {told} | {level_with(best, auc)} |")
-    return [*lines, ""]
+    return [*lines, "", *unshared(groups)]
 
 
 def shared_auc(group: Group, budget: str) -> dict[str, list[float]]:
     """Method -> test AUC of each seed that all methods of the budget have; empty where they share none."""
     own = {m: {r["seed"]: float(r["test_auc"]) for r in group.at(m, budget)} for m in [*group.methods, UNIFORM]}
-    own = {m: by_seed for m, by_seed in own.items() if by_seed}
-    seeds = sorted(set.intersection(*(set(by_seed) for by_seed in own.values())))
-    return {m: [by_seed[s] for s in seeds] for m, by_seed in own.items()} if seeds else {}
+    seeds = sorted(shared_seeds(group, budget))
+    return {m: [by_seed[s] for s in seeds] for m, by_seed in own.items() if by_seed} if seeds else {}
 
 
 def level_with(best: str, auc: dict[str, list[float]]) -> str:
@@ -222,6 +230,7 @@ def ranks(groups: Sequence[Group]) -> list[str]:
         "searches, so blocks of a data set and a budget are not independent, and their test is too sure of itself. "
         "Blocks of whole data sets are independent, and few.",
         "",
+        *unshared(groups),
     ]
     for block, make in (("a data set and a budget", blocks_by_budget), ("a data set", blocks_by_data)):
         for figure, (name, higher) in FIGURES.items():
