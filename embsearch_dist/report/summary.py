@@ -145,13 +145,23 @@ def _known(auc: float) -> float:
 
 
 def auc_difference(row: Row, baseline: Row) -> Spread:
-    """AUC of ``row`` minus AUC of ``baseline``; paired by seed (with a spread) when both have the same seeds. A seed
-    whose training has diverged, and has no AUC, is none of those."""
-    ours, theirs = ({x.seed: x.numbers["auc"] for x in _with_auc(r)} for r in (row, baseline))
-    plain = len(ours) == len(_with_auc(row)) and len(theirs) == len(_with_auc(baseline))
-    if ours and plain and None not in ours and ours.keys() == theirs.keys():
-        return Spread.of([ours[s] - theirs[s] for s in ours])
-    return Spread(row.auc.mean - baseline.auc.mean, None, 1)
+    """AUC of ``row`` minus AUC of ``baseline``; paired by seed, over the seeds that both have.
+
+    A seed whose training has diverged, and has no AUC, is none of those. Without a common seed it is the difference of
+    the means, of ``n`` 0.
+    """
+    ours, theirs = (_by_seed(r) for r in (row, baseline))
+    both = sorted(ours.keys() & theirs.keys())
+    if both:
+        return Spread.of([ours[s] - theirs[s] for s in both])
+    return Spread(row.auc.mean - baseline.auc.mean, None, 0)
+
+
+def _by_seed(row: Row) -> dict[int, float]:
+    """AUC by seed; nothing where a seed is unknown or has several results, which seeds cannot pair."""
+    seeds = [r.seed for r in _with_auc(row)]
+    found = {r.seed: r.numbers["auc"] for r in _with_auc(row) if r.seed is not None}
+    return found if len(found) == len(seeds) else {}
 
 
 def _with_auc(row: Row) -> list[Result]:
@@ -176,10 +186,14 @@ def headline(runs: Sequence[Run], comparison: Comparison | None) -> list[str]:
             )
         better = [r for r in comparison.rows if _dominates(r, row)]
         if better:
-            best = max(better, key=lambda r: r.auc.mean)
+            best = max(better, key=lambda r: auc_difference(r, row).mean)
+            delta = auc_difference(best, row)
+            told = f"of {best.auc.mean:.4f} against {row.auc.mean:.4f}"
+            if 0 < delta.n < max(best.auc.n, row.auc.n):
+                told = f"{delta.mean:.4f} above it over the seeds that both have"
             sentences.append(
                 f"{display_name(best)} beats it on both counts: {_share(best, row)} of its embedding parameters "
-                f"and an AUC of {best.auc.mean:.4f} against {row.auc.mean:.4f}."
+                f"and an AUC {told}."
             )
     return sentences
 
@@ -248,8 +262,11 @@ def _sentence(row: Row, comparison: Comparison, several: bool) -> str:
     else:
         effect = f"{'but' if share < 1 else 'and'} lose {-delta.mean:.4f} AUC {where}"
     if interval is not None:
-        trust = f"mean of {delta.n} seeds, 95% interval {interval[0]:+.4f} to {interval[1]:+.4f}"
-    elif row.auc.n == 1:
+        told = "" if delta.n == row.auc.n == base.auc.n else " that both have"
+        trust = f"mean of {delta.n} seeds{told}, 95% interval {interval[0]:+.4f} to {interval[1]:+.4f}"
+    elif delta.n == 1 and max(row.auc.n, base.auc.n) > 1:
+        trust = "of the one seed that both have, so the spread is unknown"
+    elif row.auc.n == base.auc.n == 1:
         trust = "one seed, so the spread is unknown"
     else:
         trust = f"mean of {row.auc.n} runs against {base.auc.n}, not paired by seed"
@@ -301,7 +318,7 @@ def _uniform_width(result: Result) -> int | None:
 def _dominates(other: Row, row: Row) -> bool:
     if other.parameters is None or row.parameters is None or other.name == row.name:
         return False
-    return other.parameters <= row.parameters and other.auc.mean > row.auc.mean
+    return other.parameters <= row.parameters and auc_difference(other, row).mean > 0
 
 
 def _share(row: Row, of: Row) -> str:

@@ -59,8 +59,8 @@ def results(comparison: Comparison | None) -> Section:
             "worth, compare it with another one behind tables of the same width. "
         )
     if any(len(r.results) > 1 for r in comparison.rows):
-        note += "Numbers are means over runs, plus or minus one standard deviation; AUC differences are paired by seed "
-        note += "where both sides have the same seeds. "
+        note += "Numbers are means over runs, plus or minus one standard deviation; AUC differences are paired by "
+        note += "seed, over the seeds that both sides have. "
     if base is None:
         note += "No uniform width was retrained, so there is no difference to show: retrain UES-32 as the yardstick."
     elif base.uniform_width != 32:

@@ -311,14 +311,43 @@ def test_a_seed_that_has_diverged_is_left_out_of_means_and_said_to_be(tmp_path: 
     write_json(file, json.loads(file.read_text()) | told)
     runs = load_runs([tmp_path])
     first = headline(runs, compare(runs))[0]
-    assert (
-        "gain +0.0110 AUC" in first and "(mean of 2 runs against 3, not paired by seed; 1 of 3 runs of adass" in first
-    )
+    assert "change AUC by +0.0110 " in first and "(mean of 2 seeds that both have, 95% interval " in first
+    assert "; 1 of 3 runs of adass have no AUC" in first
     file = tmp_path / "retrain" / "ues-32-seed1" / "evaluation.json"
     write_json(file, json.loads(file.read_text()) | told)
     runs = load_runs([tmp_path])
     first = headline(runs, compare(runs))[0]
     assert "(mean of 2 seeds, 95% interval " in first and "1 of 3 runs of UES-32 have no AUC and are left out" in first
+
+
+@pytest.mark.parametrize(
+    ("seeds", "said"),
+    [
+        ([0], "gain +0.0100 AUC on the test split (of the one seed that both have, so the spread is unknown)"),
+        ([0, 1], "(mean of 2 seeds that both have, 95% interval "),
+        ([3], "(mean of 1 runs against 3, not paired by seed)"),
+    ],
+)
+def test_seeds_that_only_one_side_has_do_not_move_the_difference(tmp_path: Path, seeds: list[int], said: str) -> None:
+    """Seeds differ by more than widths do: against the mean of all three, 0.75 of seed 0 would be a loss."""
+    for seed in range(3):
+        evaluate(tmp_path, "ues-32", uniform(32), seed, 0.74 + 0.05 * seed)
+    for seed in seeds:
+        evaluate(tmp_path, "adass", WIDTHS, seed, 0.75 + 0.051 * seed)
+    runs = load_runs([tmp_path])
+    assert said in headline(runs, compare(runs))[0]
+
+
+def test_a_uniform_width_of_a_luckier_seed_does_not_beat_what_was_found(tmp_path: Path) -> None:
+    """0.80 is more than the mean 0.78 of two seeds, and less than was found with its own."""
+    for seed in range(2):
+        evaluate(tmp_path, "adass", WIDTHS, seed, 0.75 + 0.06 * seed)
+    evaluate(tmp_path, "ues-2", uniform(2), 1, 0.80)
+    runs = load_runs([tmp_path])
+    assert "beats it" not in " ".join(headline(runs, compare(runs)))
+    evaluate(tmp_path, "ues-2", uniform(2), 1, 0.82)
+    runs = load_runs([tmp_path])
+    assert "and an AUC 0.0100 above it over the seeds that both have." in " ".join(headline(runs, compare(runs)))
 
 
 def test_a_heat_map_that_is_no_matrix_is_passed_over(tmp_path: Path) -> None:
