@@ -10,6 +10,7 @@ from embsearch_dist.config.sections import TrainConfig
 from embsearch_dist.errors import UserError
 from embsearch_dist.methods.adafs.method import ControllerStage
 from embsearch_dist.methods.adass.supernet_stage import SupernetStage, SupernetTask
+from embsearch_dist.methods.autodim.method import MixtureStage
 from embsearch_dist.methods.gated.task import GatedTask
 from embsearch_dist.methods.ihas.gates_stage import GateStage
 from embsearch_dist.methods.stages import Stage
@@ -76,3 +77,16 @@ def test_a_gated_task_knows_how_many_steps_come(
     trainer = trainer_of(GATED[method](), run, monkeypatch)
     assert isinstance(trainer.task, GatedTask)
     assert (trainer.task.warmup, trainer.task.total, trainer.total) == (6, 9, 9)
+
+
+@pytest.mark.parametrize("method", [*GATED, "autodim"])
+def test_a_training_too_short_for_a_held_out_batch_is_refused(data: Path, tmp_path: Path, method: str) -> None:
+    """What is selected is learned from held-out batches alone: without one a search would end with what it began with,
+    as if it had found that."""
+    own = ["search.width=4"] if method in GATED else ["search.candidates=[2,4]"]
+    words = [*own, "search.training.batch_size=256", "search.outer.every=7"]
+    words += ["search.outer.pretrain_epochs=0.5", "search.training.epochs=1"]
+    run = open_run(small_config(data, tmp_path, *words, method=method), one_rank())
+    told = r"search\.outer\.every: a held-out batch is due behind each 7 ordinary ones, and the training has 6 behind"
+    with pytest.raises(UserError, match=told):
+        (GATED | {"autodim": MixtureStage})[method]().run(run)

@@ -164,11 +164,22 @@ def inputs_of(run: Run, training: TrainConfig, own: dict[str, Any]) -> dict[str,
 
 
 def train(run: Run, stage: str, task: GatedTask, training: TrainConfig, lines: Sequence[str]) -> Progress:
-    """Train a search stage to its end, from where it stood; its best checkpoint is marked."""
+    """Train a search stage to its end, from where it stood; its best checkpoint is marked.
+
+    Raises:
+        UserError: the training is too short for a step in which anything is selected, or for a held-out batch, from
+            which alone the selector learns.
+    """
     batches = task.batches
     assert batches is not None
     if task.warmup >= task.total:
         raise UserError(_nothing_left(task, training, batches.batches_per_epoch))
+    if (left := task.total - task.warmup) < task.outer.every:
+        raise UserError(
+            f"config key search.outer.every: a held-out batch is due behind each {task.outer.every} ordinary ones, and "
+            f"the training has {left} behind its pretraining, so nothing would be learned about what to select. Lower "
+            "it, train longer (search.training.epochs), or lower search.training.batch_size"
+        )
     validation = run.stream("validation", training.eval_batch_size, shuffle=False)
     with Monitor(run.dir, stage, run.context.rank) as monitor:
         for line in lines:
