@@ -104,6 +104,24 @@ def test_the_gain_is_paired_by_seed_and_falls_back_to_the_one_reference(tool: Mo
     tool.draw(tool.summarise(tmp_path, runs, 1, "a"), "a", tmp_path / "one.png")
 
 
+def test_a_result_that_some_seeds_lack_says_so(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As evaluate.py --router leaves it, which was given for one seed of three, not the first."""
+    aucs = [{"a": 0.5}, {"a": 0.6, "a (fields router)": 0.63}, {"a": 0.7}]
+
+    def results(out: Path, run: Any, seed: int) -> dict[str, dict[str, Any]]:
+        own = {**dict.fromkeys(tool.FIGURES, 1.0), "backbone": "dlrm"}
+        return {name: {**own, "auc": auc} for name, auc in aucs[seed].items()}
+
+    monkeypatch.setattr(tool, "results_of", results)
+    rows = tool.summarise(tmp_path, [tool.Planned("r", "c.yaml", {}, {"a": {}})], 3, "a")
+    lines = tool.table(rows, "a").splitlines()
+    assert lines[2].startswith("| a | dlrm | 0.6000 +- 0.1000 |")
+    assert lines[3].startswith("| a (fields router) (1 of 3 seeds) | dlrm | 0.6300 | 1.0000 | +0.0300 (one seed) |")
+    tool.draw(rows, "a", tmp_path / "some.png")
+
+
 def test_the_error_of_a_gain_counts_the_seeds_that_are_paired(
     tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -254,7 +254,8 @@ def pooled(
 def summarise(
     out: Path, runs: list[Planned], seeds: int, against: str, pools: Mapping[str, list[str]] = MappingProxyType({})
 ) -> list[dict[str, Any]]:
-    """A row per result: mean and standard deviation of every figure, and the gain over ``against`` paired by seed.
+    """A row per result: mean and standard deviation of every figure over the seeds that have it, and the gain over
+    ``against`` paired by seed. What ``evaluate.py`` has measured behind another router may be there of some seeds only.
 
     The reference of a result is the result ``against`` with the same backbone; that of another than the config's is
     called ``against-BACKBONE``. Where there is none, it is ``against``, whatever its backbone.
@@ -269,18 +270,23 @@ def summarise(
         for found in by_seed
     ]
     rows = []
-    for name in by_seed[0]:
-        each = [found[name] for found in by_seed]
-        row: dict[str, Any] = {"name": name, "backbone": each[0]["backbone"], "seeds": seeds}
+    for name in dict.fromkeys(name for found in by_seed for name in found):
+        each = [found[name] for found in by_seed if name in found]
+        row: dict[str, Any] = {"name": name, "backbone": each[0]["backbone"], "seeds": len(each), "of_seeds": seeds}
         for key in FIGURES:
             row[key] = spread([r[key] for r in each])
-        pairs = [
-            (r, ref.get(r["backbone"], b.get(against))) for r, ref, b in zip(each, references, by_seed, strict=True)
-        ]
+        have = [(ref, b) for ref, b in zip(references, by_seed, strict=True) if name in b]
+        pairs = [(r, ref.get(r["backbone"], b.get(against))) for r, (ref, b) in zip(each, have, strict=True)]
         gains = [r["auc"] - ref["auc"] for r, ref in pairs if ref is not None]
         row["gain"], row["pairs"] = spread(gains), len(gains)
         rows.append(row)
     return rows
+
+
+def called(row: Mapping[str, Any]) -> str:
+    """The name of a result, and of how many seeds it is where some lack it."""
+    few = row["seeds"] < row["of_seeds"]
+    return f"{row['name']} ({row['seeds']} of {row['of_seeds']} seeds)" if few else str(row["name"])
 
 
 def table(rows: list[dict[str, Any]], against: str) -> str:
@@ -291,7 +297,7 @@ def table(rows: list[dict[str, Any]], against: str) -> str:
     ]
     for r in rows:
         lines.append(
-            f"| {r['name']} | {r['backbone']} | {with_deviation(r['auc'], '.4f')} "
+            f"| {called(r)} | {r['backbone']} | {with_deviation(r['auc'], '.4f')} "
             f"| {with_deviation(r['logloss'], '.4f')} | {with_error(r['gain'], r['pairs'], '.4f')} "
             f"| {r['embedding_parameters'][0]:,.0f} | {r['dense_parameters'][0]:,.0f} "
             f"| {r['flops_per_sample'][0] / 1000:.1f} |"
@@ -313,11 +319,11 @@ def draw(rows: list[dict[str, Any]], against: str, path: Path) -> None:
                 colour = "tab:orange" if row["name"].startswith(against) else "tab:blue"
                 bar = None if math.isnan(row["auc"][1]) else row["auc"][1]
                 axis.errorbar(row["auc"][0], place, xerr=bar, fmt="o", color=colour, capsize=3)
-            axis.set_yticks(range(len(panel)), [r["name"] for r in panel])
+            axis.set_yticks(range(len(panel)), [called(r) for r in panel])
             axis.set_ylim(-0.6, len(panel) - 0.4)
             axis.set_title(backbone, loc="left")
             axis.grid(axis="x", alpha=0.3)
-        seeds = rows[0]["seeds"]
+        seeds = rows[0]["of_seeds"]
         axes[-1].set_xlabel(
             "test AUC" + (f", mean and standard deviation over {seeds} seeds" if seeds > 1 else ", one seed")
         )
