@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 
+from tools.studies import consistency, search_table  # noqa: E402
 from tools.studies.budget_tables import COLUMNS  # noqa: E402
 from tools.studies.results_tables import filled, pages  # noqa: E402
 
@@ -75,6 +76,14 @@ def test_a_block_of_ranks_has_means_over_supernets(tmp_path: Path) -> None:
     made = filled("<!-- consistency x.csv -->\n<!-- end -->\n", tmp_path)
     assert "    python c.py\n\nCommit abc; CPU.\n" in made
     assert "| plain | 0.600 +- 0.141 | 0.75 | 0.600 +- 0.000 | 0.0020 |" in made
+
+
+def test_one_supernet_and_one_search_have_no_spread() -> None:
+    row = {"setting": "plain", "seed": "0", "subnets": "40", "tau_test": "0.5", "tau_validation": "0.6"}
+    row |= {"regret": "0.001", "ceiling": "0.8", "noise": "0.7"}
+    assert "| plain | 0.500 | 0.62 | 0.600 | 0.0010 |" in consistency.markdown([row])
+    one = {"budget": "10%", "search": "sweeps", "regret": "0.002", "scored": "9", "allocations": 20, "table_seeds": 1}
+    assert "| sweeps | 9 | 2.00 |" in search_table.markdown([one | {"noise": "0.001"}])
 
 
 def method_line(seed: int, model: str, auc: float, validation: float) -> str:

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import statistics
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -56,6 +55,7 @@ from tools.studies import alone
 from tools.studies.alone import Truth, of_table, tau
 from tools.studies.asked import body_of, keep_to, named
 from tools.studies.jobs import ROOT, Job, read_csv, recorded, run_all, trained_in, write_csv
+from tools.studies.seeds import spread, with_deviation
 
 # Keys that change what is scored and how, and leave the trained supernet as it is.
 SCORING = ("search.policy.", "search.supernet.keep")
@@ -385,12 +385,10 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for name in dict.fromkeys(r["setting"] for r in rows):
-        mine = [{key: float(r[key]) for key in SCORED} for r in rows if r["setting"] == name]
-        mean = {key: statistics.fmean(r[key] for r in mine) for key in SCORED}
-        spread = {key: statistics.stdev([r[key] for r in mine]) if len(mine) > 1 else 0.0 for key in SCORED}
-        cells = {key: f"{mean[key]:.3f} +- {spread[key]:.3f}" for key in ("tau_test", "tau_validation")}
-        share = f"{mean['tau_test'] / ceiling:.2f}"
-        regret = f"{mean['regret']:.4f}"
+        mine = {key: spread([float(r[key]) for r in rows if r["setting"] == name]) for key in SCORED}
+        cells = {key: with_deviation(mine[key], ".3f") for key in ("tau_test", "tau_validation")}
+        share = f"{mine['tau_test'][0] / ceiling:.2f}"
+        regret = f"{mine['regret'][0]:.4f}"
         lines.append(f"| {name} | {cells['tau_test']} | {share} | {cells['tau_validation']} | {regret} |")
     return "\n".join(lines) + "\n"
 

@@ -37,6 +37,7 @@ from embsearch_dist.methods.budget import knapsack
 from embsearch_dist.width_table import Score, Space, WidthTable
 from tools.gpucheck.facts import ROOT, commit, hardware
 from tools.studies.jobs import write_csv
+from tools.studies.seeds import with_deviation
 
 COLUMNS = ("budget", "search", "table_seed", "seed", "widths", "parameters", "regret", "scored", "seconds")
 FACTS = ("allocations", "table_seeds", "noise", "commit", "hardware", "command")  # the same in all lines
@@ -228,10 +229,10 @@ def compare(table: WidthTable, budgets: list[float], repeats: int) -> list[dict[
 
 
 def summary(rows: list[dict[str, Any]], budget: str, name: str) -> tuple[float, float, float]:
-    """Mean regret, its standard error over the runs, and the mean number of allocations that were scored."""
+    """Mean regret, its standard error over the runs (NaN for one), and the mean number of allocations scored."""
     chosen = [r for r in rows if (r["budget"], r["search"]) == (budget, name)]
     regret = [float(r["regret"]) for r in chosen]
-    error = statistics.stdev(regret) / math.sqrt(len(regret)) if len(regret) > 1 else 0.0
+    error = statistics.stdev(regret) / math.sqrt(len(regret)) if len(regret) > 1 else math.nan
     return statistics.fmean(regret), error, statistics.fmean(float(r["scored"]) for r in chosen)
 
 
@@ -246,7 +247,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     ]
     for name in dict.fromkeys(r["search"] for r in rows):
         each = [summary(rows, b, name) for b in budgets]
-        cells = " | ".join(f"{1000 * mean:.2f} +- {1000 * error:.2f}" for mean, error, _ in each)
+        cells = " | ".join(with_deviation([1000 * mean, 1000 * error], ".2f") for mean, error, _ in each)
         lines.append(f"| {name} | {statistics.fmean(e[2] for e in each):.0f} | {cells} |")
     return "\n".join(lines) + "\n"
 
@@ -261,7 +262,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         for k, name in enumerate(names):
             each = [summary(rows, b, name) for b in budgets]
             places = np.arange(len(budgets)) + (k - (len(names) - 1) / 2) * 0.09
-            means, errors = [1000 * e[0] for e in each], [1000 * e[1] for e in each]
+            means = [1000 * e[0] for e in each]
+            errors = [0.0 if math.isnan(e[1]) else 1000 * e[1] for e in each]
             axis.errorbar(places, means, yerr=errors, fmt="os^vD<>pX"[k % 9], capsize=2, markersize=5, label=name)
         if math.isfinite(noise):
             axis.axhspan(0, noise, color="0.9", zorder=0, label="noise between seeds (1 s.d.)")
