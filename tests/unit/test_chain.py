@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -91,6 +92,12 @@ def test_a_stop_loses_no_seconds_and_no_finished_command(
     assert record.finished["retrain"] == "python launch/retrain.py --run OUT"
     lines = (tmp_path / "chain.csv").read_text().splitlines()
     assert lines[0].startswith("commit,command,seed") and len(lines) == 3
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--extra", "train.epochs=9"])
+    with pytest.raises(
+        SystemExit, match="chain was .*launch/search.py .*now is .*--train.epochs=9. Give another --out"
+    ):
+        chain.main()
+    assert begun == ["chain", "retrain", "retrain"]
 
 
 def test_an_unknown_model_beside_is_refused(

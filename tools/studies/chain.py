@@ -15,7 +15,8 @@ runs nothing: it says whether two such runs came to the same allocation or histo
 and, bit by bit, tables and weights.
 Each stage goes into OUT/chain.json: wall seconds with all starts, how often the ranks were started, and the largest
 memory of the whole process tree (PSS: what processes share counts once), looked at every two seconds. OUT/chain.csv
-has a line per stage, with the figures of the model that it left. Give the same command again after a stop.
+has a line per stage, with the figures of the model that it left. Give the same command again after a stop; with another
+--config or --extra it is refused, because what has ended is not run again.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     record = Record(args)
     for label, script, arguments in plan(args):
-        if label not in record.finished:
-            script, arguments = measured(args.out, label, script, arguments)
+        script, arguments = measured(args.out, label, script, arguments)
+        if not record.has(label, script, arguments):
             watch(args, label, script, arguments, record)
             record.finish(label, script, arguments)
     write_csv(args.out / "chain.csv", COLUMNS, record.rows())
@@ -135,9 +136,24 @@ class Record:
     def save(self) -> None:
         self.path.write_text(json.dumps({"stages": self.stages, "finished": self.finished}, indent=2) + "\n")
 
+    def has(self, label: str, script: str, arguments: list[str]) -> bool:
+        """Whether a command has ended.
+
+        Raises:
+            SystemExit: another one of this label has, whose figures would stand for those of this one.
+        """
+        before, now = self.finished.get(label), self.told(script, arguments)
+        if before not in (None, now):
+            raise SystemExit(f"{self.path}: {label} was {before}, and now is {now}. Give another --out")
+        return before is not None
+
     def finish(self, label: str, script: str, arguments: list[str]) -> None:
-        self.finished[label] = portable(f"python launch/{script} {' '.join(arguments)}", self.args.out)
+        self.finished[label] = self.told(script, arguments)
         self.save()
+
+    def told(self, script: str, arguments: list[str]) -> str:
+        """A command as the record has it."""
+        return portable(f"python launch/{script} {' '.join(arguments)}", self.args.out)
 
     def rows(self) -> list[dict[str, Any]]:
         """A line of the CSV for each stage, and for each model whose training was too short to be seen."""
