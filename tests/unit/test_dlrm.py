@@ -46,6 +46,8 @@ def test_every_parameter_and_every_input_counts() -> None:
 
 
 def test_one_field_alone_has_no_pair() -> None:
-    with pytest.raises(UserError, match=r"model\.backbone: dlrm needs two vectors"):
+    with pytest.raises(
+        UserError, match=r"dlrm needs two vectors .* one field whose width is above 0, and no dense column"
+    ):
         DLRM(1, WIDTH, 0, [], [8])
     assert DLRM(1, WIDTH, 2, [], [8])(torch.randn(ROWS, 1, WIDTH), torch.randn(ROWS, 2)).shape == (ROWS,)

@@ -41,7 +41,11 @@ class DLRM(nn.Module):
         self.bottom = nn.Sequential(*hidden_layers([dense, *bottom, width], 0.0)) if dense else None
         vectors = fields + (1 if dense else 0)
         if vectors < 2:
-            raise UserError("config key model.backbone: dlrm needs two vectors for a pair, and the data have one field")
+            raise UserError(
+                "config key model.backbone: dlrm needs two vectors for a pair, and there is one field whose width is "
+                "above 0, and no dense column. Keep more fields (a larger search.budget, no candidate 0), or take "
+                "another backbone"
+            )
         self.flops = 2 * vectors * vectors * width
         self.register_buffer("pairs", torch.tril_indices(vectors, vectors, -1), persistent=False)
         self.pairs: torch.Tensor
