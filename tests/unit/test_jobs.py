@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.studies.jobs import ROOT, STOPPED, Job, Pace, kind_of, recorded, run_all
+from tools.studies.jobs import ROOT, STOPPED, Job, Pace, kind_of, machine_of, machines, recorded, run_all
 
 SCRIPT = "tools/tiny.py"
 
@@ -89,6 +89,20 @@ def test_a_job_runs_once_and_its_record_says_whether_it_found_what_it_shares(
     run_all([jobs], tmp_path / "logs", 1)
     assert capsys.readouterr().out.splitlines()[0] == "seed0-x: there (2 of 2 done)"
     assert len((tmp_path / "logs" / "jobs.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_record_names_the_machine_and_tables_name_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A study may go on elsewhere: its first runs are not those of the machine that makes the tables."""
+    monkeypatch.setattr("tools.studies.jobs.ROOT", tmp_path)
+    (tmp_path / "make.py").write_text("import pathlib, sys\npathlib.Path(sys.argv[1]).touch()\n")
+    for name in ("here", "there"):
+        monkeypatch.setattr("tools.studies.jobs.hardware", lambda told=f"{name}, 2 cores": told)
+        run_all([[Job(name, "make.py", [str(tmp_path / name)], tmp_path / name)]], tmp_path / "logs", 1)
+    rows = [{"hardware": machine_of(job)} for job in recorded(tmp_path / "logs").values()]
+    assert machines(rows) == "here, 2 cores; there, 2 cores"
+    assert machine_of({}) == "there, 2 cores"  # an old record does not tell
 
 
 def test_who_ends_the_tool_ends_its_commands_and_no_other_begins(tmp_path: Path) -> None:

@@ -13,11 +13,10 @@ from typing import Any
 from embsearch_dist.allocation import REFERENCE_WIDTH
 from embsearch_dist.config.sections import ModelConfig
 from embsearch_dist.schema import Schema
-from tools.gpucheck.facts import hardware
 from tools.studies.budget_tables import cost_of, data_told, portable
 from tools.studies.comparable import AUTO
 from tools.studies.compare_budgets import Plan, uniform_name
-from tools.studies.jobs import Job, recorded, run_all
+from tools.studies.jobs import Job, all_told, machine_of, machines, recorded, run_all
 from tools.studies.seeds import spread, with_deviation
 
 COLUMNS = (
@@ -54,7 +53,7 @@ def carry_out(plan: Plan) -> None:
 
 def rows_of(plan: Plan, data_set: str) -> list[Row]:
     """A line for each search that has ended, and its measure with it."""
-    records, models, machine = recorded(plan.out / "logs"), plan.trained(), hardware()
+    records, models = recorded(plan.out / "logs"), plan.trained()
     data = data_told(Schema.load(Path(plan.args.data)))
     backbone = plan.body.get("model", {}).get("backbone", ModelConfig().backbone)
     found: dict[tuple[str, int], Row] = {}
@@ -65,8 +64,12 @@ def rows_of(plan: Plan, data_set: str) -> list[Row]:
         cost = cost_of(model, models, records, plan.out)
         if "search_cost" in cost:
             search = records[model.search]
-            told = {"data_set": data_set, "data": data, "backbone": backbone, "seed": model.seed, "hardware": machine}
-            told |= {"commit": search["commit"], "command": portable(search["command"], plan.out)}
+            told = {"data_set": data_set, "data": data, "backbone": backbone, "seed": model.seed}
+            told |= {
+                "hardware": machine_of(search),
+                "commit": search["commit"],
+                "command": portable(search["command"], plan.out),
+            }
             told |= {"method": model.method, "search_memory_gib": search["memory_gib"]}
             found[key] = {**told, **cost}
     return list(found.values())
@@ -91,11 +94,11 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def head(rows: Sequence[Row]) -> str:
     """What the lines of one data set have in common, and what is counted."""
-    first, commits = rows[0], ", ".join(sorted({r["commit"] for r in rows}))
+    first, commits = rows[0], all_told(rows, "commit")
     seeds = ", ".join(sorted({str(r["seed"]) for r in rows}, key=int))
     told = (
         f"{first['data_set']}, {first['backbone']}: {first['data']}, seeds {seeds}, commit {commits}; "
-        f"{first['hardware']}. Whole commands, {first['cost_clock']} time. A search is that of all budgets of the plan "
+        f"{machines(rows)}. Whole commands, {first['cost_clock']} time. A search is that of all budgets of the plan "
         "together; a model that several methods begin with counts in full for each of them."
     )
     return told + f" {AUTO_TOLD}" * any(r["method"] == AUTO for r in rows)

@@ -19,8 +19,7 @@ from embsearch_dist.report.style import render
 from embsearch_dist.report.summary import percent
 from embsearch_dist.report.verdict import Model, compare_models, draw, judge
 from embsearch_dist.schema import Schema
-from tools.gpucheck.facts import hardware
-from tools.studies.jobs import ROOT, recorded, write_csv
+from tools.studies.jobs import ROOT, all_told, machine_of, machines, recorded, write_csv
 
 COLUMNS = (
     "commit", "command", "seed", "hardware", "data", "backbone", "budget", "method", "widths", "parameters",
@@ -103,14 +102,14 @@ def write_all(out: Path, models: Sequence[Trained], add: Callable[[list[Row]], l
 
 def rows_of(out: Path, models: Sequence[Trained]) -> list[dict[str, Any]]:
     """A line of the CSV for each model."""
-    jobs, machine, rows = recorded(out / "logs"), hardware(), []
+    jobs, rows = recorded(out / "logs"), []
     for m in models:
         job, search = jobs.get(m.job, {}), jobs.get(m.search, {})
         rows.append(
             {
                 "commit": job.get("commit", "unknown"),
                 "command": portable(job.get("command", ""), out),
-                "hardware": machine,
+                "hardware": machine_of(job),
                 "budget": m.budget,
                 "method": m.method,
                 **model_columns(m.place),
@@ -281,10 +280,10 @@ def markdown(rows: Sequence[dict[str, Any]], models: dict[tuple[str, str], Model
     """Verdicts, then the table; s.e. is the standard error over seeds."""
     first, measure = rows[0], Measure.of(rows)
     reference = measure.reference(rows)
-    commits = ", ".join(sorted({str(r["commit"]) for r in rows}))
+    commits = all_told(rows, "commit")
     sizes = f"| model | {measure.unit} | of UES-32 "
     head = [
-        f"{first['data']}, {first['backbone']}, up to {seeds} seeds, commit {commits}; {first['hardware']}.",
+        f"{first['data']}, {first['backbone']}, up to {seeds} seeds, commit {commits}; {machines(rows)}.",
         "Search time is that of all budgets of a method together, its trained model or supernet included, which "
         "utilities, FDO and magnitude pruning share: the first of them pays for it.",
         "",

@@ -30,10 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from embsearch_dist.config.read import written
 from embsearch_dist.schema import Schema
-from tools.gpucheck.facts import hardware
 from tools.studies.asked import named, words
 from tools.studies.budget_tables import best_validation, portable
-from tools.studies.jobs import Job, recorded, run_all, shown, trained_in
+from tools.studies.jobs import Job, all_told, machine_of, machines, recorded, run_all, shown, trained_in
 from tools.studies.seeds import spread, with_deviation, with_error
 
 BACKBONES = "deepfm,dcnv2,autoint,xdeepfm,masknet,finalmlp"
@@ -125,7 +124,7 @@ def write_all(out: Path, models: Sequence[Model]) -> str:
 
 def rows_of(out: Path, models: Sequence[Model]) -> Rows:
     """A line of the CSV for each model."""
-    jobs, machine, rows = recorded(out / "logs"), hardware(), []
+    jobs, rows = recorded(out / "logs"), []
     for m in models:
         result = json.loads((m.place / "evaluation.json").read_text())
         training, schema = json.loads((m.place / "training.json").read_text()), Schema.load(m.place)
@@ -136,7 +135,7 @@ def rows_of(out: Path, models: Sequence[Model]) -> Rows:
                 "commit": job.get("commit", "unknown"),
                 "command": portable(job.get("command", ""), out),
                 "seed": m.seed,
-                "hardware": machine,
+                "hardware": machine_of(job),
                 "data": f"{schema.dataset} {schema.fingerprint} {schema.rows.get('train', 0)} training rows",
                 "backbone": m.backbone,
                 "width": m.width,
@@ -161,9 +160,9 @@ def typed(line: dict[str, str]) -> dict[str, Any]:
 
 def markdown(rows: Rows) -> str:
     """A line per backbone and width; the difference is to the first backbone at the same width, of the same seeds."""
-    first, commits = rows[0], ", ".join(sorted({str(r["commit"]) for r in rows}))
+    first, commits = rows[0], all_told(rows, "commit")
     lines = [
-        f'{first["data"]}, commit {commits}; {first["hardware"]}. "+-" is one standard deviation over seeds.',
+        f'{first["data"]}, commit {commits}; {machines(rows)}. "+-" is one standard deviation over seeds.',
         "",
         f"| backbone | width | seeds | dense parameters | FLOPs a row | test AUC | against {first['backbone']} "
         "| test logloss | validation AUC | training s |",

@@ -37,10 +37,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from embsearch_dist.config.read import written
 from embsearch_dist.files import read_json
 from embsearch_dist.schema import Schema
-from tools.gpucheck.facts import hardware
 from tools.studies.asked import body_of, keep_to
 from tools.studies.budget_tables import best_validation, data_told, kept_logloss, portable
-from tools.studies.jobs import Job, recorded, run_all, trained_in, write_csv
+from tools.studies.jobs import Job, machine_of, recorded, run_all, trained_in, write_csv
 from tools.studies.seeds import spread, with_deviation, with_error
 
 KEYS = {"config", "search", "retrain", "leaves", "begin_as"}
@@ -211,7 +210,7 @@ def results_of(out: Path, run: Planned, seed: int) -> dict[str, dict[str, Any]]:
 
 def lines_of(out: Path, runs: list[Planned], seeds: int) -> list[dict[str, Any]]:
     """A line of the CSV for each result of each run and seed."""
-    jobs, machine, lines = recorded(out / "logs"), hardware(), []
+    jobs, lines = recorded(out / "logs"), []
     for seed, run in itertools.product(range(seeds), runs):
         for name, figures in results_of(out, run, seed).items():
             model = name.split(" (")[0]
@@ -224,7 +223,7 @@ def lines_of(out: Path, runs: list[Planned], seeds: int) -> list[dict[str, Any]]
                     "commit": job.get("commit", "unknown"),
                     "command": portable(job.get("command", ""), out),
                     "seed": seed,
-                    "hardware": machine,
+                    "hardware": machine_of(job),
                     "data": data_told(Schema.load(place)) if (place / "schema.json").exists() else "",
                     "run": run.name,
                     "model": name,

@@ -303,7 +303,7 @@ class Study:
                 record = records.get(f"seed{seed}-subnet{k}", {})
                 line = {"subnet": k, "seed": seed, "widths": alone.told(self.widths(k))}
                 line |= {
-                    "hardware": hardware("1 thread"),
+                    "hardware": record.get("hardware") or hardware("1 thread"),
                     "commit": record.get("commit", ""),
                     "command": self.shown(record.get("command", "")),
                 }

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from tools.gpucheck.facts import hardware
+
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = "jobs.jsonl"  # in the folder of the logs: what was run, how long, and at which commit
 LOOK_S = 0.1  # between two looks at a running command
@@ -106,7 +108,8 @@ def run_job(job: Job, log_dir: Path) -> float:
         ended = run_command(command, out, environment)
     seconds = time.monotonic() - started
     line |= {"seconds": round(seconds, 1), "cpu_seconds": round(ended.cpu_seconds, 1), "exit": ended.code}
-    line |= {"memory_gib": round(ended.memory_gib, 2), "commit": commit(), "command": shown(job)}
+    line |= {"memory_gib": round(ended.memory_gib, 2), "commit": commit(), "hardware": hardware()}
+    line |= {"command": shown(job)}
     with _writing, (log_dir / RECORD).open("a") as record:
         record.write(json.dumps(line) + "\n")
     if _told_to_stop.is_set():
@@ -143,6 +146,22 @@ def peak_gib(pid: int) -> float:
         return 0.0
     found = re.search(r"^VmHWM:\s+(\d+) kB", told, re.MULTILINE)
     return int(found[1]) / 2**20 if found else 0.0
+
+
+def machine_of(record: Mapping[str, Any]) -> str:
+    """Where a recorded command ran. A study may go on, and its tables be made, on another machine; a record from before
+    this was noted does not tell, so this machine is named."""
+    return str(record.get("hardware") or hardware())
+
+
+def all_told(rows: Iterable[Mapping[str, Any]], key: str) -> str:
+    """What the lines of a table have in a column, each once."""
+    return ", ".join(sorted({str(row[key]) for row in rows}))
+
+
+def machines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The machines that the lines of a table were measured on."""
+    return "; ".join(sorted({str(row.get("hardware") or "unknown") for row in rows}))
 
 
 def shown(job: Job) -> str:
