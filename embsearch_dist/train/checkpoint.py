@@ -30,7 +30,7 @@ from embsearch_dist.stores import mirror
 from embsearch_dist.train import manifest
 from embsearch_dist.train.faults import Faults
 from embsearch_dist.train.manifest import verify
-from embsearch_dist.train.tensors import HostMemory, check_parts, copies, local_bytes, tensors_of
+from embsearch_dist.train.tensors import HostMemory, check_parts, copies, hearing_signals, local_bytes, tensors_of
 
 __all__ = ["Checkpointer", "SaveError", "verify"]
 
@@ -313,7 +313,8 @@ class Checkpointer:
         reader = dcp.FileSystemReader(directory / "data")
         self._check_weights(directory, reader, tensors["head"])
         try:
-            dcp.load(tensors, storage_reader=reader, process_group=self.context.group)
+            with hearing_signals():
+                dcp.load(tensors, storage_reader=reader, process_group=self.context.group)
         except (CheckpointException, ValueError) as e:
             raise UserError(
                 f"checkpoint {directory} of {old['world_size']} rank(s) does not fit this run of "

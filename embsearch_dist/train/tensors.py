@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.remote_device import _remote_device
 from torch.optim.optimizer import Optimizer
 
 from embsearch_dist.errors import UserError
 from embsearch_dist.models.model import CTRModel
+from embsearch_dist.train.signals import StoppedBySignal
 
 
 def tensors_of(model: CTRModel, optimizer: Optimizer | None, optimizers: bool) -> dict[str, Any]:
@@ -134,6 +137,22 @@ def _ensure_state(optimizer: Optimizer, parameter: torch.nn.Parameter) -> dict[s
         state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
         state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
     return state
+
+
+@contextmanager
+def hearing_signals() -> Iterator[None]:
+    """Around calls of DCP, which makes an error of its own of everything that is raised in it.
+
+    Raises:
+        StoppedBySignal: this process, or one that DCP tells of, was told to end meanwhile.
+    """
+    try:
+        yield
+    except CheckpointException as e:
+        told = [reason for reason, _ in e.failures.values() if isinstance(reason, StoppedBySignal)]
+        if told:
+            raise told[0] from None
+        raise
 
 
 def check_parts(data: Path) -> None:

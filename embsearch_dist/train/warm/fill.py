@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.ranks.context import Context
 from embsearch_dist.sharding.tables import module_name
-from embsearch_dist.train.tensors import tensors_of
+from embsearch_dist.train.tensors import hearing_signals, tensors_of
 from embsearch_dist.train.warm.dense import DenseMove
 from embsearch_dist.train.warm.ids import IdMap
 from embsearch_dist.train.warm.widths import FieldMove, common_rotation, principal, second_moments
@@ -48,7 +48,7 @@ class Saved:
         if told is None:
             return None
         found = torch.empty(told.size, dtype=told.properties.dtype)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), hearing_signals():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # by no_dist, as it is meant
             dcp.load({key: found}, storage_reader=dcp.FileSystemReader(self._directory), no_dist=True)
         return found
