@@ -148,7 +148,7 @@ def new_directory(out: Path, overwrite: bool) -> Iterator[Path]:
             raise UserError(f"--out {out} exists and is not a model directory: it is left alone. Give another --out")
         if not empty and not overwrite:
             raise UserError(f"--out {out} exists. Give another --out, or --overwrite to replace the model in it")
-    with whole_directory(out, overwrite=True) as partial:
+    with whole_directory(out, overwrite=True, other=lambda directory: None) as partial:
         yield partial
         write_checksums(partial)
 

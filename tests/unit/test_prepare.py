@@ -212,6 +212,19 @@ def test_overwrite_replaces_only_prepared_data_and_only_when_done(tmp_path: Path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clicks.csv", "mine", "out", "source.yaml"]
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "retrain/adass", "model.json", "notes.txt", "train/mine.csv", "raw"])
+def test_overwrite_deletes_nothing_that_no_preparation_made(tmp_path: Path, name: str) -> None:
+    """Run directories and model directories hold a schema.json, too."""
+    source, out = make_raw(tmp_path), tmp_path / "out"
+    prepare("table", source, out, quiet=True)
+    mine = out / name / "kept" if name in ("raw", "retrain/adass") else out / name
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    mine.write_text("weeks of work")
+    with pytest.raises(UserError, match=f"{name.split('/')[0]}.* was not made by a preparation of data, .*--out"):
+        prepare("table", source, out, overwrite=True, quiet=True)
+    assert mine.read_text() == "weeks of work" and not out.with_name("out.partial").exists()
+
+
 def test_a_full_disk_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No space left on device"), whole_directory(tmp_path / "out", False):
         raise OSError(28, "No space left on device")

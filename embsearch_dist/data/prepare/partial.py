@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,11 +19,40 @@ from embsearch_dist.errors import UserError
 
 PATIENCE_S = lockfile.PATIENCE_S
 MARK, JOB = "PREPARING", "job.json"
+MADE = {
+    **dict.fromkeys(("train", "validation", "test"), r"part-\d+\.parquet"),
+    "vocabulary": r".+\.parquet",
+    "populations": r".+\.npy",
+    "raw": r"clicks\.\w+|source\.yaml",
+}
+"""The folders of prepared data, and the files that are made in each."""
+BESIDE = ("schema.json", "manifest.json", "truth.json")
+"""The files of prepared data beside those folders."""
+
+
+def foreign(out: Path) -> Path | None:
+    """The first entry of a folder of prepared data that no preparation has made; None where there is none."""
+    for path in sorted(out.iterdir()):
+        if not path.is_dir():
+            if path.name not in BESIDE:
+                return path
+        elif path.name not in MADE:
+            return path
+        else:
+            other = (p for p in sorted(path.iterdir()) if p.is_dir() or not re.fullmatch(MADE[path.name], p.name))
+            if (found := next(other, None)) is not None:
+                return found
+    return None
 
 
 @contextmanager
 def whole_directory(
-    out: Path, overwrite: bool, job: dict | None = None, team: Team | None = None, quiet: bool = True
+    out: Path,
+    overwrite: bool,
+    job: dict | None = None,
+    team: Team | None = None,
+    quiet: bool = True,
+    other: Callable[[Path], Path | None] = foreign,
 ) -> Iterator[Path]:
     """A directory ``<out>.partial`` to fill, which becomes ``out`` when the block ends without an error.
 
@@ -30,6 +60,9 @@ def whole_directory(
     the same job left; the files of another job are removed first. It stays after an interruption and
     after anything else that is not the fault of the input; after bad input it is removed. Without a
     ``job`` the directory is empty at first and never stays. With a team, rank 0 makes and renames it.
+
+    Args:
+        other: gives an entry of ``out``, which is there and not empty, that may not be deleted; None where all may.
 
     Raises:
         UserError: ``out`` exists and may not or must not be replaced, another process is filling it, or a process does
@@ -41,7 +74,7 @@ def whole_directory(
     lock = -1
     try:
         if team.rank == 0:
-            _check_target(out, overwrite)
+            _check_target(out, overwrite, other)
             lock = _open(partial, job, quiet)
             if team.size > 1:
                 # Shared by all ranks, so that a new start finds the last survivor of a killed one.
@@ -81,7 +114,7 @@ def _check_shared(partial: Path, signature: str, rank: int) -> None:
         )
 
 
-def _check_target(out: Path, overwrite: bool) -> None:
+def _check_target(out: Path, overwrite: bool, other: Callable[[Path], Path | None]) -> None:
     if not out.exists() and not out.is_symlink():
         return
     if not overwrite:
@@ -89,6 +122,11 @@ def _check_target(out: Path, overwrite: bool) -> None:
     ours = out.is_dir() and not out.is_symlink() and ((out / "schema.json").exists() or not any(out.iterdir()))
     if not ours:
         raise UserError(f"{out} is not a prepared data set, so --overwrite leaves it alone. Give another --out")
+    if (found := other(out)) is not None:
+        raise UserError(
+            f"{found} was not made by a preparation of data, and --overwrite would delete it. Give another --out, or "
+            "move it away"
+        )
 
 
 def _open(partial: Path, job: dict | None, quiet: bool) -> int:
