@@ -51,6 +51,7 @@ class ModelDirectory:
         schema: fields and dense columns.
         source: how raw rows are read.
         scale: mean and standard deviation of each dense column.
+        seal: checksum of its list of checksums, which no other model has.
     """
 
     path: Path
@@ -58,6 +59,17 @@ class ModelDirectory:
     schema: Schema
     source: Description
     scale: Mapping[str, tuple[float, float]]
+    seal: str
+
+    def check_seal(self, wanted: str = "") -> None:
+        """Whether the directory still holds the model that it held when it was opened, and ``wanted``, if that is
+        given: files that are read one after the other must not be of two exports.
+
+        Raises:
+            UserError: it holds another one.
+        """
+        if not _seal_of(self.path) == self.seal == (wanted or self.seal):
+            raise UserError(f"{self.path}: another model was put there while it was read. Start again")
 
     @property
     def batch_rows(self) -> int:
@@ -82,8 +94,11 @@ class ModelDirectory:
         """
         try:
             made = build(self.body, self.schema, self.path)
-            return fill(made, self.body, load_arrays(self.path / TABLES), load_arrays(self.path / DENSE))
+            filled = fill(made, self.body, load_arrays(self.path / TABLES), load_arrays(self.path / DENSE))
+            self.check_seal()
+            return filled
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as e:
+            self.check_seal()
             told = " ".join(str(e).split())[:200]
             raise UserError(f"{self.path}: its files do not fit together ({type(e).__name__}: {told}). {AGAIN}") from e
 
@@ -91,7 +106,9 @@ class ModelDirectory:
         """The values of a field with ids 1, 2, ... in their order."""
         path = self.path / VOCABULARY / file_name(field)
         try:
-            return pl.read_parquet(path, columns=["value"])["value"].rechunk()
+            found = pl.read_parquet(path, columns=["value"])["value"].rechunk()
+            self.check_seal()
+            return found
         except (OSError, pl.exceptions.PolarsError) as e:
             raise UserError(f"{path}: cannot be read ({' '.join(str(e).split())[:100]}). {AGAIN}") from e
 
@@ -108,6 +125,7 @@ def open_directory(path: Path | str, checked: bool = False) -> ModelDirectory:
     path = Path(path)
     if not (path / CHECKSUMS).is_file():
         raise UserError(f"{path}: not a model directory ({CHECKSUMS} is missing). Make one: launch/export.py --help")
+    seal = _seal_of(path)
     if not checked:
         verify(path)
     body, described = read_json(path / MODEL), read_json(path / SOURCE)
@@ -124,7 +142,13 @@ def open_directory(path: Path | str, checked: bool = False) -> ModelDirectory:
             raise KeyError((missing + unknown)[0])
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise UserError(f"{path}: not a model directory of format {FORMAT} ({e!r}). {AGAIN}") from e
-    return ModelDirectory(path, body, Schema.load(path), source, scale)
+    found = ModelDirectory(path, body, Schema.load(path), source, scale, seal)
+    found.check_seal()
+    return found
+
+
+def _seal_of(path: Path) -> str:
+    return str(read_json(path / CHECKSUMS).get("sha256", ""))
 
 
 def is_ours(path: Path) -> bool:

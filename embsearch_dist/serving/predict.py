@@ -34,11 +34,13 @@ from embsearch_dist.serving.narrow import narrow_columns
 from embsearch_dist.serving.reading import (
     MARK,
     check_apart,
+    check_unchanged,
     fitting,
     holds_scores,
     kept_names,
     kept_types,
     refuse_scores,
+    states_of,
 )
 from embsearch_dist.serving.tables import Ids
 from embsearch_dist.train.metrics import Predictions, figures, shown
@@ -175,7 +177,7 @@ def _predict(job: Job, directory: ModelDirectory, tick: Callable[[int], None]) -
         return _write(job, directory, scorer.source, _alone(scorer), tick)
     # What every process would refuse is told before any is started.
     source = open_input(job, directory, directory.columns)
-    with _Workers(job) as workers:
+    with _Workers(job, _Seen(directory.seal, states_of(source.files))) as workers:
         return _write(job, directory, source, workers.pieces(), tick)
 
 
@@ -214,7 +216,7 @@ def check_out(job: Job) -> None:
 def _write(
     job: Job, directory: ModelDirectory, source: Source, pieces: Iterator[_Piece], tick: Callable[[int], None]
 ) -> Done:
-    done, unfinished = Done(), temporary(job.out)
+    done, unfinished, before = Done(), temporary(job.out), states_of(source.files)
     writer: pq.ParquetWriter | None = None
     told = f"{directory.body['name']}, tables at {directory.body['precision']}"
     try:
@@ -232,6 +234,7 @@ def _write(
         if writer is None:
             raise UserError(f"--input {job.input}: it has no rows. Give a file with at least one")
         writer.close()
+        check_unchanged(job.input, before, source.files)
         if job.label:
             done.figures = measured(unfinished, job.label)
         unfinished.replace(job.out)
@@ -267,11 +270,26 @@ def _alone(scorer: Scorer) -> Iterator[_Piece]:
         yield *scorer.score(chunk), chunk.consumed
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What the first process has found, and all have to: the model's seal, and the states of the files."""
+
+    seal: str
+    states: list[tuple[str, int, int]]
+
+    def check(self, scorer: Scorer) -> None:
+        """Raises:
+        UserError: a process has another model before it, or other files.
+        """
+        scorer.directory.check_seal(self.seal)
+        check_unchanged(scorer.job.input, self.states, scorer.source.files)
+
+
 class _Workers:
     """Processes that score each n-th piece."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, seen: _Seen) -> None:
+        self.job, self.seen = job, seen
         self.ends: list[Connection] = []
         self.processes: list[Any] = []
 
@@ -283,7 +301,7 @@ class _Workers:
         try:
             for rank in range(self.job.processes):
                 mine, other = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(other, self.job, rank), daemon=True)
+                process = context.Process(target=_work, args=(other, self.job, self.seen, rank), daemon=True)
                 process.start()
                 other.close()
                 self.ends.append(mine)
@@ -326,13 +344,14 @@ class _Workers:
             k += 1
 
 
-def _work(end: Connection, job: Job, rank: int) -> None:
+def _work(end: Connection, job: Job, seen: _Seen, rank: int) -> None:
     """A process of :class:`_Workers`. The first that comes to the end of the input says so in its turn."""
     torch.set_num_threads(1)
     try:
         try:
             load_module(job.module, "--module")
             scorer = Scorer(job, open_directory(job.model, checked=True))
+            seen.check(scorer)
             for k, chunk in enumerate(scorer.source.chunks()):
                 if k % job.processes == rank:
                     table, unseen = scorer.score(chunk)

@@ -19,6 +19,7 @@ from embsearch_dist.data.formats.opening import PARQUET, packing
 from embsearch_dist.errors import UserError
 
 MARK = b"embsearch_dist.scores"
+ONCE_MORE = "Start again once the input is whole"
 
 
 def holds_scores(path: Path) -> bool:
@@ -72,6 +73,32 @@ def refuse_scores(source: Description, input: Path, format: str) -> None:
         for file in source.files(input):
             if holds_scores(file):
                 raise UserError(f"--input {input}: {file} holds scores of an earlier call, not rows. Move it elsewhere")
+
+
+def states_of(files: Sequence[Path]) -> list[tuple[str, int, int]]:
+    """Path, bytes and time of the last change of files, to see whether they are still what they were.
+
+    Raises:
+        UserError: one is gone.
+    """
+    try:
+        return [(str(f.absolute()), (told := f.stat()).st_size, told.st_mtime_ns) for f in files]
+    except OSError as e:
+        raise UserError(f"{e.filename}: cannot be looked at ({e.strerror}). {ONCE_MORE}") from e
+
+
+def check_unchanged(input: Path, before: Sequence[tuple[str, int, int]], files: Sequence[Path]) -> None:
+    """Processes cut the input each for itself, and a row that is still being written would count as a whole one.
+
+    Args:
+        before: :func:`states_of` the files at first.
+        files: those that are there now.
+
+    Raises:
+        UserError: they are others than before, or were written to.
+    """
+    if other := sorted({*before} ^ {*states_of(files)}):
+        raise UserError(f"--input {input}: {other[0][0]} was changed while it was read. {ONCE_MORE}")
 
 
 def kept_names(words: Sequence[str], there: Callable[[str], bool]) -> tuple[str, ...]:
