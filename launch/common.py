@@ -92,6 +92,10 @@ def _run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
         try:
             if code := quietly(lambda: main(argv)):
                 sys.exit(code)
+        except Exception as e:
+            if stopped := signals.raised():  # of which something between has made this error
+                raise stopped from e
+            raise
         finally:
             release()
     except UserError as e:

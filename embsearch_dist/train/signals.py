@@ -30,21 +30,31 @@ class Asked:
 
 
 _listening: Asked | None = None
+_raised = ""
 received: set[int] = set()
 """The signals of ``SIGNALS`` that have come so far."""
 
 
+def raised() -> StoppedBySignal | None:
+    """What a signal has raised in this process; packages may have made another error of it, or have dropped it."""
+    return StoppedBySignal(f"stopped by {_raised}; give the same command again to continue") if _raised else None
+
+
 def _on_signal(number: int, frame: FrameType | None) -> None:
+    global _raised
     received.add(number)
     name = signal.Signals(number).name
     if _listening is None:
-        raise StoppedBySignal(f"stopped by {name}; give the same command again to continue")
+        _raised = _raised or name
+        raise StoppedBySignal(f"stopped by {_raised}; give the same command again to continue")
     # Launchers pass on a signal that the whole process group has got already: the second changes nothing.
     _listening.name = _listening.name or name
 
 
 def catch() -> None:
     """Answer the signals from now on; for entry scripts, before they do anything long."""
+    global _raised
+    _raised = ""
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             signal.signal(number, _on_signal)
@@ -52,9 +62,11 @@ def catch() -> None:
 
 @contextlib.contextmanager
 def noted() -> Iterator[Asked]:
-    """Within, a signal is noted and nothing else happens. In a thread that cannot have signals: nothing ever is."""
+    """Within, a signal is noted and nothing else happens. In a thread that cannot have signals: nothing ever is. One
+    that has come before, and whose exception was dropped by a package, counts as noted."""
     global _listening
     asked = Asked()
+    asked.name = _raised
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
