@@ -148,8 +148,9 @@ def load_best(config: Config, allocation: Allocation, context: Context, director
     """The retrained model of a run directory with its best weights.
 
     Raises:
-        UserError: there is no finished training, or a checkpoint is damaged.
+        UserError: there is no training, or one that has not ended; or a checkpoint is damaged.
     """
+    context.first("looking for the trained model", _check_ended, directory)
     task = SubnetTask(config, allocation, context)
     root, schema = directory / "checkpoints" / STAGE, allocation.schema
     checkpointer = Checkpointer(
@@ -157,9 +158,22 @@ def load_best(config: Config, allocation: Allocation, context: Context, director
     )
     best = checkpointer.best()
     if best is None:
-        raise UserError(f"{directory} holds no trained model; train it first: {script('retrain')} --help")
+        raise UserError(_untrained(directory))
     checkpointer.load(best, optimizers=False)
     return task
+
+
+def _check_ended(directory: Path) -> None:
+    """The best of a training that was stopped looks like that of one that has ended, but is of an earlier epoch."""
+    if (directory / "training.json").exists():
+        return
+    if (directory / "checkpoints" / STAGE).exists():
+        raise UserError(f"{directory}: its training has not ended. Give its command again, then this one")
+    raise UserError(_untrained(directory))
+
+
+def _untrained(directory: Path) -> str:
+    return f"{directory} holds no trained model; train it first: {script('retrain')} --help"
 
 
 def evaluate_model(
