@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -98,6 +99,25 @@ def test_a_stop_loses_no_seconds_and_no_finished_command(
     ):
         chain.main()
     assert begun == ["chain", "retrain", "retrain"]
+
+
+def test_a_record_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is written every few moments, for hours."""
+    args = argparse.Namespace(out=tmp_path)
+    record = Record(args)
+    record.finished = {"chain": "python launch/search.py"}
+    record.save()
+    whole = Path.write_text
+
+    def full(path: Path, text: str, *given: Any, **named: Any) -> int:
+        whole(path, text[:20], *given, **named)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    record.finished["retrain"] = "python launch/retrain.py"
+    with pytest.raises(OSError, match="No space left"):
+        record.save()
+    assert list(Record(args).finished) == ["chain"]
 
 
 def test_an_unknown_model_beside_is_refused(

@@ -8,11 +8,24 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tools.studies.jobs import ROOT, STOPPED, Job, Pace, kind_of, machine_of, machines, recorded, run_all
+from tools.studies.jobs import (
+    ROOT,
+    STOPPED,
+    Job,
+    Pace,
+    kind_of,
+    machine_of,
+    machines,
+    read_csv,
+    recorded,
+    run_all,
+    write_csv,
+)
 
 SCRIPT = "tools/tiny.py"
 
@@ -103,6 +116,30 @@ def test_a_record_names_the_machine_and_tables_name_all_of_them(
     rows = [{"hardware": machine_of(job)} for job in recorded(tmp_path / "logs").values()]
     assert machines(rows) == "here, 2 cores; there, 2 cores"
     assert machine_of({}) == "there, 2 cores"  # an old record does not tell
+
+
+def test_a_record_that_a_full_disk_has_cut_costs_its_own_line_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tools.studies.jobs.ROOT", tmp_path)
+    (tmp_path / "make.py").write_text("import pathlib, sys\npathlib.Path(sys.argv[1]).touch()\n")
+    logs = record(tmp_path / "logs", {"job": "a", "seconds": 3.0}, {"job": "b", "seconds": 4.0})
+    whole = (logs / "jobs.jsonl").read_bytes()
+    (logs / "jobs.jsonl").write_bytes(whole[:-9])
+    assert list(recorded(logs)) == ["a"]
+    run_all([[Job(n, "make.py", [str(tmp_path / n)], tmp_path / n)] for n in "bc"], logs, 1)
+    assert sorted(recorded(logs)) == ["a", "b", "c"]
+
+
+def test_a_table_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    def broken() -> Iterator[dict[str, int]]:
+        yield {"x": 3}
+        raise OSError(28, "No space left on device")
+
+    write_csv(tmp_path / "league.csv", ["x"], [{"x": 1}, {"x": 2}])
+    with pytest.raises(OSError, match="No space left"):
+        write_csv(tmp_path / "league.csv", ["x"], broken())
+    assert [row["x"] for row in read_csv(tmp_path / "league.csv")] == ["1", "2"]
 
 
 def test_who_ends_the_tool_ends_its_commands_and_no_other_begins(tmp_path: Path) -> None:

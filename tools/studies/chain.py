@@ -36,6 +36,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from embsearch_dist.config.read import written
+from embsearch_dist.files import write_json
 from embsearch_dist.methods.widest import FOLDER as WIDEST_FOLDER
 from tools.gpucheck.facts import hardware
 from tools.studies.budget_tables import model_columns, portable
@@ -134,7 +135,7 @@ class Record:
         return self.stages.setdefault(name, new)
 
     def save(self) -> None:
-        self.path.write_text(json.dumps({"stages": self.stages, "finished": self.finished}, indent=2) + "\n")
+        write_json(self.path, {"stages": self.stages, "finished": self.finished})
 
     def has(self, label: str, script: str, arguments: list[str]) -> bool:
         """Whether a command has ended.

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from embsearch_dist.files import temporary
 from tools.gpucheck.facts import hardware
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,12 +71,15 @@ def trained_in(run_dir: Path, name: str, seed: int, own: int = 0) -> Path:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a table whose cells may be left out."""
+    """Write a table whose cells may be left out; it is whole or as it was: ``--earlier`` would take the lines of half a
+    table for all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    unfinished = temporary(path)
+    with unfinished.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n", restval="")
         writer.writeheader()
         writer.writerows(rows)
+    unfinished.replace(path)
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -110,14 +114,24 @@ def run_job(job: Job, log_dir: Path) -> float:
     line |= {"seconds": round(seconds, 1), "cpu_seconds": round(ended.cpu_seconds, 1), "exit": ended.code}
     line |= {"memory_gib": round(ended.memory_gib, 2), "commit": commit(), "hardware": hardware()}
     line |= {"command": shown(job)}
-    with _writing, (log_dir / RECORD).open("a") as record:
-        record.write(json.dumps(line) + "\n")
+    with _writing:
+        _append(log_dir / RECORD, json.dumps(line))
     if _told_to_stop.is_set():
         raise SystemExit(STOPPED)
     if ended.code or (job.result is not None and not job.result.exists()):
         tail = "\n".join(log.read_text().splitlines()[-5:])
         raise SystemExit(f"{job.name} failed (exit code {ended.code}); see {log}\n{tail}")
     return seconds
+
+
+def _append(path: Path, text: str) -> None:
+    """Add a line, behind whatever a full disk or a kill has left of the last one."""
+    with path.open("a+b") as file:
+        torn = False
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"
+        file.write(f"{chr(10) * torn}{text}\n".encode())
 
 
 def run_command(command: Sequence[str], out: TextIO, environment: Mapping[str, str]) -> Ended:
@@ -181,11 +195,15 @@ def commit() -> str:
 
 def recorded(log_dir: Path) -> dict[str, dict[str, Any]]:
     """Of every job that was run its last record, with the seconds of all its starts together, by the clock and of
-    the processor, and the memory of the start that took most; ``found`` where each start has found what it shares."""
+    the processor, and the memory of the start that took most; ``found`` where each start has found what it shares. What
+    is left of a line that was cut is no record."""
     found: dict[str, dict[str, Any]] = {}
     path = log_dir / RECORD
-    for text in path.read_text().splitlines() if path.exists() else ():
-        line = json.loads(text)
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
         before = found.get(line["job"], {})
         found[line["job"]] = {**line, "seconds": before.get("seconds", 0.0) + line["seconds"]}
         if "memory_gib" in before:
