@@ -1,9 +1,11 @@
-"""The exception type for anything a user can put right, the word that he may have meant, the command to give."""
+"""The exception type for anything a user can put right, the word that he may have meant, the command to give, the file
+that could not be written."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -29,6 +31,21 @@ class UserError(Exception):
 class Diverged(UserError):
     """A training has met a loss or gradient that is not finite, on all ranks alike. Of several trainings that are
     compared, one that ends so has lost; alone it is the user's to mend."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """The system names a file that cannot be opened, but not one that cannot be written any further.
+
+    Raises:
+        OSError: what is raised inside, with the file's name.
+    """
+    try:
+        yield
+    except OSError as e:
+        if e.filename is not None or e.errno is None:
+            raise
+        raise OSError(e.errno, e.strerror, str(path)) from e
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from embsearch_dist import written
-from embsearch_dist.errors import UserError
+from embsearch_dist.errors import UserError, naming
 
 CHUNK = 4 << 20
 
@@ -41,8 +41,9 @@ def write_json(path: Path, body: object) -> None:
     """Write JSON through a temporary file and a rename: whole or absent. What is not finite becomes null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(_finite(body), indent=2, allow_nan=False) + "\n")
-    temporary.replace(path)
+    with naming(path):
+        temporary.write_text(json.dumps(_finite(body), indent=2, allow_nan=False) + "\n")
+        temporary.replace(path)
 
 
 def _finite(body: object) -> object:

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from embsearch_dist import lockfile, written
-from embsearch_dist.errors import UserError
+from embsearch_dist.errors import UserError, naming
 from embsearch_dist.files import read_sealed, write_sealed
 from embsearch_dist.job import job, may_be_restart
 from embsearch_dist.written import LOCK
@@ -176,7 +176,7 @@ def write_text(path: Path, text: str) -> None:
     """Replace a run directory's config.yaml in one step; its checksum is the last line."""
     text = HEAD + text
     checksum, temporary = hashlib.sha256(text.encode()).hexdigest(), path.with_name(f"{path.name}.tmp")
-    with written.listed(path, checksum):
+    with written.listed(path, checksum), naming(path):
         temporary.write_text(f"{text}{SEAL}{checksum}\n", encoding="utf-8")
         temporary.replace(path)
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from embsearch_dist.errors import UserError
+from embsearch_dist.errors import UserError, naming
 
 LIST = "written.json"
 LOCK = "run.lock"
@@ -132,8 +132,9 @@ def _read(home: Path) -> dict[str, list[str]]:
 
 def _write(home: Path, files: dict[str, list[str]]) -> None:
     temporary = home / f"{LIST}.tmp"
-    temporary.write_text(json.dumps({"files": files, "sha256": _seal(files)}, indent=1) + "\n")
-    temporary.replace(home / LIST)
+    with naming(home / LIST):
+        temporary.write_text(json.dumps({"files": files, "sha256": _seal(files)}, indent=1) + "\n")
+        temporary.replace(home / LIST)
 
 
 def _seal(files: dict[str, list[str]]) -> str:

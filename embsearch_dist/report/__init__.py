@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from embsearch_dist.errors import naming
 from embsearch_dist.report import calibration, following, groups, history, served, verdict
 from embsearch_dist.report import networks as architectures
 from embsearch_dist.report import widths as sections
@@ -70,6 +71,7 @@ def write_report(run_dirs: Sequence[Path | str], out: Path | str | None = None) 
     html = page(title, sentences, [p for p in parts if p is not None])
     target = directory / "index.html"
     temporary = target.with_name("index.html.tmp")
-    temporary.write_text(html, encoding="utf-8")
-    temporary.replace(target)
+    with naming(target):
+        temporary.write_text(html, encoding="utf-8")
+        temporary.replace(target)
     return target

@@ -23,6 +23,7 @@ from typing import IO, Any, Self
 
 import numpy as np
 
+from embsearch_dist.errors import naming
 from embsearch_dist.train.lines import HEATMAPS, METRICS, Lines, Sum, compare_lines, stage_of
 from embsearch_dist.train.matrix_picture import draw_matrix
 from embsearch_dist.train.progress import Progress
@@ -85,9 +86,10 @@ class Monitor:
         writer = self._tensorboard_writer()
         if writer is not None:
             prefix = "/".join([self.stage, *(tag for tag in tags.values() if isinstance(tag, str))])
-            for name, number in plain.items():
-                if number is not None:
-                    writer.add_scalar(f"{prefix}/{name}", number, int(step))
+            with naming(self._events):
+                for name, number in plain.items():
+                    if number is not None:
+                        writer.add_scalar(f"{prefix}/{name}", number, int(step))
 
     def heatmap(self, step: int, name: str, matrix: Any, rows: Sequence[str], columns: Sequence[str]) -> None:
         """Record a matrix with named rows and columns, as a ``heatmaps.jsonl`` line and a TensorBoard image.
@@ -135,7 +137,8 @@ class Monitor:
             with matplotlib.rc_context({"text.parse_math": False}):  # a dollar sign in a name is no formula
                 canvas.draw()
             pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-            writer.add_image(f"{self.stage}/{name}", pixels, int(step), dataformats="HWC")
+            with naming(self._events):
+                writer.add_image(f"{self.stage}/{name}", pixels, int(step), dataformats="HWC")
         # A figure made through pyplot lives until it is closed there; one made without it needs nothing.
         pyplot = sys.modules.get("matplotlib.pyplot")
         if pyplot is not None:
@@ -192,7 +195,8 @@ class Monitor:
     def flush(self) -> None:
         """Write buffered TensorBoard events out; the JSONL files are line-buffered and need no flush."""
         if self._writer is not None:
-            self._writer.flush()
+            with naming(self._events):
+                self._writer.flush()
 
     def close(self) -> None:
         """End the progress display and close all files. A later call of any method opens them again."""
@@ -203,6 +207,10 @@ class Monitor:
         self._close_writer()
 
     def _append(self, name: str, body: dict[str, Any]) -> None:
+        with naming(self.run_dir / name):
+            self._write_line(name, json.dumps(body, allow_nan=False))
+
+    def _write_line(self, name: str, line: str) -> None:
         stream = self._files.get(name)
         if stream is None:
             self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -212,9 +220,12 @@ class Monitor:
             self._files[name] = stream
             if torn:
                 stream.write("\n")
-        line = json.dumps(body, allow_nan=False)
         stream.write(line + "\n")
         self._sums[name].add(line)
+
+    @property
+    def _events(self) -> Path:
+        return self.run_dir / "tb" / self.stage
 
     def _tensorboard_writer(self) -> Any:
         """The writer, made on first use: importing TensorBoard takes seconds. None when it is not installed."""
@@ -225,10 +236,11 @@ class Monitor:
                 self._tensorboard = False
                 self.say(f"TensorBoard is not available ({e}); metrics go to {METRICS} only. pip install tensorboard")
                 return None
-            directory = self.run_dir / "tb" / self.stage
+            directory = self._events
             if self._purge_step is not None:
                 _before_now(directory)
-            self._writer = SummaryWriter(str(directory), purge_step=self._purge_step, flush_secs=30)
+            with naming(directory):
+                self._writer = SummaryWriter(str(directory), purge_step=self._purge_step, flush_secs=30)
             self._purge_step = None
         return self._writer
 
@@ -238,14 +250,16 @@ class Monitor:
             self._progress = None
 
     def _close_files(self) -> None:
-        for stream in self._files.values():
-            stream.close()
+        for name, stream in self._files.items():
+            with naming(self.run_dir / name):  # what could not be written is tried once more
+                stream.close()
         self._files.clear()
 
     def _close_writer(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with naming(self._events):
+                writer.close()
 
 
 def _number(value: Any) -> float | int | None:
@@ -273,7 +287,7 @@ def _keep_lines(path: Path, stage: str, step: int, most: int | None = None) -> S
     temporary = path.with_name(path.name + ".tmp")
     # A byte that is no UTF-8 stays what it is: it must not stop the run.
     opened = partial(open, encoding="utf-8", errors="surrogateescape", newline="\n")
-    with opened(path) as source, opened(temporary, "w") as target:
+    with naming(path), opened(path) as source, opened(temporary, "w") as target:
         for line in source:
             place = stage_of(line)
             if place is None:  # cut off by a crash: nothing can read it
