@@ -13,8 +13,10 @@ It gives ``logit`` and ``probability``, each ``[B]`` float32.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
+import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -157,6 +159,18 @@ def _check_room(traced: Any, path: Path) -> None:
             f"--out: {path.name} takes up to {(needed + CODE_BYTES) / 1e6:,.0f} MB, the disk has {free / 1e6:,.1f} MB "
             "left. Make room, or give another --out"
         )
+    try:
+        with path.open("wb") as file:  # what is free may not be ours: a quota, a limit of the process
+            os.posix_fallocate(file.fileno(), 0, needed + CODE_BYTES)
+    except OSError as e:
+        if e.errno in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that reserves nothing
+            return
+        raise UserError(
+            f"--out: {path.name} takes up to {(needed + CODE_BYTES) / 1e6:,.0f} MB, which the system does not give "
+            f"({e.strerror}). Make room, raise the limit, or give another --out"
+        ) from e
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def save_onnx(program: Program, traced: Any, path: Path) -> None:

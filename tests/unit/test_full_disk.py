@@ -8,11 +8,16 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
+from embsearch_dist.errors import UserError
 from embsearch_dist.files import read_json, write_json
 from embsearch_dist.rundir import write_text
+from embsearch_dist.serving import programs
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.written import listed
 
@@ -36,6 +41,20 @@ def list_many(folder: Path) -> None:
     for k in range(40):
         with listed(folder / f"{k}.json", "0" * 64):
             pass
+
+
+@pytest.mark.parametrize("save", [programs.save_torch, programs.save_aoti])
+def test_a_limit_beside_the_free_space_is_told_before_torch_writes(
+    tmp_path: Path, save: Callable[[Any, Path], None]
+) -> None:
+    """torch's writer of archives would end the process, as under a quota."""
+    traced = SimpleNamespace(state_dict={"table": torch.zeros(9, 4)}, constants={})
+    with (
+        small_disk(),
+        pytest.raises(UserError, match=r"p\.pt2 takes up to 8 MB, which the system does not give \(File"),
+    ):
+        save(traced, tmp_path / "p.pt2")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
