@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from embsearch_dist.data.formats import open_source
 from embsearch_dist.data.formats.columns import Bag, Rows
 from embsearch_dist.data.prepare.pipeline import prepare
 from embsearch_dist.errors import UserError
@@ -24,6 +27,18 @@ def test_cells_of_every_form_become_the_same_lists() -> None:
     numbers = cell_rows(v=[[1, 2], [], None, [3, None]]).bag("v", Bag())
     assert numbers.to_list() == [["1", "2"], [], [], ["3"]]
     assert cell_rows(v=[None, None]).bag("v", Bag()).to_list() == [[], []]
+
+
+def test_lists_of_one_length_with_gaps_are_read_from_any_part_of_a_file(tmp_path: Path) -> None:
+    """A column of categories makes pyarrow cut the row groups out of one array of lists."""
+    lists = [["a", "b"], None, ["c", None], ["d", "a"], None, ["b", "b"]]
+    user = pa.array(["u", "v"] * 3).dictionary_encode()
+    table = pa.table({"y": [0, 1] * 3, "user": user, "v": pa.array(lists, pa.list_(pa.string(), 2))})
+    pq.write_table(table, tmp_path / "c.parquet", row_group_size=2)
+    (tmp_path / "s.yaml").write_text("files: c.parquet\nlabel: y\nfields: {user: categorical, v: {kind: list}}\n")
+    chunks = open_source("table", tmp_path / "s.yaml").chunks()
+    found = [row for chunk in chunks for row in chunk.frame["v"].to_list()]
+    assert found == [["a", "b"], [], ["c"], ["d", "a"], [], ["b", "b"]]
 
 
 def test_weights_of_every_form_belong_to_their_values() -> None:

@@ -251,6 +251,9 @@ def _cells(agreed: Agreed, file: Path, first: int, batch: pa.RecordBatch, spelli
 def _as_plain(column: pa.Array) -> pa.Array:
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
+    if pa.types.is_fixed_size_list(column.type) and column.null_count:
+        # pyarrow cuts a batch out of a longer array, and polars then takes the nulls of a part with the values of all.
+        column = column.take(pa.array(range(len(column)), pa.int64()))
     wanted = plain(column.type)
     return column if column.type == wanted else column.cast(wanted)
 
