@@ -77,11 +77,19 @@ class Spelling:
         return frame.select(text.cast(pl.Float64, strict=False)).to_series().alias(raw.name)
 
     def whole(self, text: pl.Series) -> pl.Series:
-        """Text of whole numbers without the ``.0`` (or ``,0``) that some programs write behind them."""
+        """Text of whole numbers without the ``.0`` (or ``,0``) that some programs write behind them.
+
+        Null where only these digits tell the text from a missing value: -1.0 is missing where -1 is.
+        """
         mark, digits = re.escape(self.decimal), r"\d+"
         if self.thousands:
             digits = rf"(?:\d{{1,3}}(?:{re.escape(self.thousands)}\d{{3}})+|\d+)"
-        return text.str.replace(rf"^([+-]?{digits}){mark}0+$", "$1")
+        pattern = rf"^([+-]?{digits}){mark}0+$"
+        found = text.str.replace(pattern, "$1")
+        if not self.missing:
+            return found
+        missing = pl.Series(self.missing, dtype=pl.String).str.replace(pattern, "$1")
+        return found.set(found.is_in(missing.implode()).fill_null(False), None)
 
     def _bare(self, raw: pl.Series) -> pl.Series:
         """The cells without the blanks around them, where these do not count."""

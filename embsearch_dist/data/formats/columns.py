@@ -334,6 +334,8 @@ class Rows:
         if raw.dtype.is_nested() or raw.dtype in (pl.Binary, pl.Object):
             raise UserError(f"{self.where(0)}, column {column!r}: type {raw.dtype} is no category. Make it text")
         text = text_of(self.spelling.present(raw))
+        if not (raw.dtype == pl.String or raw.dtype.is_numeric()):
+            text = self.spelling.present(text)  # a date may be missing, too, and has no text before
         return text.set(text == "", None) if (text == "").any() else text
 
     def convert(self, column: Column, raw: str) -> pl.Series:
