@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 
+from embsearch_dist.data.formats.cells import text_of
 from embsearch_dist.data.prepare.encode import standardised
 from embsearch_dist.data.sources.registry import schema_of
 from embsearch_dist.data.sources.tables import frame_of
+from embsearch_dist.data.store.bags import offsets_of
 from embsearch_dist.errors import UserError
 from embsearch_dist.schema import RAW_VALUES, SPLITS, Field, Schema
 
@@ -103,7 +106,7 @@ class ArraySource:
         missing = [n for n in [*self.vocabulary, *self._scale] if n not in frame.columns]
         if missing:
             raise UserError(f"data source: column {missing[0]!r} is missing")
-        ids = [self._ids(n, isinstance(frame[n].dtype, pl.List)) for n in self.vocabulary]
+        ids = [self._ids(frame[n]) for n in self.vocabulary]
         return frame.with_columns(*ids, *(self._standard(frame, n) for n in self._scale))
 
     def _frame(self, splits: Mapping[str, Any], split: str, columns: Sequence[str]) -> pl.DataFrame:
@@ -145,7 +148,7 @@ class ArraySource:
         equals the lesser."""
         for name in self._fields:
             column = train[name]
-            values = _flat(column).drop_nulls()
+            values = _without_nan(_flat(column)).drop_nulls()
             if (known := self.vocabulary.get(name)) is not None and len(known):
                 self.vocabulary[name] = _extended(name, known, values, self._min_count)
                 continue
@@ -178,17 +181,24 @@ class ArraySource:
         except pl.exceptions.PolarsError as e:
             raise UserError(f"data source: a dense column or the label does not hold numbers ({e})") from e
 
-    def _ids(self, name: str, lists: bool) -> pl.Expr:
-        known = self.vocabulary[name]
+    def _ids(self, column: pl.Series) -> pl.Series:
+        """The ids of raw values, int32, or lists of them.
+
+        Raises:
+            UserError: the values are of a type that cannot be compared with that of the training rows.
+        """
+        known = self.vocabulary[column.name]
         new = pl.int_range(1, len(known) + 1, dtype=pl.Int32, eager=True)
-
-        def of(values: pl.Expr) -> pl.Expr:
-            if not len(known):  # nothing but gaps in training
-                return values.is_null().cast(pl.Int32) * 0
-            values = values.cast(known.dtype, strict=False)
-            return values.replace_strict(known, new, default=0, return_dtype=pl.Int32).fill_null(0)
-
-        return pl.col(name).fill_null([]).list.eval(of(pl.element())) if lists else of(pl.col(name))
+        values = _flat(column)
+        if len(known):
+            alike = _alike(values, known.dtype)
+            ids = alike.replace_strict(known, new, default=0, return_dtype=pl.Int32).fill_null(0)
+        else:  # nothing but gaps in training
+            ids = pl.zeros(len(values), pl.Int32, eager=True)
+        if not isinstance(column.dtype, pl.List):
+            return ids.alias(column.name)
+        offsets = offsets_of(column.list.len().fill_null(0).to_numpy().astype(np.int64))
+        return pl.Series(column.name, pa.LargeListArray.from_arrays(pa.array(offsets), ids.rechunk().to_arrow()))
 
     def _standard(self, frame: pl.DataFrame, name: str) -> pl.Series:
         x = frame[name].cast(pl.Float64).to_numpy()
@@ -240,6 +250,36 @@ def _flat(column: pl.Series) -> pl.Series:
         return column
     column = column.fill_null([])
     return column.filter(column.list.len() > 0).explode()
+
+
+def _without_nan(values: pl.Series) -> pl.Series:
+    """NaN is a gap in every table, as it is in one of pandas."""
+    return values.fill_nan(None) if values.dtype.is_float() else values
+
+
+def _alike(values: pl.Series, kind: pl.DataType) -> pl.Series:
+    """Values in the type of a vocabulary; null for those that this type has not: 1.7 is not the whole number 1.
+
+    Raises:
+        UserError: types that are not compared.
+    """
+    values, own = _without_nan(values), values.dtype
+    if own in (kind, pl.Null):
+        return values.cast(kind)
+    if kind == pl.String and not own.is_nested():
+        return text_of(values)  # 7.0 is the text 7, as in files
+    numbers, moments = own.is_numeric() and kind.is_numeric(), False
+    if isinstance(own, pl.Datetime) and isinstance(kind, pl.Datetime):
+        moments = (own.time_zone is None) == (kind.time_zone is None)
+    if not (numbers or moments or own == pl.String):
+        raise UserError(
+            f"data source: field {values.name!r} holds {own}, but {kind} in the rows that its ids are of. "
+            "Give both one type"
+        )
+    found = values.cast(kind, strict=False)
+    if own == pl.String or (own.is_float() and kind.is_float()):
+        return found
+    return found.set((found.cast(own, strict=False) != values).fill_null(False), None)
 
 
 def _extended(name: str, known: pl.Series, values: pl.Series, min_count: int) -> pl.Series:
