@@ -60,3 +60,36 @@ def test_a_value_is_another_one_only_where_both_are_equal(train: Any, later: Any
 def test_values_that_cannot_be_compared_are_refused(train: list, later: list, says: str) -> None:
     with pytest.raises(es.UserError, match=says):
         ids(train, later)
+
+
+def test_whole_numbers_may_come_before_others_in_a_list() -> None:
+    assert ids([1, 2.5, None], [2.5, 1]) == [2, 1]
+
+
+def rows(**columns: list) -> dict[str, list]:
+    return {"user": [1, 2], "label": [0, 1], **columns}
+
+
+def test_parts_of_a_split_may_have_more_columns_in_any_order() -> None:
+    parts = [rows(), {"label": [True, False], "z": ["a", "b"], "user": [1.0, 3.0]}, rows(user=[None, None])]
+    own = es.ArraySource(["user"], {"train": parts, "validation": rows(), "test": rows(user=[3, 7])}, raw=True)
+    assert own.rows("train") == 6 and own.read("test", 0, 2)["user"].to_list() == [3, 0]
+
+
+@pytest.mark.parametrize(
+    ("train", "says"),
+    [
+        ([rows(), {"label": [1, 0]}], "split 'train': column 'user' is missing"),
+        (
+            [rows(), rows(user=["a", "b"])],
+            "split 'train': column 'user' is Int64 in one .* and String in another. Give",
+        ),
+        ([rows(), rows(user=[True, False])], "split 'train': column 'user' is Int64 in one .* and Boolean in another"),
+        ([rows(), rows(user=[[1], [2]])], r"split 'train': column 'user' is Int64 .* and List\(Int64\) in another"),
+        (rows(user=[1, "x"]), "split 'train': columns must have one length, and each one type .*: give a pandas"),
+        (rows(user=[1, 2, 3]), "split 'train': columns must have one length"),
+    ],
+)
+def test_tables_that_do_not_go_together_are_told_in_one_line(train: Any, says: str) -> None:
+    with pytest.raises(es.UserError, match=says):
+        es.ArraySource(["user"], {"train": train, "validation": rows(), "test": rows()}, raw=True)

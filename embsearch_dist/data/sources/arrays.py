@@ -114,9 +114,11 @@ class ArraySource:
             raise UserError(f"data source: the split {split!r} is missing; give {', '.join(SPLITS)}")
         table = splits[split]
         if isinstance(table, Iterator | list | tuple):
-            parts = [frame_of(part) for part in table]
+            parts = [self._frame({split: part}, split, columns) for part in table]
             if not parts:
                 raise UserError(f"data source: the split {split!r} has no rows")
+            for name in parts[0].columns:
+                _check_types(f"data source, split {split!r}", name, [p[name] for p in parts], name in self._fields)
             table = pl.concat(parts, how="vertical_relaxed")
         try:
             frame = frame_of(table)
@@ -250,6 +252,27 @@ def _flat(column: pl.Series) -> pl.Series:
         return column
     column = column.fill_null([])
     return column.filter(column.list.len() > 0).explode()
+
+
+def _check_types(where: str, name: str, columns: Sequence[pl.Series], values: bool) -> None:
+    """Raises ``UserError`` unless the parts of a column are of one type, or hold numbers.
+
+    Args:
+        values: it is a field: a boolean is no number there.
+    """
+    kinds: dict[str, pl.DataType] = {}
+    for column in columns:
+        inner = column.dtype.inner if isinstance(column.dtype, pl.List) else column.dtype
+        if inner == pl.Null:
+            continue
+        number = inner.is_numeric() or (inner == pl.Boolean and not values)
+        kind = (
+            "number" if number else str(pl.Datetime("us", inner.time_zone) if isinstance(inner, pl.Datetime) else inner)
+        )
+        kinds.setdefault(f"list of {kind}" if isinstance(column.dtype, pl.List) else kind, column.dtype)
+    if len(kinds) > 1:
+        one, other = list(kinds.values())[:2]
+        raise UserError(f"{where}: column {name!r} is {one} in one of its tables and {other} in another. Give one type")
 
 
 def _without_nan(values: pl.Series) -> pl.Series:

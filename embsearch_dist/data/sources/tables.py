@@ -21,7 +21,11 @@ def frame_of(table: Any) -> pl.DataFrame:
     if isinstance(table, pl.DataFrame):
         return table
     if isinstance(table, Mapping):
-        return pl.DataFrame(dict(table))
+        try:
+            return pl.DataFrame({name: _column(values) for name, values in table.items()})
+        except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError) as e:
+            told = " ".join(str(e).split())[:120]
+            raise UserError(f"columns must have one length, and each one type ({told}): {TABLES}") from e
     if type(table).__module__.partition(".")[0] == "pandas":
         return pl.from_pandas(table)
     try:
@@ -31,3 +35,10 @@ def frame_of(table: Any) -> pl.DataFrame:
     if isinstance(found, pl.Series):
         raise UserError(f"one column is no table: {TABLES}")
     return found
+
+
+def _column(values: Any) -> Any:
+    """Values as polars takes them: in a list, whole numbers may come before others."""
+    if isinstance(values, list) and {type(v) for v in values} - {type(None)} == {int, float}:
+        return [None if v is None else float(v) for v in values]
+    return values
