@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import subprocess
 import sys
 from pathlib import Path
@@ -265,3 +266,31 @@ def write_public(format: str, folder: Path) -> tuple[Path, Path, str]:
         (path / "training.txt").write_text(head + "\t".join("2 11 3 4 2 1 5 6 7 8 9".split()) + "\n")
         (path / "userid_profile.txt").write_text("9\t1\t3\n")
     return two[0], two[1], "user_id"
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("cells", ["\t\t\t\n" * 2, " \t\t\t\n\t\t\t\n"])
+def test_a_part_of_blank_cells_has_rows(model: ModelDirectory, tmp_path: Path, cells: str, compressed: bool) -> None:
+    (tmp_path / "parts").mkdir()
+    for k, rows in enumerate(("u1\t5\t0\t1\n", cells, "")):
+        data = f"user\tprice\tx\tz\n{rows}".encode()
+        (tmp_path / "parts" / f"{k}.tsv").write_bytes(gzip.compress(data) if compressed else data)
+    assert predict(Job(model.path, tmp_path / "parts", tmp_path / "scores")).rows == 3
+
+
+@pytest.mark.parametrize("end", ["\n", "\n\n", "\r\n"])
+@pytest.mark.parametrize("first", ["u1\n", '"u1"\n', ""])
+def test_blank_lines_at_the_end_of_one_column_may_be_rows_and_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, first: str
+) -> None:
+    table = Description.of({"format": "table", "columns": [{"name": "user", "kind": "categorical"}]}, "here")
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "1.csv").write_text("user\nu1\n\nu2\n")
+    (tmp_path / "parts" / "2.csv").write_bytes(f"user\n{first}".encode())
+    columns = [c.frame for c in table.open(tmp_path / "parts", "table", Reading(False)).chunks()]
+    assert pl.concat(columns)["user"].to_list() == ["u1", None, "u2", *(["u1"] if first else [])]
+    (tmp_path / "parts" / "2.csv").write_bytes(f"user\n{first}{end}".encode())
+    for block_bytes in (2, blocks.BLOCK_BYTES):
+        monkeypatch.setattr(blocks, "BLOCK_BYTES", block_bytes)
+        with pytest.raises(UserError, match='2.csv: it has one column, .* Remove the line, or write "" in it'):
+            [c.frame for c in table.open(tmp_path / "parts", "table", Reading(False)).chunks()]

@@ -144,11 +144,12 @@ def read_start(path: Path, encoding: str) -> tuple[bytes, str]:
         stream.close()
 
 
-def has_rows(path: Path, encoding: str) -> bool:
-    """Whether anything but blank lines follows the header."""
+def has_rows(path: Path, encoding: str, separator: str) -> bool:
+    """Whether anything but line ends follows the header; blanks and tabs may be cells, and of one column line ends."""
     start, _ = read_start(path, encoding)
-    _, _, rest = start.lstrip().partition(b"\n")
-    return bool(rest.strip()) or len(start) > 1 << 19
+    header, _, rest = start.lstrip(b"\r\n").partition(b"\n")
+    cells = rest if separator.encode() not in header else rest.strip(b"\r\n")
+    return bool(cells) or len(start) > 1 << 19
 
 
 _ENCODING_HINT = "Save it as UTF-8, or write `encoding: latin-1` in the source file"
@@ -183,6 +184,7 @@ def _seek_blocks(stream: Stream, layout: Layout, block_bytes: int) -> Iterator[B
     stop = size
     while stop > start and _at(file, stop - 1, 1) in (b"\r", b"\n"):
         stop -= 1
+    _check_end(path, layout, _at(file, stop, size - stop), 1)
     if layout.header:
         start = min(_behind_line_end(path, file, start, stop), stop)
     if start == stop:
@@ -192,6 +194,13 @@ def _seek_blocks(stream: Stream, layout: Layout, block_bytes: int) -> Iterator[B
         load, line = partial(_load, path, start, end), partial(_line_at, path, start)
         yield Block(path, load, line, end - start, False, stream.encoding)
         start = end
+
+
+def _check_end(path: Path, layout: Layout, tail: bytes, own: int) -> None:
+    """Refuse blank lines at the end of a file where they may be rows; ``own``: line ends of what is before them."""
+    if len(layout.columns) == 1 and tail.count(b"\n") > own:
+        told = "it has one column, so a blank line at its end may be a missing value or nothing"
+        raise UserError(f'{path}: {told}. Remove the line, or write "" in it')
 
 
 def _at(file: BinaryIO, offset: int, size: int) -> bytes:
@@ -244,7 +253,8 @@ def _read_blocks(stream: Stream, layout: Layout, block_bytes: int) -> Iterator[B
         if start_of_file:
             data, start_of_file = data.removeprefix(UTF8_MARK), False
         if end_of_file:
-            data = data.rstrip(b"\r\n")
+            whole, data = data, data.rstrip(b"\r\n")
+            _check_end(path, layout, whole[len(data) :], 1 if data else 0)
             if not data:
                 break
             data += b"\n"

@@ -117,7 +117,7 @@ def _open_text(
     delimiter = spec.delimiter or DELIMITERS[kind]
     layouts = {}
     for file in files:
-        if len(files) > 1 and not has_rows(file, spec.encoding):
+        if len(files) > 1 and not has_rows(file, spec.encoding, delimiter):
             continue
         header = read_header(file, delimiter, spec.encoding, spec.quoted, spec.spelling.trim)
         _check_names(spec, uses, file, header, delimiter)
