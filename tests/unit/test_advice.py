@@ -133,6 +133,25 @@ def test_the_script_prints_warnings_even_when_quiet(tmp_path: Path) -> None:
     assert "warning: the validation split has no click: AUC is undefined there" in done.stderr
 
 
+def test_ids_that_are_all_written_with_a_point_are_told() -> None:
+    found = advice.of_spellings("user", pl.Series(["17.0", "2.0"]))
+    assert found is not None and found.startswith("all values of 'user' are written like 17.0") and "say 17," in found
+    assert "user: {kind: categorical, whole_numbers: true}" in found
+    assert advice.of_spellings("user", pl.Series(["7,0"]), Spelling(decimal=","), lists=True) is not None
+    for values in (["17.0", "x"], ["17.0", "2.5"], ["10", "20"], ["7.0", "10"], []):
+        assert advice.of_spellings("user", pl.Series(values, dtype=pl.String)) is None
+
+
+def test_a_field_without_any_id_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("y,u,v,w\n" + "".join(f"{i % 2},{i % 3},{i},\n" for i in range(120)))
+    (tmp_path / "s.yaml").write_text(
+        "files: a.csv\nlabel: y\nfields: {u: categorical, v: categorical, w: categorical}\n"
+    )
+    found = prepare("table", tmp_path / "s.yaml", tmp_path / "out", quiet=True, min_count=5).provenance["warnings"]
+    told = [text for text in found if "nothing can be learned" in text]  # type: ignore[attr-defined]
+    assert len(told) == 1 and "values of 'v' in the training rows has an id" in told[0]
+
+
 def test_a_value_with_and_without_blanks_is_told() -> None:
     found = advice.of_spellings("shop", pl.Series([" a", "a", "b ", " c", "c", "10"]))
     assert found is not None and found.startswith("'shop' has 2 values with and without blanks") and "' a'" in found

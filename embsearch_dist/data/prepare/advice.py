@@ -190,9 +190,30 @@ def _of_points(name: str, values: pl.Series, spelling: Spelling, kind: str) -> s
     whole = spelling.whole(pointed)
     twice = pointed.filter((whole != pointed) & whole.is_in(values.implode()))
     if not len(twice):
-        return None
+        return _of_points_alone(name, values, whole, kind)
     one = twice.head(1)
     return (
         f"{name!r} has {len(twice):,} values written in two ways, such as {spelling.whole(one)[0]} and {one[0]}. "
         f"If they are the same: {name}: {{kind: {kind}, whole_numbers: true}}"
+    )
+
+
+def _of_points_alone(name: str, values: pl.Series, whole: pl.Series, kind: str) -> str | None:
+    """A warning where all values are whole numbers with a point, ``whole`` without it: pandas writes a column of whole
+    numbers so that has gaps."""
+    if len(whole) < len(values) or not len(values) or (whole == values).any():
+        return None
+    return (
+        f"all values of {name!r} are written like {values[0]}. Rows to be predicted that hold numbers (Parquet, JSON) "
+        f"say {whole[0]}, another value. If they are whole numbers: {name}: {{kind: {kind}, whole_numbers: true}}"
+    )
+
+
+def of_rare(name: str, cardinality: int, distinct: int) -> str | None:
+    """A warning where a field has values, but none with an id: each is in too few training rows, or was not known."""
+    if cardinality > 1 or distinct == 0:
+        return None
+    return (
+        f"none of the {distinct:,} values of {name!r} in the training rows has an id of its own: all rows have id 0, "
+        "so nothing can be learned from it. Lower --min-count (or extend the --vocabulary), or remove it"
     )

@@ -309,6 +309,7 @@ def _warnings(
     dense = [c.name for c in source.columns if c.kind == "dense"]
     found: list[str | None] = [*advice.of_splits(rows, clicks), *advice.of_leaks(parts, fields, ids, dense)]
     for f, book in zip(fields, books, strict=True):
+        found.append(advice.of_rare(f.name, f.cardinality, book["distinct"]))
         if not f.is_list:
             cells = round(rows["train"] * (1 - book["missing_share"]))
             found.append(advice.of_identity(f.name, book["distinct"], cells))
