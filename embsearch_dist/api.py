@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
 import torch.distributed as dist
 
@@ -31,7 +32,7 @@ from embsearch_dist.data.sources.arrays import ArraySource
 from embsearch_dist.data.sources.registry import GIVEN, handed_over, register_source, schema_of
 from embsearch_dist.data.sources.source import DataSource
 from embsearch_dist.data.sources.split import SourceSplit
-from embsearch_dist.data.sources.tables import frame_of
+from embsearch_dist.data.sources.tables import TABLES, frame_of
 from embsearch_dist.errors import UserError
 from embsearch_dist.grouped import GroupedAllocation
 from embsearch_dist.library.supernet import Supernet
@@ -241,7 +242,10 @@ class Model:
         # By way of a file, because that is how types, missing values and formats are read alike everywhere.
         with tempfile.TemporaryDirectory(prefix="embsearch-") as folder:
             file = Path(folder) / "rows.parquet"
-            frame.write_parquet(file)
+            try:
+                frame.write_parquet(file)
+            except pl.exceptions.PolarsError as e:
+                raise UserError(f"a column cannot be read ({' '.join(str(e).split())[:120]}): {TABLES}") from e
             scorer = Scorer(Job(self.directory.path, file, Path(folder) / "unused", "table"), self.directory)
             parts = [scorer.score(chunk)[0] for chunk in scorer.source.chunks()]
         return np.concatenate([part[column].to_numpy() for part in parts]).astype(np.float32)

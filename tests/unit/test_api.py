@@ -226,6 +226,10 @@ def test_rows_that_cannot_be_predicted(data: Path, tmp_path: Path) -> None:
     exported(run, single(run), tmp_path / "model")
     model = es.load_model(tmp_path / "model")
     assert model.predict(pl.DataFrame({"left": []})).shape == (0,)
+    twice = pa.Table.from_arrays([pa.array([1])] * 2, names=["left", "left"])
+    for table in (twice, pl.DataFrame({"left": pl.Series([object()], dtype=pl.Object)})):
+        with pytest.raises(es.UserError, match="a column cannot be read .*: give a pandas or polars frame"):
+            model.predict(table)
     with pytest.raises(UserError, match="right"):
         model.predict({"left": [1], "big": [2], "x": [0.5]})
     with pytest.raises(UserError, match="int is no table"):

@@ -30,6 +30,8 @@ def frame_of(table: Any) -> pl.DataFrame:
         return pl.from_pandas(table)
     try:
         found = pl.from_arrow(table)
+    except pl.exceptions.PolarsError as e:
+        raise UserError(f"a column cannot be read ({' '.join(str(e).split())[:120]}): {TABLES}") from e
     except (TypeError, ValueError) as e:
         raise UserError(f"{type(table).__name__} is no table: {TABLES}") from e
     if isinstance(found, pl.Series):
