@@ -279,3 +279,11 @@ def test_a_wrong_delimiter_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Try `delimiter: 'tab'`"):
         read(tmp_path, "a.csv")
     assert read(tmp_path, "a.csv", "delimiter: tab")["u"].to_list() == ["a"]
+
+
+def test_a_column_in_the_names_of_folders_is_told(tmp_path: Path) -> None:
+    (tmp_path / "day=1").mkdir()
+    pq.write_table(pa.table({"y": [1, 0], "u": ["a", "b"]}), tmp_path / "day=1" / "a.parquet")
+    (tmp_path / "s.yaml").write_text("files: 'day=*/*'\nlabel: y\nfields: {u: categorical, day: categorical}\n")
+    with pytest.raises(UserError, match="no column 'day'. Names of folders, as day=1, are not read as columns. Write"):
+        open_source("table", tmp_path / "s.yaml")

@@ -143,6 +143,9 @@ def _check_names(spec: TableSource, uses: _Uses, file: Path, names: tuple[str, .
             if column in (name.strip() for name in names) and delimiter:
                 advice = "There are blanks around its name. Write `spaces: trim`"
             better = [d for d in OTHERS if delimiter not in ("", d) and column in _names_by(spec, file, d)]
+            folder = next((part for part in file.parts[:-1] if part.startswith(f"{column}=")), "")
+            if folder:
+                advice = f"Names of folders, as {folder}, are not read as columns. Write it into the files"
             if better:
                 shown = "tab" if better[0] == "\t" else better[0]
                 advice = f"Its first line is cut by {delimiter!r}. Try `delimiter: {shown!r}`"
