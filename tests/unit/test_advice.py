@@ -149,7 +149,8 @@ def test_a_field_without_any_id_is_told(tmp_path: Path) -> None:
     )
     found = prepare("table", tmp_path / "s.yaml", tmp_path / "out", quiet=True, min_count=5).provenance["warnings"]
     told = [text for text in found if "nothing can be learned" in text]  # type: ignore[attr-defined]
-    assert len(told) == 1 and "values of 'v' in the training rows has an id" in told[0]
+    assert len(told) == 2 and "values of 'v' in the training rows has an id" in told[0]
+    assert told[1].startswith("'w' has no value in the training rows")
 
 
 def test_a_value_with_and_without_blanks_is_told() -> None:

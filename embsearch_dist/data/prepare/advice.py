@@ -210,9 +210,12 @@ def _of_points_alone(name: str, values: pl.Series, whole: pl.Series, kind: str) 
 
 
 def of_rare(name: str, cardinality: int, distinct: int) -> str | None:
-    """A warning where a field has values, but none with an id: each is in too few training rows, or was not known."""
-    if cardinality > 1 or distinct == 0:
+    """A warning where no value of a field has an id: each is in too few training rows, or was not known, or none is
+    there."""
+    if cardinality > 1:
         return None
+    if distinct == 0:
+        return f"{name!r} has no value in the training rows, so nothing can be learned from it. Remove it"
     return (
         f"none of the {distinct:,} values of {name!r} in the training rows has an id of its own: all rows have id 0, "
         "so nothing can be learned from it. Lower --min-count (or extend the --vocabulary), or remove it"
