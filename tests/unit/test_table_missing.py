@@ -36,3 +36,14 @@ def test_dates_and_timestamps_may_be_missing(tmp_path: Path) -> None:
     assert frame["d"].to_list() == [None, "2024-03-05", None]
     assert frame["h"].to_list() == [None, "2024-03-05 07:00:00", None]
     assert frame["l"].to_list() == [["2024-03-05"], [], []]
+
+
+@pytest.mark.parametrize(("kind", "top"), [(pa.int64(), 2**63 - 1), (pa.uint64(), 2**64 - 1)])
+def test_the_neighbours_of_a_large_missing_number_are_values(tmp_path: Path, kind: pa.DataType, top: int) -> None:
+    ids = [top, top - 1, 7, None, 9]
+    lists = pa.array([[top, top - 1], [], None, [7], [9]], pa.list_(kind))
+    table = {"y": [1, 0, 1, 0, 1], "u": pa.array(ids, kind), "l": lists}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    frame = read(tmp_path, "a.parquet", "u: categorical, l: list", f"missing: ['{top}', '7.0', '9.5', x, inf, -1]")
+    assert frame["u"].to_list() == [None, str(top - 1), None, None, "9"]
+    assert frame["l"].to_list() == [[str(top - 1)], [], [], [], ["9"]]

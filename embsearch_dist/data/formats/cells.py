@@ -40,8 +40,23 @@ class Spelling:
             return raw
         texts = pl.Series(self.missing, dtype=pl.String)
         plain = texts.cast(pl.Float64, strict=False)
-        numbers = pl.select(pl.coalesce(plain, self.number(texts))).to_series().drop_nulls()
+        numbers = pl.select(pl.coalesce(plain, self.number(texts))).to_series()
+        if raw.dtype.is_integer():
+            return raw.set(raw.is_in(self._whole_missing(numbers, raw.dtype).implode()).fill_null(False), None)
+        numbers = numbers.drop_nulls()
         return raw.set(raw.cast(pl.Float64).is_in(numbers.implode()).fill_null(False), None)
+
+    def _whole_missing(self, numbers: pl.Series, kind: pl.DataType) -> pl.Series:
+        """The whole numbers that mean missing, in a type of integers: a float64 would merge those from 2^53 on.
+
+        Args:
+            numbers: float64 of each of the missing texts, null where it spells none.
+        """
+        pairs = [(text, number) for text, number in zip(self.missing, numbers, strict=True) if number is not None]
+        exact = [
+            int(t) if re.fullmatch(r"[+-]?\d{1,30}", t) else int(x) for t, x in pairs if x % 1 == 0 and abs(x) < 2e19
+        ]
+        return pl.Series(exact, dtype=pl.Int128).cast(kind, strict=False).drop_nulls()
 
     def numbers(self, raw: pl.Series) -> tuple[pl.Series, pl.Series]:
         """The cells and the float64 they spell; both null where a text spells the number of a missing value.
