@@ -204,7 +204,7 @@ def _picture(run: Run, place: int, runs: Sequence[Run], directory: Path) -> str:
 
 def _table(shown: Sequence[Run], runs: Sequence[Run]) -> str:
     """The best networks of each run, with what became of those that were trained."""
-    costed = any(_with_cost(r) for r in shown)
+    costed = any(r.evolution is not None and _costed(r.evolution) for r in shown)
     timed = any(n.number("latency") > 0 for r in shown for n in best(r))
     trained = _trained(shown, runs)
     lines, said = [], ""
@@ -373,10 +373,6 @@ def _scored(runs: Sequence[Run]) -> Run | None:
 
 def _costed(evolution: Evolution) -> bool:
     return bool(evolution.setting("cost_weight", 0.0))
-
-
-def _with_cost(run: Run) -> bool:
-    return run.evolution is not None and _costed(run.evolution)
 
 
 def _score(evolution: Evolution) -> str:
