@@ -10,6 +10,7 @@ import pytest
 
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.errors import UserError
+from embsearch_dist.files import write_json
 from embsearch_dist.train.metrics import evaluate
 from embsearch_dist.train.monitor import Monitor
 from embsearch_dist.train.retrain import STAGE, SubnetTask, load_best
@@ -126,6 +127,7 @@ def evaluate_many(rank: int, world_size: int, data: str, directory: str) -> list
     for i, case in enumerate(CASES):
         run = open_run(small_config(data, f"{directory}/{i}", *case), rank_context(rank, world_size))
         allocation = Allocation.uniform(run.schema, 8)
+        write_json(Path(directory, str(i), "training.json"), {})  # as retrain.py leaves it at the end
         task = load_best(run.config, allocation, run.context, Path(directory, str(i)))
         task.model.eval()
         found.append(evaluate(task.predict, streams(run)[1].epoch(0), run.context))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
+from embsearch_dist import rundir
 from embsearch_dist.allocation import Allocation
 from embsearch_dist.models.model import SubnetModel
 from embsearch_dist.train import signals
@@ -78,6 +79,7 @@ def test_an_error_that_something_makes_of_a_signal_is_not_told(
             raise error("no attribute") from None
 
     monkeypatch.setattr(sys, "argv", ["search.py"])
+    monkeypatch.setattr(rundir, "_anew", set())  # other tests of this process empty directories, which would be told
     with pytest.raises(SystemExit) as ended:
         run_main(main, None)
     assert ended.value.code == signals.EXIT_CODE
