@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from embsearch_dist import written
@@ -30,6 +31,15 @@ def is_whole(path: Path, expected: dict[str, object]) -> bool:
         return path.stat().st_size == expected["bytes"] and digest(path)["sha256"] == expected["sha256"]
     except OSError:
         return False
+
+
+def states(files: Iterable[Path]) -> dict[str, list[int]]:
+    """Bytes and time of the last change (ns) of each file, by its path: whether files are still what they were.
+
+    Raises:
+        OSError: one is gone; names it.
+    """
+    return {str(f.resolve()): [(told := f.stat()).st_size, told.st_mtime_ns] for f in files}
 
 
 def temporary(path: Path) -> Path:

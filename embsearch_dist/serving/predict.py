@@ -275,7 +275,7 @@ class _Seen:
     """What the first process has found, and all have to: the model's seal, and the states of the files."""
 
     seal: str
-    states: list[tuple[str, int, int]]
+    states: dict[str, list[int]]
 
     def check(self, scorer: Scorer) -> None:
         """Raises:

@@ -5,7 +5,7 @@ them, and which columns are kept, in what types.
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -17,6 +17,7 @@ from embsearch_dist.data.formats.described import Description
 from embsearch_dist.data.formats.inputs import shown
 from embsearch_dist.data.formats.opening import PARQUET, packing
 from embsearch_dist.errors import UserError
+from embsearch_dist.files import states
 
 MARK = b"embsearch_dist.scores"
 ONCE_MORE = "Start again once the input is whole"
@@ -75,19 +76,19 @@ def refuse_scores(source: Description, input: Path, format: str) -> None:
                 raise UserError(f"--input {input}: {file} holds scores of an earlier call, not rows. Move it elsewhere")
 
 
-def states_of(files: Sequence[Path]) -> list[tuple[str, int, int]]:
-    """Path, bytes and time of the last change of files, to see whether they are still what they were.
+def states_of(files: Sequence[Path]) -> dict[str, list[int]]:
+    """:func:`files.states` of the input.
 
     Raises:
         UserError: one is gone.
     """
     try:
-        return [(str(f.absolute()), (told := f.stat()).st_size, told.st_mtime_ns) for f in files]
+        return states(files)
     except OSError as e:
         raise UserError(f"{e.filename}: cannot be looked at ({e.strerror}). {ONCE_MORE}") from e
 
 
-def check_unchanged(input: Path, before: Sequence[tuple[str, int, int]], files: Sequence[Path]) -> None:
+def check_unchanged(input: Path, before: Mapping[str, list[int]], files: Sequence[Path]) -> None:
     """Processes cut the input each for itself, and a row that is still being written would count as a whole one.
 
     Args:
@@ -97,8 +98,9 @@ def check_unchanged(input: Path, before: Sequence[tuple[str, int, int]], files: 
     Raises:
         UserError: they are others than before, or were written to.
     """
-    if other := sorted({*before} ^ {*states_of(files)}):
-        raise UserError(f"--input {input}: {other[0][0]} was changed while it was read. {ONCE_MORE}")
+    now = states_of(files)
+    if other := sorted(name for name in {*before, *now} if before.get(name) != now.get(name)):
+        raise UserError(f"--input {input}: {other[0]} was changed while it was read. {ONCE_MORE}")
 
 
 def kept_names(words: Sequence[str], there: Callable[[str], bool]) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from embsearch_dist.data.store import manifest
 from embsearch_dist.data.store.bags import Bags
 from embsearch_dist.data.store.shards import ShardWriter, column_types
 from embsearch_dist.errors import UserError
-from embsearch_dist.files import digest, is_whole
+from embsearch_dist.files import digest, is_whole, states
 from embsearch_dist.schema import SPLITS, Field, Schema
 
 STAGE = "stage"
@@ -93,7 +93,7 @@ def _describe(source: IdSource, row_group_rows: int) -> dict:
         "format": "ids",
         "versions": {"pyarrow": pa.__version__},
         "source": repr((source.label, source.fields, source.dense, source.split_column, source.splits)),
-        "files": {str(f.resolve()): [f.stat().st_size, f.stat().st_mtime_ns] for f in source.every_file},
+        "files": states(source.every_file),
         "order": [str(f.resolve()) for f in source.every_file],
         "options": {"--row-group-rows": row_group_rows},
     }

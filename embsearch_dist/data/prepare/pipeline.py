@@ -36,6 +36,7 @@ from embsearch_dist.data.prepare.team import Team
 from embsearch_dist.data.prepare.vocabulary import NOTHING_KEPT, VOCABULARY, Ids, build_all, file_name, load_values
 from embsearch_dist.data.store import manifest
 from embsearch_dist.errors import UserError
+from embsearch_dist.files import states
 from embsearch_dist.schema import SPLITS, Field, Schema
 
 __all__ = ["HOW_TO_SPLIT", "Options", "Progress", "prepare", "prepare_into", "summary", "whole_directory"]
@@ -136,7 +137,7 @@ def describe(source: Source, options: Options) -> dict:
         "versions": {"polars": pl.__version__, "pyarrow": pa.__version__, "numpy": np.__version__},
         "dataset": source.dataset,
         "recipe": hashlib.sha256(repr((source.columns, source.recipe)).encode()).hexdigest(),
-        "files": {str(f.resolve()): [f.stat().st_size, f.stat().st_mtime_ns] for f in source.files},
+        "files": states(source.files),
         "order": [str(f.resolve()) for f in source.files],
         "block_bytes": blocks.BLOCK_BYTES,
         "options": {f"--{name.replace('_', '-')}": value for name, value in _told(source, options).items()},
