@@ -32,7 +32,7 @@ from embsearch_dist.data.sources.arrays import ArraySource
 from embsearch_dist.data.sources.registry import GIVEN, handed_over, register_source, schema_of
 from embsearch_dist.data.sources.source import DataSource
 from embsearch_dist.data.sources.split import SourceSplit
-from embsearch_dist.data.sources.tables import TABLES, frame_of
+from embsearch_dist.data.sources.tables import frame_of, unreadable
 from embsearch_dist.errors import UserError
 from embsearch_dist.grouped import GroupedAllocation
 from embsearch_dist.library.supernet import Supernet
@@ -245,7 +245,7 @@ class Model:
             try:
                 frame.write_parquet(file)
             except pl.exceptions.PolarsError as e:
-                raise UserError(f"a column cannot be read ({' '.join(str(e).split())[:120]}): {TABLES}") from e
+                raise unreadable(e) from e
             scorer = Scorer(Job(self.directory.path, file, Path(folder) / "unused", "table"), self.directory)
             parts = [scorer.score(chunk)[0] for chunk in scorer.source.chunks()]
         return np.concatenate([part[column].to_numpy() for part in parts]).astype(np.float32)

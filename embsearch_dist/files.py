@@ -42,6 +42,15 @@ def states(files: Iterable[Path]) -> dict[str, list[int]]:
     return {str(f.resolve()): [(told := f.stat()).st_size, told.st_mtime_ns] for f in files}
 
 
+def ends_whole(path: Path) -> bool:
+    """Whether the last line of a file has its end; a kill or a full disk may have cut it. One without any has."""
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return True
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
 def temporary(path: Path) -> Path:
     """Where to write what is renamed to ``path`` once it is whole."""
     return path.with_name(f"{path.name}.{os.getpid()}.tmp")

@@ -24,6 +24,7 @@ from typing import IO, Any, Self
 import numpy as np
 
 from embsearch_dist.errors import naming
+from embsearch_dist.files import ends_whole
 from embsearch_dist.train.lines import HEATMAPS, METRICS, Lines, Sum, compare_lines, stage_of
 from embsearch_dist.train.matrix_picture import draw_matrix
 from embsearch_dist.train.progress import Progress
@@ -215,7 +216,7 @@ class Monitor:
         if stream is None:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             path = self.run_dir / name
-            torn = path.exists() and not _ends_with_newline(path)
+            torn = path.exists() and not ends_whole(path)
             stream = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (stays open until close)
             self._files[name] = stream
             if torn:
@@ -268,14 +269,6 @@ def _number(value: Any) -> float | int | None:
         return int(value)
     number = float(value)
     return number if math.isfinite(number) else None
-
-
-def _ends_with_newline(path: Path) -> bool:
-    with open(path, "rb") as stream:
-        if stream.seek(0, 2) == 0:
-            return True
-        stream.seek(-1, 2)
-        return stream.read(1) == b"\n"
 
 
 def _keep_lines(path: Path, stage: str, step: int, most: int | None = None) -> Sum:

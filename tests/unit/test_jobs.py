@@ -111,7 +111,7 @@ def test_a_record_names_the_machine_and_tables_name_all_of_them(
     monkeypatch.setattr("tools.studies.jobs.ROOT", tmp_path)
     (tmp_path / "make.py").write_text("import pathlib, sys\npathlib.Path(sys.argv[1]).touch()\n")
     for name in ("here", "there"):
-        monkeypatch.setattr("tools.studies.jobs.hardware", lambda told=f"{name}, 2 cores": told)
+        monkeypatch.setattr("tools.studies.jobs.hardware", lambda used="", told=f"{name}, 2 cores": told)
         run_all([[Job(name, "make.py", [str(tmp_path / name)], tmp_path / name)]], tmp_path / "logs", 1)
     rows = [{"hardware": machine_of(job)} for job in recorded(tmp_path / "logs").values()]
     assert machines(rows) == "here, 2 cores; there, 2 cores"

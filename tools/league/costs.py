@@ -64,14 +64,18 @@ def rows_of(plan: Plan, data_set: str) -> list[Row]:
         cost = cost_of(model, models, records, plan.out)
         if "search_cost" in cost:
             search = records[model.search]
-            told = {"data_set": data_set, "data": data, "backbone": backbone, "seed": model.seed}
-            told |= {
-                "hardware": machine_of(search),
+            found[key] = {
+                "data_set": data_set,
+                "data": data,
+                "backbone": backbone,
+                "seed": model.seed,
+                "method": model.method,
                 "commit": search["commit"],
                 "command": portable(search["command"], plan.out),
+                "hardware": machine_of(search),
+                "search_memory_gib": search["memory_gib"],
+                **cost,
             }
-            told |= {"method": model.method, "search_memory_gib": search["memory_gib"]}
-            found[key] = {**told, **cost}
     return list(found.values())
 
 

@@ -22,7 +22,7 @@ from tools.league.rows import (
     unshared,
     widths_in,
 )
-from tools.studies.jobs import machines
+from tools.studies.jobs import all_told, machines
 from tools.studies.seeds import spread, with_deviation, with_error
 
 PARTS = ("quality", "winners", "choices", "cost", "stability", "ranks", "published")
@@ -66,10 +66,9 @@ def provenance(groups: Sequence[Group]) -> list[str]:
         "",
     ]
     for group in groups:
-        commits = ", ".join(sorted({r.get("commit") or "unknown" for r in group.rows}))
-        told = machines(group.rows)
-        data = group.rows[0]["data"]
-        lines.append(f"- {group.title}: {data}, seeds {', '.join(group.seeds)}, commit {commits}; {told}.")
+        data, commits = group.rows[0]["data"], all_told(group.rows, "commit")
+        seeds = ", ".join(group.seeds)
+        lines.append(f"- {group.title}: {data}, seeds {seeds}, commit {commits}; {machines(group.rows)}.")
     return lines
 
 

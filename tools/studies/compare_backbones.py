@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from embsearch_dist.config.read import written
 from embsearch_dist.schema import Schema
 from tools.studies.asked import named, words
-from tools.studies.budget_tables import best_validation, portable
+from tools.studies.budget_tables import best_validation, data_told, portable
 from tools.studies.jobs import Job, all_told, machine_of, machines, recorded, run_all, shown, trained_in
 from tools.studies.seeds import spread, with_deviation, with_error
 
@@ -136,7 +136,7 @@ def rows_of(out: Path, models: Sequence[Model]) -> Rows:
                 "command": portable(job.get("command", ""), out),
                 "seed": m.seed,
                 "hardware": machine_of(job),
-                "data": f"{schema.dataset} {schema.fingerprint} {schema.rows.get('train', 0)} training rows",
+                "data": data_told(schema),
                 "backbone": m.backbone,
                 "width": m.width,
                 **{k: result[k] for k in ("embedding_parameters", "dense_parameters", "flops_per_sample")},

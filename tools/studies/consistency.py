@@ -54,7 +54,7 @@ from tools.gpucheck.facts import commit, hardware
 from tools.studies import alone
 from tools.studies.alone import Truth, of_table, tau
 from tools.studies.asked import body_of, keep_to, named
-from tools.studies.jobs import ROOT, Job, read_csv, recorded, run_all, trained_in, write_csv
+from tools.studies.jobs import ROOT, Job, machine_of, read_csv, recorded, run_all, trained_in, write_csv
 from tools.studies.seeds import spread, with_deviation
 
 # Keys that change what is scored and how, and leave the trained supernet as it is.
@@ -303,7 +303,7 @@ class Study:
                 record = records.get(f"seed{seed}-subnet{k}", {})
                 line = {"subnet": k, "seed": seed, "widths": alone.told(self.widths(k))}
                 line |= {
-                    "hardware": record.get("hardware") or hardware("1 thread"),
+                    "hardware": machine_of(record, "1 thread"),
                     "commit": record.get("commit", ""),
                     "command": self.shown(record.get("command", "")),
                 }

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from embsearch_dist.files import temporary
+from embsearch_dist.files import ends_whole, temporary
 from tools.gpucheck.facts import hardware
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,12 +126,9 @@ def run_job(job: Job, log_dir: Path) -> float:
 
 def _append(path: Path, text: str) -> None:
     """Add a line, behind whatever a full disk or a kill has left of the last one."""
-    with path.open("a+b") as file:
-        torn = False
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            torn = file.read(1) != b"\n"
-        file.write(f"{chr(10) * torn}{text}\n".encode())
+    torn = path.exists() and not ends_whole(path)
+    with path.open("a") as file:
+        file.write("\n" * torn + text + "\n")
 
 
 def run_command(command: Sequence[str], out: TextIO, environment: Mapping[str, str]) -> Ended:
@@ -162,20 +159,20 @@ def peak_gib(pid: int) -> float:
     return int(found[1]) / 2**20 if found else 0.0
 
 
-def machine_of(record: Mapping[str, Any]) -> str:
+def machine_of(record: Mapping[str, Any], used: str = "") -> str:
     """Where a recorded command ran. A study may go on, and its tables be made, on another machine; a record from before
-    this was noted does not tell, so this machine is named."""
-    return str(record.get("hardware") or hardware())
+    this was noted does not tell, so this machine is named, and what of it was ``used``."""
+    return str(record.get("hardware") or hardware(used))
 
 
-def all_told(rows: Iterable[Mapping[str, Any]], key: str) -> str:
+def all_told(rows: Iterable[Mapping[str, Any]], key: str, between: str = ", ") -> str:
     """What the lines of a table have in a column, each once."""
-    return ", ".join(sorted({str(row[key]) for row in rows}))
+    return between.join(sorted({str(row.get(key) or "unknown") for row in rows}))
 
 
 def machines(rows: Iterable[Mapping[str, Any]]) -> str:
     """The machines that the lines of a table were measured on."""
-    return "; ".join(sorted({str(row.get("hardware") or "unknown") for row in rows}))
+    return all_told(rows, "hardware", "; ")
 
 
 def shown(job: Job) -> str:

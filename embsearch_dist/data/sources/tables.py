@@ -31,12 +31,17 @@ def frame_of(table: Any) -> pl.DataFrame:
     try:
         found = pl.from_arrow(table)
     except pl.exceptions.PolarsError as e:
-        raise UserError(f"a column cannot be read ({' '.join(str(e).split())[:120]}): {TABLES}") from e
+        raise unreadable(e) from e
     except (TypeError, ValueError) as e:
         raise UserError(f"{type(table).__name__} is no table: {TABLES}") from e
     if isinstance(found, pl.Series):
         raise UserError(f"one column is no table: {TABLES}")
     return found
+
+
+def unreadable(e: pl.exceptions.PolarsError) -> UserError:
+    """What to raise where polars cannot take a column of a table."""
+    return UserError(f"a column cannot be read ({' '.join(str(e).split())[:120]}): {TABLES}")
 
 
 def _column(values: Any) -> Any:
